@@ -1,0 +1,52 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment, pinned versions, the build.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc vitkernels/_native* -name '*' -type f 2>/dev/null) setup.py pyproject.toml CMakeLists.txt
+export VITKERNELS_BUILD_DIR ?= $(CURDIR)/build/cmake
+
+.PHONY: install test demo bench lint format kernels clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.tools: constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel pybind11 cmake ninja numpy
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[test]'
+	touch $@
+
+test: install
+	$(PY) -m pytest tests
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels -k triton
+
+demo: install
+	$(PY) -m vitkernels demo
+
+bench: install
+	$(PY) -m vitkernels bench --op window_attention
+
+kernels: install
+	$(PY) scripts/kernel_report.py
+
+$(VENV)/.lint: $(VENV)/.tools
+	$(PIP) ruff clang-format mypy
+	touch $@
+
+lint: install $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	find csrc \( -name '*.cu' -o -name '*.h' -o -name '*.cpp' \) | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	find csrc \( -name '*.cu' -o -name '*.h' -o -name '*.cpp' \) | xargs $(VENV)/bin/clang-format -i
+
+clean:
+	rm -rf build $(VENV) vitkernels.egg-info vitkernels/_native*.so

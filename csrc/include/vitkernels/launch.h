@@ -1,0 +1,109 @@
+// Launching a kernel, the same call for the device and the twin. Included through device.h.
+#pragma once
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "vitkernels/params.h"
+
+namespace vitkernels {
+
+struct Dim3 {
+  int64_t x = 1;
+  int64_t y = 1;
+  int64_t z = 1;
+};
+
+inline std::string describe_launch(const Dim3& grid, int threads, size_t shared_bytes) {
+  return "grid (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) +
+         "), " + std::to_string(threads) + " threads, " + std::to_string(shared_bytes) +
+         " bytes of shared memory";
+}
+
+// The most that any block can have (sm_90, sm_100); the driver refuses what the device at hand has not.
+constexpr size_t MAX_SHARED_BYTES = 227 * 1024;
+
+// 64-bit sizes would wrap silently in CUDA's 32-bit dim3, so they are checked here and not left to the driver.
+inline void check_launch(const Dim3& grid, int threads, size_t shared_bytes) {
+  const bool fits = grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 &&
+                    grid.z <= 65535 && threads >= 1 && threads <= 1024 && shared_bytes <= MAX_SHARED_BYTES;
+  if (!fits)
+    throw std::runtime_error("kernel launch refused: " + describe_launch(grid, threads, shared_bytes) +
+                             "; limits: grid (1..2147483647, 1..65535, 1..65535), 1..1024 threads, " +
+                             std::to_string(MAX_SHARED_BYTES) + " bytes");
+}
+
+#if defined(VITKERNELS_HOST_TWIN)
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared_bytes, Stream,
+            Arguments&&... arguments) {
+  check_launch(grid, threads, shared_bytes);
+  // As on the device, every thread starts from its own copy of the parameters.
+  const std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  twin::run_grid({grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { std::apply(kernel, values); });
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int) {}
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+};
+
+#else
+
+[[noreturn]] inline void throw_cuda_error(cudaError_t error, const std::string& what) {
+  cudaGetLastError();  // a refused launch must not resurface in the caller's next CUDA call
+  throw std::runtime_error(what + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared_bytes, Stream stream,
+            Arguments&&... arguments) {
+  check_launch(grid, threads, shared_bytes);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const auto fail = [&](cudaError_t error) {
+    throw_cuda_error(error, "kernel launch failed: " + describe_launch(grid, threads, shared_bytes));
+  };
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) fail(error);
+  }
+  std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  auto pointers = std::apply(
+      [](auto&... value) { return std::array<void*, sizeof...(Parameters)>{static_cast<void*>(&value)...}; }, values);
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  const cudaError_t error = cudaLaunchKernel(function, blocks, dim3(static_cast<unsigned>(threads)), pointers.data(),
+                                             shared_bytes, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) fail(error);
+}
+
+// Makes `device` current for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), device);
+    if (previous_ != device) check(cudaSetDevice(device), device);
+    changed_ = previous_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  static void check(cudaError_t error, int device) {
+    if (error != cudaSuccess) throw_cuda_error(error, "cannot select CUDA device " + std::to_string(device));
+  }
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+#endif
+
+}  // namespace vitkernels

@@ -1,0 +1,368 @@
+// The host twin's scheduler: one fiber per CUDA thread, blocks one after another (see vitkernels/host_twin.h).
+#include "fiber.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "vitkernels/device.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace vitkernels::twin {
+namespace {
+
+constexpr size_t RED_ZONE = 1024;
+constexpr unsigned char POISON = 0xff;  // NaN in every float type
+
+std::atomic<uint64_t> global_seed{0};
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 0xd1b54a32d192ed03u) {}
+  uint32_t below(uint32_t bound) {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return static_cast<uint32_t>((state_ >> 32) * bound >> 32);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// Shared memory of one block between two red zones. Aligned to 16 bytes and, so that a kernel cannot come to rely on
+// more than shared_memory() promises, never to 32.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t bytes) : bytes_(bytes), storage_(bytes + 2 * RED_ZONE + 48, POISON) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(storage_.data()) + RED_ZONE;
+    data_ = storage_.data() + RED_ZONE + ((start + 15) / 32 * 32 + 16 - start);
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_POISON_MEMORY_REGION(storage_.data(), data_ - storage_.data());
+    ASAN_POISON_MEMORY_REGION(data_ + bytes_, storage_.data() + storage_.size() - data_ - bytes_);
+#endif
+  }
+  ~SharedMemory() {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(storage_.data(), storage_.size());
+#endif
+  }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  char* data() const { return reinterpret_cast<char*>(data_); }
+  size_t bytes() const { return bytes_; }
+  void poison() { std::fill(data_, data_ + bytes_, POISON); }
+  bool red_zones_intact() const {
+#if defined(__SANITIZE_ADDRESS__)
+    return true;
+#else
+    const auto poisoned = [](unsigned char byte) { return byte == POISON; };
+    return std::all_of(storage_.data(), static_cast<const unsigned char*>(data_), poisoned) &&
+           std::all_of(static_cast<const unsigned char*>(data_ + bytes_), storage_.data() + storage_.size(), poisoned);
+#endif
+  }
+
+ private:
+  size_t bytes_;
+  std::vector<unsigned char> storage_;
+  unsigned char* data_;
+};
+
+struct Copy {
+  void* target;
+  const void* source;
+  bool valid;
+  int group;
+};
+
+enum class State { ready, at_collective, at_barrier, done };
+
+struct Thread {
+  Fiber fiber;
+  Position position{};
+  State state = State::done;
+  const char* collective = nullptr;
+  CollectiveBody body = nullptr;
+  void* operands = nullptr;
+  std::vector<Copy> copies;
+  int open_group = 0;
+};
+
+std::string lane_list(const std::vector<int>& lanes) {
+  std::string text = lanes.size() == 1 ? "lane " : "lanes ";
+  for (size_t i = 0; i < lanes.size();) {
+    size_t last = i;
+    while (last + 1 < lanes.size() && lanes[last + 1] == lanes[last] + 1) ++last;
+    if (i > 0) text += ", ";
+    text += std::to_string(lanes[i]);
+    if (last > i) text += "-" + std::to_string(lanes[last]);
+    i = last + 1;
+  }
+  return text;
+}
+
+class Scheduler {
+ public:
+  void run(GridSize grid, int threads, size_t shared_bytes, ThreadBody body);
+
+  Thread& current() {
+    if (current_ == nullptr) throw std::runtime_error("host twin: a device function was called outside a launch");
+    return *current_;
+  }
+  void collective(const char* name, CollectiveBody body, void* mine);
+  void wait_block();
+
+ private:
+  void prepare(int threads);
+  void run_block();
+  void run_interval();
+  void step(int warp);
+  void resume(Thread& thread);
+  void thread_main(Thread& thread);
+  [[noreturn]] void fail_diverged(int warp);
+  int lanes_of(int warp) const { return std::min(32, count_ - 32 * warp); }
+  Thread& lane(int warp, int index) { return *threads_[static_cast<size_t>(32 * warp + index)]; }
+
+  std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<int> arrived_;  // per warp, at the collective now gathering
+  int count_ = 0;
+  ThreadBody body_{};
+  Thread* current_ = nullptr;
+  std::exception_ptr error_;
+  Random random_{0};
+};
+
+thread_local Scheduler scheduler;
+
+// Fibers outlive the launch, each waiting for the next block's thread of its number.
+void Scheduler::prepare(int threads) {
+  while (static_cast<int>(threads_.size()) < threads) {
+    threads_.push_back(std::make_unique<Thread>());
+    Thread* thread = threads_.back().get();
+    thread->fiber.start([this, thread] {
+      for (;;) {
+        thread_main(*thread);
+        thread->fiber.suspend();
+      }
+    });
+  }
+  count_ = threads;
+  arrived_.assign(static_cast<size_t>((threads + 31) / 32), 0);
+}
+
+void Scheduler::thread_main(Thread& thread) {
+  try {
+    body_.call(body_.closure);
+  } catch (...) {
+    error_ = std::current_exception();
+  }
+  thread.state = State::done;
+}
+
+void Scheduler::resume(Thread& thread) {
+  current_ = &thread;
+  thread.fiber.resume();
+  current_ = nullptr;
+  if (error_) std::rethrow_exception(error_);
+}
+
+void Scheduler::collective(const char* name, CollectiveBody body, void* mine) {
+  Thread& self = current();
+  const int warp = self.position.thread / 32;
+  self.state = State::at_collective;
+  self.collective = name;
+  self.body = body;
+  self.operands = mine;
+  if (++arrived_[static_cast<size_t>(warp)] < 32) {
+    self.fiber.suspend();
+    return;
+  }
+  void* operands[32];
+  for (int i = 0; i < 32; ++i) {
+    if (lane(warp, i).body != body) fail_diverged(warp);
+    operands[i] = lane(warp, i).operands;
+  }
+  body(operands);
+  arrived_[static_cast<size_t>(warp)] = 0;
+  for (int i = 0; i < 32; ++i) lane(warp, i).state = State::ready;
+  if (random_.below(2) != 0) self.fiber.suspend();
+}
+
+void Scheduler::wait_block() {
+  Thread& self = current();
+  self.state = State::at_barrier;
+  self.fiber.suspend();
+}
+
+void Scheduler::fail_diverged(int warp) {
+  std::vector<std::pair<std::string, std::vector<int>>> places;
+  for (int i = 0; i < 32; ++i) {
+    std::string place = "absent from the block";
+    if (i < lanes_of(warp)) {
+      const Thread& thread = lane(warp, i);
+      if (thread.state == State::at_collective) place = std::string("at ") + thread.collective;
+      if (thread.state == State::at_barrier) place = "at sync_block";
+      if (thread.state == State::done) place = "exited";
+    }
+    auto found = std::find_if(places.begin(), places.end(), [&](const auto& entry) { return entry.first == place; });
+    if (found == places.end()) found = places.insert(places.end(), {place, {}});
+    found->second.push_back(i);
+  }
+  std::string text = "diverged warp " + std::to_string(warp) + ": a warp collective needs all 32 lanes, but ";
+  for (size_t i = 0; i < places.size(); ++i)
+    text += (i > 0 ? "; " : "") + lane_list(places[i].second) + " " + places[i].first;
+  throw std::runtime_error(text);
+}
+
+// Every lane that can run does so once, up to its next collective or barrier, in a shuffled order.
+void Scheduler::step(int warp) {
+  const uint32_t start = random_.below(32), stride = 2 * random_.below(16) + 1;
+  for (uint32_t i = 0; i < 32; ++i) {
+    const int index = static_cast<int>((start + i * stride) % 32);
+    if (index < lanes_of(warp) && lane(warp, index).state == State::ready) resume(lane(warp, index));
+  }
+}
+
+// From one barrier to the next. Half the time a warp runs all the way before another starts, which shows the hazards
+// of one warp far ahead; the other half they interleave.
+void Scheduler::run_interval() {
+  std::vector<int> warps(arrived_.size());
+  std::iota(warps.begin(), warps.end(), 0);
+  const bool interleave = random_.below(2) != 0;
+  size_t chosen = random_.below(static_cast<uint32_t>(warps.size()));
+  while (!warps.empty()) {
+    const int warp = warps[chosen];
+    step(warp);
+    bool ready = false;
+    for (int i = 0; i < lanes_of(warp); ++i) ready |= lane(warp, i).state == State::ready;
+    if (!ready) {
+      if (arrived_[static_cast<size_t>(warp)] > 0) fail_diverged(warp);
+      warps.erase(warps.begin() + static_cast<std::ptrdiff_t>(chosen));
+    }
+    if (!warps.empty() && (!ready || (interleave && random_.below(4) == 0)))
+      chosen = random_.below(static_cast<uint32_t>(warps.size()));
+  }
+}
+
+void Scheduler::run_block() {
+  for (bool alive = true; alive;) {
+    run_interval();
+    alive = false;
+    for (int i = 0; i < count_; ++i) {
+      Thread& thread = *threads_[static_cast<size_t>(i)];
+      if (thread.state == State::at_barrier) {
+        thread.state = State::ready;
+        alive = true;
+      }
+    }
+  }
+}
+
+void Scheduler::run(GridSize grid, int threads, size_t shared_bytes, ThreadBody body) {
+  if (current_ != nullptr) throw std::runtime_error("host twin: a kernel launched a kernel");
+  prepare(threads);
+  body_ = body;
+  random_ = Random(global_seed);
+  SharedMemory shared(shared_bytes);
+
+  const int64_t blocks = grid.x * grid.y * grid.z;
+  const int64_t start = random_.below(static_cast<uint32_t>(std::min<int64_t>(blocks, 1 << 30)));
+  int64_t stride = 1 + random_.below(static_cast<uint32_t>(std::min<int64_t>(blocks, 1 << 20)));
+  while (std::gcd(stride, blocks) != 1) ++stride;
+  int64_t block = start;
+  for (int64_t i = 0; i < blocks; ++i, block = (block + stride) % blocks) {
+    shared.poison();
+    const Position position{0,
+                            threads,
+                            static_cast<int>(block % grid.x),
+                            static_cast<int>(block / grid.x % grid.y),
+                            static_cast<int>(block / grid.x / grid.y),
+                            static_cast<int>(grid.x),
+                            shared.data(),
+                            shared_bytes};
+    for (int thread = 0; thread < threads; ++thread) {
+      Thread& slot = *threads_[static_cast<size_t>(thread)];
+      slot.position = position;
+      slot.position.thread = thread;
+      slot.state = State::ready;
+      slot.copies.clear();
+      slot.open_group = 0;
+    }
+    try {
+      run_block();
+      if (!shared.red_zones_intact()) throw std::runtime_error("a write outside shared memory");
+    } catch (const std::exception& error) {
+      const std::string what = error.what();
+      error_ = nullptr;
+      current_ = nullptr;
+      threads_.clear();  // the other fibers are stuck in the middle of the block
+      throw std::runtime_error("host twin: " + what + " [block (" + std::to_string(position.block_x) + ", " +
+                               std::to_string(position.block_y) + ", " + std::to_string(position.block_z) + "), " +
+                               describe_launch({grid.x, grid.y, grid.z}, threads, shared_bytes) + "]");
+    }
+  }
+}
+
+}  // namespace
+
+const Position& here() { return scheduler.current().position; }
+void set_seed(uint64_t seed) { global_seed = seed; }
+void run_grid(GridSize grid, int threads, size_t shared_bytes, ThreadBody thread) {
+  scheduler.run(grid, threads, shared_bytes, thread);
+}
+void collective(const char* name, CollectiveBody body, void* mine) { scheduler.collective(name, body, mine); }
+void wait_block() { scheduler.wait_block(); }
+
+void fail(const std::string& what) {
+  throw std::runtime_error(what + " (thread " + std::to_string(here().thread) + ")");
+}
+
+void check_aligned(const void* pointer, size_t bytes, const char* what) {
+  const size_t off = reinterpret_cast<uintptr_t>(pointer) % bytes;
+  if (off != 0)
+    fail(std::string(what) + " needs an address aligned to " + std::to_string(bytes) + " bytes; it is " +
+         std::to_string(off) + " past one");
+}
+
+void check_shared(const void* pointer, size_t bytes, const char* what) {
+  const Position& position = here();
+  const auto* byte = static_cast<const char*>(pointer);
+  if (byte < position.shared || byte + bytes > position.shared + position.shared_bytes)
+    fail(std::string(what) + " is outside the block's " + std::to_string(position.shared_bytes) +
+         " bytes of shared memory: offset " + std::to_string(byte - position.shared));
+}
+
+// The device may write the target any time from here to the wait, so what it held is lost at once.
+void copy_async(void* smem, const void* gmem, bool valid) {
+  check_aligned(smem, 16, "the target of cp_async16");
+  check_shared(smem, 16, "the target of cp_async16");
+  if (valid) check_aligned(gmem, 16, "the source of cp_async16");
+  Thread& self = scheduler.current();
+  std::memset(smem, POISON, 16);
+  self.copies.push_back({smem, gmem, valid, self.open_group});
+}
+
+void commit_copies() { ++scheduler.current().open_group; }
+
+void wait_copies(int in_flight) {
+  Thread& self = scheduler.current();
+  const int finished = self.open_group - in_flight;
+  const auto lands = [&](const Copy& copy) {
+    if (copy.group >= finished) return false;
+    if (copy.valid) {
+      std::memcpy(copy.target, copy.source, 16);
+    } else {
+      std::memset(copy.target, 0, 16);
+    }
+    return true;
+  };
+  self.copies.erase(std::remove_if(self.copies.begin(), self.copies.end(), lands), self.copies.end());
+}
+
+}  // namespace vitkernels::twin

@@ -1,0 +1,142 @@
+"""Builds the compiled extension with CMake and Ninja.
+
+Environment:
+    VITKERNELS_BUILD_CUDA   unset: CUDA kernels when nvcc works; 1: a missing nvcc is an error; 0: none
+    VITKERNELS_BUILD_NATIVE 0: no compiled extension at all (Triton and reference backends only)
+    VITKERNELS_CUDA_ARCHS   CMake architecture list, e.g. "80;90a-real"; default: the GPU present, else
+                            80 (with PTX), 90a, 120
+    VITKERNELS_CMAKE_ARGS   further CMake arguments
+    MAX_JOBS                parallel compile jobs; default: bounded by cores and memory
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "80;90a-real;120-real"
+BYTES_PER_JOB = 2 << 30
+
+
+def say(message: str) -> None:
+    """Prints past pip's capture of a successful build, so that a missing part is never silent."""
+    line = f"vitkernels: {message}"
+    print(line, file=sys.stderr, flush=True)
+    try:
+        with open("/dev/tty", "w") as terminal:
+            print(line, file=terminal)
+    except OSError:
+        pass
+
+
+def cxx_compiler() -> str | None:
+    if "CXX" in os.environ:
+        return shutil.which(shlex.split(os.environ["CXX"])[0])
+    for name in ("c++", "g++", "clang++", "cl"):
+        if path := shutil.which(name):
+            return path
+    return None
+
+
+def nvcc_compiler() -> str | None:
+    if "CUDACXX" in os.environ:
+        return shutil.which(os.environ["CUDACXX"])
+    if path := shutil.which("nvcc"):
+        return path
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+
+
+def present_archs() -> str | None:
+    """Architectures of the GPUs in this machine, as CMake spells them, or None."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    caps = sorted({line.strip().replace(".", "") for line in lines if line.strip().replace(".", "").isdigit()})
+    caps = [cap for cap in caps if int(cap) >= 80]
+    # The "a" target is only for Hopper's and Blackwell's architecture-specific instructions.
+    return ";".join(f"{cap}a-real" if cap in ("90", "100") else f"{cap}-real" for cap in caps) or None
+
+
+def jobs() -> int:
+    if "MAX_JOBS" in os.environ:
+        return max(1, int(os.environ["MAX_JOBS"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return cores
+    return max(1, min(cores, free // BYTES_PER_JOB))
+
+
+def compiler_works(compiler: str) -> bool:
+    if Path(compiler).stem.lower() == "cl":
+        return True
+    command = [*shlex.split(os.environ.get("CXX", compiler)), "-x", "c++", "-std=c++17", "-fsyntax-only", "-"]
+    try:
+        return subprocess.run(command, input="#include <vector>\n", text=True, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def wanted() -> bool:
+    if os.environ.get("VITKERNELS_BUILD_NATIVE") == "0":
+        say("compiled extension switched off: Triton and reference backends only.")
+        return False
+    compiler = cxx_compiler()
+    if compiler and compiler_works(compiler):
+        return True
+    if os.environ.get("VITKERNELS_BUILD_CUDA") == "1":
+        raise SystemExit("vitkernels: VITKERNELS_BUILD_CUDA=1 but no working C++ compiler was found (set CXX).")
+    say("no working C++ compiler found (set CXX): no CPU or CUDA kernels; Triton and reference backends only.")
+    return False
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(os.environ.get("VITKERNELS_BUILD_DIR", Path(self.build_temp).resolve() / "cmake"))
+        build.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *self.cmake_arguments(target)], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", str(jobs())], check=True)
+
+    def cmake_arguments(self, target: Path) -> list[str]:
+        import pybind11
+
+        arguments = [
+            f"-DVITKERNELS_OUTPUT={target}",
+            f"-DVITKERNELS_VERSION={self.distribution.get_version()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        if os.name != "nt":
+            arguments.append("-GNinja")
+        cuda, nvcc = os.environ.get("VITKERNELS_BUILD_CUDA"), nvcc_compiler()
+        if cuda == "1" and not nvcc:
+            raise SystemExit("vitkernels: VITKERNELS_BUILD_CUDA=1 but nvcc was not found (set CUDACXX, CUDA_HOME or PATH).")
+        if cuda == "0" or not nvcc:
+            say(f"{'CUDA kernels switched off' if cuda == '0' else 'nvcc not found'}: building the CPU kernels only.")
+            arguments.append("-DVITKERNELS_CUDA=OFF")
+        else:
+            archs = os.environ.get("VITKERNELS_CUDA_ARCHS") or present_archs() or DEFAULT_ARCHS
+            say(f"building CUDA kernels with {nvcc} for {archs}.")
+            arguments += [
+                f"-DVITKERNELS_CUDA={'ON' if cuda == '1' else 'AUTO'}",
+                f"-DCMAKE_CUDA_COMPILER={nvcc}",
+                f"-DVITKERNELS_CUDA_ARCHS={archs}",
+            ]
+        return arguments + shlex.split(os.environ.get("VITKERNELS_CMAKE_ARGS", ""))
+
+
+setup(
+    ext_modules=[Extension("vitkernels._native", [])] if wanted() else [],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from vitkernels.core.operator import REGISTRY
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def _poison(allocate: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    def poisoned(*args: Any) -> tuple[torch.Tensor, ...]:
+        results = allocate(*args)
+        for result in results:
+            result.fill_(float("nan"))
+        return results
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills every output and gradient with NaN before the kernels run, so that a forgotten element shows."""
+    for operator in REGISTRY.values():
+        monkeypatch.setattr(operator, "allocate", _poison(operator.allocate))
+        monkeypatch.setattr(operator, "_empty_gradients", _poison(operator._empty_gradients))

@@ -1,0 +1,338 @@
+"""What every declared operator must do, whatever it computes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import time
+
+import pytest
+import torch
+from samples import SAMPLES, Sample
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitkernels
+from vitkernels.core.operator import REGISTRY
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
+each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def outputs_of(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def gradients(sample: Sample, tensors, seeds, **kwargs):
+    outputs = outputs_of(sample(tensors, **kwargs))
+    return outputs, torch.autograd.grad(outputs, list(tensors.values()), seeds[: len(outputs)])
+
+
+def compiled_backend(device: str) -> str:
+    """A backend with kernels of ours on this device."""
+    return "cpu" if device == "cpu" else "triton"
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, sample: Sample) -> list:
+    """Records every call that reaches a kernel of the operator."""
+    calls = []
+    for backend in REGISTRY[sample.op].backends.values():
+        if backend.why_not(torch.empty(0), (None,) * 32 if backend.limits is None else ()) == []:
+            module = backend.load()
+            for direction in ("forward", "backward"):
+                original = getattr(module, direction)
+                monkeypatch.setattr(
+                    module, direction, lambda *a, _o=original, _d=direction, **k: (calls.append(_d), _o(*a, **k))
+                )
+    return calls
+
+
+def test_every_operator_has_samples():
+    assert {sample.op for sample in SAMPLES} == set(REGISTRY)
+
+
+@each_sample
+@each_device
+def test_gradcheck(sample, device):
+    tensors = sample.tensors(torch.float64, device, requires_grad=True)
+
+    def run(*values):
+        return outputs_of(sample(dict(zip(tensors, values, strict=True)), backend="cpu" if device == "cpu" else "cuda"))
+
+    assert torch.autograd.gradcheck(run, tuple(tensors.values()))
+
+
+@each_sample
+@each_device
+def test_opcheck(sample, device):
+    operator = REGISTRY[sample.op]
+    captured = []
+    original = operator.forward_op
+    tensors = sample.tensors(torch.float32, device)
+    operator.forward_op = lambda *args: (captured.append(args), original(*args))[1]
+    try:
+        sample(tensors, backend=compiled_backend(device))
+    finally:
+        operator.forward_op = original
+    args = captured[0]
+    torch.library.opcheck(original, args)
+    outputs = original(*args)
+    mask = [t is not None for t in args[: len(operator.tensors)]]
+    torch.library.opcheck(
+        operator.backward_op,
+        (*[torch.randn_like(o) for o in outputs], *outputs, *args, mask),
+    )
+
+
+@each_sample
+@each_device
+def test_gradient_penalty_raises(sample, device):
+    tensors = sample.tensors(device=device, requires_grad=True)
+    first = next(iter(tensors.values()))
+    out = outputs_of(sample(tensors, backend=compiled_backend(device)))[0]
+    (grad,) = torch.autograd.grad(out.sum(), first, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
+        grad.square().sum().backward()
+
+
+@each_sample
+def test_reference_is_twice_differentiable(sample):
+    tensors = sample.tensors(torch.float64, requires_grad=True)
+
+    def run(*values):
+        return outputs_of(sample(dict(zip(tensors, values, strict=True)), backend="reference"))
+
+    assert torch.autograd.gradgradcheck(run, tuple(tensors.values()))
+
+
+@each_sample
+@each_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_autocast(sample, device, dtype):
+    tensors = sample.tensors(device=device, requires_grad=True)
+    with torch.autocast(device, dtype):
+        outputs = outputs_of(sample(tensors))
+        reference = outputs_of(sample(tensors, backend="reference"))
+    assert outputs[0].dtype is dtype
+    assert [o.dtype for o in outputs] == [o.dtype for o in reference]
+    torch.testing.assert_close(outputs[0].float(), reference[0].float(), atol=0.06, rtol=0.06)
+    grads = torch.autograd.grad(outputs[0].float().square().sum(), list(tensors.values()))
+    assert all(g.dtype is torch.float32 and torch.isfinite(g).all() for g in grads)
+    with torch.autocast(device, dtype):
+        wide = sample.tensors(torch.float64, device)
+        assert outputs_of(sample(wide))[0].dtype is torch.float64
+
+
+@each_sample
+@each_device
+def test_compile_is_one_dynamic_graph(sample, device):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def run(tensors):
+        return sample(tensors)
+
+    compiled = torch.compile(run, backend=count, fullgraph=True, dynamic=True)
+    for batch in (2, 3, 5):
+        tensors = sample.tensors(device=device, batch=batch)
+        for got, want in zip(outputs_of(compiled(tensors)), outputs_of(sample(tensors)), strict=True):
+            assert torch.equal(got, want)
+    assert len(graphs) == 1
+
+
+@each_sample
+@each_device
+def test_compile_trains(sample, device):
+    torch._dynamo.reset()
+    eager = sample.tensors(device=device, requires_grad=True)
+    seeds = [torch.randn_like(o) for o in outputs_of(sample(eager))]
+    _, want = gradients(sample, eager, seeds)
+
+    compiled = torch.compile(lambda t: sample(t), backend="aot_eager", fullgraph=True, dynamic=True)
+    outputs = outputs_of(compiled(eager))
+    got = torch.autograd.grad(outputs, list(eager.values()), seeds)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@each_sample
+@each_device
+def test_empty_batch(sample, device):
+    tensors = sample.tensors(device=device, batch=0, requires_grad=True)
+    outputs = outputs_of(sample(tensors, backend=compiled_backend(device)))
+    assert outputs[0].shape[0] == 0
+    for tensor, grad in zip(
+        tensors.values(), torch.autograd.grad(outputs[0].sum(), list(tensors.values())), strict=True
+    ):
+        assert grad.shape == tensor.shape
+        assert (grad == 0).all()
+
+
+@each_sample
+@each_device
+def test_strided_inputs(sample, device):
+    dense = sample.tensors(device=device, requires_grad=True)
+    seeds = [torch.randn_like(o) for o in outputs_of(sample(dense))]
+    want_outputs, want_grads = gradients(sample, dense, seeds)
+    views = {
+        "last dimension strided": lambda t: t.mT.contiguous().mT,
+        "offset into a wider buffer": lambda t: torch.nn.functional.pad(t, (3, 2))[..., 3:-2],
+        "first dimension innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+        "every other element": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    }
+    for label, view in views.items():
+        tensors = {name: view(t.detach()).requires_grad_() for name, t in dense.items()}
+        outputs, grads = gradients(sample, tensors, seeds)
+        for got, want in zip((*outputs, *grads), (*want_outputs, *want_grads), strict=True):
+            torch.testing.assert_close(got, want, msg=lambda m, label=label: f"{label}: {m}")
+
+
+@each_sample
+def test_frozen_inputs_skip_their_gradients(sample):
+    for frozen in sample.tensors():
+        tensors = sample.tensors(requires_grad=True)
+        want = gradients(sample, tensors, [torch.ones_like(o) for o in outputs_of(sample(tensors))])[1]
+        tensors[frozen].requires_grad_(False)
+        outputs = outputs_of(sample(tensors))
+        live = {name: t for name, t in tensors.items() if name != frozen}
+        got = torch.autograd.grad(outputs, list(live.values()), [torch.ones_like(o) for o in outputs])
+        for name, grad in zip(live, got, strict=True):
+            torch.testing.assert_close(grad, want[list(tensors).index(name)])
+
+
+@each_sample
+def test_bad_input_names_argument_expected_and_got(sample, monkeypatch):
+    calls = spy(monkeypatch, sample)
+    for change, kind, message in sample.bad:
+        tensors = {**sample.tensors(), **change}
+        with pytest.raises(kind) as error:
+            sample.function(**{**sample.kwargs, **tensors})
+        assert message in str(error.value)
+        assert "; got " in str(error.value)
+    assert calls == [], "a kernel ran on bad input"
+
+
+@each_sample
+def test_backend_override_and_its_error(sample):
+    tensors = sample.tensors()
+    reasons = vitkernels.supported_backends(sample.op, **tensors, **sample.kwargs)
+    assert set(reasons) == {"cuda", "triton", "cpu", "reference"}
+    assert reasons["cpu"] == reasons["reference"] == []
+    assert reasons["cuda"]
+    with pytest.raises(vitkernels.BackendError) as error:
+        sample(tensors, backend="cuda")
+    for part in (sample.op, "'cuda' was asked for", reasons["cuda"][0], "Backends that would fit: 'cpu'", "float32"):
+        assert part in str(error.value)
+    with vitkernels.backend("cuda"):
+        with pytest.raises(vitkernels.BackendError):
+            sample(tensors)
+        sample(tensors, backend="cpu")  # an explicit argument wins
+        with vitkernels.backend("auto"):
+            sample(tensors)
+    sample(tensors)
+
+
+@each_sample
+def test_override_changes_the_compiled_graph(sample):
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(lambda t: sample(t), backend=keep, fullgraph=True)
+    tensors = sample.tensors()
+    compiled(tensors)
+    with vitkernels.backend("reference"):
+        compiled(tensors)
+    assert len(graphs) == 2
+    assert f"vitkernels.{sample.op}" in graphs[0]
+    assert f"vitkernels.{sample.op}" not in graphs[1]
+
+
+@each_sample
+def test_results_survive_deepcopy_and_pickle(sample):
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.function = sample.function
+
+    tensors = sample.tensors()
+    want = outputs_of(sample(tensors))[0]
+    copied = copy.deepcopy(sample.function)
+    assert torch.equal(outputs_of(copied(**tensors, **sample.kwargs))[0], want)
+    restored = pickle.loads(pickle.dumps(sample.function))
+    assert torch.equal(outputs_of(restored(**tensors, **sample.kwargs))[0], want)
+    buffer = io.BytesIO()
+    out = outputs_of(sample(sample.tensors(requires_grad=True)))[0]
+    torch.save(out, buffer)
+
+
+@each_sample
+@each_device
+def test_repeats_are_bit_identical(sample, device):
+    tensors = sample.tensors(device=device, batch=7, requires_grad=True)
+    seeds = [torch.randn_like(o) for o in outputs_of(sample(tensors))]
+    first = gradients(sample, tensors, seeds)
+    for _ in range(5):
+        again = gradients(sample, tensors, seeds)
+        for a, b in zip((*first[0], *first[1]), (*again[0], *again[1]), strict=True):
+            assert torch.equal(a, b)
+
+
+@each_sample
+def test_export_takes_the_reference(sample):
+    class Module(torch.nn.Module):
+        def forward(self, **tensors):
+            return sample(tensors)
+
+    tensors = sample.tensors()
+    program = torch.export.export(Module(), (), tensors)
+    assert "vitkernels" not in program.graph_module.code
+    torch.testing.assert_close(
+        outputs_of(program.module()(**tensors))[0], outputs_of(sample(tensors))[0], atol=1e-5, rtol=1e-5
+    )
+
+
+@each_sample
+def test_functional_grad(sample):
+    tensors = sample.tensors()
+    name, first = next(iter(tensors.items()))
+    got = torch.func.grad(lambda t: outputs_of(sample({**tensors, name: t}))[0].square().sum())(first)
+    want = torch.func.grad(
+        lambda t: outputs_of(sample({**tensors, name: t}, backend="reference"))[0].square().sum()
+    )(first)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@each_sample
+def test_flop_counter_agrees_with_the_composition(sample):
+    def count(backend: str) -> int:
+        tensors = sample.tensors(requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            outputs = outputs_of(sample(tensors, backend=backend))
+            outputs[0].sum().backward()
+        return counter.get_total_flops()
+
+    assert count("cpu") == count("reference") > 0
+
+
+@each_sample
+@each_device
+def test_call_overhead_is_printed(sample, device, record_property):
+    tensors = sample.tensors(device=device, batch=1)
+    training = sample.tensors(device=device, batch=1, requires_grad=True)
+    for label, chosen in (("no gradient", tensors), ("with gradient", training)):
+        best = float("inf")
+        for _ in range(200):
+            start = time.perf_counter()
+            sample(chosen)
+            best = min(best, time.perf_counter() - start)
+        record_property(label, best)
+        print(f"{sample.name} on {device}, {label}: {best * 1e6:.1f} us a call, kernel included")

@@ -1,0 +1,95 @@
+"""Sample calls of every operator, for the tests that all operators share. A new operator adds its own here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vitkernels import ops
+
+
+@dataclass
+class Sample:
+    """One call of a public function.
+
+    Attributes:
+        make: (dtype, device, batch) -> tensor arguments by name; all floating and differentiable.
+        kwargs: the other arguments.
+        bad: argument name -> bad values for it, each with a part of the message expected.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    make: Callable[..., dict[str, torch.Tensor]]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    bad: list[tuple[dict[str, Any], type[Exception], str]] = field(default_factory=list)
+
+    @property
+    def op(self) -> str:
+        return self.function.__name__
+
+    def tensors(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        batch: int = 2,
+        requires_grad: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor.to(device, dtype).requires_grad_(requires_grad)
+            for name, tensor in self.make(batch).items()
+        }
+
+    def __call__(self, tensors: dict[str, torch.Tensor], **kwargs: Any) -> Any:
+        return self.function(**tensors, **{**self.kwargs, **kwargs})
+
+
+def _window(heads: int, window: tuple[int, int], d: int, dv: int, entries: int | None) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        tokens = window[0] * window[1]
+        tensors = {name: torch.randn(batch, heads, tokens, d) for name in "qk"}
+        tensors["v"] = torch.randn(batch, heads, tokens, dv)
+        if entries is not None:
+            tensors["bias_table"] = torch.randn(heads, entries)
+        return tensors
+
+    return make
+
+
+_x = torch.randn(2, 2, 15, 8)
+
+SAMPLES = [
+    Sample(
+        "window_attention-absolute",
+        ops.window_attention,
+        _window(2, (3, 5), 8, 5, 15),
+        {"window": (3, 5), "bias_index": "absolute"},
+        bad=[
+            ({"q": "text"}, TypeError, "argument `q`: expected a tensor"),
+            ({"q": _x[:, :, :14]}, ValueError, "argument `q`: expected 15 tokens"),
+            ({"q": _x.int(), "k": _x.int(), "v": _x.int()}, TypeError, "argument `q`: expected dtype"),
+            ({"k": _x[:1]}, ValueError, "argument `k`: expected shape"),
+            ({"k": torch.randn(2, 2, 15, 8).double()}, TypeError, "argument `k`: expected dtype float32"),
+            ({"v": _x[..., :0]}, ValueError, "argument `v`: expected a last dimension of at least 1"),
+            ({"v": _x.to("meta")}, ValueError, "argument `v`: expected device cpu"),
+            ({"bias_table": torch.zeros(2, 14)}, ValueError, "argument `bias_table`: expected shape"),
+            ({"bias_table": torch.zeros(2, 15).half()}, TypeError, "argument `bias_table`: expected dtype float32"),
+            ({"bias_index": "relative"}, ValueError, "argument `bias_index`: expected 'absolute' or 'signed'"),
+            ({"window": (3, 0)}, ValueError, "argument `window`: expected 2 positive ints"),
+            ({"window": "3x5"}, TypeError, "argument `window`: expected 2 ints"),
+            ({"scale": float("nan")}, ValueError, "argument `scale`: expected a finite number"),
+            ({"scale": torch.ones(1)}, TypeError, "argument `scale`: expected a number"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample(
+        "window_attention-signed-lse",
+        ops.window_attention,
+        _window(1, (4, 4), 16, 16, 49),
+        {"window": 4, "bias_index": "signed", "return_lse": True},
+    ),
+    Sample("window_attention-no_bias", ops.window_attention, _window(2, (1, 3), 3, 7, None), {"window": (1, 3)}),
+]

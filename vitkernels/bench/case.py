@@ -1,0 +1,108 @@
+"""What an operator declares to be benchmarked. Each ``bench/cases/<op>.py`` defines one ``CASE``."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Any]
+
+
+class Unavailable(Exception):
+    """A provider cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensor arguments by name, non-tensor options, and the gradient that reaches the output."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    grad_out: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+        return Inputs(tensors, self.options, change(self.grad_out))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work that any implementation must do, and the FLOPs of the composed operator."""
+
+    flops: float
+    bytes: float
+    exps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation. ``prepare(inputs, training)`` returns a function of the tensors (by name)."""
+
+    name: str
+    prepare: Callable[[Inputs, bool], Function]
+    modes: Sequence[str] = ("fwd", "fwd+bwd")
+    ours: bool = False
+
+
+class Problem(Protocol):
+    @property
+    def label(self) -> str:
+        """Short name inside its preset, such as ``stage 1``."""
+
+    def describe(self, batch: int) -> str:
+        """The shapes in the field's notation."""
+
+
+@dataclass(frozen=True)
+class Case:
+    operator: str
+    presets: Mapping[str, Sequence[Problem]]
+    default_preset: str
+    shape_help: str
+    parse_shape: Callable[[str], Problem]
+    make_inputs: Callable[..., Inputs]  # (problem, batch, dtype=, device=, generator=)
+    eager: Function
+    peers: Callable[[torch.device], Sequence[Provider]]
+    cost: Callable[[Problem, int, torch.dtype, str], Cost]
+    # Terms summed into one element of a gradient, where that is a long reduction over the batch.
+    reduced: Callable[[Problem, int], Mapping[str, int]] = field(default=lambda problem, batch: {})
+
+
+def operators() -> list[str]:
+    from vitkernels.bench import cases
+
+    return sorted(module.name for module in pkgutil.iter_modules(cases.__path__))
+
+
+def load_case(operator: str) -> Case:
+    known = operators()
+    if operator not in known:
+        raise ValueError(f"op: expected one of {', '.join(known)}; got {operator!r}")
+    return importlib.import_module(f"vitkernels.bench.cases.{operator}").CASE
+
+
+def parse_fields(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Read ``key=value,key=value`` into the types of ``defaults``; ``7x5`` becomes ``(7, 5)``."""
+    fields = dict(defaults)
+    for item in filter(None, text.split(",")):
+        key, separator, value = item.partition("=")
+        if not separator or key not in fields:
+            raise ValueError(f"shape: expected key=value with key in {', '.join(fields)}; got {item!r}")
+        default = defaults[key]
+        try:
+            if isinstance(default, tuple):
+                fields[key] = tuple(int(part) for part in value.split("x"))
+                if len(fields[key]) != len(default):
+                    raise ValueError
+            else:
+                fields[key] = type(default)(value)
+        except ValueError:
+            expected = "x".join(["int"] * len(default)) if isinstance(default, tuple) else type(default).__name__
+            raise ValueError(f"shape: expected {key}={expected}; got {item!r}") from None
+    return fields

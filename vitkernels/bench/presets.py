@@ -1,0 +1,61 @@
+"""What published models hand to their token mixers at their usual input size.
+
+The cases of all operators draw their shapes from here, so that one preset name means one model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WindowStage:
+    """A stage of a model with windowed attention."""
+
+    windows: int  # per image
+    window: tuple[int, int]
+    heads: int
+    head_dim: int
+    value_dim: int
+    bias: str  # "absolute": table over (|dy|, |dx|); "signed": table over (dy, dx)
+    layout: str  # "map": tokens are the dense axis of an NCHW map; "packed": slices of one qkv projection
+
+
+def _efficientvit(value_dims: tuple[int, int, int]) -> tuple[WindowStage, ...]:
+    # The cascade attends with one head at a time. 224 px: maps of 14 (2 x 2 windows of 7), 7 and 4.
+    sides, windows = (7, 7, 4), (4, 1, 1)
+    return tuple(
+        WindowStage(count, (side, side), 1, 16, value_dim, "absolute", "map")
+        for side, count, value_dim in zip(sides, windows, value_dims)
+    )
+
+
+def _swin(heads: tuple[int, ...]) -> tuple[WindowStage, ...]:
+    # 224 px: maps of 56, 28, 14, 7 in windows of 7; head dimension 32 throughout.
+    windows = (64, 16, 4, 1)
+    return tuple(
+        WindowStage(count, (7, 7), stage_heads, 32, 32, "signed", "packed")
+        for count, stage_heads in zip(windows, heads)
+    )
+
+
+def _tinyvit(heads: tuple[int, int, int]) -> tuple[WindowStage, ...]:
+    # 224 px, the three attention stages: maps of 28 (windows of 7), 14 (one window of 14), 7.
+    windows, sides = (16, 1, 1), (7, 14, 7)
+    return tuple(
+        WindowStage(count, (side, side), stage_heads, 32, 32, "absolute", "packed")
+        for count, side, stage_heads in zip(windows, sides, heads)
+    )
+
+
+WINDOW_MODELS: dict[str, tuple[WindowStage, ...]] = {
+    "efficientvit_m0": _efficientvit((16, 32, 48)),
+    "efficientvit_m1": _efficientvit((64, 48, 64)),
+    "efficientvit_m2": _efficientvit((32, 64, 112)),
+    "efficientvit_m3": _efficientvit((32, 80, 80)),
+    "efficientvit_m4": _efficientvit((32, 64, 96)),
+    "efficientvit_m5": _efficientvit((64, 96, 96)),
+    "swin_t": _swin((3, 6, 12, 24)),
+    "tinyvit_5m": _tinyvit((4, 5, 10)),
+    "tinyvit_21m": _tinyvit((6, 12, 18)),
+}

@@ -1,0 +1,244 @@
+"""Runs an operator's case: gate first, then interleaved timing, one row a provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkernels.bench import gate, timing
+from vitkernels.bench.case import Case, Function, Inputs, Problem, Provider, Unavailable
+from vitkernels.bench.peaks import Peaks, dtype_name
+
+MODES = ("fwd", "fwd+bwd")
+
+
+@dataclass
+class Row:
+    """One measurement. Seconds; ``status`` is "ok", "wrong" (no times then) or "skipped" (with the reason)."""
+
+    subject: str  # operator or model
+    preset: str
+    problem: str
+    shape: str
+    batch: int
+    dtype: str
+    device: str
+    mode: str
+    provider: str
+    ours: bool
+    status: str = "ok"
+    reason: str = ""
+    error_share: float | None = None  # of what the gate allows
+    method: str = ""  # wall | call | graph
+    median: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    samples: int = 0
+    speedup: float | None = None  # over eager
+    flops_per_second: float | None = None
+    bytes_per_second: float | None = None
+    floor: float | None = None
+    floor_share: float | None = None
+    bound: str = ""
+    images_per_second: float | None = None
+    peak_memory: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: torch.device
+    dtype: torch.dtype
+    modes: Sequence[str] = ("fwd", "fwd+bwd")
+    batches: Sequence[int] = (1, 16)
+    seconds: float = 0.5
+    rounds: int = 25
+    seed: int = 0
+
+
+def evaluate(function: Function, inputs: Inputs, training: bool) -> dict[str, Tensor]:
+    """``out`` and, in training, the gradient of every tensor."""
+    if not training:
+        with torch.no_grad():
+            return {"out": function(**inputs.tensors)}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+    out = function(**leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out)
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def make_step(function: Function, inputs: Inputs, training: bool) -> timing.Step:
+    """What is timed: no gradient is drawn, no graph retained, no leaf recreated inside."""
+    if not training:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return function(**inputs.tensors)
+
+        return forward
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+    wanted = list(leaves.values())
+
+    def forward_backward() -> object:
+        return torch.autograd.grad(function(**leaves), wanted, inputs.grad_out)
+
+    return forward_backward
+
+
+def truth_and_baseline(
+    case: Case, inputs: Inputs, training: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The float64 reference and plain PyTorch in the inputs' dtype.
+
+    The reference itself is held to plain PyTorch in float64 first: two programs, one answer.
+    """
+    import vitkernels
+
+    wide = inputs.map(lambda tensor: tensor.double())
+    operator = getattr(vitkernels.ops, case.operator)
+
+    def reference(**tensors: Tensor) -> Tensor:
+        return operator(**tensors, **inputs.options, backend="reference")
+
+    def plain(**tensors: Tensor) -> Tensor:
+        return case.eager(**tensors, **inputs.options)
+
+    truth = evaluate(reference, wide, training)
+    for name, value in evaluate(plain, wide, training).items():
+        difference = (truth[name] - value).abs().max().item() if value.numel() else 0.0
+        if not difference <= 1e-9 * max(1.0, value.abs().max().item()):
+            raise RuntimeError(
+                f"{case.operator}: the reference and plain PyTorch disagree in float64 on {name} by "
+                f"{difference:.2e}; nothing can be judged against either"
+            )
+    return truth, evaluate(plain, inputs, training)
+
+
+def time_steps(
+    steps: dict[str, timing.Step], settings: Settings
+) -> tuple[dict[str, dict[str, timing.Timing]], dict[str, str]]:
+    """{method: {provider: timing}} and, on CUDA, why a provider could not be captured in a graph."""
+    if settings.device.type != "cuda":
+        return {"wall": timing.time_on_cpu(steps, seconds=settings.seconds, rounds=settings.rounds)}, {}
+    timer = timing.CudaTimer(settings.device)
+    calls = timer.time_calls(steps, rounds=2 * settings.rounds)
+    graphs, failed = timer.time_graphs(steps, rounds=settings.rounds)
+    return {"call": calls, "graph": graphs}, failed
+
+
+def run_problem(
+    case: Case,
+    preset: str,
+    problem: Problem,
+    batch: int,
+    mode: str,
+    providers: Sequence[Provider],
+    settings: Settings,
+    peaks: Peaks | None,
+) -> list[Row]:
+    training = mode == "fwd+bwd"
+    generator = torch.Generator().manual_seed(settings.seed)
+    inputs = case.make_inputs(
+        problem, batch, dtype=settings.dtype, device=settings.device, generator=generator
+    )
+    truth, baseline = truth_and_baseline(case, inputs, training)
+    rows: dict[str, Row] = {}
+    steps: dict[str, timing.Step] = {}
+    for provider in providers:
+        if mode not in provider.modes:
+            continue
+        row = Row(
+            subject=case.operator,
+            preset=preset,
+            problem=problem.label,
+            shape=problem.describe(batch),
+            batch=batch,
+            dtype=dtype_name(settings.dtype),
+            device=str(settings.device),
+            mode=mode,
+            provider=provider.name,
+            ours=provider.ours,
+        )
+        rows[provider.name] = row
+        try:
+            function = provider.prepare(inputs, training)
+            got = evaluate(function, inputs, training)
+            worst = gate.worst(gate.check_results(got, baseline, truth, case.reduced(problem, batch)))
+            row.error_share = worst.share
+            if not worst.ok:
+                row.status, row.reason = "wrong", str(worst)
+                continue
+            step = make_step(function, inputs, training)
+            row.peak_memory = timing.peak_memory(step, settings.device)
+            steps[provider.name] = step
+        except Unavailable as error:
+            row.status, row.reason = "skipped", str(error)
+        except Exception as error:  # a peer that fails on a shape must not end the run, and is never hidden
+            row.status, row.reason = "skipped", f"{type(error).__name__}: {error}".splitlines()[0]
+    timings, uncaptured = time_steps(steps, settings)
+    cost = case.cost(problem, batch, settings.dtype, mode)
+    result = [row for row in rows.values() if row.status != "ok"]
+    for method, by_provider in timings.items():
+        for name, measured in by_provider.items():
+            row = Row(**rows[name].as_dict())
+            row.method, row.samples = method, measured.samples
+            row.median, row.p20, row.p80 = measured.median, measured.p20, measured.p80
+            if measured.median > 0:
+                row.flops_per_second = cost.flops / measured.median
+                row.bytes_per_second = cost.bytes / measured.median
+                if "eager" in by_provider:
+                    row.speedup = by_provider["eager"].median / measured.median
+                if peaks is not None:
+                    row.floor, row.bound = peaks.floor(cost, settings.dtype)
+                    row.floor_share = row.floor / measured.median
+            result.append(row)
+    for name, reason in uncaptured.items():
+        row = Row(**rows[name].as_dict())
+        row.method, row.status, row.reason = "graph", "skipped", f"CUDA graph capture: {reason}"
+        result.append(row)
+    return result
+
+
+def run_case(
+    case: Case,
+    preset: str,
+    problems: Sequence[Problem],
+    providers: Sequence[Provider],
+    settings: Settings,
+    peaks: Peaks | None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    rows: list[Row] = []
+    for mode in settings.modes:
+        for problem in problems:
+            for batch in settings.batches:
+                progress(f"{preset} {problem.label} batch {batch} {mode}")
+                rows += run_problem(case, preset, problem, batch, mode, providers, settings, peaks)
+    progress("done")
+    return rows
+
+
+def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Per mode, method and provider the geometric mean of the speed-up over eager, over all shapes timed."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.status == "ok" and row.speedup is not None:
+            groups.setdefault((row.mode, row.method, row.provider), []).append(row)
+    return [
+        {
+            "mode": mode,
+            "method": method,
+            "provider": provider,
+            "speedup": timing.geometric_mean([row.speedup for row in members if row.speedup]),
+            "floor_share": timing.geometric_mean(shares) if shares else None,
+            "count": len(members),
+        }
+        for (mode, method, provider), members in groups.items()
+        for shares in [[row.floor_share for row in members if row.floor_share]]
+    ]

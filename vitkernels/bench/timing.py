@@ -1,0 +1,170 @@
+"""Interleaved timing. Providers take turns in every round, so that drift of clocks, heat and load hits all."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median and the 20th and 80th percentile over the rounds."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    """Linear interpolation between the order statistics."""
+    position = share * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def summarize(samples: list[float]) -> Timing:
+    ordered = sorted(samples)
+    return Timing(percentile(ordered, 0.5), percentile(ordered, 0.2), percentile(ordered, 0.8), len(ordered))
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def _rotated(names: list[str], turn: int) -> list[str]:
+    # Nobody always runs behind the same neighbour, whose leftovers in the caches would favour or hurt it.
+    turn %= max(1, len(names))
+    return names[turn:] + names[:turn]
+
+
+def time_on_cpu(steps: Mapping[str, Step], *, seconds: float = 0.5, rounds: int = 25) -> dict[str, Timing]:
+    """``seconds`` is the budget of one provider; a sample is the mean of as many calls as fit its slot."""
+    calls = {}
+    for name, step in steps.items():
+        step()
+        begin = time.perf_counter()
+        step()
+        once = max(time.perf_counter() - begin, 1e-7)
+        calls[name] = max(1, int(seconds / rounds / once))
+        if once * rounds > 4 * seconds:
+            rounds = max(5, int(4 * seconds / once))
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            for name in _rotated(list(steps), turn):
+                step, count = steps[name], calls[name]
+                step()  # bring its code and data back into the caches after the neighbour's turn
+                begin = time.perf_counter()
+                for _ in range(count):
+                    step()
+                samples[name].append((time.perf_counter() - begin) / count)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: summarize(values) for name, values in samples.items()}
+
+
+class CudaTimer:
+    """Two ways to time on CUDA, both with a cold L2.
+
+    ``call``  events around one ordinary call: what a caller without graphs waits for, launch gaps included.
+    ``graph`` the call recorded ``repeats`` times in a CUDA graph, each behind a flush of the L2, less the
+              same graph with the flushes alone: device time without launch overhead. Timing warm repeats
+              instead would leave the inputs in the L2 and flatter every small kernel.
+    """
+
+    def __init__(self, device: torch.device, repeats: int = 8):
+        self.device = device
+        self.repeats = repeats
+        properties = torch.cuda.get_device_properties(device)
+        cache = getattr(properties, "L2_cache_size", 0) or 64 << 20
+        self.flush_buffer = torch.empty(2 * cache, dtype=torch.int8, device=device)
+
+    def flush(self) -> None:
+        self.flush_buffer.zero_()
+
+    def capture(self, step: Step | None) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.flush()
+                if step is not None:
+                    step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(self.repeats):
+                self.flush()
+                if step is not None:
+                    step()
+        return graph
+
+    def _timed(self, run: Step) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        return begin, end
+
+    def _rounds(self, steps: Mapping[str, Step], rounds: int, before: Step) -> dict[str, list[float]]:
+        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in steps}
+        for turn in range(rounds):
+            for name in _rotated(list(steps), turn):
+                before()
+                events[name].append(self._timed(steps[name]))
+            torch.cuda.synchronize(self.device)
+        return {name: [a.elapsed_time(b) * 1e-3 for a, b in pairs] for name, pairs in events.items()}
+
+    def time_calls(self, steps: Mapping[str, Step], *, rounds: int = 50) -> dict[str, Timing]:
+        for step in steps.values():
+            for _ in range(3):
+                step()
+        return {name: summarize(values) for name, values in self._rounds(steps, rounds, self.flush).items()}
+
+    def time_graphs(
+        self, steps: Mapping[str, Step], *, rounds: int = 25
+    ) -> tuple[dict[str, Timing], dict[str, str]]:
+        """Timings, and for every step that cannot be captured the reason."""
+        graphs = {"": self.capture(None)}
+        failed = {}
+        for name, step in steps.items():
+            try:
+                graphs[name] = self.capture(step)
+            except Exception as error:  # whatever a provider does that a capture forbids
+                torch.cuda.synchronize(self.device)
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        replays = {name: graph.replay for name, graph in graphs.items()}
+        for replay in replays.values():
+            replay()
+        samples = self._rounds(replays, rounds, lambda: None)
+        flushes = summarize(samples.pop("")).median
+        timings = {
+            name: summarize([max(value - flushes, 0.0) / self.repeats for value in values])
+            for name, values in samples.items()
+        }
+        return timings, failed
+
+
+def peak_memory(step: Step, device: torch.device) -> int | None:
+    """Bytes allocated beyond what was there before, at the worst moment of one call. CUDA only."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    kept = step()
+    torch.cuda.synchronize(device)
+    del kept
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,0 +1,80 @@
+"""Checks of user input. Each error names the argument, what was expected, what came, and the fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def describe(value: Any) -> str:
+    """A tensor as dtype, shape and device; anything else by its repr."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def fail(name: str, expected: str, got: Any, fix: str = "", kind: type[Exception] = ValueError) -> None:
+    """Raises `kind` for argument `name`."""
+    raise kind(f"argument `{name}`: expected {expected}; got {describe(got)}.{f' {fix}' if fix else ''}")
+
+
+def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], layout: str) -> None:
+    """Checks that value is a strided tensor of that rank and of those sizes, None meaning any.
+
+    Args:
+        layout: the shape in words, for the message, as in "[batch, heads, tokens, head_dim]".
+    """
+    if not isinstance(value, torch.Tensor):
+        fail(name, f"a tensor {layout}", value, kind=TypeError)
+    if value.layout is not torch.strided:
+        fail(name, "a dense (strided) tensor", value.layout, "Call .to_dense() first.", TypeError)
+    sizes = tuple(value.shape)
+    if len(sizes) != len(shape) or any(w is not None and g != w for g, w in zip(sizes, shape, strict=True)):
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        fail(name, f"shape {layout} = [{wanted}]", value)
+
+
+def check_dtype(name: str, value: torch.Tensor, allowed: tuple[torch.dtype, ...], fix: str = "") -> None:
+    if value.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        fail(name, f"dtype {names}", value, fix, TypeError)
+
+
+def check_device(name: str, value: torch.Tensor, device: torch.device, other: str) -> None:
+    if value.device != device:
+        fail(name, f"device {device}, as `{other}`", value, f"Move it with {name}.to({other}.device).")
+
+
+def check_positive_ints(name: str, value: Any, count: int) -> tuple[int, ...]:
+    """A tuple of `count` positive ints; one int stands for all."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        value = (value,) * count
+    fits = isinstance(value, (tuple, list)) and len(value) == count
+    if not fits or not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in value):
+        fail(name, f"{count} ints", value, kind=TypeError)
+    if any(v < 1 for v in value):
+        fail(name, f"{count} positive ints", value)
+    return tuple(value)
+
+
+def check_scale(value: Any, default: float) -> float:
+    """The softmax scale: a finite number, `default` for None."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail("scale", "a number or None", value, "A learned scale is multiplied onto q.", TypeError)
+    if value != value or value in (float("inf"), float("-inf")):
+        fail("scale", "a finite number", value)
+    return float(value)
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Casts tensors as autocast casts a matmul's: to its dtype where it is on, float64 left alone."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
+    )

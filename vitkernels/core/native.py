@@ -1,0 +1,93 @@
+"""The compiled extension: loading it, saying why it is missing, handing it tensors."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# The order of csrc/include/vitkernels/params.h.
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+_module: ModuleType | None = None
+_error: str = ""
+try:
+    from vitkernels import _native as _module  # type: ignore[no-redef,attr-defined]
+except ImportError as error:  # a missing or unloadable binary must not break the import of the package
+    _error = str(error)
+    if "_native" in _error and "cannot import name" in _error:
+        _error = "the compiled extension vitkernels._native was not built"
+
+
+def why_missing() -> str:
+    """Why the compiled extension cannot be used; empty when it can."""
+    return _error
+
+
+def load() -> ModuleType:
+    """The compiled extension.
+
+    Raises:
+        RuntimeError: it is missing; the message has the cause and the fix.
+    """
+    if _module is None:
+        raise RuntimeError(
+            f"vitkernels: {_error}. Reinstall where a C++ compiler is on PATH (and nvcc for the CUDA kernels): "
+            "pip install --force-reinstall --no-deps vitkernels. `python -m vitkernels info` shows what is there."
+        )
+    return _module
+
+
+def view(tensor: torch.Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    """A tensor as the bindings take it: address and strides."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.stride())
+
+
+def place(tensor: torch.Tensor) -> tuple[int, int]:
+    """(device index, current stream) of a CUDA tensor, (threads, 0) of a CPU tensor."""
+    if tensor.is_cuda:
+        index = tensor.get_device()
+        return index, torch.cuda.current_stream(index).cuda_stream
+    return torch.get_num_threads(), 0
+
+
+def cuda_reason() -> str:
+    """Why the CUDA kernels of the extension cannot run on this machine; empty when they can."""
+    if _module is None:
+        return _error
+    if not _module.cuda_archs:
+        return "the extension was built without nvcc, so it holds no CUDA kernels"
+    status = _module.cuda_status()
+    if status["driver"] == 0:
+        return "no CUDA driver was found"
+    if status["driver"] // 1000 < status["runtime"] // 1000:
+        return (
+            f"the driver speaks CUDA {_cuda_version(status['driver'])}, but the extension was built with "
+            f"CUDA {_cuda_version(status['runtime'])}; update the driver or rebuild with an older nvcc"
+        )
+    return status["error"]
+
+
+def status() -> dict[str, Any]:
+    """Facts about the extension for `python -m vitkernels info`."""
+    if _module is None:
+        return {"path": None, "error": _error, "cuda": False, "cuda_archs": "", "isa": None, "openmp": None}
+    cuda = _module.cuda_status()
+    return {
+        "path": _module.__file__,
+        "error": "",
+        "version": _module.version,
+        "compiler": _module.compiler,
+        "isa": _module.cpu_isa(),
+        "openmp": _module.openmp_runtime(),
+        "cuda": bool(_module.cuda_archs),
+        "cuda_archs": _module.cuda_archs,
+        "cuda_runtime": _cuda_version(cuda.get("runtime", 0)),
+        "cuda_driver": _cuda_version(cuda.get("driver", 0)),
+        "cuda_reason": cuda_reason(),
+    }
+
+
+def _cuda_version(number: int) -> str | None:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None

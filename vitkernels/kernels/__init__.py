@@ -1,0 +1,1 @@
+"""One room per operator; the public functions are re-exported by `vitkernels.ops`."""

@@ -1,0 +1,210 @@
+"""Launches the Triton kernels of window attention: which kernel, which tiles, how many programs.
+
+The configuration follows from window, head dims and dtype alone: no autotuning, and a new batch size never
+recompiles. Windows of at most 64 tokens take the single-tile kernels, others the tiled ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from vitkernels.core.triton_tiles import device_of, tile_size
+from vitkernels.kernels.window_attention.triton_bias import reduce_bias_gradient
+from vitkernels.kernels.window_attention.triton_tiled import (
+    backward_bias_tiled,
+    backward_key_tiled,
+    backward_query_tiled,
+    forward_tiled,
+)
+from vitkernels.kernels.window_attention.triton_whole import backward_whole, forward_whole
+
+# Most tokens a single tile holds.
+WHOLE_WINDOW = 64
+# Programs of 128 threads that fill a large GPU about twice over; windows beyond are looped over.
+FORWARD_PROGRAMS = 1024
+# Fewer in the backward, where each program also writes an N x N partial of the bias gradient.
+BACKWARD_PROGRAMS = 512
+PARTIAL_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and warps of one launch."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_v: int
+    num_warps: int
+
+    def whole(self) -> dict[str, int]:
+        return {"BLOCK": self.block_m, "BLOCK_D": self.block_d, "BLOCK_V": self.block_v, **self.options()}
+
+    def tiled(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_D": self.block_d,
+            "BLOCK_V": self.block_v,
+            **self.options(),
+        }
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": 1}
+
+
+@lru_cache(maxsize=None)
+def configuration(tokens: int, head_dim: int, value_dim: int, itemsize: int, backward: bool) -> Config:
+    """Tiles from sizes only."""
+    block = tile_size(tokens, 64)
+    block_d, block_v = tile_size(head_dim, 1 << 20), tile_size(value_dim, 1 << 20)
+    warps = max(1, block // 16)
+    return Config(block, block, block_d, block_v, warps)
+
+
+def window_chunks(batch: int, heads: int, programs: int, per_head: int = 1) -> int:
+    """Into how many interleaved chunks the windows are split, evenly, so that programs loop over the rest."""
+    limit = max(1, programs // (heads * per_head))
+    rounds = -(-batch // limit)
+    return -(-batch // rounds)
+
+
+def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if tensor is None else tensor.stride()
+
+
+def forward(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor | None,
+    window_h: int,
+    window_w: int,
+    signed_bias: bool,
+    scale: float,
+) -> None:
+    """Fills out and lse."""
+    batch, heads, tokens, head_dim = q.shape
+    value_dim = v.shape[3]
+    config = configuration(tokens, head_dim, value_dim, q.element_size(), False)
+    strides = (*out.stride(), *lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias_table, 2))
+    shape = (window_h, window_w, signed_bias, head_dim, value_dim)
+    with device_of(q):
+        if tokens <= WHOLE_WINDOW:
+            chunks = window_chunks(batch, heads, FORWARD_PROGRAMS * 4 // config.num_warps)
+            forward_whole[(chunks * heads,)](
+                out, lse, q, k, v, bias_table, *strides, batch, heads, chunks, scale, *shape, **config.whole()
+            )
+        else:
+            tiles = -(-tokens // config.block_m)
+            forward_tiled[(batch * heads * tiles,)](
+                out, lse, q, k, v, bias_table, *strides, heads, scale, *shape, **config.tiled()
+            )
+
+
+def backward(
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
+    grad_bias_table: Tensor | None,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor | None,
+    window_h: int,
+    window_w: int,
+    signed_bias: bool,
+    scale: float,
+) -> None:
+    """Fills the gradients that are not None; an absent incoming gradient is zero."""
+    if grad_out is None:
+        if grad_v is not None:
+            grad_v.zero_()
+            grad_v = None
+        if grad_lse is None:
+            for grad in (grad_q, grad_k, grad_bias_table):
+                if grad is not None:
+                    grad.zero_()
+            return
+    if grad_q is None and grad_k is None and grad_v is None and grad_bias_table is None:
+        return
+    with device_of(q):
+        fill = _backward_whole if window_h * window_w <= WHOLE_WINDOW else _backward_tiled
+        partials = fill(
+            grad_q, grad_k, grad_v, grad_bias_table is not None, grad_out, grad_lse, out, lse, q, k, v,
+            bias_table, window_h, window_w, signed_bias, scale,
+        )  # fmt: skip
+        if grad_bias_table is not None:
+            chunks, heads, tokens, _ = partials.shape
+            block_t = tile_size(tokens, 1 << 20)
+            reduce_bias_gradient[(heads * grad_bias_table.shape[1],)](
+                grad_bias_table, partials, *grad_bias_table.stride(), heads, chunks, window_h, window_w,
+                signed_bias, BLOCK_C=max(1, 1024 // block_t), BLOCK_T=block_t, num_warps=4,
+            )  # fmt: skip
+
+
+def _partials(q: Tensor, chunks: int) -> Tensor:
+    _, heads, tokens, _ = q.shape
+    return torch.empty(chunks, heads, tokens, tokens, dtype=torch.float32, device=q.device)
+
+
+def _backward_whole(
+    grad_q, grad_k, grad_v, bias_gradient, grad_out, grad_lse, out, lse, q, k, v,
+    bias_table, window_h, window_w, signed_bias, scale,
+):  # fmt: skip
+    batch, heads, tokens, head_dim = q.shape
+    value_dim = v.shape[3]
+    config = configuration(tokens, head_dim, value_dim, q.element_size(), True)
+    chunks = window_chunks(batch, heads, BACKWARD_PROGRAMS * 4 // config.num_warps)
+    partials = _partials(q, chunks) if bias_gradient else None
+    backward_whole[(chunks * heads,)](
+        grad_q, grad_k, grad_v, partials, grad_out, grad_lse, lse, q, k, v, bias_table,
+        *_strides(grad_q, 4), *_strides(grad_k, 4), *_strides(grad_v, 4), *_strides(grad_out, 4),
+        *_strides(grad_lse, 3), *lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias_table, 2),
+        batch, heads, chunks, scale, window_h, window_w, signed_bias, head_dim, value_dim, **config.whole(),
+    )  # fmt: skip
+    return partials
+
+
+def _backward_tiled(
+    grad_q, grad_k, grad_v, bias_gradient, grad_out, grad_lse, out, lse, q, k, v,
+    bias_table, window_h, window_w, signed_bias, scale,
+):  # fmt: skip
+    batch, heads, tokens, head_dim = q.shape
+    value_dim = v.shape[3]
+    config = configuration(tokens, head_dim, value_dim, q.element_size(), True)
+    tiles_m, tiles_n = -(-tokens // config.block_m), -(-tokens // config.block_n)
+    delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    incoming = (*_strides(grad_out, 4),)
+    inputs = (*lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias_table, 2))
+    shape = (window_h, window_w, signed_bias, head_dim, value_dim)
+    backward_query_tiled[(batch * heads * tiles_m,)](
+        grad_q, delta, grad_out, grad_lse, out, lse, q, k, v, bias_table, *_strides(grad_q, 4), *incoming,
+        *_strides(grad_lse, 3), *out.stride(), *inputs, heads, scale, *shape, **config.tiled(),
+    )  # fmt: skip
+    if grad_k is not None or grad_v is not None:
+        backward_key_tiled[(batch * heads * tiles_n,)](
+            grad_k, grad_v, grad_out, lse, delta, q, k, v, bias_table, *_strides(grad_k, 4),
+            *_strides(grad_v, 4), *incoming, *inputs, heads, scale, *shape, **config.tiled(),
+        )  # fmt: skip
+    if not bias_gradient:
+        return None
+    programs = min(BACKWARD_PROGRAMS, PARTIAL_BYTES * tiles_m * tiles_n // (4 * tokens * tokens))
+    chunks = window_chunks(batch, heads, programs, tiles_m * tiles_n)
+    partials = _partials(q, chunks)
+    backward_bias_tiled[(chunks * heads * tiles_m * tiles_n,)](
+        partials, grad_out, lse, delta, q, k, v, bias_table, *incoming, *inputs, batch, heads, chunks, scale,
+        *shape, **config.tiled(),
+    )  # fmt: skip
+    return partials
