@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "vitkernels/cpu_dispatch.h"
+#include "vitkernels/parallel.h"
 #if VITKERNELS_WITH_CUDA
 #include "vitkernels/runtime.h"
 #endif

@@ -185,7 +185,9 @@ void Scheduler::collective(const char* name, CollectiveBody body, void* mine) {
   }
   void* operands[32];
   for (int i = 0; i < 32; ++i) {
-    if (lane(warp, i).body != body) fail_diverged(warp);
+    const Thread& other = lane(warp, i);
+    // shfl and shfl_down share a body, hence the names
+    if (other.body != body || std::strcmp(other.collective, name) != 0) fail_diverged(warp);
     operands[i] = lane(warp, i).operands;
   }
   body(operands);

@@ -37,14 +37,9 @@ def compiled_backend(device: str) -> str:
 def spy(monkeypatch: pytest.MonkeyPatch, sample: Sample) -> list:
     """Records every call that reaches a kernel of the operator."""
     calls = []
-    for backend in REGISTRY[sample.op].backends.values():
-        if backend.why_not(torch.empty(0), (None,) * 32 if backend.limits is None else ()) == []:
-            module = backend.load()
-            for direction in ("forward", "backward"):
-                original = getattr(module, direction)
-                monkeypatch.setattr(
-                    module, direction, lambda *a, _o=original, _d=direction, **k: (calls.append(_d), _o(*a, **k))
-                )
+    for module in {REGISTRY[sample.op].backends[name].load() for name in ("cpu", "cuda")}:
+        for direction in ("forward", "backward"):
+            monkeypatch.setattr(module, direction, lambda *args, _name=direction, **_: calls.append(_name))
     return calls
 
 
@@ -103,7 +98,7 @@ def test_reference_is_twice_differentiable(sample):
     def run(*values):
         return outputs_of(sample(dict(zip(tensors, values, strict=True)), backend="reference"))
 
-    assert torch.autograd.gradgradcheck(run, tuple(tensors.values()))
+    assert torch.autograd.gradgradcheck(run, tuple(tensors.values()), fast_mode=True)
 
 
 @each_sample
@@ -138,7 +133,8 @@ def test_compile_is_one_dynamic_graph(sample, device):
         return sample(tensors)
 
     compiled = torch.compile(run, backend=count, fullgraph=True, dynamic=True)
-    for batch in (2, 3, 5):
+    # The first batch equals no other size of a sample: Dynamo takes equal sizes for one symbol.
+    for batch in (6, 2, 11):
         tensors = sample.tensors(device=device, batch=batch)
         for got, want in zip(outputs_of(compiled(tensors)), outputs_of(sample(tensors)), strict=True):
             assert torch.equal(got, want)
@@ -215,6 +211,8 @@ def test_bad_input_names_argument_expected_and_got(sample, monkeypatch):
         assert message in str(error.value)
         assert "; got " in str(error.value)
     assert calls == [], "a kernel ran on bad input"
+    sample(sample.tensors())
+    assert calls == ["forward"]
 
 
 @each_sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -69,9 +69,9 @@ class Case:
     make_inputs: Callable[..., Inputs]  # (problem, batch, dtype=, device=, generator=)
     eager: Function
     peers: Callable[[torch.device], Sequence[Provider]]
-    cost: Callable[[Problem, int, torch.dtype, str], Cost]
+    cost: Callable[..., Cost]  # (problem, batch, dtype, mode)
     # Terms summed into one element of a gradient, where that is a long reduction over the batch.
-    reduced: Callable[[Problem, int], Mapping[str, int]] = field(default=lambda problem, batch: {})
+    reduced: Callable[..., Mapping[str, int]] = lambda problem, batch: {}
 
 
 def operators() -> list[str]:
@@ -103,6 +103,7 @@ def parse_fields(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 fields[key] = type(default)(value)
         except ValueError:
-            expected = "x".join(["int"] * len(default)) if isinstance(default, tuple) else type(default).__name__
+            is_tuple = isinstance(default, tuple)
+            expected = "x".join(["int"] * len(default)) if is_tuple else type(default).__name__
             raise ValueError(f"shape: expected {key}={expected}; got {item!r}") from None
     return fields

@@ -37,7 +37,7 @@ class Check:
         if math.isnan(self.max_error) or math.isnan(self.rms_error):
             return math.nan
         pairs = ((self.max_error, self.max_allowed), (self.rms_error, self.rms_allowed))
-        return max(0.0 if error == 0 else error / allowed if allowed else math.inf for error, allowed in pairs)
+        return max(error / allowed if allowed else math.inf if error else 0.0 for error, allowed in pairs)
 
     def __str__(self) -> str:
         return (
@@ -50,7 +50,9 @@ def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def check(name: str, got: Tensor, baseline: Tensor, truth: Tensor, *, factor: float, reduced: int = 1) -> Check:
+def check(
+    name: str, got: Tensor, baseline: Tensor, truth: Tensor, *, factor: float, reduced: int = 1
+) -> Check:
     if got.shape != truth.shape:
         raise ValueError(f"{name}: expected shape {tuple(truth.shape)}; got {tuple(got.shape)}")
     error, base = (got.double() - truth).abs(), (baseline.double() - truth).abs()

@@ -6,6 +6,7 @@ result in the user's cache directory, keyed by device, threads and torch version
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ CUDA_COPY_BYTES = (2 << 30,)
 class Peaks:
     device: str
     threads: int
-    torch: str
+    torch_version: str
     copy: dict[str, float] = field(default_factory=dict)  # working set in bytes -> bytes/s
     gemm: dict[str, float] = field(default_factory=dict)  # dtype -> FLOP/s
     exp: float | None = None  # exponentials/s
@@ -96,7 +98,7 @@ def measure_copy(device: torch.device, seconds: float) -> dict[str, float]:
     for size in CUDA_COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES:
         source = torch.ones(size // 2, dtype=torch.uint8, device=device).view(torch.float32)
         target = torch.empty_like(source)
-        rates[str(size)] = size / _best_seconds(lambda a=target, b=source: a.copy_(b), device, seconds)
+        rates[str(size)] = size / _best_seconds(partial(target.copy_, source), device, seconds)
     return rates
 
 
@@ -131,7 +133,8 @@ def measure_exp(device: torch.device, seconds: float) -> float | None:
 def cache_file(device: torch.device) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     key = f"{device_name(device)}|{torch.get_num_threads()}|{torch.__version__}"
-    return Path(base) / "vitkernels" / f"peaks-{device.type}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    return Path(base) / "vitkernels" / f"peaks-{device.type}-{digest}.json"
 
 
 def measured_peaks(
@@ -141,10 +144,8 @@ def measured_peaks(
     path = cache_file(device)
     peaks = Peaks(device_name(device), torch.get_num_threads(), torch.__version__)
     if not refresh:
-        try:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or of another version
             peaks = Peaks(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            pass  # absent, or written by another version
     missing = [dtype for dtype in dtypes if dtype_name(dtype) not in peaks.gemm]
     if peaks.copy and not missing:
         return peaks

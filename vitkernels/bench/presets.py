@@ -26,7 +26,7 @@ def _efficientvit(value_dims: tuple[int, int, int]) -> tuple[WindowStage, ...]:
     sides, windows = (7, 7, 4), (4, 1, 1)
     return tuple(
         WindowStage(count, (side, side), 1, 16, value_dim, "absolute", "map")
-        for side, count, value_dim in zip(sides, windows, value_dims)
+        for side, count, value_dim in zip(sides, windows, value_dims, strict=True)
     )
 
 
@@ -35,7 +35,7 @@ def _swin(heads: tuple[int, ...]) -> tuple[WindowStage, ...]:
     windows = (64, 16, 4, 1)
     return tuple(
         WindowStage(count, (7, 7), stage_heads, 32, 32, "signed", "packed")
-        for count, stage_heads in zip(windows, heads)
+        for count, stage_heads in zip(windows, heads, strict=True)
     )
 
 
@@ -44,7 +44,7 @@ def _tinyvit(heads: tuple[int, int, int]) -> tuple[WindowStage, ...]:
     windows, sides = (16, 1, 1), (7, 14, 7)
     return tuple(
         WindowStage(count, (side, side), stage_heads, 32, 32, "absolute", "packed")
-        for count, side, stage_heads in zip(windows, sides, heads)
+        for count, side, stage_heads in zip(windows, sides, heads, strict=True)
     )
 
 

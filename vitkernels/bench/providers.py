@@ -18,9 +18,7 @@ def ours(case: Case, backend: str) -> Provider:
     operator = getattr(vitkernels.ops, case.operator)
 
     def prepare(inputs: Inputs, training: bool) -> Function:
-        reasons = vitkernels.supported_backends(
-            case.operator, *inputs.tensors.values(), **inputs.options
-        )[backend]
+        reasons = vitkernels.supported_backends(case.operator, **inputs.tensors, **inputs.options)[backend]
         if reasons:
             raise Unavailable("; ".join(reasons))
 

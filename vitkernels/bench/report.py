@@ -25,7 +25,8 @@ METHODS = {
 def show_time(seconds: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
-            return f"{seconds / scale:.{0 if seconds / scale >= 100 else 1 if seconds / scale >= 10 else 2}f} {unit}"
+            value = seconds / scale
+            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
     return f"{seconds * 1e6:.2f} us"
 
 
@@ -57,7 +58,8 @@ def environment_lines(environment: dict[str, Any], peaks: dict[str, Any] | None)
 
 def operator_table(rows: Sequence[Row], mode: str, method: str) -> Table:
     memory = any(row.peak_memory is not None for row in rows)
-    table = Table(title=f"{rows[0].subject}, {mode}, {rows[0].dtype} ({METHODS[method]})", title_justify="left")
+    title = f"{rows[0].subject}, {mode}, {rows[0].dtype} ({METHODS[method]})"
+    table = Table(title=title, title_justify="left")
     for header in ("shape [batch, heads, N, d]", "provider"):
         table.add_column(header, no_wrap=True)
     for header in ("median", "p20 - p80", "x eager", "GFLOP/s", "GB/s", "of floor"):
@@ -139,7 +141,8 @@ def print_report(console: Console, rows: Sequence[Row], summary: Sequence[dict[s
     timed = {(row.mode, row.method): None for row in rows if row.median is not None}
     is_model = any(row.images_per_second is not None for row in rows)
     for mode, method in timed:
-        shown = [r for r in rows if r.mode == mode and (r.method == method or (not r.method and r.status != "ok"))]
+        # A row that failed its gate was never timed and belongs under every timing method.
+        shown = [row for row in rows if row.mode == mode and row.method in (method, "")]
         console.print(model_table(shown) if is_model else operator_table(shown, mode, method))
     failures: dict[str, str] = {}
     for row in rows:
@@ -147,7 +150,8 @@ def print_report(console: Console, rows: Sequence[Row], summary: Sequence[dict[s
             where = f"{row.problem}, batch {row.batch}, {row.mode}"
             failures.setdefault(f"{row.status} {row.provider}: {row.reason}", where)
     for text, where in failures.items():
-        console.print(f"{text} [first at {where}]", markup=False, style="red" if text.startswith("wrong") else None)
+        style = "red" if text.startswith("wrong") else None
+        console.print(f"{text} [first at {where}]", markup=False, style=style)
     if summary:
         console.print(summary_table(summary))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.bench import gate, timing
-from vitkernels.bench.case import Case, Function, Inputs, Problem, Provider, Unavailable
+from vitkernels.bench.case import Case, Cost, Function, Inputs, Problem, Provider, Unavailable
 from vitkernels.bench.peaks import Peaks, dtype_name
 
 MODES = ("fwd", "fwd+bwd")
@@ -18,7 +18,7 @@ MODES = ("fwd", "fwd+bwd")
 
 @dataclass
 class Row:
-    """One measurement. Seconds; ``status`` is "ok", "wrong" (no times then) or "skipped" (with the reason)."""
+    """One measurement, in seconds. ``status``: "ok", "wrong" (no times then), "skipped" (with the reason)."""
 
     subject: str  # operator or model
     preset: str
@@ -37,6 +37,7 @@ class Row:
     median: float | None = None
     p20: float | None = None
     p80: float | None = None
+    best: float | None = None
     samples: int = 0
     speedup: float | None = None  # over eager
     flops_per_second: float | None = None
@@ -121,7 +122,7 @@ def truth_and_baseline(
 
 
 def time_steps(
-    steps: dict[str, timing.Step], settings: Settings
+    steps: Mapping[str, timing.Step], settings: Settings
 ) -> tuple[dict[str, dict[str, timing.Timing]], dict[str, str]]:
     """{method: {provider: timing}} and, on CUDA, why a provider could not be captured in a graph."""
     if settings.device.type != "cuda":
@@ -183,26 +184,43 @@ def run_problem(
             row.status, row.reason = "skipped", f"{type(error).__name__}: {error}".splitlines()[0]
     timings, uncaptured = time_steps(steps, settings)
     cost = case.cost(problem, batch, settings.dtype, mode)
-    result = [row for row in rows.values() if row.status != "ok"]
-    for method, by_provider in timings.items():
-        for name, measured in by_provider.items():
-            row = Row(**rows[name].as_dict())
-            row.method, row.samples = method, measured.samples
-            row.median, row.p20, row.p80 = measured.median, measured.p20, measured.p80
-            if measured.median > 0:
-                row.flops_per_second = cost.flops / measured.median
-                row.bytes_per_second = cost.bytes / measured.median
-                if "eager" in by_provider:
-                    row.speedup = by_provider["eager"].median / measured.median
-                if peaks is not None:
-                    row.floor, row.bound = peaks.floor(cost, settings.dtype)
-                    row.floor_share = row.floor / measured.median
+    result = []
+    for name, row in rows.items():
+        if row.status != "ok":
             result.append(row)
-    for name, reason in uncaptured.items():
-        row = Row(**rows[name].as_dict())
-        row.method, row.status, row.reason = "graph", "skipped", f"CUDA graph capture: {reason}"
-        result.append(row)
+        for method, by_provider in timings.items():
+            if name in by_provider:
+                timed = record(row, method, by_provider[name], by_provider.get("eager"))
+                add_cost(timed, cost, settings.dtype, peaks)
+                result.append(timed)
+        if name in uncaptured:
+            result.append(not_captured(row, uncaptured[name]))
     return result
+
+
+def record(row: Row, method: str, spent: timing.Timing, eager: timing.Timing | None) -> Row:
+    """A copy of the row with its times."""
+    timed = Row(**row.as_dict())
+    timed.method, timed.samples = method, spent.samples
+    timed.median, timed.p20, timed.p80, timed.best = spent.median, spent.p20, spent.p80, spent.best
+    if eager is not None and spent.median > 0:
+        timed.speedup = eager.median / spent.median
+    return timed
+
+
+def add_cost(row: Row, cost: Cost, dtype: torch.dtype, peaks: Peaks | None) -> None:
+    if not row.median:
+        return
+    row.flops_per_second, row.bytes_per_second = cost.flops / row.median, cost.bytes / row.median
+    if peaks is not None:
+        row.floor, row.bound = peaks.floor(cost, dtype)
+        row.floor_share = row.floor / row.median
+
+
+def not_captured(row: Row, reason: str) -> Row:
+    skipped = Row(**row.as_dict())
+    skipped.method, skipped.status, skipped.reason = "graph", "skipped", f"CUDA graph capture: {reason}"
+    return skipped
 
 
 def run_case(

@@ -177,14 +177,16 @@ class Operator:
 
 def _function(operator: Operator) -> type[torch.autograd.Function]:
     """The autograd.Function of an operator, over its forward and backward ops."""
-    inputs_count = len(operator.tensors)
+    # Dynamo rebuilds the closure of a Function, which works for ops, numbers and strings only.
+    name, inputs_count = operator.name, len(operator.tensors)
+    forward_op, backward_op = operator.forward_op, operator.backward_op
 
     class Backward(torch.autograd.Function):
         """The backward op as a node of its own, so that a second derivative is an error, not a zero."""
 
         @staticmethod
         def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-            return operator.backward_op(*args)
+            return backward_op(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -193,7 +195,7 @@ def _function(operator: Operator) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             raise RuntimeError(
-                f"vitkernels: the kernels of {operator.name} have no second derivative (asked for by "
+                f"vitkernels: the kernels of {name} have no second derivative (asked for by "
                 "create_graph=True, as in a gradient penalty). Use backend='reference' for this call or scope: "
                 "with vitkernels.backend('reference'): ..."
             )
@@ -201,7 +203,7 @@ def _function(operator: Operator) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-            return operator.forward_op(*args)
+            return forward_op(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -216,13 +218,14 @@ def _function(operator: Operator) -> type[torch.autograd.Function]:
             if all(grad is None for grad in grads):
                 return (*([None] * inputs_count), *nothing)
             args = (*grads, *ctx.saved_tensors, *ctx.params, mask)
-            # Grad mode is on in a backward only under create_graph=True; the second node costs 5 us otherwise.
-            if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            # Grad mode is on in an eager backward only under create_graph=True. Compiled graphs refuse a second
+            # derivative by themselves, and Dynamo cannot trace a Function inside a Function's backward.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 results = Backward.apply(*args)
             else:
-                results = operator.backward_op(*args)
+                results = backward_op(*args)
             return (*(g if want else None for g, want in zip(results, mask, strict=True)), *nothing)
 
-    Function.__name__ = Function.__qualname__ = operator.name
-    Backward.__name__ = Backward.__qualname__ = f"{operator.name}_backward"
+    Function.__name__ = Function.__qualname__ = name
+    Backward.__name__ = Backward.__qualname__ = f"{name}_backward"
     return Function

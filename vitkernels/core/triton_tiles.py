@@ -41,6 +41,15 @@ def tile_mask(rows_valid, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def slice_mask(rows_valid, first, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
+    """Mask [rows, WIDTH] of the columns from `first` on."""
+    if LIMIT % WIDTH == 0:
+        return rows_valid[:, None] & (tl.full([1, WIDTH], 1, tl.int1))
+    else:
+        return rows_valid[:, None] & (first + tl.arange(0, WIDTH) < LIMIT)[None, :]
+
+
+@triton.jit
 def load_tile(base, offsets, mask):
     """A tile with zeros outside the mask, so that padding adds nothing to a product."""
     return tl.load(base + offsets, mask=mask, other=0.0)
@@ -52,9 +61,9 @@ def store_tile(base, offsets, mask, tile):
 
 
 @triton.jit
-def dot(a, b):
-    """a b, accumulated in fp32."""
-    return tl.dot(a, b, input_precision="ieee")
+def dot(a, b, accumulator=None):
+    """accumulator + a b, in fp32."""
+    return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
 @triton.jit
@@ -80,7 +89,12 @@ def softmax_step(logits, maximum, total):
 @triton.jit
 def softmax_finish(accumulator, maximum, total):
     """The output rows and their natural-log lse."""
-    return accumulator / total[:, None], (maximum + tl.log2(total)) * LN2
+    return accumulator / total[:, None], natural_lse(maximum, total)
+
+
+@triton.jit
+def natural_lse(maximum, total):
+    return (maximum + tl.log2(total)) * LN2
 
 
 @triton.jit

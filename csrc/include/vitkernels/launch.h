@@ -46,13 +46,6 @@ void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared
   twin::run_grid({grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { std::apply(kernel, values); });
 }
 
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int) {}
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-};
-
 #else
 
 [[noreturn]] inline void throw_cuda_error(cudaError_t error, const std::string& what) {
@@ -81,28 +74,6 @@ void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared
                                              shared_bytes, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) fail(error);
 }
-
-// Makes `device` current for a scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), device);
-    if (previous_ != device) check(cudaSetDevice(device), device);
-    changed_ = previous_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  static void check(cudaError_t error, int device) {
-    if (error != cudaSuccess) throw_cuda_error(error, "cannot select CUDA device " + std::to_string(device));
-  }
-  int previous_ = 0;
-  bool changed_ = false;
-};
 
 #endif
 

@@ -34,21 +34,34 @@ class WindowProblem:
         return shape if stage.value_dim == stage.head_dim else f"{shape}|{stage.value_dim}"
 
 
+SHAPE_DEFAULTS = {
+    "windows": 1,
+    "window": (7, 7),
+    "heads": 1,
+    "d": 16,
+    "dv": 0,  # as d
+    "bias": "absolute",
+    "layout": "packed",
+}
+
+
 def parse_shape(text: str) -> WindowProblem:
-    defaults = dict(windows=1, window=(7, 7), heads=1, d=16, dv=0, bias="absolute", layout="packed")
-    fields = parse_fields(text, defaults)
+    fields = parse_fields(text, SHAPE_DEFAULTS)
     for key, choices in (("bias", ("absolute", "signed")), ("layout", ("map", "packed"))):
         if fields[key] not in choices:
             raise ValueError(f"shape: expected {key} in {', '.join(choices)}; got {fields[key]!r}")
     d = fields["d"]
-    stage = WindowStage(
-        fields["windows"], fields["window"], fields["heads"], d, fields["dv"] or d, fields["bias"], fields["layout"]
-    )
-    return WindowProblem("shape", stage)
+    size = (fields["windows"], fields["window"], fields["heads"], d, fields["dv"] or d)
+    return WindowProblem("shape", WindowStage(*size, fields["bias"], fields["layout"]))
 
 
 def make_inputs(
-    problem: WindowProblem, batch: int, *, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    problem: WindowProblem,
+    batch: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
 ) -> Inputs:
     stage, tokens = problem.stage, problem.tokens
     count, heads, d, dv = batch * stage.windows, stage.heads, stage.head_dim, stage.value_dim
@@ -68,8 +81,8 @@ def make_inputs(
         packed = random(count, tokens, heads, 2 * d + dv).transpose(1, 2)
         q, k, v = packed.split([d, d, dv], dim=-1)
         grad_out = random(count, tokens, heads, dv).transpose(1, 2)
-    tensors = dict(q=q, k=k, v=v, bias_table=random(heads, problem.entries))
-    return Inputs(tensors, dict(bias_index=stage.bias, window=stage.window), grad_out)
+    tensors = {"q": q, "k": k, "v": v, "bias_table": random(heads, problem.entries)}
+    return Inputs(tensors, {"bias_index": stage.bias, "window": stage.window}, grad_out)
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,7 +97,9 @@ def relative_index(window: tuple[int, int], bias_index: str, device: torch.devic
     return dy.abs() * width + dx.abs()
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *, bias_index: str, window: tuple[int, int]) -> Tensor:
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *, bias_index: str, window: tuple[int, int]
+) -> Tensor:
     bias = bias_table[:, relative_index(window, bias_index, q.device)]
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
 

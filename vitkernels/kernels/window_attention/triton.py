@@ -6,7 +6,7 @@ recompiles. Windows of at most 64 tokens take the single-tile kernels, others th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -208,3 +208,28 @@ def _backward_tiled(
         *shape, **config.tiled(),
     )  # fmt: skip
     return partials
+
+
+# (window, head_dim, value_dim, signed): EfficientViT's three stages at their narrowest and widest, Swin at 384 px.
+EXAMPLES = (
+    ((7, 7), 16, 16, False),
+    ((7, 7), 16, 96, False),
+    ((4, 4), 16, 112, False),
+    ((12, 12), 32, 32, True),
+)
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls that launch every kernel at representative sizes, for compiling them without a GPU."""
+    for window, head_dim, value_dim, signed in EXAMPLES:
+        tokens = window[0] * window[1]
+        entries = (2 * window[0] - 1) * (2 * window[1] - 1) if signed else tokens
+        q, k, v, out = (torch.empty(4, 2, tokens, c, dtype=dtype) for c in (head_dim, head_dim, *2 * (value_dim,)))
+        lse, table = torch.empty(4, 2, tokens), torch.empty(2, entries)
+        inputs = (q, k, v, table, *window, signed, head_dim**-0.5)
+
+        def call(out=out, lse=lse, q=q, k=k, v=v, table=table, inputs=inputs):
+            forward(out, lse, *inputs)
+            backward(q, k, v, table, out, lse, out, lse, *inputs)
+
+        yield f"{window[0]}x{window[1]} d={head_dim} dv={value_dim}", call

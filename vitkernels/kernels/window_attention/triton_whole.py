@@ -22,15 +22,30 @@ from vitkernels.core.triton_tiles import (
     dot,
     load_tile,
     logit_gradient,
+    natural_lse,
     probabilities,
-    softmax_finish,
+    slice_mask,
     softmax_start,
     softmax_step,
     store_tile,
-    tile_mask,
     tile_offsets,
 )
 from vitkernels.kernels.window_attention.triton_bias import bias_logits, partial_offset
+
+
+@triton.jit
+def whole_logits(
+    q, k, tokens, valid, bias, q_n, q_c, k_n, k_c, scale,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Base-2 logits of one window; q and k point at it."""
+    logits = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for first in range(0, HEAD_DIM, BLOCK_D):
+        mask = slice_mask(valid, first, BLOCK_D, HEAD_DIM)
+        query = load_tile(q + first * q_c, tile_offsets(tokens, q_n, q_c, BLOCK_D), mask)
+        key = load_tile(k + first * k_c, tile_offsets(tokens, k_n, k_c, BLOCK_D), mask)
+        logits = dot(query, tl.trans(key), logits)
+    return logits * (scale * LOG2E) + bias
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
@@ -46,25 +61,26 @@ def forward_whole(
     chunk = program // heads
     tokens = tl.arange(0, BLOCK)
     valid = tokens < WINDOW_H * WINDOW_W
-    mask_d = tile_mask(valid, BLOCK_D, HEAD_DIM)
-    mask_v = tile_mask(valid, BLOCK_V, VALUE_DIM)
-    q_tile = tile_offsets(tokens, q_n, q_c, BLOCK_D)
-    k_tile = tile_offsets(tokens, k_n, k_c, BLOCK_D)
-    v_tile = tile_offsets(tokens, v_n, v_c, BLOCK_V)
-    out_tile = tile_offsets(tokens, out_n, out_c, BLOCK_V)
     bias = bias_logits(table, head, table_h, table_t, tokens, tokens, WINDOW_H, WINDOW_W, SIGNED)
     windows = ((batch - chunk + chunks - 1) // chunks).to(tl.int32)
     for i in range(0, windows):
         window = chunk + i * chunks
-        query = load_tile(q + window * q_b + head * q_h, q_tile, mask_d)
-        key = load_tile(k + window * k_b + head * k_h, k_tile, mask_d)
-        value = load_tile(v + window * v_b + head * v_h, v_tile, mask_v)
-        logits = dot(query, tl.trans(key)) * (scale * LOG2E) + bias
+        logits = whole_logits(
+            q + window * q_b + head * q_h, k + window * k_b + head * k_h, tokens, valid, bias,
+            q_n, q_c, k_n, k_c, scale, HEAD_DIM, BLOCK, BLOCK_D,
+        )  # fmt: skip
         maximum, total = softmax_start(BLOCK)
         weights, _, maximum, total = softmax_step(logits, maximum, total)
-        result, row_lse = softmax_finish(dot(weights.to(value.dtype), value), maximum, total)
-        store_tile(out + window * out_b + head * out_h, out_tile, mask_v, result)
-        tl.store(lse + window * lse_b + head * lse_h + tokens.to(tl.int64) * lse_n, row_lse, mask=valid)
+        rounded = weights.to(v.dtype.element_ty)
+        for first in range(0, VALUE_DIM, BLOCK_V):
+            mask = slice_mask(valid, first, BLOCK_V, VALUE_DIM)
+            place = v + window * v_b + head * v_h + first * v_c
+            value = load_tile(place, tile_offsets(tokens, v_n, v_c, BLOCK_V), mask)
+            result = dot(rounded, value) / total[:, None]
+            place = out + window * out_b + head * out_h + first * out_c
+            store_tile(place, tile_offsets(tokens, out_n, out_c, BLOCK_V), mask, result)
+        rows = tokens.to(tl.int64) * lse_n
+        tl.store(lse + window * lse_b + head * lse_h + rows, natural_lse(maximum, total), mask=valid)
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
@@ -76,9 +92,10 @@ def backward_whole(
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SIGNED: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Every gradient of a window from one reading; partials [chunks, heads, N, N] get the summed dL.
+    """Every gradient of a window; partials [chunks, heads, N, N] get the logit gradient summed over the chunk.
 
-    delta is sum_m P dP, taken from the tile at hand, so that out need not be read.
+    delta is sum_m P dP, taken from the tile at hand, so that out need not be read. q and k are read a second
+    time, from the cache, rather than kept in registers across the values.
     """
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     program = tl.program_id(0).to(tl.int64)
@@ -86,50 +103,54 @@ def backward_whole(
     chunk = program // heads
     tokens = tl.arange(0, BLOCK)
     valid = tokens < TOKENS
-    mask_d = tile_mask(valid, BLOCK_D, HEAD_DIM)
-    mask_v = tile_mask(valid, BLOCK_V, VALUE_DIM)
-    q_tile = tile_offsets(tokens, q_n, q_c, BLOCK_D)
-    k_tile = tile_offsets(tokens, k_n, k_c, BLOCK_D)
     bias = bias_logits(table, head, table_h, table_t, tokens, tokens, WINDOW_H, WINDOW_W, SIGNED)
     bias_gradient = tl.zeros([BLOCK, BLOCK], tl.float32)
     windows = ((batch - chunk + chunks - 1) // chunks).to(tl.int32)
     for i in range(0, windows):
         window = chunk + i * chunks
-        query = load_tile(q + window * q_b + head * q_h, q_tile, mask_d)
-        key = load_tile(k + window * k_b + head * k_h, k_tile, mask_d)
-        row_lse = tl.load(
-            lse + window * lse_b + head * lse_h + tokens.to(tl.int64) * lse_n, mask=valid, other=INF
-        )
-        logits = dot(query, tl.trans(key)) * (scale * LOG2E) + bias
+        logits = whole_logits(
+            q + window * q_b + head * q_h, k + window * k_b + head * k_h, tokens, valid, bias,
+            q_n, q_c, k_n, k_c, scale, HEAD_DIM, BLOCK, BLOCK_D,
+        )  # fmt: skip
+        rows = tokens.to(tl.int64)
+        row_lse = tl.load(lse + window * lse_b + head * lse_h + rows * lse_n, mask=valid, other=INF)
         weights = probabilities(logits, row_lse)
         grad_weights = tl.zeros([BLOCK, BLOCK], tl.float32)
         delta = tl.zeros([BLOCK], tl.float32)
         if grad_out is not None:
-            go_tile = tile_offsets(tokens, go_n, go_c, BLOCK_V)
-            grad_result = load_tile(grad_out + window * go_b + head * go_h, go_tile, mask_v)
-            if grad_v is not None:
-                gv_tile = tile_offsets(tokens, gv_n, gv_c, BLOCK_V)
-                grad_value = dot(tl.trans(weights.to(grad_result.dtype)), grad_result)
-                store_tile(grad_v + window * gv_b + head * gv_h, gv_tile, mask_v, grad_value)
-            v_tile = tile_offsets(tokens, v_n, v_c, BLOCK_V)
-            value = load_tile(v + window * v_b + head * v_h, v_tile, mask_v)
-            grad_weights = dot(grad_result, tl.trans(value))
+            rounded = weights.to(v.dtype.element_ty)
+            for first in range(0, VALUE_DIM, BLOCK_V):
+                mask = slice_mask(valid, first, BLOCK_V, VALUE_DIM)
+                place = grad_out + window * go_b + head * go_h + first * go_c
+                grad_result = load_tile(place, tile_offsets(tokens, go_n, go_c, BLOCK_V), mask)
+                if grad_v is not None:
+                    place = grad_v + window * gv_b + head * gv_h + first * gv_c
+                    grad_value = dot(tl.trans(rounded), grad_result)
+                    store_tile(place, tile_offsets(tokens, gv_n, gv_c, BLOCK_V), mask, grad_value)
+                place = v + window * v_b + head * v_h + first * v_c
+                value = load_tile(place, tile_offsets(tokens, v_n, v_c, BLOCK_V), mask)
+                grad_weights = dot(grad_result, tl.trans(value), grad_weights)
             delta = tl.sum(weights * grad_weights, 1)
         if grad_lse is not None:
-            gl_rows = tokens.to(tl.int64) * gl_n
-            delta -= tl.load(grad_lse + window * gl_b + head * gl_h + gl_rows, mask=valid, other=0.0)
+            delta -= tl.load(grad_lse + window * gl_b + head * gl_h + rows * gl_n, mask=valid, other=0.0)
         grad_logits = logit_gradient(weights, grad_weights, delta)
         if partials is not None:
             bias_gradient += grad_logits
-        rounded = grad_logits.to(query.dtype)
-        if grad_q is not None:
-            gq_tile = tile_offsets(tokens, gq_n, gq_c, BLOCK_D)
-            store_tile(grad_q + window * gq_b + head * gq_h, gq_tile, mask_d, dot(rounded, key) * scale)
-        if grad_k is not None:
-            gk_tile = tile_offsets(tokens, gk_n, gk_c, BLOCK_D)
-            grad_key = dot(tl.trans(rounded), query) * scale
-            store_tile(grad_k + window * gk_b + head * gk_h, gk_tile, mask_d, grad_key)
+        rounded = grad_logits.to(q.dtype.element_ty)
+        for first in range(0, HEAD_DIM, BLOCK_D):
+            mask = slice_mask(valid, first, BLOCK_D, HEAD_DIM)
+            if grad_q is not None:
+                place = k + window * k_b + head * k_h + first * k_c
+                key = load_tile(place, tile_offsets(tokens, k_n, k_c, BLOCK_D), mask)
+                place = grad_q + window * gq_b + head * gq_h + first * gq_c
+                store_tile(place, tile_offsets(tokens, gq_n, gq_c, BLOCK_D), mask, dot(rounded, key) * scale)
+            if grad_k is not None:
+                place = q + window * q_b + head * q_h + first * q_c
+                query = load_tile(place, tile_offsets(tokens, q_n, q_c, BLOCK_D), mask)
+                place = grad_k + window * gk_b + head * gk_h + first * gk_c
+                grad_key = dot(tl.trans(rounded), query) * scale
+                store_tile(place, tile_offsets(tokens, gk_n, gk_c, BLOCK_D), mask, grad_key)
     if partials is not None:
         place = partials + partial_offset(chunk, heads, head, TOKENS)
-        pair = tile_offsets(tokens, TOKENS, 1, BLOCK)
-        store_tile(place, pair, tile_mask(valid, BLOCK, TOKENS), bias_gradient)
+        pair = tokens[:, None] * TOKENS + tokens[None, :]
+        store_tile(place, pair, valid[:, None] & valid[None, :], bias_gradient)

@@ -1,0 +1,29 @@
+// Parallel loops for the CPU kernels, on the threads PyTorch already has.
+//
+// PyTorch's OpenMP workers spin for a while after each parallel region, so a second pool in the process
+// would fight them for the same cores. The extension therefore does not link an OpenMP of its own: it
+// looks up the runtime that libtorch_cpu resolves to (or, failing that, any OpenMP runtime in the
+// process) and runs its loops on that team. Without one it keeps a small pool of std::threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace vitkernels {
+
+using RangeFn = void (*)(void* context, int64_t begin, int64_t end, int slot);
+
+// Calls fn on contiguous ranges that partition [0, n), at most one range a slot, slots in [0, threads).
+// fn must not throw. Runs in the calling thread when threads <= 1 or inside another parallel region.
+void parallel_for(int64_t n, int threads, RangeFn fn, void* context);
+
+// How many threads `work` (floating-point operations) is worth, at most `threads`.
+int worthwhile_threads(double work, int64_t items, int threads);
+
+// Memory of the calling thread, 64-byte aligned and uninitialised, valid until its next call.
+// Throws std::bad_alloc.
+void* thread_scratch(size_t bytes);
+
+// Path of the OpenMP runtime in use; empty when the loops run on the pool.
+const char* openmp_runtime();
+
+}  // namespace vitkernels

@@ -1,0 +1,156 @@
+// The tile-attention core: softmax(logits) v for tiles of queries against tiles of keys, and its backward.
+//
+// One warp owns 16 rows of a tile; a group of ROWS / 16 warps owns a tile of ROWS rows (16 or 64) against ROWS
+// columns, and a block holds one or more groups that never meet. Two engines multiply tiles
+// (tile_attention_engine.h): TensorCores for half_t and bfloat16_t, Plain for float and double.
+//
+// An operator supplies a Map, passed to the kernels by value, which says WHICH tokens meet and WHAT a logit is:
+//   int query_tiles(rows), query(rows, tile, slot)       the tiles of queries; a token, or -1 for none
+//   int key_tiles_of(rows, tile), key_of(rows, tile, i, slot)       the key tiles that a query tile meets
+//   int key_tiles(rows), key(rows, tile, slot)           backward: the tiles of keys
+//   int query_tiles_of(rows, tile), query_of(rows, tile, i, slot)   backward: the query tiles that a key tile meets
+//   int query_code(token), key_code(token)               what logit() needs to know of a token, in 32 bits
+//   int shared_elements(), stage(shared, head, thread, threads)     operator tables in shared memory, times unit
+//   Acc logit(s, query_code, key_code, shared)           the logit of scale * q k = s, or -inf; d logit / d s = 1
+//   int gradient_elements(), gradient(sums, tile)        backward: sums over finished tiles of d loss / d logit
+// Logits are in units of 1 / Exponential<Acc>::unit, so that float takes the hardware's exp2.
+#pragma once
+#include "vitkernels/device.h"
+
+namespace vitkernels::tile_attention {
+
+constexpr int BLOCK_THREADS = 128;
+constexpr int MAX_CHANNELS = 128;        // of q and k, and of v
+constexpr int INVALID = -2147483647 - 1;  // the code of a key slot without a key
+// What a block may use on every architecture from sm_80 on (sm_86, sm_89 and sm_120 are the tightest). A fixed
+// number, so that the choice of tiles, and with it every rounding, depends on the sizes alone.
+constexpr int64_t SHARED_LIMIT = 99 * 1024;
+
+template <class Acc>
+struct Exponential;
+template <>
+struct Exponential<float> {
+  static constexpr float unit = LOG2E;
+  static VK_DEVICE float exp(float x) { return exp2_fast(x); }
+  static VK_DEVICE float log(float x) { return log2_fast(x); }
+};
+template <>
+struct Exponential<double> {
+  static constexpr double unit = 1.0;
+  static VK_DEVICE double exp(double x) { return exp_(x); }
+  static VK_DEVICE double log(double x) { return log_(x); }
+};
+
+// Tensors are [batch, heads, tokens, channels], lse and grad_lse [batch, heads, tokens]; any strides.
+struct Problem {
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int head_dim = 0;
+  int value_dim = 0;
+  double scale = 1.0;
+  View q, k, v, out, lse;
+  View grad_out, grad_lse;                  // backward, each may be absent
+  View grad_q, grad_k, grad_v;              // backward, each may be absent
+  void* gradient_partials = nullptr;        // Acc [chunks, tiles, heads, gradient_elements], may be absent
+
+  // A work item is a chunk of the batch, a head, and a tile; set by split().
+  int64_t tiles = 0;
+  int64_t chunks = 0;
+  int64_t batch_per_chunk = 0;
+
+  VK_HOST_DEVICE int64_t items() const { return chunks * heads * tiles; }
+};
+
+VK_HOST_DEVICE bool present(const View& view) { return view.data != nullptr; }
+
+// Chunks of the batch, a function of the sizes only. Enough items to fill a large device several times over;
+// beyond that a group walks over a chunk, which spares it the staging of tables and shortens the partial sums.
+inline void split(Problem* problem, int64_t tiles, int rows) {
+  const int64_t enough = rows == 16 ? 8192 : 2048;
+  const int64_t per_chunk = problem->heads * tiles;
+  const int64_t chunks = enough / per_chunk < 1 ? 1 : enough / per_chunk;
+  problem->tiles = tiles;
+  problem->batch_per_chunk = (problem->batch + chunks - 1) / chunks;
+  problem->chunks = (problem->batch + problem->batch_per_chunk - 1) / problem->batch_per_chunk;
+}
+
+struct Item {
+  int tile;
+  int64_t head;
+  int64_t chunk;
+  int64_t batch_begin;
+  int64_t batch_end;
+};
+
+VK_DEVICE Item get_item(const Problem& problem, int64_t index) {
+  Item item;
+  const int64_t unit = index / problem.tiles;
+  item.tile = static_cast<int>(index - unit * problem.tiles);
+  item.chunk = unit / problem.heads;
+  item.head = unit - item.chunk * problem.heads;
+  item.batch_begin = item.chunk * problem.batch_per_chunk;
+  const int64_t end = item.batch_begin + problem.batch_per_chunk;
+  item.batch_end = end < problem.batch ? end : problem.batch;
+  return item;
+}
+
+// The warps that share a tile. A group of one warp never waits for the rest of its block.
+template <int ROWS>
+struct Group {
+  static_assert(ROWS == 16 || ROWS == 64);
+  static constexpr int THREADS = 2 * ROWS;
+  static constexpr int PER_BLOCK = BLOCK_THREADS / THREADS;
+
+  int index = thread_x() / THREADS;
+  int thread = thread_x() % THREADS;
+  int first_row = thread / 32 * 16;  // of this warp
+
+  VK_DEVICE static void sync() {
+    if constexpr (ROWS == 16) {
+      sync_warp();
+    } else {
+      sync_block();
+    }
+  }
+};
+
+VK_HOST_DEVICE int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+template <class T>
+VK_HOST_DEVICE T* offset(const View& view, int64_t batch, int64_t head) {
+  T* data = static_cast<T*>(view.data);
+  return data == nullptr ? data : data + batch * view.stride[0] + head * view.stride[1];
+}
+
+// Carves the shared memory of a group; with a null base it only measures.
+class Carver {
+ public:
+  VK_HOST_DEVICE explicit Carver(char* base) : base_(base) {}
+
+  template <class T>
+  VK_HOST_DEVICE T* take(int64_t elements) {
+    T* result = reinterpret_cast<T*>(base_ + used_);
+    used_ += (elements * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return result;
+  }
+  VK_HOST_DEVICE int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Launches `kernel` over all items, with as many groups in a block as fit.
+template <int ROWS, class Kernel, class Map>
+void launch_items(Kernel kernel, const Problem& problem, const Map& map, int64_t group_bytes, Stream stream) {
+  int64_t groups = SHARED_LIMIT / group_bytes;
+  if (groups > Group<ROWS>::PER_BLOCK) groups = Group<ROWS>::PER_BLOCK;
+  if (groups < 1)
+    throw std::runtime_error("tile attention: a tile needs " + std::to_string(group_bytes) +
+                             " bytes of shared memory, the limit is " + std::to_string(SHARED_LIMIT));
+  const int64_t blocks = (problem.items() + groups - 1) / groups;
+  launch(kernel, Dim3{blocks}, static_cast<int>(groups) * Group<ROWS>::THREADS,
+         static_cast<size_t>(groups * group_bytes), stream, problem, map);
+}
+
+}  // namespace vitkernels::tile_attention

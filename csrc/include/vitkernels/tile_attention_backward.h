@@ -1,0 +1,321 @@
+// Backward of the tile-attention core. Deterministic: every sum has one owner and a fixed order.
+//
+// Floor per batch entry and head: reads of q, k, v, out, grad_out and writes of grad_q, grad_k, grad_v, once each;
+// 2 N M (3 d + 2 dv) FLOPs; N M exponentials (P is recomputed from lse). Small windows are bound by the bytes.
+//
+// One kernel in three roles. With delta = sum(grad_out * out) - grad_lse, P = exp(logits - lse) and
+// D = P * (grad_out v^T - delta), the gradient of the logits,
+//   Owner::queries  a query tile against its key tiles:  grad_q = scale D k, and the operator's sums over D
+//   Owner::keys     a key tile against its query tiles:  grad_k = scale D^T q, grad_v = P^T grad_out
+//   Owner::both     one tile holds all queries and all keys: everything, every tensor read once
+#pragma once
+#include <cmath>
+
+#include "vitkernels/tile_attention_engine.h"
+
+namespace vitkernels::tile_attention {
+
+enum class Owner { queries, keys, both };
+
+// D of one tile in shared memory as an operator's gradient() sees it.
+template <class Acc>
+struct GradientTile {
+  const Acc* values;  // [rows][ld], zero where a slot has no token
+  int ld;
+  int rows;
+  const int* query_codes;
+  const int* key_codes;  // INVALID where a slot has no key
+  int query_tile;        // the tiles' numbers as in query() and key_of()
+  int key_tile;
+  int thread;            // of `threads`
+  int threads;
+};
+
+template <class Engine, class Map>
+struct BackwardShared {
+  using T = typename Engine::T;
+  using Acc = typename Engine::Acc;
+  static constexpr int ROWS = Engine::ROWS;
+  static constexpr int LD_PAIR = ROWS + static_cast<int>(16 / sizeof(T));  // of P and D as operands
+  static constexpr int LD_GRADIENT = ROWS + 8;                             // of D as GradientTile
+  int ld_head, ld_value;
+  T *q, *k, *v, *grad_out;
+  T *out, *p, *d;      // out, gradient, and {p, d} take turns in the same memory
+  Acc* gradient;
+  Acc *lse, *delta;
+  int *query_codes, *key_codes;
+  Acc *table, *sums;
+  int64_t bytes;
+
+  VK_HOST_DEVICE BackwardShared(const Problem& problem, const Map& map, char* base)
+      : ld_head(leading_dimension<T>(problem.head_dim)), ld_value(leading_dimension<T>(problem.value_dim)) {
+    Carver carver(base);
+    q = carver.take<T>(ROWS * ld_head);
+    k = carver.take<T>(ROWS * ld_head);
+    v = carver.take<T>(ROWS * ld_value);
+    grad_out = carver.take<T>(ROWS * ld_value);
+    constexpr int PAIR = 2 * ROWS * LD_PAIR;
+    constexpr int GRADIENT = ROWS * LD_GRADIENT * static_cast<int>(sizeof(Acc) / sizeof(T));
+    int turns = PAIR > GRADIENT ? PAIR : GRADIENT;
+    if (ROWS * ld_value > turns) turns = ROWS * ld_value;
+    out = carver.take<T>(turns);
+    gradient = reinterpret_cast<Acc*>(out);
+    p = out;
+    d = out + ROWS * LD_PAIR;
+    lse = carver.take<Acc>(ROWS);
+    delta = carver.take<Acc>(ROWS);
+    query_codes = carver.take<int>(ROWS);
+    key_codes = carver.take<int>(ROWS);
+    table = carver.take<Acc>(map.shared_elements());
+    sums = carver.take<Acc>(problem.gradient_partials == nullptr ? 0 : map.gradient_elements());
+    bytes = carver.used();
+  }
+};
+
+template <class Engine, Owner OWNER, int COLUMNS, class Map>
+VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem problem, Map map) {
+  using T = typename Engine::T;
+  using Acc = typename Engine::Acc;
+  using Exp = Exponential<Acc>;
+  using Shared = BackwardShared<Engine, Map>;
+  constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
+  constexpr int LD_PAIR = Shared::LD_PAIR, LD_GRADIENT = Shared::LD_GRADIENT;
+
+  const Group<ROWS> group;
+  const int groups = block_dim_x() / THREADS;
+  const int64_t index = static_cast<int64_t>(block_x()) * groups + group.index;
+  if (index >= problem.items()) return;
+  const Item item = get_item(problem, index);
+  const int64_t group_bytes = Shared(problem, map, nullptr).bytes;
+  const Shared shared(problem, map, shared_memory() + group.index * group_bytes);
+
+  const int row0 = group.first_row, lane_row = row0 + lane_id() / 4, lane_column = lane_id() % 4 * 2;
+  const int head_depth = round_up(problem.head_dim, 16), value_depth = round_up(problem.value_dim, 16);
+  const int ld_head = shared.ld_head, ld_value = shared.ld_value;
+  const Acc scale = static_cast<Acc>(problem.scale), logit_scale = static_cast<Acc>(problem.scale * Exp::unit);
+  const bool want_sums = OWNER != Owner::keys && problem.gradient_partials != nullptr;
+  int meetings = 1;
+  if constexpr (OWNER == Owner::queries) meetings = map.key_tiles_of(ROWS, item.tile);
+  if constexpr (OWNER == Owner::keys) meetings = map.query_tiles_of(ROWS, item.tile);
+  const auto query = [&](int i, int slot) {
+    return OWNER == Owner::keys ? map.query_of(ROWS, item.tile, i, slot) : map.query(ROWS, item.tile, slot);
+  };
+  const auto key = [&](int i, int slot) {
+    return OWNER == Owner::keys ? map.key(ROWS, item.tile, slot) : map.key_of(ROWS, item.tile, i, slot);
+  };
+
+  map.stage(shared.table, item.head, group.thread, THREADS);
+  if (want_sums) {  // element e belongs to thread e % THREADS throughout, so these need no barrier
+    for (int e = group.thread; e < map.gradient_elements(); e += THREADS) shared.sums[e] = Acc(0);
+  }
+
+  for (int64_t batch = item.batch_begin; batch < item.batch_end; ++batch) {
+    const auto matrix = [&](const View& view, int channels) { return Matrix<T>(view, batch, item.head, channels); };
+    // What survives from tile to tile; Owner::both has one tile and keeps nothing.
+    constexpr int KEPT = OWNER == Owner::both ? 1 : COLUMNS / 8;
+    Acc first[KEPT][4], second[OWNER == Owner::keys ? KEPT : 1][4];  // grad_q; or grad_k and grad_v
+    clear(first);
+    clear(second);
+
+    for (int i = 0; i < meetings; ++i) {
+      const auto query_token = [&](int slot) { return query(i, slot); };
+      const auto key_token = [&](int slot) { return key(i, slot); };
+      const bool new_queries = OWNER == Owner::keys || i == 0, new_keys = OWNER != Owner::keys || i == 0;
+      if (new_queries) {
+        load_tile(shared.q, ld_head, matrix(problem.q, problem.head_dim), group, query_token);
+        load_tile(shared.grad_out, ld_value, matrix(problem.grad_out, problem.value_dim), group, query_token);
+        if (present(problem.grad_out)) load_tile(shared.out, ld_value, matrix(problem.out, problem.value_dim), group, query_token);
+      }
+      if (new_keys) {
+        load_tile(shared.k, ld_head, matrix(problem.k, problem.head_dim), group, key_token);
+        load_tile(shared.v, ld_value, matrix(problem.v, problem.value_dim), group, key_token);
+      }
+      cp_async_commit();
+      for (int slot = group.thread; slot < ROWS; slot += THREADS) {
+        const int query_index = query_token(slot), key_index = key_token(slot);
+        shared.query_codes[slot] = map.query_code(query_index < 0 ? 0 : query_index);
+        shared.key_codes[slot] = key_index < 0 ? INVALID : map.key_code(key_index);
+      }
+      cp_async_wait<0>();
+      group.sync();
+
+      if (new_queries) {
+        const int row = group.thread / 2;
+        const int64_t token = query_token(row);
+        Acc delta = Acc(0);
+        if (present(problem.grad_out)) {
+          constexpr int WIDTH = 16 / sizeof(T);
+          for (int c = group.thread % 2 * WIDTH; c < value_depth; c += 2 * WIDTH) {
+            const auto a = Vec<T, WIDTH>::load(shared.grad_out + row * ld_value + c);
+            const auto b = Vec<T, WIDTH>::load(shared.out + row * ld_value + c);
+            VK_UNROLL
+            for (int e = 0; e < WIDTH; ++e) delta += to_accumulate(a[e]) * to_accumulate(b[e]);
+          }
+        }
+        delta = warp_sum<2>(delta);
+        Acc lse = -INFINITY;
+        if (token >= 0) {
+          lse = offset<Acc>(problem.lse, batch, item.head)[token * problem.lse.stride[2]] * static_cast<Acc>(Exp::unit);
+          if (present(problem.grad_lse))
+            delta -= offset<Acc>(problem.grad_lse, batch, item.head)[token * problem.grad_lse.stride[2]];
+        }
+        if (group.thread % 2 == 0) {
+          shared.delta[row] = delta;
+          shared.lse[row] = lse == -INFINITY ? Acc(INFINITY) : lse;  // a row without keys, or without a query: P = 0
+        }
+        group.sync();
+      }
+
+      Acc p[KEY_BLOCKS][4], d[KEY_BLOCKS][4];
+      clear(p);
+      clear(d);
+      Engine::multiply_rows(p, shared.q + row0 * ld_head, ld_head, shared.k, ld_head, head_depth);
+      if (present(problem.grad_out))
+        Engine::multiply_rows(d, shared.grad_out + row0 * ld_value, ld_value, shared.v, ld_value, value_depth);
+      const int codes[2] = {shared.query_codes[lane_row], shared.query_codes[lane_row + 8]};
+      const Acc lse[2] = {shared.lse[lane_row], shared.lse[lane_row + 8]};
+      const Acc delta[2] = {shared.delta[lane_row], shared.delta[lane_row + 8]};
+      VK_UNROLL
+      for (int j = 0; j < KEY_BLOCKS; ++j) {
+        VK_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          const int key_code = shared.key_codes[8 * j + lane_column + c % 2], r = c / 2;
+          p[j][c] = key_code == INVALID
+                        ? Acc(0)
+                        : Exp::exp(map.logit(p[j][c] * logit_scale, codes[r], key_code, shared.table) - lse[r]);
+          d[j][c] = p[j][c] * (d[j][c] - delta[r]);
+        }
+      }
+
+      if (want_sums) {
+        VK_UNROLL
+        for (int j = 0; j < KEY_BLOCKS; ++j) {
+          Acc* row = shared.gradient + lane_row * LD_GRADIENT + 8 * j + lane_column;
+          Vec<Acc, 2>{{d[j][0], d[j][1]}}.store(row);
+          Vec<Acc, 2>{{d[j][2], d[j][3]}}.store(row + 8 * LD_GRADIENT);
+        }
+        group.sync();
+        map.gradient(shared.sums, GradientTile<Acc>{shared.gradient, LD_GRADIENT, ROWS, shared.query_codes,
+                                                    shared.key_codes, item.tile, i, group.thread, THREADS});
+        group.sync();  // before p and d take over the memory
+      }
+      write_sums(shared.p + row0 * LD_PAIR, LD_PAIR, p, KEY_BLOCKS, Acc(1), Acc(1));
+      write_sums(shared.d + row0 * LD_PAIR, LD_PAIR, d, KEY_BLOCKS, Acc(1), Acc(1));
+      group.sync();  // also: every warp is done with v
+
+      if constexpr (OWNER == Owner::queries) {
+        Engine::template multiply<false>(first, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k, ld_head, head_depth / 8);
+      } else if constexpr (OWNER == Owner::keys) {
+        Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q, ld_head, head_depth / 8);
+        Engine::template multiply<true>(second, shared.p + row0, LD_PAIR, shared.grad_out, ld_value, value_depth / 8);
+      } else {
+        // Each result replaces, 64 channels at a time, an operand that has been read for the last time: grad_v takes
+        // the place of v, grad_q and grad_k those of the same channels of q and k.
+        if (present(problem.grad_v)) {
+          for (int c = 0; c < value_depth; c += 64) {
+            const int blocks = value_depth - c < 64 ? (value_depth - c) / 8 : 8;
+            Acc grad_v[8][4];
+            clear(grad_v);
+            Engine::template multiply<true>(grad_v, shared.p + row0, LD_PAIR, shared.grad_out + c, ld_value, blocks);
+            write_sums(shared.v + row0 * ld_value + c, ld_value, grad_v, blocks, Acc(1), Acc(1));
+          }
+        }
+        for (int c = 0; c < head_depth; c += 64) {
+          const int blocks = head_depth - c < 64 ? (head_depth - c) / 8 : 8;
+          Acc grad_q[8][4], grad_k[8][4];
+          clear(grad_q);
+          clear(grad_k);
+          if (present(problem.grad_q))
+            Engine::template multiply<false>(grad_q, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k + c, ld_head, blocks);
+          if (present(problem.grad_k))
+            Engine::template multiply<true>(grad_k, shared.d + row0, LD_PAIR, shared.q + c, ld_head, blocks);
+          group.sync();
+          write_sums(shared.q + row0 * ld_head + c, ld_head, grad_q, blocks, scale, scale);
+          write_sums(shared.k + row0 * ld_head + c, ld_head, grad_k, blocks, scale, scale);
+        }
+      }
+      group.sync();  // before the next tile, or a result, overwrites an operand
+    }
+
+    if constexpr (OWNER == Owner::queries) {
+      write_sums(shared.q + row0 * ld_head, ld_head, first, head_depth / 8, scale, scale);
+    } else if constexpr (OWNER == Owner::keys) {
+      write_sums(shared.k + row0 * ld_head, ld_head, first, head_depth / 8, scale, scale);
+      write_sums(shared.v + row0 * ld_value, ld_value, second, value_depth / 8, Acc(1), Acc(1));
+    }
+    group.sync();
+    const auto query_token = [&](int slot) { return query(0, slot); };
+    const auto key_token = [&](int slot) { return key(0, slot); };
+    if (OWNER != Owner::keys && present(problem.grad_q))
+      store_tile(matrix(problem.grad_q, problem.head_dim), shared.q, ld_head, group, query_token);
+    if (OWNER != Owner::queries && present(problem.grad_k))
+      store_tile(matrix(problem.grad_k, problem.head_dim), shared.k, ld_head, group, key_token);
+    if (OWNER != Owner::queries && present(problem.grad_v))
+      store_tile(matrix(problem.grad_v, problem.value_dim), shared.v, ld_value, group, key_token);
+    group.sync();  // before the next batch entry overwrites the tiles
+  }
+
+  if (want_sums) {
+    const int elements = map.gradient_elements();
+    Acc* partials = static_cast<Acc*>(problem.gradient_partials) +
+                    ((item.chunk * problem.tiles + item.tile) * problem.heads + item.head) * elements;
+    for (int e = group.thread; e < elements; e += THREADS) partials[e] = shared.sums[e];
+  }
+}
+
+template <class Engine, Owner OWNER, int COLUMNS, class Map>
+void backward_with(Problem problem, const Map& map, Stream stream) {
+  constexpr int ROWS = Engine::ROWS;
+  split(&problem, OWNER == Owner::keys ? map.key_tiles(ROWS) : map.query_tiles(ROWS), ROWS);
+  if (OWNER == Owner::keys) problem.gradient_partials = nullptr;
+  const int64_t bytes = BackwardShared<Engine, Map>(problem, map, nullptr).bytes;
+  launch_items<ROWS>(backward_kernel<Engine, OWNER, COLUMNS, Map>, problem, map, bytes, stream);
+}
+
+template <class Engine, int COLUMNS, class Map>
+void backward_apart(const Problem& problem, const Map& map, Stream stream) {
+  if (present(problem.grad_q) || problem.gradient_partials != nullptr)
+    backward_with<Engine, Owner::queries, COLUMNS>(problem, map, stream);
+  if (present(problem.grad_k) || present(problem.grad_v)) backward_with<Engine, Owner::keys, COLUMNS>(problem, map, stream);
+}
+
+// The rows of backward()'s tiles, a function of the sizes only; see forward_rows().
+template <class T, class Map>
+int backward_rows(Problem problem, const Map& map) {
+  if (std::is_same_v<T, double> || map.fits_small_tile()) return 16;
+  if (!std::is_floating_point_v<T>) return 64;
+  problem.gradient_partials = &problem;  // the choice must not depend on which gradients are wanted
+  return BackwardShared<Engine<T, 64>, Map>(problem, map, nullptr).bytes > SHARED_LIMIT ? 16 : 64;
+}
+
+// Sums of the operator's gradient() that backward() leaves in gradient_partials: [partials, heads, elements].
+template <class T, class Map>
+int64_t backward_partials(Problem problem, const Map& map) {
+  const int rows = backward_rows<T>(problem, map);
+  split(&problem, map.query_tiles(rows), rows);
+  return problem.chunks * problem.tiles;
+}
+
+// Fills those of grad_q, grad_k, grad_v and gradient_partials that are present.
+template <class T, class Map>
+void backward(const Problem& problem, const Map& map, Stream stream) {
+  constexpr bool PLAIN = std::is_floating_point_v<T>;
+  const int rows = backward_rows<T>(problem, map);
+  const bool together = map.query_tiles(rows) == 1 && map.key_tiles(rows) == 1;
+  if constexpr (!std::is_same_v<T, double>) {
+    if (rows == 64) {
+      if (together) return backward_with<Engine<T, 64>, Owner::both, MAX_CHANNELS>(problem, map, stream);
+      if constexpr (!PLAIN) {
+        if (problem.head_dim <= 64 && problem.value_dim <= 64)
+          return backward_apart<Engine<T, 64>, 64>(problem, map, stream);
+      }
+      return backward_apart<Engine<T, 64>, MAX_CHANNELS>(problem, map, stream);
+    }
+  }
+  if constexpr (PLAIN) {
+    if (!together) return backward_apart<Engine<T, 16>, MAX_CHANNELS>(problem, map, stream);
+  }
+  backward_with<Engine<T, 16>, Owner::both, MAX_CHANNELS>(problem, map, stream);
+}
+
+}  // namespace vitkernels::tile_attention

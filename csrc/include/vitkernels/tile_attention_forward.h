@@ -1,0 +1,198 @@
+// Forward of the tile-attention core.
+//
+// Floor per batch entry and head, N queries and M keys of widths d, dv: (N (d + dv) + M (d + dv)) sizeof(T) bytes
+// once, 2 N M (d + dv) FLOPs, N M exponentials. Small windows are bound by the bytes.
+//
+// A group keeps its queries in shared memory and its output rows in registers while the key tiles stream by; the
+// next keys load during softmax and P V, the next values during Q K^T.
+#pragma once
+#include <cmath>
+
+#include "vitkernels/tile_attention_engine.h"
+
+namespace vitkernels::tile_attention {
+
+template <class Engine, class Map>
+struct ForwardShared {
+  using T = typename Engine::T;
+  using Acc = typename Engine::Acc;
+  int ld_head, ld_value;
+  T *q, *k, *v, *scratch;
+  int* key_codes;
+  Acc* table;
+  int64_t bytes;
+
+  VK_HOST_DEVICE ForwardShared(const Problem& problem, const Map& map, char* base)
+      : ld_head(leading_dimension<T>(problem.head_dim)), ld_value(leading_dimension<T>(problem.value_dim)) {
+    Carver carver(base);
+    q = carver.take<T>(Engine::ROWS * ld_head);
+    k = carver.take<T>(Engine::ROWS * ld_head);
+    v = carver.take<T>(Engine::ROWS * ld_value);
+    scratch = carver.take<T>(Engine::SCRATCH);
+    key_codes = carver.take<int>(Engine::ROWS);
+    table = carver.take<Acc>(map.shared_elements());
+    bytes = carver.used();
+  }
+};
+
+template <class Engine, int COLUMNS, class Map>
+VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) forward_kernel(Problem problem, Map map) {
+  using T = typename Engine::T;
+  using Acc = typename Engine::Acc;
+  using Exp = Exponential<Acc>;
+  constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8;
+  constexpr Acc NOTHING = -INFINITY;
+
+  const Group<ROWS> group;
+  const int groups = block_dim_x() / Group<ROWS>::THREADS;
+  const int64_t index = static_cast<int64_t>(block_x()) * groups + group.index;
+  if (index >= problem.items()) return;
+  const Item item = get_item(problem, index);
+  const int64_t group_bytes = ForwardShared<Engine, Map>(problem, map, nullptr).bytes;
+  const ForwardShared<Engine, Map> shared(problem, map, shared_memory() + group.index * group_bytes);
+
+  const int lane_row = group.first_row + lane_id() / 4, lane_column = lane_id() % 4 * 2;
+  const int depth = round_up(problem.head_dim, 16);
+  const int value_blocks = round_up(problem.value_dim, 16) / 8;
+  const int key_tiles = map.key_tiles_of(ROWS, item.tile);
+  const Acc scale = static_cast<Acc>(problem.scale * Exp::unit);
+  const auto query = [&](int slot) { return map.query(ROWS, item.tile, slot); };
+
+  map.stage(shared.table, item.head, group.thread, Group<ROWS>::THREADS);
+  int query_codes[2];
+  VK_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const int token = query(lane_row + 8 * r);
+    query_codes[r] = map.query_code(token < 0 ? 0 : token);
+  }
+
+  for (int64_t batch = item.batch_begin; batch < item.batch_end; ++batch) {
+    const Matrix<T> keys(problem.k, batch, item.head, problem.head_dim);
+    const Matrix<T> values(problem.v, batch, item.head, problem.value_dim);
+    const auto load_keys = [&](int i) {
+      if (i < key_tiles)
+        load_tile(shared.k, shared.ld_head, keys, group, [&](int s) { return map.key_of(ROWS, item.tile, i, s); });
+      cp_async_commit();
+    };
+    const auto load_values = [&](int i) {
+      if (i < key_tiles)
+        load_tile(shared.v, shared.ld_value, values, group, [&](int s) { return map.key_of(ROWS, item.tile, i, s); });
+      cp_async_commit();
+    };
+    load_tile(shared.q, shared.ld_head, Matrix<T>(problem.q, batch, item.head, problem.head_dim), group, query);
+    load_keys(0);
+    load_values(0);
+
+    Acc output[COLUMNS / 8][4];
+    clear(output);
+    Acc row_max[2] = {NOTHING, NOTHING}, row_sum[2] = {Acc(0), Acc(0)};  // row_sum: of this lane's columns
+
+    for (int i = 0; i < key_tiles; ++i) {
+      for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS) {
+        const int token = map.key_of(ROWS, item.tile, i, slot);
+        shared.key_codes[slot] = token < 0 ? INVALID : map.key_code(token);
+      }
+      cp_async_wait<1>();  // all but the values
+      group.sync();
+
+      Acc p[KEY_BLOCKS][4];
+      clear(p);
+      Engine::multiply_rows(p, shared.q + group.first_row * shared.ld_head, shared.ld_head, shared.k, shared.ld_head,
+                            depth);
+      group.sync();  // every warp has read the keys
+      load_keys(i + 1);
+
+      Acc tile_max[2] = {NOTHING, NOTHING};
+      VK_UNROLL
+      for (int j = 0; j < KEY_BLOCKS; ++j) {
+        VK_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          const int key_code = shared.key_codes[8 * j + lane_column + c % 2];
+          p[j][c] = key_code == INVALID ? NOTHING
+                                        : map.logit(p[j][c] * scale, query_codes[c / 2], key_code, shared.table);
+          tile_max[c / 2] = p[j][c] > tile_max[c / 2] ? p[j][c] : tile_max[c / 2];
+        }
+      }
+      Acc guard[2];
+      VK_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const Acc of_row = warp_max<4>(tile_max[r]);
+        const Acc new_max = of_row > row_max[r] ? of_row : row_max[r];
+        guard[r] = new_max == NOTHING ? Acc(0) : new_max;  // -inf - -inf would be NaN
+        const Acc correction = Exp::exp(row_max[r] - guard[r]);
+        row_max[r] = new_max;
+        row_sum[r] *= correction;
+        VK_UNROLL
+        for (int j = 0; j < COLUMNS / 8; ++j) {
+          output[j][2 * r] *= correction;
+          output[j][2 * r + 1] *= correction;
+        }
+      }
+      VK_UNROLL
+      for (int j = 0; j < KEY_BLOCKS; ++j) {
+        VK_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          p[j][c] = Exp::exp(p[j][c] - guard[c / 2]);
+          row_sum[c / 2] += p[j][c];
+        }
+      }
+
+      cp_async_wait<1>();  // all but the next keys
+      group.sync();
+      Engine::multiply_registers(output, p, shared.scratch + group.first_row * (Engine::SCRATCH / ROWS), shared.v,
+                                 shared.ld_value, value_blocks);
+      group.sync();  // every warp has read the values
+      if (i + 1 < key_tiles) load_values(i + 1);
+    }
+
+    // The values' tile is free: the output goes through it, to be written along whichever dimension is dense.
+    Acc factor[2];
+    VK_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const Acc total = warp_sum<4>(row_sum[r]);
+      factor[r] = total > Acc(0) ? Acc(1) / total : Acc(0);
+      const int token = query(lane_row + 8 * r);
+      if (lane_column == 0 && token >= 0) {
+        offset<Acc>(problem.lse, batch, item.head)[token * problem.lse.stride[2]] =
+            (row_max[r] + Exp::log(total)) * static_cast<Acc>(1.0 / Exp::unit);
+      }
+    }
+    write_sums(shared.v + group.first_row * shared.ld_value, shared.ld_value, output, value_blocks, factor[0],
+               factor[1]);
+    group.sync();
+    store_tile(Matrix<T>(problem.out, batch, item.head, problem.value_dim), shared.v, shared.ld_value, group, query);
+    group.sync();  // before the next batch entry overwrites the tile
+  }
+}
+
+template <class Engine, int COLUMNS, class Map>
+void forward_with(Problem problem, const Map& map, Stream stream) {
+  split(&problem, map.query_tiles(Engine::ROWS), Engine::ROWS);
+  const int64_t bytes = ForwardShared<Engine, Map>(problem, map, nullptr).bytes;
+  launch_items<Engine::ROWS>(forward_kernel<Engine, COLUMNS, Map>, problem, map, bytes, stream);
+}
+
+// The rows of forward()'s tiles, a function of the sizes only. Tensor cores take 16 only where nothing is larger;
+// double always does (one kernel less to build, and its large tiles would seldom fit).
+template <class T, class Map>
+int forward_rows(const Problem& problem, const Map& map) {
+  if (std::is_same_v<T, double> || map.fits_small_tile()) return 16;
+  if (!std::is_floating_point_v<T>) return 64;
+  return ForwardShared<Engine<T, 64>, Map>(problem, map, nullptr).bytes > SHARED_LIMIT ? 16 : 64;
+}
+
+// Fills out and lse.
+template <class T, class Map>
+void forward(const Problem& problem, const Map& map, Stream stream) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (forward_rows<T>(problem, map) == 64) {
+      if constexpr (!std::is_floating_point_v<T>) {
+        if (problem.value_dim <= 64) return forward_with<Engine<T, 64>, 64>(problem, map, stream);
+      }
+      return forward_with<Engine<T, 64>, MAX_CHANNELS>(problem, map, stream);
+    }
+  }
+  forward_with<Engine<T, 16>, MAX_CHANNELS>(problem, map, stream);
+}
+
+}  // namespace vitkernels::tile_attention

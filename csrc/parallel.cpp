@@ -1,0 +1,222 @@
+#include "vitkernels/parallel.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace vitkernels {
+namespace {
+
+struct Job {
+  int64_t n;
+  RangeFn fn;
+  void* context;
+
+  void run(int slot, int slots) const {
+    const int64_t begin = n / slots * slot + std::min<int64_t>(slot, n % slots);
+    const int64_t end = begin + n / slots + (slot < n % slots ? 1 : 0);
+    if (begin < end) fn(context, begin, end, slot);
+  }
+};
+
+// GOMP_parallel is the entry that GCC's, LLVM's and Intel's runtimes all export.
+struct OpenMp {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+  int (*in_parallel)() = nullptr;
+  std::string path;
+
+  explicit operator bool() const { return parallel != nullptr; }
+};
+
+#if defined(__linux__)
+bool resolve(const char* library, OpenMp& openmp) {
+  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  if (!handle) return false;
+  // The handle is kept: the functions must outlive every loop.
+  const auto find = [&](auto& function, const char* name) {
+    function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(handle, name));
+    return function != nullptr;
+  };
+  OpenMp found;
+  if (!find(found.parallel, "GOMP_parallel") || !find(found.thread_num, "omp_get_thread_num") ||
+      !find(found.num_threads, "omp_get_num_threads") || !find(found.in_parallel, "omp_in_parallel"))
+    return false;
+  Dl_info info;
+  found.path = dladdr(reinterpret_cast<void*>(found.parallel), &info) ? info.dli_fname : library;
+  openmp = found;
+  return true;
+}
+
+OpenMp find_openmp() {
+  std::vector<std::string> loaded;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* names) {
+        static_cast<std::vector<std::string>*>(names)->emplace_back(info->dlpi_name ? info->dlpi_name : "");
+        return 0;
+      },
+      &loaded);
+  OpenMp openmp;
+  // libtorch_cpu first: dlsym then searches its dependencies, which is where PyTorch's own calls go even
+  // when other packages have brought more runtimes into the process.
+  for (const char* wanted : {"libtorch_cpu.so", "libiomp5", "libgomp", "libomp"})
+    for (const std::string& path : loaded)
+      if (path.find(wanted) != std::string::npos && resolve(path.c_str(), openmp)) return openmp;
+  return openmp;
+}
+#else
+OpenMp find_openmp() { return {}; }
+#endif
+
+const OpenMp& openmp() {
+  static const OpenMp found = [] {
+    const char* setting = std::getenv("VITKERNELS_OPENMP");
+    return setting && std::strcmp(setting, "0") == 0 ? OpenMp{} : find_openmp();
+  }();
+  return found;
+}
+
+// Workers wait for a job, each runs its slot. One job at a time: a second caller runs serially.
+class Pool {
+ public:
+  void run(const Job& job, int threads) {
+    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
+    if (!busy) return job.run(0, 1);
+    int slots = threads;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      try {
+        while (workers_ < threads - 1) {
+          std::thread([this, slot = workers_ + 1] { work(slot); }).detach();
+          ++workers_;
+        }
+      } catch (const std::system_error&) {
+        slots = workers_ + 1;
+      }
+      job_ = job;
+      slots_ = slots;
+      pending_ = workers_;
+      ++generation_;
+    }
+    wake_.notify_all();
+    job.run(0, slots);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return pending_ == 0; });
+  }
+
+  static bool inside;
+
+ private:
+  void work(int slot) {
+    inside_worker() = true;
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      const Job job = job_;
+      const int slots = slots_;
+      lock.unlock();
+      if (slot < slots) job.run(slot, slots);
+      lock.lock();
+      if (--pending_ == 0) done_.notify_one();
+    }
+  }
+
+ public:
+  static bool& inside_worker() {
+    static thread_local bool value = false;
+    return value;
+  }
+
+ private:
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_, done_;
+  Job job_{};
+  int slots_ = 0, workers_ = 0, pending_ = 0;
+  uint64_t generation_ = 0;
+};
+
+// Never destroyed: its workers may still wait when the process exits. A forked child has none of the
+// workers and possibly a locked mutex, so it starts over with a new pool.
+Pool* current_pool = nullptr;
+
+Pool& pool() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    current_pool = new Pool;
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { current_pool = new Pool; });
+#endif
+  });
+  return *current_pool;
+}
+
+}  // namespace
+
+void parallel_for(int64_t n, int threads, RangeFn fn, void* context) {
+  Job job{n, fn, context};
+  threads = static_cast<int>(std::min<int64_t>(threads, n));
+  if (threads <= 1) return job.run(0, 1);
+  if (const OpenMp& omp = openmp()) {
+    if (omp.in_parallel()) return job.run(0, 1);
+    const auto body = [](void* data) {
+      const OpenMp& team = openmp();
+      static_cast<const Job*>(data)->run(team.thread_num(), team.num_threads());
+    };
+    omp.parallel(body, &job, static_cast<unsigned>(threads), 0);
+  } else if (Pool::inside_worker()) {
+    job.run(0, 1);
+  } else {
+    pool().run(job, threads);
+  }
+}
+
+int worthwhile_threads(double work, int64_t items, int threads) {
+  // About the work of 10 us on one core: a fork and join of a spinning team costs 1-2 us.
+  constexpr double kGrain = 3e5;
+  const double worth = std::min(work / kGrain, static_cast<double>(items));
+  return std::max(1, static_cast<int>(std::min(worth, static_cast<double>(threads))));
+}
+
+void* thread_scratch(size_t bytes) {
+  struct Block {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Block() { release(); }
+    void release() {
+      ::operator delete(data, std::align_val_t(64));
+      data = nullptr;
+      size = 0;
+    }
+  };
+  static thread_local Block block;
+  // A rare large problem must not pin its memory for good.
+  constexpr size_t kKeep = size_t{16} << 20;
+  if (block.size < bytes || block.size > std::max(bytes, kKeep)) {
+    block.release();
+    block.data = ::operator new(bytes, std::align_val_t(64));
+    block.size = bytes;
+  }
+  return block.data;
+}
+
+const char* openmp_runtime() { return openmp().path.c_str(); }
+
+}  // namespace vitkernels

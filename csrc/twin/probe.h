@@ -1,0 +1,48 @@
+// Small kernels written with the device layer, each showing one thing; tests/device runs them in the twin and
+// compiles them for real targets.
+#pragma once
+#include <cstdint>
+
+namespace vitkernels::probe {
+
+// probe_order.cu. `missing`: 0 nothing, 1 the barrier before the reads, 2 the barrier after them.
+void exchange_in_block(const float* in, float* out, int blocks, int threads, int missing);
+void exchange_in_warp(const float* in, float* out, int blocks, int missing);
+// For the dtypes f32, f64, i32, u32 in turn; `out` is [9, 64], one row per operation.
+void collectives_f32(const float* in, float* out, int from, int mask, int delta);
+void collectives_f64(const double* in, double* out, int from, int mask, int delta);
+void collectives_i32(const int32_t* in, int32_t* out, int from, int mask, int delta);
+void collectives_u32(const uint32_t* in, uint32_t* out, int from, int mask, int delta);
+enum Divergence : int { SHUFFLE_AND_BARRIER, SHUFFLE_AND_EXIT, TWO_COLLECTIVES, BARRIER_AND_EXIT };
+void diverge(int* out, int threads, int how);
+void count_positive(const float* in, int* count, int64_t n);
+void positions(int* out, int64_t x, int64_t y, int64_t z, int threads);
+void launch_shape(int64_t x, int64_t y, int64_t z, int threads, int64_t shared_bytes);
+
+// probe_memory.cu
+void write_shared(int64_t shared_bytes, int64_t offset);
+void write_global(float* out, int64_t index);
+void read_shared_unwritten(float* out);
+void write_local(int* out, int index);
+void copy_vectors_16(const uint16_t* in, uint16_t* out, int width, int64_t vectors);
+void copy_vectors_64(const double* in, double* out, int width, int64_t vectors);
+// Copies [steps, 512] floats through a two-stage pipeline; `flaw`: 0 none, 1 reads before the wait, 2 waits for one
+// group too few, 3 refills a stage before everyone has read it. Rows at or beyond `valid` arrive as zeros.
+void pipeline(const float* in, float* out, int steps, int valid, int flaw);
+
+// probe_tile.cu. a [16, 16], b [16, 8], c and d [16, 8] row-major; `from`: 0 registers filled by hand, 1 through
+// ldmatrix with b stored by columns, 2 through ldmatrix_trans with a stored by columns.
+void multiply_half(const uint16_t* a, const uint16_t* b, const float* c, float* d, int from);
+void multiply_bfloat16(const uint16_t* a, const uint16_t* b, const float* c, float* d, int from);
+// in: tiles 8x8; out [32, tiles] registers.
+void load_matrices(const uint16_t* in, uint32_t* out, int tiles, int transposed, int misaligned);
+void round_half(const float* in, uint16_t* out, int64_t n);
+void round_bfloat16(const float* in, uint16_t* out, int64_t n);
+void widen_half(const uint16_t* in, float* out, int64_t n);
+void widen_bfloat16(const uint16_t* in, float* out, int64_t n);
+void pack_half(const float* lo, const float* hi, uint32_t* out, int64_t n);
+void pack_bfloat16(const float* lo, const float* hi, uint32_t* out, int64_t n);
+// out [4, n]: exp2_fast, log2_fast, exp_, log_.
+void special_functions(const float* in, float* out, int64_t n);
+
+}  // namespace vitkernels::probe

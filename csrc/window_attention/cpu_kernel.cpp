@@ -1,0 +1,425 @@
+// Window attention on one core, one instruction set.
+//
+// Floor of a window of N tokens: forward 2 N^2 (d + dv) FLOPs and N^2 exponentials, backward
+// 2 N^2 (3 d + 2 dv) FLOPs and N^2 exponentials, at 2 FMAs a cycle. Each tensor crosses memory once.
+#include "cpu_kernel.h"
+#include "vitkernels/tile_attention_cpu.h"
+
+namespace vitkernels::window_attention {
+namespace VITKERNELS_ISA {
+
+using namespace vitkernels::VITKERNELS_ISA;
+
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074;
+
+// Beyond this many logits a head's bias is expanded tile by tile instead of once.
+constexpr int64_t kCachedLogits = 1 << 16;
+constexpr int64_t kMaxChunks = 64;
+
+int64_t chunk_windows(const Params& p) {
+  const int64_t chunk = (p.batch + kMaxChunks - 1) / kMaxChunks;
+  return chunk < 2 ? 2 : chunk;
+}
+int64_t chunk_count(const Params& p) { return (p.batch + chunk_windows(p) - 1) / chunk_windows(p); }
+
+bool converted(const Params& p) { return p.dtype == DType::f16 || p.dtype == DType::bf16; }
+
+template <class E>
+Matrix<E> matrix(const View& view, int64_t batch, int64_t head) {
+  return {static_cast<E*>(view.data) + batch * view.stride[0] + head * view.stride[1], view.stride[2],
+          view.stride[3]};
+}
+
+// The bias table of one head, mirrored so that for a row token (yr, xr) and a row yl of lane tokens the
+// Ww entries wanted are contiguous: at row yl - yr + Wh - 1, from column Ww - 1 - xr. In the forward pass
+// rows are keys and lanes queries, so an entry's offset is (query - key); in the backward pass the roles,
+// and with them the signs, are exchanged.
+template <class T>
+struct WindowBias {
+  int wh, ww, pitch;
+  bool is_signed, rows_are_queries;
+  T* mirrored;
+
+  WindowBias(const Params& p, bool rows_are_queries, Scratch& scratch)
+      : wh(p.window_h),
+        ww(p.window_w),
+        // Whole vectors are loaded and stored from any column.
+        pitch(2 * ww - 1 + kLanes<T>),
+        is_signed(p.signed_bias),
+        rows_are_queries(rows_are_queries),
+        mirrored(scratch.take<T>(static_cast<size_t>(2 * wh - 1) * pitch)) {}
+
+  // Entry of the table behind mirrored[y][x].
+  int entry(int y, int x) const {
+    if (is_signed) {
+      const int at = y * (2 * ww - 1) + x;
+      return rows_are_queries ? (2 * wh - 1) * (2 * ww - 1) - 1 - at : at;
+    }
+    const int dy = y - (wh - 1), dx = x - (ww - 1);
+    return (dy < 0 ? -dy : dy) * ww + (dx < 0 ? -dx : dx);
+  }
+
+  template <class B>
+  void read_as(const View& table, int64_t head) {
+    const B* source = static_cast<const B*>(table.data) + head * table.stride[0];
+    for (int y = 0; y < 2 * wh - 1; ++y) {
+      T* row = mirrored + static_cast<ptrdiff_t>(y) * pitch;
+      for (int x = 0; x < 2 * ww - 1; ++x)
+        row[x] = static_cast<T>(load_one(source + entry(y, x) * table.stride[1])) * T(kLog2E);
+      for (int x = 2 * ww - 1; x < pitch; ++x) row[x] = 0;
+    }
+  }
+  void read(const Params& p, int64_t head) {
+    switch (p.bias_dtype) {
+      case DType::f64: return read_as<double>(p.bias_table, head);
+      case DType::f32: return read_as<float>(p.bias_table, head);
+      case DType::f16: return read_as<f16>(p.bias_table, head);
+      case DType::bf16: return read_as<bf16>(p.bias_table, head);
+    }
+  }
+
+  void clear() {
+    for (int i = 0; i < (2 * wh - 1) * pitch; ++i) mirrored[i] = 0;
+  }
+  // table[entry] = sum of the mirrored cells that stand for it, in row-major order.
+  void fold(T* to, int entries) const {
+    for (int i = 0; i < entries; ++i) to[i] = 0;
+    for (int y = 0; y < 2 * wh - 1; ++y)
+      for (int x = 0; x < 2 * ww - 1; ++x) to[entry(y, x)] += mirrored[static_cast<ptrdiff_t>(y) * pitch + x];
+  }
+
+  // Calls visit(slice of mirrored, lane, count) for the lanes [start, start + lanes) of row token `row`.
+  template <class Visit>
+  __attribute__((always_inline)) void slices(int row, int start, int lanes, Visit visit) const {
+    const int yr = row / ww, xr = row % ww;
+    for (int y = start / ww, lane = y * ww - start; lane < lanes; ++y, lane += ww) {
+      T* slice = mirrored + static_cast<ptrdiff_t>(y - yr + wh - 1) * pitch + (ww - 1 - xr);
+      const int skip = lane < 0 ? -lane : 0;
+      visit(slice + skip, lane + skip, imin(ww, lanes - lane) - skip);
+    }
+  }
+
+  // dst[row][lane] for all row tokens and one tile of lanes. Stores whole vectors: a slice's overhang is
+  // overwritten by the next one, the last row's goes to kLanes elements of slack.
+  void expand(T* dst, int rows, const Tiling<T>& tiling, int tile) const {
+    for (int r = 0; r < rows; ++r, dst += tiling.width)
+      slices(r, tiling.start(tile), tiling.lanes(tile), [dst](const T* slice, int lane, int count) {
+        for (int i = 0; i < count; i += kLanes<T>) store(dst + lane + i, load(slice + i));
+      });
+  }
+
+  // The transpose of expand: mirrored += src. Slices overlap, so their rows are added one at a time.
+  void collect(const T* src, int rows, const Tiling<T>& tiling, int tile) {
+    for (int r = 0; r < rows; ++r, src += tiling.width)
+      slices(r, tiling.start(tile), tiling.lanes(tile), [src](T* slice, int lane, int count) {
+        for (int i = 0; i < count; i += kLanes<T>)
+          store(slice + i, load(slice + i) + load_first(src + lane + i, imin(kLanes<T>, count - i)));
+      });
+  }
+};
+
+// ---- forward
+
+template <class T>
+struct ForwardScratch {
+  Tiling<T> tiling;
+  WindowBias<T> table;
+  T *q, *k, *v, *bias, *s, *out, *inverse, *lse;
+  size_t size;
+
+  ForwardScratch(const Params& p, Scratch scratch) : tiling(p.tokens()), table(p, false, scratch) {
+    const size_t n = p.tokens(), width = tiling.width;
+    q = scratch.take<T>(p.head_dim * width);
+    k = scratch.take<T>(converted(p) ? readable_size<T>(n, p.head_dim) : 0);
+    v = scratch.take<T>(converted(p) ? readable_size<T>(n, p.value_dim) : 0);
+    bias = scratch.take<T>(n * width + kLanes<T>);
+    s = scratch.take<T>(n * width);
+    out = scratch.take<T>(p.value_dim * width);
+    inverse = scratch.take<T>(width);
+    lse = scratch.take<T>(width);
+    size = scratch.used;
+  }
+};
+
+template <class E>
+void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
+  using T = Compute<E>;
+  ForwardScratch<T> w(p, Scratch(memory));
+  const Tiling<T>& tiling = w.tiling;
+  const int n = p.tokens();
+  const T scale = static_cast<T>(p.scale * kLog2E);
+  int64_t bias_head = -1, bias_tile = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item % p.batch, h = item / p.batch / tiling.count;
+    const int tile = static_cast<int>(item / p.batch % tiling.count);
+    const int start = tiling.start(tile), lanes = tiling.lanes(tile);
+    if (p.bias_table && (h != bias_head || tile != bias_tile)) {
+      if (h != bias_head) w.table.read(p, h);
+      w.table.expand(w.bias, n, tiling, tile);
+      bias_head = h;
+      bias_tile = tile;
+    }
+    const Matrix<const E> q = matrix<const E>(p.q, b, h);
+    pack(w.q, tiling.width, q.data + start * q.token, q.channel, q.token, p.head_dim, lanes, scale);
+
+    const ForwardTile<T> task{n,   tiling.vecs, p.head_dim, p.value_dim, w.q, p.bias_table ? w.bias : nullptr,
+                              w.s, w.out,       w.inverse,  w.lse};
+    task.run(readable<E, T>(matrix<const E>(p.k, b, h), n, p.head_dim, w.k),
+             readable<E, T>(matrix<const E>(p.v, b, h), n, p.value_dim, w.v));
+
+    const Matrix<E> out = matrix<E>(p.out, b, h);
+    unpack(out.data + start * out.token, out.channel, out.token, w.out, tiling.width, p.value_dim, lanes,
+           w.inverse);
+    T* lse = static_cast<T*>(p.lse.data) + b * p.lse.stride[0] + h * p.lse.stride[1] + start * p.lse.stride[2];
+    for (int i = 0; i < lanes; ++i) lse[i * p.lse.stride[2]] = w.lse[i];
+  }
+}
+
+// ---- backward
+
+template <class T>
+struct BackwardScratch {
+  Tiling<T> tiling;
+  WindowBias<T> table, grad_table;
+  bool cached;        // a head's whole bias, and a chunk's whole bias gradient, are kept
+  int channel_width;  // of k_channels and grad_q, which have channels in the lanes
+  T *k, *v, *k_channels, *q, *grad_out, *lse, *delta, *bias, *grad_bias, *p, *dl, *grad_q, *grad_k, *grad_v;
+  T *ones, *scales;  // factors of unpack
+  size_t size;
+
+  BackwardScratch(const Params& params, Scratch scratch)
+      : tiling(params.tokens()), table(params, true, scratch), grad_table(params, true, scratch) {
+    const size_t n = params.tokens(), d = params.head_dim, dv = params.value_dim, width = tiling.width;
+    cached = static_cast<int64_t>(n * width * tiling.count) <= kCachedLogits;
+    channel_width = round_up_lanes<T>(params.head_dim);
+    const size_t widest = channel_width > tiling.width ? channel_width : width;
+    const size_t logits = n * width * (cached ? tiling.count : 1);
+    k = scratch.take<T>(d * width);
+    v = scratch.take<T>(dv * width);
+    k_channels = scratch.take<T>(n * channel_width);
+    q = scratch.take<T>(converted(params) ? readable_size<T>(n, d) : 0);
+    grad_out = scratch.take<T>(converted(params) ? readable_size<T>(n, dv) : 0);
+    lse = scratch.take<T>(round_up_lanes<T>(n));
+    delta = scratch.take<T>(round_up_lanes<T>(n));
+    bias = scratch.take<T>(logits + kLanes<T>);
+    grad_bias = scratch.take<T>(cached ? logits : 0);
+    p = scratch.take<T>(n * width);
+    dl = scratch.take<T>(n * width);
+    grad_q = scratch.take<T>(n * channel_width);
+    grad_k = scratch.take<T>(d * width);
+    grad_v = scratch.take<T>(dv * width);
+    ones = scratch.take<T>(widest);
+    scales = scratch.take<T>(widest);
+    size = scratch.used;
+  }
+
+  T* tile_of(T* array, int tile, int n) const {
+    return array + (cached ? static_cast<size_t>(tile) * n * tiling.width : 0);
+  }
+};
+
+// delta[token] = sum over channels of a * b, less the gradient of lse.
+template <class E, class T>
+void row_dots(T* delta, Matrix<const E> a, Matrix<const E> b, int tokens, int channels) {
+  constexpr int L = kLanes<T>;
+  if (a.token == 1 && b.token == 1) {
+    for (int i = 0; i < tokens; i += L) {
+      const int count = imin(L, tokens - i);
+      Vec<T> sum[2] = {};
+      for (int c = 0; c < channels; ++c) {
+        const E *pa = a.data + c * a.channel + i, *pb = b.data + c * b.channel + i;
+        sum[c & 1] += count == L ? load(pa) * load(pb) : load_first(pa, count) * load_first(pb, count);
+      }
+      store(delta + i, sum[0] + sum[1]);
+    }
+  } else if (a.channel == 1 && b.channel == 1) {
+    const int whole = channels / L * L;
+    for (int i = 0; i < tokens; ++i) {
+      const E *pa = a.data + i * a.token, *pb = b.data + i * b.token;
+      Vec<T> sum = {};
+      for (int c = 0; c < whole; c += L) sum += load(pa + c) * load(pb + c);
+      if (whole < channels)
+        sum += load_first(pa + whole, channels - whole) * load_first(pb + whole, channels - whole);
+      T total = 0;
+      for (int l = 0; l < L; ++l) total += sum[l];
+      delta[i] = total;
+    }
+  } else {
+    for (int i = 0; i < tokens; ++i) {
+      T total = 0;
+      for (int c = 0; c < channels; ++c)
+        total += load_one(a.data + i * a.token + c * a.channel) * load_one(b.data + i * b.token + c * b.channel);
+      delta[i] = total;
+    }
+  }
+}
+
+template <class E, class T>
+void backward_window(const Params& p, const BackwardScratch<T>& w, WindowBias<T>& grad_table, int64_t b,
+                     int64_t h) {
+  const Tiling<T>& tiling = w.tiling;
+  const int n = p.tokens(), d = p.head_dim, dv = p.value_dim, width = tiling.width;
+  const Matrix<const E> k = matrix<const E>(p.k, b, h), v = matrix<const E>(p.v, b, h);
+  const Matrix<const T> q = readable<E, T>(matrix<const E>(p.q, b, h), n, d, w.q);
+  Matrix<const T> grad_out = {};
+  if (p.grad_out) {
+    const Matrix<const E> g = matrix<const E>(p.grad_out, b, h);
+    row_dots<E, T>(w.delta, g, matrix<const E>(p.out, b, h), n, dv);
+    grad_out = readable<E, T>(g, n, dv, w.grad_out);
+  } else {
+    for (int i = 0; i < n; ++i) w.delta[i] = 0;
+  }
+  const Matrix<const T> lse = matrix<const T>(p.lse, b, h);
+  for (int i = 0; i < n; ++i) w.lse[i] = lse.data[i * lse.token] * T(kLog2E);
+  if (p.grad_lse) {
+    const Matrix<const T> grad_lse = matrix<const T>(p.grad_lse, b, h);
+    for (int i = 0; i < n; ++i) w.delta[i] -= grad_lse.data[i * grad_lse.token];
+  }
+  if (p.grad_q) pack(w.k_channels, w.channel_width, k.data, k.token, k.channel, n, d, T(1));
+
+  for (int tile = 0; tile < tiling.count; ++tile) {
+    const int start = tiling.start(tile), lanes = tiling.lanes(tile);
+    T* bias = p.bias_table ? w.tile_of(w.bias, tile, n) : nullptr;
+    if (bias && !w.cached) w.table.expand(bias, n, tiling, tile);
+    pack(w.k, width, k.data + start * k.token, k.channel, k.token, d, lanes, static_cast<T>(p.scale * kLog2E));
+    if (p.grad_out) pack(w.v, width, v.data + start * v.token, v.channel, v.token, dv, lanes, T(1));
+    const BackwardTile<T> task{n,    tiling.vecs, d,       p.grad_out ? dv : 0, w.k, w.v,
+                               bias, w.lse,       w.delta, w.p,                 w.dl};
+    task.run(q, grad_out);
+
+    if (p.grad_v) {
+      multiply<T>(tiling.vecs, {dv, p.grad_out ? n : 0, grad_out.data, grad_out.channel, grad_out.token, w.p,
+                                width, nullptr, 0, w.grad_v, width});
+      const Matrix<E> to = matrix<E>(p.grad_v, b, h);
+      unpack(to.data + start * to.token, to.channel, to.token, w.grad_v, width, dv, lanes, w.ones);
+    }
+    if (p.grad_k) {
+      multiply<T>(tiling.vecs, {d, n, q.data, q.channel, q.token, w.dl, width, nullptr, 0, w.grad_k, width});
+      const Matrix<E> to = matrix<E>(p.grad_k, b, h);
+      unpack(to.data + start * to.token, to.channel, to.token, w.grad_k, width, d, lanes, w.scales);
+    }
+    if (p.grad_q)
+      multiply<T>(w.channel_width / kLanes<T>,
+                  {n, lanes, w.dl, width, 1, w.k_channels + static_cast<ptrdiff_t>(start) * w.channel_width,
+                   w.channel_width, tile ? w.grad_q : nullptr, w.channel_width, w.grad_q, w.channel_width});
+    if (p.grad_bias_table && !w.cached) grad_table.collect(w.dl, n, tiling, tile);
+    if (p.grad_bias_table && w.cached) {
+      T* sum = w.tile_of(w.grad_bias, tile, n);
+      for (int i = 0; i < n * width; i += kLanes<T>) store(sum + i, load(sum + i) + load(w.dl + i));
+    }
+  }
+  if (p.grad_q) {
+    const Matrix<E> to = matrix<E>(p.grad_q, b, h);
+    unpack(to.data, to.token, to.channel, w.grad_q, w.channel_width, n, d, w.scales);
+  }
+}
+
+template <class E>
+void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, void* partials) {
+  using T = Compute<E>;
+  const BackwardScratch<T> w(p, Scratch(memory));
+  WindowBias<T> table = w.table, grad_table = w.grad_table;
+  const Tiling<T>& tiling = w.tiling;
+  const int n = p.tokens();
+  const int64_t chunk = chunk_windows(p), chunks = chunk_count(p);
+  for (int i = 0; i < w.channel_width || i < tiling.width; ++i) {
+    w.ones[i] = 1;
+    w.scales[i] = static_cast<T>(p.scale);
+  }
+  int64_t bias_head = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t h = item / chunks, c = item % chunks;
+    if (p.bias_table && h != bias_head) {
+      table.read(p, h);
+      for (int tile = 0; w.cached && tile < tiling.count; ++tile)
+        table.expand(w.tile_of(w.bias, tile, n), n, tiling, tile);
+      bias_head = h;
+    }
+    if (p.grad_bias_table) {
+      grad_table.clear();
+      const size_t logits = w.cached ? static_cast<size_t>(n) * tiling.width * tiling.count : 0;
+      for (size_t i = 0; i < logits; ++i) w.grad_bias[i] = 0;
+    }
+    const int64_t last = (c + 1) * chunk < p.batch ? (c + 1) * chunk : p.batch;
+    for (int64_t b = c * chunk; b < last; ++b) backward_window<E, T>(p, w, grad_table, b, h);
+    if (p.grad_bias_table) {
+      for (int tile = 0; w.cached && tile < tiling.count; ++tile)
+        grad_table.collect(w.tile_of(w.grad_bias, tile, n), n, tiling, tile);
+      grad_table.fold(static_cast<T*>(partials) + (c * p.heads + h) * p.entries(), p.entries());
+    }
+  }
+}
+
+template <class T, class B>
+void reduce_as(const Params& p, const T* partials) {
+  const int64_t chunks = chunk_count(p), entries = p.entries();
+  for (int64_t h = 0; h < p.heads; ++h) {
+    B* to = static_cast<B*>(p.grad_bias_table.data) + h * p.grad_bias_table.stride[0];
+    for (int64_t t = 0; t < entries; ++t) {
+      T sum = 0;
+      for (int64_t c = 0; c < chunks; ++c) sum += partials[(c * p.heads + h) * entries + t];
+      store_one(to + t * p.grad_bias_table.stride[1], static_cast<Compute<B>>(sum));
+    }
+  }
+}
+
+// ---- by dtype
+
+int64_t forward_items(const Params& p) {
+  const int tiles = p.dtype == DType::f64 ? Tiling<double>(p.tokens()).count : Tiling<float>(p.tokens()).count;
+  return p.heads * tiles * p.batch;
+}
+size_t forward_scratch(const Params& p) {
+  return p.dtype == DType::f64 ? ForwardScratch<double>(p, Scratch(nullptr)).size
+                               : ForwardScratch<float>(p, Scratch(nullptr)).size;
+}
+void forward(const Params& p, int64_t begin, int64_t end, void* scratch) {
+  switch (p.dtype) {
+    case DType::f64: return forward_range<double>(p, begin, end, scratch);
+    case DType::f32: return forward_range<float>(p, begin, end, scratch);
+    case DType::f16: return forward_range<f16>(p, begin, end, scratch);
+    case DType::bf16: return forward_range<bf16>(p, begin, end, scratch);
+  }
+}
+
+int64_t backward_items(const Params& p) { return p.heads * chunk_count(p); }
+size_t backward_scratch(const Params& p) {
+  return p.dtype == DType::f64 ? BackwardScratch<double>(p, Scratch(nullptr)).size
+                               : BackwardScratch<float>(p, Scratch(nullptr)).size;
+}
+size_t partials_size(const Params& p) {
+  return static_cast<size_t>(backward_items(p)) * p.entries() *
+         (p.dtype == DType::f64 ? sizeof(double) : sizeof(float));
+}
+void backward(const Params& p, int64_t begin, int64_t end, void* scratch, void* partials) {
+  switch (p.dtype) {
+    case DType::f64: return backward_range<double>(p, begin, end, scratch, partials);
+    case DType::f32: return backward_range<float>(p, begin, end, scratch, partials);
+    case DType::f16: return backward_range<f16>(p, begin, end, scratch, partials);
+    case DType::bf16: return backward_range<bf16>(p, begin, end, scratch, partials);
+  }
+}
+template <class T>
+void reduce(const Params& p, const void* partials) {
+  const T* from = static_cast<const T*>(partials);
+  switch (p.bias_dtype) {
+    case DType::f64: return reduce_as<T, double>(p, from);
+    case DType::f32: return reduce_as<T, float>(p, from);
+    case DType::f16: return reduce_as<T, f16>(p, from);
+    case DType::bf16: return reduce_as<T, bf16>(p, from);
+  }
+}
+void reduce_partials(const Params& p, const void* partials) {
+  p.dtype == DType::f64 ? reduce<double>(p, partials) : reduce<float>(p, partials);
+}
+
+}  // namespace
+
+extern const CpuKernel kKernel;
+const CpuKernel kKernel = {forward_items,    forward_scratch, forward,  backward_items,
+                           backward_scratch, partials_size,   backward, reduce_partials};
+
+}  // namespace VITKERNELS_ISA
+}  // namespace vitkernels::window_attention

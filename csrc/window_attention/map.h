@@ -1,0 +1,137 @@
+// Window attention as a map of the tile-attention core: every query of a window meets every key of it, and a bias
+// looked up by the offset between the two is added to the logit.
+#pragma once
+#include "vitkernels/tile_attention_backward.h"
+#include "vitkernels/tile_attention_forward.h"
+
+#include "window_attention.h"
+
+namespace vitkernels::window_attention {
+
+// In shared memory the table is always the signed one, [2 Wh - 1][2 Ww - 1], whatever its layout in global memory.
+// With code(y, x) = y (2 Ww - 1) + x a pair's entry is code(query) - code(key), a query's code being raised by the
+// entry of offset zero: one subtraction.
+template <class T>
+struct WindowMap {
+  using Acc = accumulate_t<T>;
+
+  int window_h = 1;
+  int window_w = 1;
+  bool signed_bias = false;
+  bool wide_table = false;  // the table is of type Acc rather than T
+  View bias_table;          // absent: no bias
+
+  explicit WindowMap(const Params& params)
+      : window_h(params.window_h),
+        window_w(params.window_w),
+        signed_bias(params.signed_bias),
+        wide_table(params.bias_dtype != params.dtype),
+        bias_table(params.bias_table) {}
+
+  VK_HOST_DEVICE int tokens() const { return window_h * window_w; }
+  VK_HOST_DEVICE bool fits_small_tile() const { return tokens() <= 16; }
+
+  VK_HOST_DEVICE int query_tiles(int rows) const { return (tokens() + rows - 1) / rows; }
+  VK_HOST_DEVICE int key_tiles(int rows) const { return query_tiles(rows); }
+  VK_DEVICE int key_tiles_of(int rows, int) const { return key_tiles(rows); }
+  VK_DEVICE int query_tiles_of(int rows, int) const { return query_tiles(rows); }
+  VK_DEVICE int query(int rows, int tile, int slot) const {
+    const int token = tile * rows + slot;
+    return token < tokens() ? token : -1;
+  }
+  VK_DEVICE int key(int rows, int tile, int slot) const { return query(rows, tile, slot); }
+  VK_DEVICE int key_of(int rows, int, int i, int slot) const { return query(rows, i, slot); }
+  VK_DEVICE int query_of(int rows, int, int i, int slot) const { return query(rows, i, slot); }
+
+  VK_HOST_DEVICE int pitch() const { return 2 * window_w - 1; }
+  VK_HOST_DEVICE int signed_entries() const { return (2 * window_h - 1) * pitch(); }
+  VK_DEVICE int key_code(int token) const { return token + token / window_w * (window_w - 1); }
+  VK_DEVICE int query_code(int token) const {
+    return key_code(token) + (window_h - 1) * pitch() + window_w - 1;
+  }
+  VK_DEVICE Acc logit(Acc s, int query_code, int key_code, const Acc* table) const {
+    return tile_attention::present(bias_table) ? s + table[query_code - key_code] : s;
+  }
+
+  VK_HOST_DEVICE int shared_elements() const { return tile_attention::present(bias_table) ? signed_entries() : 0; }
+  VK_DEVICE void stage(Acc* table, int64_t head, int thread, int threads) const {
+    if (!tile_attention::present(bias_table)) return;
+    for (int e = thread; e < signed_entries(); e += threads) {
+      const int64_t index = head * bias_table.stride[0] + table_entry(e) * bias_table.stride[1];
+      const Acc value = wide_table ? static_cast<const Acc*>(bias_table.data)[index]
+                                   : to_accumulate(static_cast<const T*>(bias_table.data)[index]);
+      table[e] = value * static_cast<Acc>(tile_attention::Exponential<Acc>::unit);
+    }
+  }
+  // The global table's entry that signed entry e reads.
+  VK_HOST_DEVICE int64_t table_entry(int e) const {
+    if (signed_bias) return e;
+    const int dy = e / pitch() - (window_h - 1), dx = e % pitch() - (window_w - 1);
+    return static_cast<int64_t>(dy < 0 ? -dy : dy) * window_w + (dx < 0 ? -dx : dx);
+  }
+
+  // sums[e] += the tile's gradients at signed entry e, queries in ascending order: each entry has one thread.
+  VK_HOST_DEVICE int gradient_elements() const { return signed_entries(); }
+  VK_DEVICE void gradient(Acc* sums, const tile_attention::GradientTile<Acc>& tile) const {
+    const int first_query = tile.query_tile * tile.rows, first_key = tile.key_tile * tile.rows;
+    for (int e = tile.thread; e < signed_entries(); e += tile.threads) {
+      const int dy = e / pitch() - (window_h - 1), dx = e % pitch() - (window_w - 1);
+      // The queries with a key at this offset lie in these rows of the window; which of them have one in this
+      // tile, and none beyond the window's sides, shows in the codes.
+      int begin = (dy > 0 ? dy : 0) * window_w - first_query;
+      int end = (window_h + (dy < 0 ? dy : 0)) * window_w - first_query;
+      const int shift = first_query - dy * window_w - dx - first_key;  // key slot minus query slot
+      if (begin < 0) begin = 0;
+      if (begin < -shift) begin = -shift;
+      if (end > tile.rows) end = tile.rows;
+      if (end > tile.rows - shift) end = tile.rows - shift;
+      Acc sum = sums[e];
+      for (int row = begin; row < end; ++row) {
+        if (tile.query_codes[row] - tile.key_codes[row + shift] == e) sum += tile.values[row * tile.ld + row + shift];
+      }
+      sums[e] = sum;
+    }
+  }
+};
+
+inline tile_attention::Problem make_problem(const Params& params) {
+  tile_attention::Problem problem;
+  problem.batch = params.batch;
+  problem.heads = params.heads;
+  problem.head_dim = params.head_dim;
+  problem.value_dim = params.value_dim;
+  problem.scale = params.scale;
+  problem.q = params.q;
+  problem.k = params.k;
+  problem.v = params.v;
+  problem.out = params.out;
+  problem.lse = params.lse;
+  problem.grad_out = params.grad_out;
+  problem.grad_lse = params.grad_lse;
+  problem.grad_q = params.grad_q;
+  problem.grad_k = params.grad_k;
+  problem.grad_v = params.grad_v;
+  if (params.head_dim > tile_attention::MAX_CHANNELS || params.value_dim > tile_attention::MAX_CHANNELS)
+    throw std::runtime_error("window attention: head_dim and value_dim must be at most " +
+                             std::to_string(tile_attention::MAX_CHANNELS) + ", got " +
+                             std::to_string(params.head_dim) + " and " + std::to_string(params.value_dim));
+  return problem;
+}
+
+// run(T()) with the type of the tensors.
+template <class Run>
+auto with_dtype(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::f64:
+      return run(double());
+    case DType::f32:
+      return run(float());
+    case DType::f16:
+      return run(half_t());
+    case DType::bf16:
+      return run(bfloat16_t());
+  }
+  throw std::runtime_error("window attention: unknown dtype");
+}
+
+}  // namespace vitkernels::window_attention

@@ -1,0 +1,291 @@
+#!/usr/bin/env python3
+"""Registers, shared memory and spills of every CUDA and Triton kernel, for each target. Needs no GPU.
+
+    python scripts/kernel_report.py [--target 80 --target 90a] [--only cuda|triton] [--op NAME] [--json FILE]
+
+CUDA sources are compiled by nvcc to cubins. Triton kernels are compiled by running the package's own launchers
+on CPU tensors with launching replaced by compiling, so what is reported is what a GPU would be given. Both are
+read with cuobjdump. Exits with 1 when a kernel uses local memory (spills, or arrays indexed at run time)
+without its source saying why, on a line "local memory: <reason>".
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = ("80", "90a")
+DTYPES = ("float16", "bfloat16", "float32")
+EXPLANATION = re.compile(r"local memory: *(\S.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel uses. `local` is bytes of local memory a thread: spills and dynamic arrays."""
+
+    language: str
+    kernel: str
+    variant: str
+    target: str
+    registers: int
+    shared: int
+    local: int
+    threads: int
+    explanation: str
+
+    @property
+    def fails(self) -> bool:
+        return self.local > 0 and not self.explanation
+
+
+def find_tool(name: str) -> str:
+    """A CUDA binary utility: from PATH, or the one Triton ships."""
+    found = shutil.which(name)
+    if found:
+        return found
+    with contextlib.suppress(ImportError):
+        import triton
+
+        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+        if bundled.exists():
+            return str(bundled)
+    raise SystemExit(f"kernel_report: {name} was found neither on PATH nor inside triton; install one of them.")
+
+
+def resource_usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
+    """kernel (mangled) -> (registers, static shared bytes, local bytes) of a cubin."""
+    text = subprocess.run(
+        [find_tool("cuobjdump"), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    usage = {}
+    for name, row in re.findall(r"Function ([^:\s]+):\s*\n\s*(REG:.*)", text):
+        numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", row)}
+        usage[name] = (numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"])
+    return usage
+
+
+class CompileOnlyDriver:
+    """Stands in for Triton's CUDA driver where there is no GPU: it has a target and launches nothing."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # a device of its own, so that targets do not share compiled kernels
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compile_only(capability: int) -> Iterator[list[Any]]:
+    """In this scope launching a Triton kernel compiles it for the capability; yields the list of the results."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[Any] = []
+    run = JITFunction.run
+    # reset_active() would look for a GPU, so the previous state is put back by hand.
+    previous = driver._active
+
+    def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if all(kernel is not other for _, other in compiled):
+            compiled.append((self, kernel))
+        return kernel
+
+    driver.set_active(CompileOnlyDriver(capability))
+    JITFunction.run = compile_instead
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = previous
+
+
+def triton_modules(operator: str | None = None) -> list[str]:
+    """Import paths of the operators' Triton launchers."""
+    rooms = ROOT / "vitkernels" / "kernels"
+    names = [room.name for room in pkgutil.iter_modules([str(rooms)]) if room.ispkg]
+    return [
+        f"vitkernels.kernels.{name}.triton"
+        for name in names
+        if (rooms / name / "triton.py").exists() and operator in (None, name)
+    ]
+
+
+def triton_usage(module: str, dtype: str, target: str) -> list[Usage]:
+    """Every kernel that a launcher module's `examples(dtype)` launch, compiled for the target."""
+    import torch
+
+    capability = int(re.sub(r"\D", "", target))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for label, call in importlib.import_module(module).examples(getattr(torch, dtype)):
+            with compile_only(capability) as compiled:
+                call()
+            for function, kernel in compiled:
+                cubin = Path(folder) / "kernel.cubin"
+                cubin.write_bytes(kernel.asm["cubin"])
+                ((registers, _, local),) = resource_usage(cubin).values()
+                reason = EXPLANATION.search(inspect.getsource(function.fn))
+                rows.append(
+                    Usage(
+                        language="triton",
+                        kernel=function.fn.__name__,
+                        variant=f"{dtype} {label}",
+                        target=f"sm_{target}",
+                        registers=registers,
+                        shared=kernel.metadata.shared,
+                        local=local,
+                        threads=kernel.metadata.num_warps * 32,
+                        explanation=reason.group(1) if reason else "",
+                    )
+                )
+    return rows
+
+
+def cuda_sources(operator: str | None = None) -> list[Path]:
+    sources = sorted((ROOT / "csrc").glob("*/*.cu"))
+    return [s for s in sources if s.parent.name != "twin" and operator in (None, s.parent.name)]
+
+
+def demangle(names: list[str]) -> dict[str, str]:
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None or not names:
+        return {name: name for name in names}
+    text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return dict(zip(names, text.splitlines(), strict=True))
+
+
+def cuda_usage(source: Path, target: str) -> list[Usage]:
+    """Every kernel of a CUDA source, compiled for the target."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [find_tool("nvcc"), "-cubin", f"-arch=sm_{target}", "-std=c++17", "-O3", "--expt-relaxed-constexpr"]
+        done = subprocess.run(
+            [*command, f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}", "-o", str(cubin), str(source)],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"kernel_report: nvcc failed on {source}:\n{done.stderr}")
+        usage = resource_usage(cubin)
+    reason = EXPLANATION.search(source.read_text())
+    names = demangle(list(usage))
+    rows = []
+    for mangled, (registers, shared, local) in usage.items():
+        full = names[mangled].removeprefix("void ")
+        kernel, _, template = full.split("(")[0].partition("<")
+        rows.append(
+            Usage(
+                language="cuda",
+                kernel=kernel.rsplit("::", 1)[-1],
+                variant=template.removesuffix(">"),
+                target=f"sm_{target}",
+                registers=registers,
+                shared=shared,
+                local=local,
+                threads=0,
+                explanation=reason.group(1) if reason and local else "",
+            )
+        )
+    return rows
+
+
+def collect(
+    targets: tuple[str, ...] = TARGETS,
+    languages: tuple[str, ...] = ("cuda", "triton"),
+    operator: str | None = None,
+    dtypes: tuple[str, ...] = DTYPES,
+    workers: int = 2,
+) -> list[Usage]:
+    """Compiles everything and returns one row per kernel, variant and target."""
+    sys.path.insert(0, str(ROOT))
+    jobs: list[functools.partial[list[Usage]]] = []
+    if "cuda" in languages:
+        jobs += [functools.partial(cuda_usage, s, t) for s in cuda_sources(operator) for t in targets]
+    if "triton" in languages:
+        modules = triton_modules(operator)
+        jobs += [functools.partial(triton_usage, m, d, t) for m in modules for d in dtypes for t in targets]
+    with ProcessPoolExecutor(max_workers=max(1, min(workers, len(jobs)))) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        return [row for future in futures for row in future.result()]
+
+
+def show(rows: list[Usage]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Kernel resources")
+    for column in ("language", "kernel", "variant", "target"):
+        table.add_column(column, overflow="fold")
+    for column in ("threads", "registers", "shared B", "local B"):
+        table.add_column(column, justify="right")
+    table.add_column("local memory because")
+    for row in rows:
+        table.add_row(
+            row.language, row.kernel, row.variant, row.target, str(row.threads or "-"), str(row.registers),
+            str(row.shared), str(row.local), row.explanation, style="red" if row.fails else None,
+        )  # fmt: skip
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append", help="compute capability as nvcc writes it (80, 90a)")
+    parser.add_argument("--only", choices=("cuda", "triton"))
+    parser.add_argument("--op", help="one operator's kernels")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="Triton dtypes (default: all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON ('-': to stdout, no table)")
+    options = parser.parse_args(arguments)
+    rows = collect(
+        tuple(options.target or TARGETS),
+        (options.only,) if options.only else ("cuda", "triton"),
+        options.op,
+        tuple(options.dtype or DTYPES),
+        options.jobs,
+    )
+    records = json.dumps([{**dataclasses.asdict(row), "fails": row.fails} for row in rows], indent=1)
+    if options.json == "-":
+        print(records)
+    else:
+        show(rows)
+        if options.json:
+            Path(options.json).write_text(records + "\n")
+    failing = [row for row in rows if row.fails]
+    for row in failing:
+        print(
+            f"{row.language} {row.kernel} [{row.variant}] {row.target}: {row.local} bytes of local memory a thread"
+            " and no line 'local memory: <reason>' in its source",
+            file=sys.stderr,
+        )
+    return 1 if failing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The three ways to build: with nvcc, with a C++ compiler only, with no compiler; each built and then used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MEGABYTE = 1 << 20
+USE = """
+import json, sys, torch, vitkernels
+from vitkernels.core import native
+q = torch.randn(2, 1, 16, 16)
+v = torch.randn(2, 1, 16, 24)
+call = dict(window=4)
+out = vitkernels.ops.window_attention(q, q, v, **call)
+want = vitkernels.ops.window_attention(q, q, v, **call, backend="reference")
+torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+print(json.dumps({"where": vitkernels.__file__, "native": native.status(),
+                  "supported": vitkernels.supported_backends("window_attention", q, q, v, **call)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A copy of the tree, so that building leaves no trace in it."""
+    copy = tmp_path_factory.mktemp("sources") / "vitkernels"
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv*", "build", "dist", "*.so", "*.egg-info", "__pycache__", "tests", "results", ".*_cache"
+    )
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def no_torch(tmp_path_factory) -> Path:
+    """A folder that, on PYTHONPATH, makes `import torch` fail: the build must not need it."""
+    folder = tmp_path_factory.mktemp("no_torch")
+    (folder / "torch.py").write_text("raise ImportError('the build imported torch')\n")
+    return folder
+
+
+def path_without_nvcc() -> str:
+    kept = [folder for folder in os.environ["PATH"].split(os.pathsep) if not (Path(folder) / "nvcc").exists()]
+    return os.pathsep.join([str(Path(sys.executable).parent), *kept, "/usr/bin", "/bin"])
+
+
+def build_wheel(sources: Path, no_torch: Path, target: Path, **variables: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VITKERNELS_", "CUDA"))}
+    environment |= {"PYTHONPATH": str(no_torch), "VITKERNELS_BUILD_DIR": str(target / "cmake"), **variables}
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", "-w", str(target)]
+    return subprocess.run([*command, str(sources)], env=environment, capture_output=True, text=True, cwd=target)
+
+
+def wheel_of(built: subprocess.CompletedProcess, target: Path) -> Path:
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    (wheel,) = target.glob("*.whl")
+    print(f"{wheel.name}: {wheel.stat().st_size / MEGABYTE:.2f} MB")
+    return wheel
+
+
+def use(wheel: Path) -> dict:
+    """Runs an operator from the unpacked wheel in a fresh process."""
+    unpacked = wheel.parent / "unpacked"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    done = subprocess.run(
+        [sys.executable, "-c", USE], env=environment, capture_output=True, text=True, cwd=wheel.parent
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["where"].startswith(str(unpacked))
+    return facts
+
+
+def members(wheel: Path) -> list[str]:
+    return zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_wheel_with_nvcc(sources, no_torch, tmp_path):
+    built = build_wheel(sources, no_torch, tmp_path, VITKERNELS_CUDA_ARCHS="80-real", VITKERNELS_BUILD_CUDA="1")
+    wheel = wheel_of(built, tmp_path)
+    assert wheel.stat().st_size < 20 * MEGABYTE
+    facts = use(wheel)
+    assert facts["native"]["cuda_archs"] == "80-real"
+    assert facts["supported"]["cpu"] == []
+
+
+def test_wheel_without_nvcc(sources, no_torch, tmp_path):
+    built = build_wheel(sources, no_torch, tmp_path, PATH=path_without_nvcc())
+    wheel = wheel_of(built, tmp_path)
+    assert "nvcc not found: building the CPU kernels only" in built.stdout + built.stderr
+    assert wheel.stat().st_size < 20 * MEGABYTE
+    assert "vitkernels/py.typed" in members(wheel)
+    assert not [name for name in members(wheel) if "twin" in name or name.startswith(("tests", "csrc"))]
+    facts = use(wheel)
+    assert not facts["native"]["cuda"]
+    assert facts["supported"]["cpu"] == []
+    assert facts["supported"]["cuda"]
+
+
+def test_wheel_without_a_compiler(sources, no_torch, tmp_path):
+    built = build_wheel(sources, no_torch, tmp_path, PATH=path_without_nvcc(), CXX="no-such-compiler")
+    wheel = wheel_of(built, tmp_path)
+    assert "no working C++ compiler found" in built.stdout + built.stderr
+    assert not [name for name in members(wheel) if name.endswith(".so")]
+    facts = use(wheel)
+    assert "was not built" in facts["native"]["error"]
+    assert "was not built" in facts["supported"]["cpu"][0]
+
+
+def test_required_cuda_without_nvcc_is_an_error(sources, no_torch, tmp_path):
+    built = build_wheel(sources, no_torch, tmp_path, PATH=path_without_nvcc(), VITKERNELS_BUILD_CUDA="1")
+    assert built.returncode != 0
+    assert "VITKERNELS_BUILD_CUDA=1 but nvcc was not found" in built.stdout + built.stderr

@@ -1,0 +1,281 @@
+"""The CUDA kernels of window attention, run on the host by the twin, against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import twin
+from tolerance import FORWARD, GRADIENT, assert_close_to_truth
+
+from vitkernels.kernels.window_attention import native, reference
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+GUARD = 37  # NaN elements around every tensor; odd, so that offset tensors lose their 16-byte alignment
+NAMES = ("q", "k", "v", "bias_table")
+
+pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
+
+
+@dataclass(frozen=True)
+class Case:
+    window: tuple[int, int] = (7, 7)
+    d: int = 16
+    dv: int = 32
+    dtype: torch.dtype = F16
+    bias: str | None = "absolute"
+    bias_dtype: torch.dtype | None = None
+    batch: int = 2
+    heads: int = 2
+    layout: str = "dense"
+    grad_out: bool = True
+    grad_lse: bool = True
+    missing: tuple[str, ...] = ()  # gradients that are not wanted
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        name = f"{self.window[0]}x{self.window[1]}-d{self.d}-dv{self.dv}-{dtype}-{self.bias}-{self.layout}"
+        return name + ("" if self.bias_dtype is None else "-wide")
+
+    @property
+    def tokens(self) -> int:
+        return self.window[0] * self.window[1]
+
+    @property
+    def params(self) -> tuple[Any, ...]:
+        return *self.window, self.bias == "signed", self.d**-0.5
+
+
+class Arena:
+    """Allocates tensors inside larger buffers of NaN, and knows whether anything outside them was written."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "dense") -> torch.Tensor:
+        """`layout`: dense; offset (dense, misaligned); packed (heads interleaved, rows padded, as in a view of a
+        projection); nchw (tokens dense, channels strided)."""
+        if layout == "nchw" and len(shape) == 4:
+            order, padding, offset = (0, 1, 3, 2), 0, 48
+        elif layout == "packed" and len(shape) == 4:
+            order, padding, offset = (0, 2, 1, 3), 16, 48
+        else:
+            order, padding, offset = tuple(range(len(shape))), 0, GUARD if layout == "offset" else 48
+        stored = [shape[i] for i in order]
+        stored[-1] += padding
+        numel = int(torch.Size(stored).numel())
+        buffer = torch.full((offset + numel + GUARD,), float("nan"), dtype=dtype)
+        inside = torch.zeros(buffer.shape, dtype=torch.bool)
+        inverse = [order.index(i) for i in range(len(shape))]
+        views = [t[offset : offset + numel].view(stored)[..., : shape[order[-1]]].permute(inverse) for t in (buffer, inside)]
+        views[1].fill_(True)
+        self._kept.append((buffer, inside))
+        return views[0]
+
+    def check(self) -> None:
+        for buffer, inside in self._kept:
+            assert buffer[~inside].isnan().all(), "a kernel wrote outside a tensor"
+
+
+@dataclass
+class Inputs:
+    tensors: dict[str, torch.Tensor | None]
+    grad_out: torch.Tensor | None
+    grad_lse: torch.Tensor | None
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    return F64 if dtype == F64 else F32
+
+
+def make_inputs(case: Case, arena: Arena) -> Inputs:
+    def random(shape: tuple[int, ...], dtype: torch.dtype, layout: str = case.layout) -> torch.Tensor:
+        result = arena.tensor(shape, dtype, layout)
+        return result.copy_(torch.randn(shape, dtype=F64))
+
+    rows = (case.batch, case.heads, case.tokens)
+    entries = case.tokens if case.bias == "absolute" else (2 * case.window[0] - 1) * (2 * case.window[1] - 1)
+    tensors = {
+        "q": random((*rows, case.d), case.dtype),
+        "k": random((*rows, case.d), case.dtype),
+        "v": random((*rows, case.dv), case.dtype),
+        "bias_table": None
+        if case.bias is None
+        else random((case.heads, entries), case.bias_dtype or case.dtype, "dense"),
+    }
+    return Inputs(
+        tensors,
+        random((*rows, case.dv), case.dtype) if case.grad_out else None,
+        random(rows, accumulate(case.dtype), "dense") if case.grad_lse else None,
+    )
+
+
+def run_kernels(case: Case, inputs: Inputs, arena: Arena) -> dict[str, torch.Tensor]:
+    module = twin.load()
+    rows = (case.batch, case.heads, case.tokens)
+    out = arena.tensor((*rows, case.dv), case.dtype, case.layout)
+    lse = arena.tensor(rows, accumulate(case.dtype))
+    arguments = list(inputs.tensors.values())
+    native.forward(out, lse, *arguments, *case.params, module=module, cuda=True)
+    grads = {
+        f"grad_{name}": None
+        if tensor is None or name in case.missing
+        else arena.tensor(tuple(tensor.shape), tensor.dtype, "dense" if name == "bias_table" else case.layout)
+        for name, tensor in inputs.tensors.items()
+    }
+    native.backward(
+        *grads.values(),
+        *(inputs.grad_out, inputs.grad_lse, out, lse),
+        *arguments,
+        *case.params,
+        module=module,
+        cuda=True,
+    )
+    return {"out": out, "lse": lse, **{name: grad for name, grad in grads.items() if grad is not None}}
+
+
+def run_reference(case: Case, inputs: Inputs, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_()
+
+    leaves = {name: leaf(tensor) for name, tensor in inputs.tensors.items()}
+    out, lse = reference.forward(*leaves.values(), *case.params)
+    pairs = [(out, inputs.grad_out), (lse, inputs.grad_lse)]
+    pairs = [(result, grad.to(result.dtype)) for result, grad in pairs if grad is not None]
+    torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])
+    results = {"out": out.detach(), "lse": lse.detach()}
+    for name, tensor in leaves.items():
+        if tensor is not None and name not in case.missing:
+            results[f"grad_{name}"] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    return results
+
+
+def check(case: Case, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    arena = Arena()
+    inputs = make_inputs(case, arena)
+    twin.load().set_seed(seed)
+    got = run_kernels(case, inputs, arena)
+    arena.check()
+    baseline, truth = run_reference(case, inputs, None), run_reference(case, inputs, F64)
+    assert set(got) == set(truth)
+    for name, expected in truth.items():
+        if not expected.any():
+            assert not got[name].any(), f"{name} must be zero"
+            continue
+        assert_close_to_truth(
+            f"{case} {name}",
+            got[name],
+            baseline[name],
+            expected,
+            factor=GRADIENT if name.startswith("grad") else FORWARD,
+            reduced=case.batch * case.tokens if name == "grad_bias_table" else 1,
+            dtype=case.dtype if name == "lse" else None,
+        )
+
+
+def _cases() -> Iterator[Case]:
+    for dtype in (F64, F32, F16, BF16):
+        for bias in ("absolute", "signed", None):
+            yield Case((3, 5), 24, 16, dtype, bias)  # one small tile
+            yield Case((7, 5), 16, 24, dtype, bias, batch=1)  # one large tile, dv no multiple of 16
+    for dtype in (F32, F16):
+        yield Case((1, 1), 16, 16, dtype)
+        yield Case((4, 4), 16, 112, dtype, heads=1, batch=5)  # more windows than a block holds
+        yield Case((7, 7), 16, 64, dtype, heads=1)
+        yield Case((8, 8), 32, 32, dtype, "signed", batch=1)
+        yield Case((12, 12), 32, 32, dtype, "signed", batch=1, heads=1)  # several tiles
+        yield Case((9, 8), 24, 80, dtype, batch=1, heads=1)
+    yield Case((7, 7), 16, 96, BF16, heads=1)
+    yield Case((9, 8), 96, 128, BF16, batch=1, heads=1)  # the widest accumulators
+    yield Case((7, 7), 100, 128, F32, batch=1, heads=1)  # too wide for large tiles in fp32
+    yield Case((7, 7), 3, 7, F16, batch=1, heads=1)  # nothing is a multiple of anything
+    yield Case((7, 7), 16, 32, F16, bias_dtype=F32)
+    yield Case((4, 4), 16, 48, BF16, "signed", bias_dtype=F32)
+
+
+@pytest.mark.parametrize("case", _cases(), ids=str)
+def test_matches_reference(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("layout", ["offset", "packed", "nchw"])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("window", [(4, 4), (7, 7)], ids=str)
+def test_reads_and_writes_any_strides(window: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
+    check(Case(window, 16, 40, dtype, layout=layout))
+
+
+@pytest.mark.parametrize("window", [(3, 3), (5, 4), (9, 8)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grad_out": False},
+        {"grad_lse": False},
+        {"missing": ("q",)},
+        {"missing": ("k", "v")},
+        {"missing": ("q", "k", "v")},
+        {"missing": ("v", "bias_table")},
+        {"missing": ("q", "k", "bias_table")},
+        {"missing": ("q", "bias_table"), "grad_lse": False},
+    ],
+    ids=str,
+)
+def test_absent_gradients(window: tuple[int, int], change: dict[str, Any]) -> None:
+    check(replace(Case(window, 8, 16, BF16, batch=1, heads=1), **change))
+
+
+@pytest.mark.parametrize("case", [Case((5, 5), dtype=F16), Case((3, 3), dtype=F32), Case((9, 8), 16, 16, F16)], ids=str)
+def test_no_schedule_changes_a_bit(case: Case) -> None:
+    """A missing barrier shows as a result that depends on the order in which the fibers run."""
+    case = replace(case, batch=1)
+    arena = Arena()
+    inputs = make_inputs(case, arena)
+    results = []
+    for seed in range(8):
+        twin.load().set_seed(seed)
+        results.append(run_kernels(case, inputs, arena))
+    arena.check()
+    for result in results[1:]:
+        for name, tensor in results[0].items():
+            assert torch.equal(result[name], tensor), name
+
+
+def test_chunks_of_windows_sum_the_table_gradient() -> None:
+    """More windows than work items: groups walk over chunks, and partial sums meet in the reduction."""
+    check(Case((1, 2), 16, 16, F16, "signed", batch=8300, heads=1))
+
+
+def test_a_wrong_table_index_is_noticed() -> None:
+    """The tolerance has teeth: bias entries of the transposed window are rejected."""
+    case = Case((5, 7), dtype=F16)
+    inputs = make_inputs(case, Arena())
+    got = run_reference(replace(case, window=(7, 5)), inputs, None)
+    baseline, truth = run_reference(case, inputs, None), run_reference(case, inputs, F64)
+    for name in ("out", "lse", "grad_q", "grad_bias_table"):
+        with pytest.raises(AssertionError, match="exceeds"):
+            assert_close_to_truth(name, got[name], baseline[name], truth[name], factor=GRADIENT)
+
+
+def test_too_wide_is_refused() -> None:
+    case = Case((2, 2), 16, 144, F16)
+    with pytest.raises(RuntimeError, match="at most 128, got 16 and 144"):
+        run_kernels(case, make_inputs(case, Arena()), Arena())
+
+
+def test_sanitizers_find_nothing() -> None:
+    """Address and undefined-behaviour sanitizers over each engine and each owner of the backward."""
+    done = twin.run_sanitized(
+        "import torch\n"
+        "import twin as builder\n"
+        "builder.load = lambda: twin\n"
+        "sys_modules = __import__('sys').modules\n"
+        "import kernels.test_window_attention_cuda as tests\n"
+        "for dtype in (torch.float32, torch.float16):\n"
+        "    for window in ((3, 3), (5, 4), (9, 8)):\n"
+        "        tests.check(tests.Case(window, 16, 24, dtype, layout='nchw', batch=1, heads=1))\n"
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

@@ -1,0 +1,34 @@
+"""``python -m vitkernels info | bench | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from vitkernels import demo, info
+    from vitkernels.bench import cli as bench
+
+    parser = argparse.ArgumentParser("vitkernels", description="Kernels for efficient vision transformers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | demo")
+    for name, module, text in (
+        ("info", info, "what is installed, built and usable here, in a form to paste into a bug report"),
+        ("bench", bench, "time an operator or a network against PyTorch and public peers"),
+        ("demo", demo, "an EfficientViT on a photograph, before and after vitkernels.apply"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=getattr(module, "DESCRIPTION", text),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

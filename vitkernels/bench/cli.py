@@ -1,0 +1,222 @@
+"""``python -m vitkernels bench``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitkernels.bench.extras import MissingExtra, require
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+DESCRIPTION = """\
+Times one operator, or a whole network before and after vitkernels.apply, next to plain PyTorch,
+torch.compile and the public peers. Every result is held to a float64 reference first: a provider that
+is wrong is shown as WRONG with its error, and gets no speed. Providers take turns in every round."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to time")
+    what.add_argument("--op", help="an operator; --list names them")
+    what.add_argument("--model", help="a network such as efficientvit_m5 (timm's, or ours without timm)")
+    what.add_argument("--preset", nargs="+", help="whose shapes to take; 'all' for every preset")
+    what.add_argument("--shape", nargs="+", help="your own shapes as key=value,...; --list shows the keys")
+    what.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="images per call (default: 1 16)")
+    what.add_argument("--mode", nargs="+", choices=["fwd", "fwd+bwd"], help="default: both (networks: fwd)")
+    what.add_argument("--providers", nargs="+", help="only these, besides eager")
+    what.add_argument("--channels-last", action="store_true", help="networks: channels-last memory format")
+    what.add_argument("--list", action="store_true", help="list operators, presets and providers, and stop")
+    where = parser.add_argument_group("where and how")
+    where.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    where.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on CUDA, float32 on the CPU")
+    where.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    where.add_argument("--seconds", type=float, default=0.5, help="CPU time per measurement (default: 0.5)")
+    where.add_argument("--rounds", type=int, default=25, help="rounds of taking turns (default: 25)")
+    where.add_argument("--seed", type=int, default=0)
+    where.add_argument("--refresh-peaks", action="store_true", help="measure the machine's peaks anew")
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", type=Path, metavar="F", help="everything: environment, peaks, rows, summary")
+    out.add_argument("--csv", type=Path, metavar="F", help="one line a row")
+    out.add_argument("--plot", type=Path, metavar="F", help="a bar chart (.png, .svg, .pdf)")
+    out.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def settings_of(args: argparse.Namespace) -> Any:
+    from vitkernels.bench.runner import Settings
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected one that is there; got 'cuda', but torch finds no CUDA device")
+    for name, low in (("threads", 1), ("rounds", 2)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise ValueError(f"{name}: expected at least {low}; got {getattr(args, name)}")
+    if min(args.batch) < 1:
+        raise ValueError(f"batch: expected positive numbers; got {args.batch}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    dtype = DTYPES[args.dtype] if args.dtype else torch.float16 if device.type == "cuda" else torch.float32
+    modes = args.mode or (["fwd"] if args.model else ["fwd", "fwd+bwd"])
+    return Settings(device, dtype, modes, args.batch, args.seconds, args.rounds, args.seed)
+
+
+def print_list(device: torch.device) -> None:
+    from vitkernels.bench import models, providers
+    from vitkernels.bench.case import load_case, operators
+
+    for name in operators():
+        case = load_case(name)
+        print(f"--op {name}\n  --preset    {' '.join(case.presets)}\n  --shape     {case.shape_help}")
+        print(f"  --providers {' '.join(p.name for p in providers.all_providers(case, device))}")
+    print(f"--model NAME\n  --providers {' '.join(models.VARIANTS)}")
+
+
+def chosen_problems(case: Any, args: argparse.Namespace) -> dict[str, Sequence[Any]]:
+    if args.shape:
+        if args.preset:
+            raise ValueError("preset: expected either --preset or --shape; got both")
+        parsed = [case.parse_shape(text) for text in args.shape]
+        return {"shape": [dataclasses.replace(p, label=f"shape {i}") for i, p in enumerate(parsed, 1)]}
+    names = args.preset or [case.default_preset]
+    names = list(case.presets) if names == ["all"] else names
+    unknown = [name for name in names if name not in case.presets]
+    if unknown:
+        raise ValueError(f"preset: expected some of {', '.join(case.presets)}, all; got {', '.join(unknown)}")
+    return {name: case.presets[name] for name in names}
+
+
+def run_operator(args: argparse.Namespace, settings: Any, peaks: Any, progress: Any) -> list[Any]:
+    from vitkernels.bench import providers, runner
+    from vitkernels.bench.case import load_case
+
+    case = load_case(args.op)
+    selected = providers.select(case, settings.device, args.providers)
+    problems = chosen_problems(case, args)
+    progress.total(sum(len(p) for p in problems.values()) * len(settings.batches) * len(settings.modes))
+    rows = []
+    for preset, members in problems.items():
+        if len(problems) > 1:  # the tables label a problem by itself; with several presets it needs its model
+            members = [dataclasses.replace(p, label=f"{preset} {p.label}") for p in members]
+        rows += runner.run_case(case, preset, members, selected, settings, peaks, progress.step)
+    return rows
+
+
+def run_network(args: argparse.Namespace, settings: Any, progress: Any, console: Any) -> list[Any]:
+    from vitkernels.bench import models
+    from vitkernels.bench.host_model import calibrate, create_host_model, randomize
+
+    if args.preset or args.shape or list(settings.modes) != ["fwd"]:
+        raise ValueError(
+            "model: a network runs in inference at its own shapes; got --preset, --shape or --mode"
+        )
+    names = models.select(args.providers)
+    generator = torch.Generator().manual_seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    host = create_host_model(args.model)
+    console.print(f"{args.model} of {host.source}{f': {host.note}' if host.note else ''}", markup=False)
+    console.print("weights, norm statistics and attention biases are random: speed does not depend on them")
+    randomize(host.model, generator)
+
+    def make_images(batch: int) -> torch.Tensor:
+        return torch.randn(batch, 3, 224, 224, generator=generator)
+
+    calibrate(host.model, [make_images(16)])
+    progress.total(len(settings.batches))
+    return models.run_model(
+        args.model,
+        host.model,
+        make_images,
+        names,
+        settings,
+        channels_last=args.channels_last,
+        progress=progress.step,
+    )
+
+
+class Progress:
+    """A bar on stderr, so that stdout can be redirected."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self.bar = Bar(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+        self.task = self.bar.add_task("", total=None)
+        self.running = False
+
+    def total(self, count: int) -> None:
+        self.bar.update(self.task, total=count)
+
+    def step(self, text: str) -> None:
+        """Called when a step begins, and once more with ``"done"`` at the end."""
+        if self.running:
+            self.bar.advance(self.task)
+        self.running = text != "done"
+        self.bar.update(self.task, description=text)
+
+
+def execute(args: argparse.Namespace) -> int:
+    require("rich", "matplotlib")
+    from rich.console import Console
+
+    from vitkernels import info
+    from vitkernels.bench import peaks as measured
+    from vitkernels.bench import report, runner
+
+    settings = settings_of(args)
+    if args.list:
+        print_list(settings.device)
+        return 0
+    if bool(args.op) == bool(args.model):
+        raise ValueError("expected one of --op or --model (--list shows what there is)")
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    peaks = None
+    progress = Progress(args.quiet)
+    with progress.bar:
+        if args.op:
+            progress.bar.update(progress.task, description="measuring the machine's peaks")
+            peaks = measured.measured_peaks(settings.device, (settings.dtype,), refresh=args.refresh_peaks)
+            rows = run_operator(args, settings, peaks, progress)
+        else:
+            rows = run_network(args, settings, progress, console)
+    environment = info.collect()
+    peaks_dict = dataclasses.asdict(peaks) if peaks else None
+    summary = runner.summarize(rows)
+    for line in report.environment_lines(environment, peaks_dict):
+        console.print(line, markup=False, highlight=False)
+    report.print_report(console, rows, summary)
+    options = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if not callable(v)}
+    if args.json:
+        report.write_json(args.json, report.document(rows, summary, environment, peaks_dict, options))
+    if args.csv:
+        report.write_csv(args.csv, rows)
+    if args.plot and any(row.median is not None for row in rows):
+        from vitkernels.bench import plot
+
+        title = f"{rows[0].subject}, {rows[0].dtype}, {measured.device_name(settings.device)}"
+        draw = plot.plot_models if args.model else plot.plot_operator
+        threads = f", {torch.get_num_threads()} threads" if settings.device.type == "cpu" else ""
+        draw(args.plot, rows, title + threads)
+    return 1 if any(row.ours and row.status == "wrong" for row in rows) else 0
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return execute(args)
+    except (MissingExtra, ValueError) as error:
+        print(f"vitkernels bench: {error}", file=sys.stderr)
+        return 2

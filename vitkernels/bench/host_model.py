@@ -1,0 +1,96 @@
+"""A whole network to measure on, made usable without downloaded weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+@dataclass(frozen=True)
+class HostModel:
+    model: nn.Module
+    source: str  # "timm 1.0.31" or "vitkernels.models"
+    note: str = ""  # why it is not timm's
+
+
+def create_host_model(name: str) -> HostModel:
+    """timm's model, as users have it; ours where timm cannot be imported, for whatever reason.
+
+    Raises:
+        ValueError: neither library knows the name.
+    """
+    try:
+        # A torchvision built for another torch raises RuntimeError from inside `import timm`.
+        import timm
+    except Exception as error:
+        reason = f"timm cannot be imported ({type(error).__name__}: {error})".splitlines()[0]
+        return HostModel(_ours(name), "vitkernels.models", reason)
+    if timm.is_model(name):
+        return HostModel(timm.create_model(name, pretrained=False).eval(), f"timm {timm.__version__}")
+    return HostModel(_ours(name), "vitkernels.models", f"timm {timm.__version__} has no model {name!r}")
+
+
+def _ours(name: str) -> nn.Module:
+    from vitkernels import models
+
+    if name not in models.list_models():
+        raise ValueError(f"model: expected one of {', '.join(models.list_models())}; got {name!r}")
+    return models.create_model(name).eval()
+
+
+def randomize(model: nn.Module, generator: torch.Generator) -> None:
+    """Random norm parameters and attention biases, in place.
+
+    At their usual initial values EfficientViT's residual branches (gamma 0) add exactly nothing, so that any
+    mixer, right or wrong, would give the same logits.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.weight.copy_(0.5 + torch.rand(module.weight.shape, generator=generator))
+                module.bias.copy_(0.2 * torch.randn(module.bias.shape, generator=generator))
+        for name, parameter in model.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Sets the running statistics of every batch norm to the average over these batches; leaves eval mode."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    model.train()
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+def clone(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy in that dtype and in eval mode, without bias caches of the original's dtype."""
+    twin = copy.deepcopy(model).to(dtype)
+    return twin.train().eval()  # timm's layers drop their cached attention bias on train()
+
+
+def fold_conv_bn(model: nn.Module) -> nn.Module:
+    """The baseline: a copy in eval mode, every Conv2d + BatchNorm2d pair folded by PyTorch's own helper."""
+    folded = clone(model)
+    for module in list(folded.modules()):
+        children = list(module.named_children())
+        if not isinstance(module, nn.Sequential) or len(children) != 2:
+            continue
+        (conv_name, conv), (norm_name, norm) = children
+        if type(conv) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d):
+            setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, norm_name, nn.Identity())
+    return folded

@@ -1,0 +1,135 @@
+"""Whole networks before and after ``vitkernels.apply``, behind the same gate as the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vitkernels
+from vitkernels.bench import gate, runner, timing
+from vitkernels.bench.host_model import clone, fold_conv_bn
+from vitkernels.bench.peaks import dtype_name
+from vitkernels.bench.runner import Row, Settings
+
+Variant = Callable[[nn.Module], Any]
+
+
+def _applied(fold_bn: bool) -> Variant:
+    def build(model: nn.Module) -> nn.Module:
+        applied = clone(model)
+        vitkernels.apply(applied, fold_bn=fold_bn, verbose=False)
+        return applied
+
+    return build
+
+
+def _compiled(build: Variant) -> Variant:
+    return lambda model: torch.compile(build(model), dynamic=False)
+
+
+VARIANTS: dict[str, Variant] = {
+    "eager": clone,
+    "eager-folded": fold_conv_bn,
+    "torch.compile": _compiled(clone),
+    "torch.compile-folded": _compiled(fold_conv_bn),
+    "vitkernels": _applied(False),
+    "vitkernels-folded": _applied(True),
+    "vitkernels+compile": _compiled(_applied(False)),
+    "vitkernels-folded+compile": _compiled(_applied(True)),
+}
+DEFAULT_VARIANTS = ("eager", "eager-folded", "vitkernels", "vitkernels-folded")
+
+
+def select(names: Sequence[str] | None) -> list[str]:
+    unknown = [name for name in names or () if name not in VARIANTS]
+    if unknown:
+        raise ValueError(f"providers: expected some of {', '.join(VARIANTS)}; got {', '.join(unknown)}")
+    return list(DEFAULT_VARIANTS if names is None else dict.fromkeys(("eager", *names)))
+
+
+def forward(model: Any, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images)
+
+
+def build_variants(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The variants that could be built and, for the others, why not."""
+    built, failed = {}, {}
+    for name in names:
+        try:
+            built[name] = VARIANTS[name](model)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return built, failed
+
+
+def run_model(
+    name: str,
+    model: nn.Module,
+    make_images: Callable[[int], Tensor],
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    channels_last: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Inference at every batch size. ``model`` is left as it is; every variant is a copy of it."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model = clone(model, settings.dtype).to(settings.device)
+    model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    exact = clone(model, torch.float64)
+    built, failed = build_variants(model, names)
+    rows: list[Row] = []
+    for batch in settings.batches:
+        progress(f"{name} batch {batch}")
+        images = make_images(batch).to(settings.device, settings.dtype, memory_format=memory_format)
+        blank = Row(
+            subject=name,
+            preset=name,
+            problem="channels-last" if channels_last else "NCHW",
+            shape="x".join(map(str, images.shape)),
+            batch=batch,
+            dtype=dtype_name(settings.dtype),
+            device=str(settings.device),
+            mode="fwd",
+            provider="",
+            ours=False,
+        )
+        by_name: dict[str, Row] = {}
+        steps: dict[str, timing.Step] = {}
+        truth, baseline = forward(exact, images.double()), forward(built["eager"], images)
+        for variant in names:
+            row = Row(**{**blank.as_dict(), "provider": variant, "ours": variant.startswith("vitkernels")})
+            by_name[variant] = row
+            if variant in failed:
+                row.status, row.reason = "skipped", failed[variant]
+                continue
+            try:
+                got = forward(built[variant], images)
+            except Exception as error:
+                row.status, row.reason = "skipped", f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            logits = gate.check("logits", got, baseline, truth, factor=gate.FORWARD_FACTOR)
+            row.error_share = logits.share
+            if not logits.ok:
+                row.status, row.reason = "wrong", str(logits)
+                continue
+            steps[variant] = partial(forward, built[variant], images)
+            row.peak_memory = timing.peak_memory(steps[variant], settings.device)
+        timings, uncaptured = runner.time_steps(steps, settings)
+        for variant, row in by_name.items():
+            if row.status != "ok":
+                rows.append(row)
+            for method, measured in timings.items():
+                if variant in measured:
+                    timed = runner.record(row, method, measured[variant], measured.get("eager"))
+                    timed.images_per_second = batch / measured[variant].median
+                    rows.append(timed)
+            if variant in uncaptured:
+                rows.append(runner.not_captured(row, uncaptured[variant]))
+    progress("done")
+    return rows

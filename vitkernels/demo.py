@@ -1,0 +1,177 @@
+"""``python -m vitkernels demo``: an EfficientViT on a photograph, before and after ``vitkernels.apply``."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vitkernels
+
+DESCRIPTION = """\
+Takes timm's EfficientViT (ours where timm cannot be imported), a real photograph, and compares the
+network before and after vitkernels.apply: what was replaced, how far the logits move, images per second.
+Nothing is downloaded: the weights are random, so the logits mean nothing, but their differences do."""
+
+SIZE = 224
+BATCHES = (1, 16)
+EAGER, APPLIED, FOLDED = "before", "after apply", "after apply, BN folded"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", type=Path, help="a photograph of yours (default: scikit-image's cat)")
+    parser.add_argument("--model", default="efficientvit_m5", help="default: efficientvit_m5")
+    parser.add_argument("--output", type=Path, metavar="PLOT", help="default: <model>_demo.png")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile as well (takes minutes)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time per measurement (default: 1.5)")
+
+
+def differences(logits: Tensor, before: Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and the norm of the difference over the norm."""
+    change = (logits - before).double()
+    return change.abs().max().item(), (change.norm() / before.double().norm()).item()
+
+
+def prepare(name: str, photo: Tensor, console: Any) -> nn.Module:
+    """The network with random but sane weights."""
+    from vitkernels.bench import host_model
+    from vitkernels.bench.photo import normalize, random_crops
+
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    host = host_model.create_host_model(name)
+    parameters = sum(parameter.numel() for parameter in host.model.parameters())
+    console.print(f"model    {name} of {host.source}, {parameters / 1e6:.1f} M parameters", markup=False)
+    if host.note:
+        console.print(f"         not timm's: {host.note}", markup=False)
+    host_model.randomize(host.model, generator)
+    batches = [normalize(random_crops(photo, 16, SIZE, generator)) for _ in range(2)]
+    host_model.calibrate(host.model, batches)
+    console.print(
+        "weights  random (nothing is downloaded), batch norms and attention biases too: at their initial\n"
+        "         values the mixers add exactly 0; norm statistics are calibrated on crops of the photo"
+    )
+    return host.model
+
+
+def measure(variants: dict[str, Any], photo: Tensor, args: argparse.Namespace, name: str) -> list[Any]:
+    """Interleaved images/s of all variants at both batch sizes."""
+    from vitkernels.bench.models import forward
+    from vitkernels.bench.photo import normalize, random_crops
+    from vitkernels.bench.runner import Row, Settings, record, time_steps
+
+    device = torch.device(args.device)
+    settings = Settings(device, torch.float32, seconds=args.seconds)
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for batch in BATCHES:
+        images = normalize(random_crops(photo, batch, SIZE, generator)).to(device)
+        steps = {key: partial(forward, model, images) for key, model in variants.items()}
+        timings, _ = time_steps(steps, settings)
+        measured = timings.get("wall") or timings["call"]
+        for variant, spent in measured.items():
+            row = Row(
+                subject=name,
+                preset=name,
+                problem="photo",
+                shape="x".join(map(str, images.shape)),
+                batch=batch,
+                dtype="float32",
+                device=args.device,
+                mode="fwd",
+                provider=variant,
+                ours=variant in (APPLIED, FOLDED),
+            )
+            row = record(row, "wall", spent, measured[EAGER])
+            row.images_per_second = batch / spent.median
+            rows.append(row)
+    return rows
+
+
+def draw(path: Path, shown: Tensor, rows: list[Any], title: str, caption: str) -> None:
+    from vitkernels.bench.plot import plt, throughput_bars
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1, 2.1), layout="constrained")
+    left.imshow(shown.permute(1, 2, 0).numpy())
+    left.set_axis_off()
+    left.set_title(caption, fontsize=9, loc="left")
+    throughput_bars(right, rows)
+    right.set_title("inference, fp32", fontsize=9, loc="left")
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def execute(args: argparse.Namespace) -> int:
+    from vitkernels.bench.extras import require
+
+    require("rich", "matplotlib", "PIL")
+    from rich.console import Console
+
+    from vitkernels.bench import report
+    from vitkernels.bench.models import forward
+    from vitkernels.bench.peaks import device_name
+    from vitkernels.bench.photo import center_crop, load_photo, normalize
+
+    begin = time.perf_counter()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected one that is there; got 'cuda', but torch finds no CUDA device")
+    if args.threads is not None:
+        torch.set_num_threads(max(1, args.threads))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    photo, source = load_photo(args.image)
+    console.print(f"photo    {source}, {photo.shape[2]} x {photo.shape[1]}", markup=False)
+    device = torch.device(args.device)
+    model = prepare(args.model, photo, console).to(device)
+
+    shown = center_crop(photo, SIZE)
+    image = normalize(shown[None]).to(device)
+    before = forward(model, image)
+    applied, folded = copy.deepcopy(model), copy.deepcopy(model)
+    console.print("\n[bold]vitkernels.apply(model)[/bold]")
+    console.print(str(vitkernels.apply(applied, verbose=False)), markup=False, highlight=False)
+    vitkernels.apply(folded, fold_bn=True, verbose=False)
+    reverted = copy.deepcopy(applied)
+    vitkernels.revert(reverted)
+
+    rms = before.square().mean().sqrt().item()
+    console.print(f"\nlogits of the photo: {before.numel()} values, rms {rms:.3g}")
+    for label, changed in ((APPLIED, applied), (FOLDED, folded)):
+        largest, relative = differences(forward(changed, image), before)
+        console.print(f"  {label:<24} largest difference {largest:.2e}, norm-relative {relative:.2e}")
+    same = torch.equal(forward(reverted, image), before)
+    console.print(f"  {'after revert':<24} {'bit for bit the same' if same else 'NOT the same'}")
+
+    variants: dict[str, Any] = {EAGER: model, APPLIED: applied, FOLDED: folded}
+    if args.compile:
+        variants["torch.compile"] = torch.compile(copy.deepcopy(model), dynamic=False)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    machine = f"{device_name(device)}{threads}"
+    console.print(f"\ntiming on {machine} ...", markup=False)
+    rows = measure(variants, photo, args, args.model)
+    console.print(report.model_table(rows))
+    output = args.output or Path(f"{args.model}_demo.png")
+    caption = "input: " + (source.partition(" (")[0] if args.image is None else Path(source).name)
+    draw(output, shown, rows, f"{args.model} before and after vitkernels.apply, {machine}", caption)
+    console.print(f"plot written to {output}; {time.perf_counter() - begin:.0f} s in all", markup=False)
+    return 0 if same else 1
+
+
+def run(args: argparse.Namespace) -> int:
+    from vitkernels.bench.extras import MissingExtra
+
+    try:
+        return execute(args)
+    except (MissingExtra, ValueError) as error:
+        print(f"vitkernels demo: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,136 @@
+"""Reading files of weights, and the layouts they come in."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitkernels.nn.cascaded_group_attention import resize_attention_biases
+
+_STEM = [(f"patch_embed.{2 * i}.", f"patch_embed.conv{i + 1}.") for i in range(4)]
+_DOWNSAMPLE = ["res1", "patchmerge", "res2"]
+
+
+def to_timm_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """EfficientViT weights of the official layout (ours too) in timm's."""
+    return {_timm_key(key): value for key, value in state_dict.items() if not _is_index(key)}
+
+
+def to_official_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """EfficientViT weights of timm's layout in the official one; those of the official layout as they are."""
+    convert = _official_key if is_timm_layout(state_dict) else str
+    return {convert(key): value for key, value in state_dict.items() if not _is_index(key)}
+
+
+def is_timm_layout(keys: Iterable[str]) -> bool:
+    return any(key.startswith(("stages.", "patch_embed.conv")) for key in keys)
+
+
+def _is_index(key: str) -> bool:
+    return key.endswith("attention_bias_idxs")
+
+
+def _timm_key(key: str) -> str:
+    for official, timm in _STEM:
+        if key.startswith(official):
+            key = timm + key.removeprefix(official)
+    if match := re.match(r"blocks(\d+)\.(\d+)\.(.*)", key):
+        stage, index, rest = int(match[1]) - 1, int(match[2]), match[3]
+        if stage == 0:
+            key = f"stages.0.blocks.{index}.{rest}"
+        elif index < len(_DOWNSAMPLE):
+            key = f"stages.{stage}.downsample.{_DOWNSAMPLE[index]}.{rest}"
+        else:
+            key = f"stages.{stage}.blocks.{index - len(_DOWNSAMPLE)}.{rest}"
+    key = re.sub(r"^(head|head_dist)\.l\.", r"\1.linear.", key)
+    return re.sub(r"\.c\.(weight|bias)$", r".conv.\1", key)
+
+
+def _official_key(key: str) -> str:
+    for official, timm in _STEM:
+        if key.startswith(timm):
+            key = official + key.removeprefix(timm)
+    if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.(.*)", key):
+        stage, index, rest = int(match[1]), int(match[2]), match[3]
+        key = f"blocks{stage + 1}.{index + (len(_DOWNSAMPLE) if stage else 0)}.{rest}"
+    elif match := re.match(r"stages\.(\d+)\.downsample\.(\w+)\.(.*)", key):
+        key = f"blocks{int(match[1]) + 1}.{_DOWNSAMPLE.index(match[2])}.{match[3]}"
+    key = re.sub(r"^(head|head_dist)\.linear\.", r"\1.l.", key)
+    return re.sub(r"\.conv\.(weight|bias)$", r".c.\1", key)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Tensors by name from a `.safetensors` file, or from anything that `torch.load(weights_only=True)` reads.
+
+    A checkpoint's "model_ema", "model" or "state_dict" entry is taken where it has one, and the prefix
+    "module." of a model wrapped for data parallelism is removed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"argument `weights`: no such file: {path}")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError(f"{path} needs safetensors: pip install safetensors") from error
+        content: Any = load_file(path)
+    else:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    for entry in ("model_ema", "model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
+            content = content[entry]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        found = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(
+            f"argument `weights`: expected a state_dict, or a checkpoint with one under 'model', 'state_dict' "
+            f"or 'model_ema'; {path} holds {found}."
+        )
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Loads a file of weights into a model of the official layout; see `create_model`.
+
+    Raises:
+        ValueError: keys or shapes differ; the message lists them and the model is unchanged.
+    """
+    loaded = to_official_state_dict(read_state_dict(path))
+    own = model.state_dict()
+    if not any(key.startswith("head.") for key in own):
+        loaded = {key: value for key, value in loaded.items() if not key.startswith(("head.", "head_dist."))}
+    for key, value in loaded.items():
+        if key.endswith("attention_biases") and key in own and value.shape[1:] != own[key].shape[1:]:
+            loaded[key] = resize_attention_biases(value, round(own[key].shape[1] ** 0.5))
+    problems = [
+        *_listing("missing from the file", sorted(own.keys() - loaded.keys())),
+        *_listing("not of this model", sorted(loaded.keys() - own.keys())),
+        *_listing(
+            "of another shape",
+            [
+                f"{key}: file {list(loaded[key].shape)}, model {list(own[key].shape)}"
+                for key in own
+                if key in loaded and loaded[key].shape != own[key].shape
+            ],
+        ),
+    ]
+    if problems:
+        head = any(key.startswith("head.") and key in own and own[key].shape != loaded[key].shape for key in loaded)
+        fix = "Build it with the file's num_classes, then call model.reset_classifier(n)." if head else ""
+        lines = [f"argument `weights`: {path} does not fit {type(model).__name__}:", *problems, fix]
+        raise ValueError("\n".join(line for line in lines if line))
+    model.load_state_dict(loaded)
+
+
+def _listing(what: str, keys: list[str], most: int = 20) -> list[str]:
+    if not keys:
+        return []
+    shown = [f"    {key}" for key in keys[:most]]
+    rest = [f"    and {len(keys) - most} more"] if len(keys) > most else []
+    return [f"  {len(keys)} {what}:", *shown, *rest]

@@ -1,0 +1,6 @@
+def apply(model, **kwargs):
+    raise NotImplementedError
+
+
+def revert(model):
+    raise NotImplementedError

@@ -1,0 +1,130 @@
+"""`apply` and `revert`: kernels for a model that already exists."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vitkernels.core import backends
+from vitkernels.core.checks import fail
+from vitkernels.patching.layers import _FOLD, Patched, patched_class
+from vitkernels.patching.match import match_attention, match_fold
+
+__all__ = ["Report", "apply", "revert"]
+
+
+@dataclass
+class Report:
+    """What `apply` did.
+
+    Attributes:
+        replaced: (name, class, kernel) of each layer that now runs a replaced forward.
+        skipped: (name, class, reason) of each layer of interest that was left as it is.
+        others: number of layers with parameters of their own that no kernel is meant for.
+    """
+
+    model: str
+    replaced: list[tuple[str, str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    others: int = 0
+
+    def __str__(self) -> str:
+        rows = [("layer", "class", "count", "now"), *_rows(self.replaced, ""), *_rows(self.skipped, "left: ")]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        ]
+        title = f"vitkernels: {len(self.replaced)} layers of {self.model} replaced, {len(self.skipped)} left"
+        rest = f"{self.others} other layers with parameters have no kernel and run as before."
+        return "\n".join([title, *(lines if len(rows) > 1 else []), rest])
+
+
+def _rows(entries: list[tuple[str, str, str]], prefix: str) -> list[tuple[str, str, str, str]]:
+    groups = Counter((cls, what) for _, cls, what in entries)
+    first = {(cls, what): name for name, cls, what in reversed(entries)}
+    return [
+        (first[group] + (", ..." if count > 1 else ""), group[0], str(count), prefix + group[1])
+        for group, count in groups.items()
+    ]
+
+
+def apply(
+    model: nn.Module, *, fold_bn: bool = False, backend: str | None = None, verbose: bool = True
+) -> Report:
+    """Replaces the forward of the layers that have a kernel, in place and reversibly.
+
+    Supported: cascaded group attention and its windows (EfficientViT of timm, the official code, and copies of
+    it, which are matched by class name and then compared with the kernel on random weights). Parameters,
+    children, hooks and `state_dict` stay as they are; the model trains, compiles, copies, pickles and exports as
+    before. Calling it again changes nothing. `revert` undoes it.
+
+    Args:
+        model: a model or a part of one.
+        fold_bn: also run every Conv2d + batch norm and batch norm + Linear pair as one layer, while its norm is
+            in eval mode; in train mode the pair runs as before. The folded weights follow their sources
+            through training, loading and moving, but not through edits of `parameter.data`: call apply again
+            after those. They take the memory of one more copy of the weights.
+        backend: backend forced for the replaced attention layers; default: chosen call by call.
+        verbose: print the report.
+
+    Returns:
+        what was replaced, and why the rest was left; print it for a table.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: an unknown backend; fold_bn for a model in train mode.
+    """
+    if not isinstance(model, nn.Module):
+        fail("model", "a torch.nn.Module", model, kind=TypeError)
+    backends.requested(backend)
+    if fold_bn and model.training:
+        fail(
+            "fold_bn",
+            "False for a model in train mode, where batch norms use the batch's statistics",
+            fold_bn,
+            "Call model.eval() first.",
+        )
+    report = Report(type(model).__name__)
+    proven: dict[Any, str] = {}
+    covered: set[nn.Module] = set()
+    for name, module in list(model.named_modules()):
+        match = match_attention(module, proven)
+        folds = match is None
+        if match is None and fold_bn:
+            match = match_fold(module)
+        if match is None:
+            own = bool(module._parameters) and module not in covered
+            report.others += own
+            continue
+        original = module.vitkernels_original if isinstance(module, Patched) else type(module)
+        if match.mixin is None:
+            report.skipped.append((name, original.__name__, match.reason))
+            continue
+        module.__dict__.pop(_FOLD, None)
+        module.__class__ = patched_class(original, match.mixin, None if folds else backend)
+        report.replaced.append((name, original.__name__, match.kernel))
+        if folds:
+            covered.update(module.children())
+    if fold_bn and isinstance(model, _BatchNorm):
+        report.skipped.append(("", type(model).__name__, "a batch norm alone folds into nothing"))
+    if verbose:
+        print(report)
+    return report
+
+
+def revert(model: nn.Module) -> int:
+    """Undoes `apply`: every layer runs its own forward again. Returns the number of layers restored."""
+    if not isinstance(model, nn.Module):
+        fail("model", "a torch.nn.Module", model, kind=TypeError)
+    restored = 0
+    for module in model.modules():
+        if isinstance(module, Patched):
+            module.__dict__.pop(_FOLD, None)
+            module.__class__ = module.vitkernels_original
+            restored += 1
+    return restored
