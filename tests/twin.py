@@ -38,24 +38,26 @@ def build(sanitize: str = "", operators: tuple[str, ...] = OPERATORS) -> Path:
     """Build what is out of date and return the module's path; safe to call from several processes."""
     import pybind11
 
-    name = "-".join(
-        ["twin", *filter(None, sanitize.split(",")), *([] if operators == OPERATORS else operators or ["probes"])]
-    )
+    contents = () if operators == OPERATORS else operators or ("probes",)
+    name = "-".join(["twin", *filter(None, sanitize.split(",")), *contents])
     folder = ROOT / "build" / name
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PATH": _search_path(), "CXX": "g++"}
     environment.pop("LD_PRELOAD", None)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "build.ninja").exists():
-            configure = [
-                *("cmake", "-S", str(SOURCE), "-B", str(folder), "-G", "Ninja"),
-                f"-DVITKERNELS_SANITIZE={sanitize}",
-                f"-DVITKERNELS_OPERATORS={';'.join(operators)}",
-                f"-DPython_EXECUTABLE={sys.executable}",
-                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            ]
+        configure = [
+            *("cmake", "--fresh", "-S", str(SOURCE), "-B", str(folder), "-G", "Ninja"),
+            f"-DVITKERNELS_SANITIZE={sanitize}",
+            f"-DVITKERNELS_OPERATORS={';'.join(operators)}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        # A new operator, another interpreter or an interrupted configuration starts afresh.
+        configured = folder / "configured.txt"
+        if not configured.exists() or configured.read_text() != "\n".join(configure):
             _run(configure, environment)
+            configured.write_text("\n".join(configure))
         _run(["cmake", "--build", str(folder)], environment)
     modules = list(folder.glob("_twin*.so"))
     if len(modules) != 1:
@@ -69,12 +71,13 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-8000:]}{done.stderr[-4000:]}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(sanitize: str = "", operators: tuple[str, ...] = OPERATORS) -> ModuleType:
     """The module; one sanitized for address needs the process started by `run_sanitized`."""
     path = build(sanitize, operators)
     spec = importlib.util.spec_from_file_location("_twin", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -53,6 +53,7 @@ def prepare(name: str, photo: Tensor, console: Any) -> nn.Module:
     console.print(f"model    {name} of {host.source}, {parameters / 1e6:.1f} M parameters", markup=False)
     if host.note:
         console.print(f"         not timm's: {host.note}", markup=False)
+        console.print("         'before' is this model in plain PyTorch, without our kernels")
     host_model.randomize(host.model, generator)
     batches = [normalize(random_crops(photo, 16, SIZE, generator)) for _ in range(2)]
     host_model.calibrate(host.model, batches)
@@ -119,9 +120,11 @@ def execute(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from vitkernels.bench import report
+    from vitkernels.bench.host_model import plain
     from vitkernels.bench.models import forward
     from vitkernels.bench.peaks import device_name
     from vitkernels.bench.photo import center_crop, load_photo, normalize
+    from vitkernels.bench.timing import busy
 
     begin = time.perf_counter()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -136,7 +139,8 @@ def execute(args: argparse.Namespace) -> int:
 
     shown = center_crop(photo, SIZE)
     image = normalize(shown[None]).to(device)
-    before = forward(model, image)
+    original = plain(model)
+    before = forward(original, image)
     applied, folded = copy.deepcopy(model), copy.deepcopy(model)
     console.print("\n[bold]vitkernels.apply(model)[/bold]")
     console.print(str(vitkernels.apply(applied, verbose=False)), markup=False, highlight=False)
@@ -149,15 +153,17 @@ def execute(args: argparse.Namespace) -> int:
     for label, changed in ((APPLIED, applied), (FOLDED, folded)):
         largest, relative = differences(forward(changed, image), before)
         console.print(f"  {label:<24} largest difference {largest:.2e}, norm-relative {relative:.2e}")
-    same = torch.equal(forward(reverted, image), before)
+    same = torch.equal(forward(plain(reverted), image), before)
     console.print(f"  {'after revert':<24} {'bit for bit the same' if same else 'NOT the same'}")
 
-    variants: dict[str, Any] = {EAGER: model, APPLIED: applied, FOLDED: folded}
+    variants: dict[str, Any] = {EAGER: original, APPLIED: applied, FOLDED: folded}
     if args.compile:
-        variants["torch.compile"] = torch.compile(copy.deepcopy(model), dynamic=False)
+        variants["torch.compile"] = torch.compile(copy.deepcopy(original), dynamic=False)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     machine = f"{device_name(device)}{threads}"
     console.print(f"\ntiming on {machine} ...", markup=False)
+    if note := busy():
+        console.print(note, style="yellow")
     rows = measure(variants, photo, args, args.model)
     console.print(report.model_table(rows))
     output = args.output or Path(f"{args.model}_demo.png")

@@ -22,7 +22,9 @@ constexpr size_t STACK_BYTES = 256 * 1024;  // red zones around every local
 constexpr size_t STACK_BYTES = 128 * 1024;
 #endif
 
-size_t guard_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+size_t guard_bytes() {
+  return static_cast<size_t>(sysconf(_SC_PAGESIZE));
+}
 
 }  // namespace
 

@@ -1,5 +1,6 @@
-// A stackful coroutine: ucontext gives it its own stack, setjmp/longjmp switch (swapcontext makes two system calls a
-// switch). Under AddressSanitizer every switch is announced and made by swapcontext, which it follows.
+// A stackful coroutine: ucontext gives it its own stack, setjmp/longjmp switch (swapcontext makes two system
+// calls a switch). Under AddressSanitizer every switch is announced and made by swapcontext, which it
+// follows.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>

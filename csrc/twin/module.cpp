@@ -1,4 +1,5 @@
-// The test-only module _twin: the CUDA kernels on host fibers, under the names _native gives them on the device.
+// The test-only module _twin: the CUDA kernels on host fibers, under the names _native gives them on the
+// device.
 #include <pybind11/pybind11.h>
 
 #include <type_traits>

@@ -1,13 +1,16 @@
 #include "probe.h"
-
 #include "vitkernels/device.h"
 
 namespace vitkernels::probe {
 namespace {
 
-VK_KERNEL void write_shared_kernel(int64_t offset) { shared_memory()[offset] = 1; }
+VK_KERNEL void write_shared_kernel(int64_t offset) {
+  shared_memory()[offset] = 1;
+}
 
-VK_KERNEL void write_global_kernel(float* out, int64_t index) { out[index] = 1; }
+VK_KERNEL void write_global_kernel(float* out, int64_t index) {
+  out[index] = 1;
+}
 
 VK_KERNEL void read_shared_unwritten_kernel(float* out) {
   float* shared = reinterpret_cast<float*>(shared_memory());
@@ -23,7 +26,8 @@ VK_KERNEL void write_local_kernel(int* out, int index) {
 
 template <typename T, int N>
 VK_KERNEL void copy_vectors_kernel(const T* in, T* out, int64_t vectors) {
-  for (int64_t i = thread_x(); i < vectors; i += block_dim_x()) Vec<T, N>::load(in + N * i).store(out + N * i);
+  for (int64_t i = thread_x(); i < vectors; i += block_dim_x())
+    Vec<T, N>::load(in + N * i).store(out + N * i);
 }
 
 constexpr int THREADS = 128;  // 16 bytes each: a row of 512 floats
@@ -54,11 +58,15 @@ VK_KERNEL void pipeline_kernel(const float* in, float* out, int steps, int valid
 void write_shared(int64_t shared_bytes, int64_t offset) {
   launch(write_shared_kernel, {}, 1, static_cast<size_t>(shared_bytes), nullptr, offset);
 }
-void write_global(float* out, int64_t index) { launch(write_global_kernel, {}, 1, 0, nullptr, out, index); }
+void write_global(float* out, int64_t index) {
+  launch(write_global_kernel, {}, 1, 0, nullptr, out, index);
+}
 void read_shared_unwritten(float* out) {
   launch(read_shared_unwritten_kernel, {2}, 32, 32 * sizeof(float), nullptr, out);
 }
-void write_local(int* out, int index) { launch(write_local_kernel, {}, 32, 0, nullptr, out, index); }
+void write_local(int* out, int index) {
+  launch(write_local_kernel, {}, 32, 0, nullptr, out, index);
+}
 void copy_vectors_16(const uint16_t* in, uint16_t* out, int width, int64_t vectors) {
   const auto kernel = width == 1   ? copy_vectors_kernel<uint16_t, 1>
                       : width == 2 ? copy_vectors_kernel<uint16_t, 2>
@@ -67,8 +75,8 @@ void copy_vectors_16(const uint16_t* in, uint16_t* out, int width, int64_t vecto
   launch(kernel, {}, 64, 0, nullptr, in, out, vectors);
 }
 void copy_vectors_64(const double* in, double* out, int width, int64_t vectors) {
-  launch(width == 1 ? copy_vectors_kernel<double, 1> : copy_vectors_kernel<double, 2>, {}, 64, 0, nullptr, in, out,
-         vectors);
+  launch(width == 1 ? copy_vectors_kernel<double, 1> : copy_vectors_kernel<double, 2>, {}, 64, 0, nullptr, in,
+         out, vectors);
 }
 void pipeline(const float* in, float* out, int steps, int valid, int flaw) {
   launch(pipeline_kernel, {}, THREADS, 2 * THREADS * 16, nullptr, in, out, steps, valid, flaw);

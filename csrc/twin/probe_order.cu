@@ -1,5 +1,4 @@
 #include "probe.h"
-
 #include "vitkernels/device.h"
 
 namespace vitkernels::probe {
@@ -109,7 +108,9 @@ void collectives_i32(const int32_t* in, int32_t* out, int from, int mask, int de
 void collectives_u32(const uint32_t* in, uint32_t* out, int from, int mask, int delta) {
   collectives(in, out, from, mask, delta);
 }
-void diverge(int* out, int threads, int how) { launch(diverge_kernel, {}, threads, 0, nullptr, out, how); }
+void diverge(int* out, int threads, int how) {
+  launch(diverge_kernel, {}, threads, 0, nullptr, out, how);
+}
 void count_positive(const float* in, int* count, int64_t n) {
   launch(count_positive_kernel, {(n + 63) / 64}, 64, 0, nullptr, in, count, n);
 }

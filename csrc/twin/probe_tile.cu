@@ -1,11 +1,12 @@
 #include "probe.h"
-
 #include "vitkernels/device.h"
 
 namespace vitkernels::probe {
 namespace {
 
-VK_DEVICE uint32_t pair(uint16_t lo, uint16_t hi) { return lo | static_cast<uint32_t>(hi) << 16; }
+VK_DEVICE uint32_t pair(uint16_t lo, uint16_t hi) {
+  return lo | static_cast<uint32_t>(hi) << 16;
+}
 
 template <typename T>
 VK_KERNEL void multiply_kernel(const uint16_t* a, const uint16_t* b, const float* c, float* d, int from) {
@@ -37,7 +38,8 @@ VK_KERNEL void multiply_kernel(const uint16_t* a, const uint16_t* b, const float
   for (int i = 0; i < 4; ++i) d[(g + 8 * (i / 2)) * 8 + t + i % 2] = sums[i];
 }
 
-VK_KERNEL void load_matrices_kernel(const uint16_t* in, uint32_t* out, int tiles, int transposed, int misaligned) {
+VK_KERNEL void load_matrices_kernel(const uint16_t* in, uint32_t* out, int tiles, int transposed,
+                                    int misaligned) {
   uint16_t* shared = reinterpret_cast<uint16_t*>(shared_memory()) + misaligned;
   for (int i = lane_id(); i < 64 * tiles; i += 32) shared[i] = in[i];
   sync_warp();
@@ -51,7 +53,9 @@ VK_KERNEL void load_matrices_kernel(const uint16_t* in, uint32_t* out, int tiles
   for (int i = 0; i < tiles; ++i) out[lane_id() * tiles + i] = tiles == 4 ? four[i] : two[i];
 }
 
-VK_DEVICE int64_t global_thread() { return static_cast<int64_t>(block_x()) * block_dim_x() + thread_x(); }
+VK_DEVICE int64_t global_thread() {
+  return static_cast<int64_t>(block_x()) * block_dim_x() + thread_x();
+}
 
 template <typename T>
 VK_KERNEL void round_kernel(const float* in, T* out, int64_t n) {
@@ -81,7 +85,9 @@ VK_KERNEL void special_functions_kernel(const float* in, float* out, int64_t n) 
 }
 
 constexpr int THREADS = 128;
-Dim3 elements(int64_t n) { return {(n + THREADS - 1) / THREADS}; }
+Dim3 elements(int64_t n) {
+  return {(n + THREADS - 1) / THREADS};
+}
 
 template <typename T>
 void multiply(const uint16_t* a, const uint16_t* b, const float* c, float* d, int from) {
@@ -105,13 +111,21 @@ void multiply_bfloat16(const uint16_t* a, const uint16_t* b, const float* c, flo
   multiply<bfloat16_t>(a, b, c, d, from);
 }
 void load_matrices(const uint16_t* in, uint32_t* out, int tiles, int transposed, int misaligned) {
-  launch(load_matrices_kernel, {}, 32, static_cast<size_t>(tiles) * 128 + 16, nullptr, in, out, tiles, transposed,
-         misaligned);
+  launch(load_matrices_kernel, {}, 32, static_cast<size_t>(tiles) * 128 + 16, nullptr, in, out, tiles,
+         transposed, misaligned);
 }
-void round_half(const float* in, uint16_t* out, int64_t n) { round_all<half_t>(in, out, n); }
-void round_bfloat16(const float* in, uint16_t* out, int64_t n) { round_all<bfloat16_t>(in, out, n); }
-void widen_half(const uint16_t* in, float* out, int64_t n) { widen_all<half_t>(in, out, n); }
-void widen_bfloat16(const uint16_t* in, float* out, int64_t n) { widen_all<bfloat16_t>(in, out, n); }
+void round_half(const float* in, uint16_t* out, int64_t n) {
+  round_all<half_t>(in, out, n);
+}
+void round_bfloat16(const float* in, uint16_t* out, int64_t n) {
+  round_all<bfloat16_t>(in, out, n);
+}
+void widen_half(const uint16_t* in, float* out, int64_t n) {
+  widen_all<half_t>(in, out, n);
+}
+void widen_bfloat16(const uint16_t* in, float* out, int64_t n) {
+  widen_all<bfloat16_t>(in, out, n);
+}
 void pack_half(const float* lo, const float* hi, uint32_t* out, int64_t n) {
   launch(pack_kernel<half_t>, elements(n), THREADS, 0, nullptr, lo, hi, out, n);
 }

@@ -1,12 +1,12 @@
-// The host twin's scheduler: one fiber per CUDA thread, blocks one after another (see vitkernels/host_twin.h).
-#include "fiber.h"
-
+// The host twin's scheduler: one fiber per CUDA thread, blocks one after another (see
+// vitkernels/host_twin.h).
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <numeric>
 #include <vector>
 
+#include "fiber.h"
 #include "vitkernels/device.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -35,8 +35,8 @@ class Random {
   uint64_t state_;
 };
 
-// Shared memory of one block between two red zones. Aligned to 16 bytes and, so that a kernel cannot come to rely on
-// more than shared_memory() promises, never to 32.
+// Shared memory of one block between two red zones. Aligned to 16 bytes and, so that a kernel cannot come to
+// rely on more than shared_memory() promises, never to 32.
 class SharedMemory {
  public:
   explicit SharedMemory(size_t bytes) : bytes_(bytes), storage_(bytes + 2 * RED_ZONE + 48, POISON) {
@@ -64,7 +64,8 @@ class SharedMemory {
 #else
     const auto poisoned = [](unsigned char byte) { return byte == POISON; };
     return std::all_of(storage_.data(), static_cast<const unsigned char*>(data_), poisoned) &&
-           std::all_of(static_cast<const unsigned char*>(data_ + bytes_), storage_.data() + storage_.size(), poisoned);
+           std::all_of(static_cast<const unsigned char*>(data_ + bytes_), storage_.data() + storage_.size(),
+                       poisoned);
 #endif
   }
 
@@ -112,7 +113,8 @@ class Scheduler {
   void run(GridSize grid, int threads, size_t shared_bytes, ThreadBody body);
 
   Thread& current() {
-    if (current_ == nullptr) throw std::runtime_error("host twin: a device function was called outside a launch");
+    if (current_ == nullptr)
+      throw std::runtime_error("host twin: a device function was called outside a launch");
     return *current_;
   }
   void collective(const char* name, CollectiveBody body, void* mine);
@@ -212,7 +214,8 @@ void Scheduler::fail_diverged(int warp) {
       if (thread.state == State::at_barrier) place = "at sync_block";
       if (thread.state == State::done) place = "exited";
     }
-    auto found = std::find_if(places.begin(), places.end(), [&](const auto& entry) { return entry.first == place; });
+    auto found =
+        std::find_if(places.begin(), places.end(), [&](const auto& entry) { return entry.first == place; });
     if (found == places.end()) found = places.insert(places.end(), {place, {}});
     found->second.push_back(i);
   }
@@ -231,8 +234,8 @@ void Scheduler::step(int warp) {
   }
 }
 
-// From one barrier to the next. Half the time a warp runs all the way before another starts, which shows the hazards
-// of one warp far ahead; the other half they interleave.
+// From one barrier to the next. Half the time a warp runs all the way before another starts, which shows the
+// hazards of one warp far ahead; the other half they interleave.
 void Scheduler::run_interval() {
   std::vector<int> warps(arrived_.size());
   std::iota(warps.begin(), warps.end(), 0);
@@ -305,21 +308,30 @@ void Scheduler::run(GridSize grid, int threads, size_t shared_bytes, ThreadBody 
       current_ = nullptr;
       threads_.clear();  // the other fibers are stuck in the middle of the block
       throw std::runtime_error("host twin: " + what + " [block (" + std::to_string(position.block_x) + ", " +
-                               std::to_string(position.block_y) + ", " + std::to_string(position.block_z) + "), " +
-                               describe_launch({grid.x, grid.y, grid.z}, threads, shared_bytes) + "]");
+                               std::to_string(position.block_y) + ", " + std::to_string(position.block_z) +
+                               "), " + describe_launch({grid.x, grid.y, grid.z}, threads, shared_bytes) +
+                               "]");
     }
   }
 }
 
 }  // namespace
 
-const Position& here() { return scheduler.current().position; }
-void set_seed(uint64_t seed) { global_seed = seed; }
+const Position& here() {
+  return scheduler.current().position;
+}
+void set_seed(uint64_t seed) {
+  global_seed = seed;
+}
 void run_grid(GridSize grid, int threads, size_t shared_bytes, ThreadBody thread) {
   scheduler.run(grid, threads, shared_bytes, thread);
 }
-void collective(const char* name, CollectiveBody body, void* mine) { scheduler.collective(name, body, mine); }
-void wait_block() { scheduler.wait_block(); }
+void collective(const char* name, CollectiveBody body, void* mine) {
+  scheduler.collective(name, body, mine);
+}
+void wait_block() {
+  scheduler.wait_block();
+}
 
 void fail(const std::string& what) {
   throw std::runtime_error(what + " (thread " + std::to_string(here().thread) + ")");
@@ -350,7 +362,9 @@ void copy_async(void* smem, const void* gmem, bool valid) {
   self.copies.push_back({smem, gmem, valid, self.open_group});
 }
 
-void commit_copies() { ++scheduler.current().open_group; }
+void commit_copies() {
+  ++scheduler.current().open_group;
+}
 
 void wait_copies(int in_flight) {
   Thread& self = scheduler.current();

@@ -60,7 +60,7 @@ struct WindowMap {
       const int64_t index = head * bias_table.stride[0] + table_entry(e) * bias_table.stride[1];
       const Acc value = wide_table ? static_cast<const Acc*>(bias_table.data)[index]
                                    : to_accumulate(static_cast<const T*>(bias_table.data)[index]);
-      table[e] = value * static_cast<Acc>(tile_attention::Exponential<Acc>::unit);
+      table[e] = value * static_cast<Acc>(tile_attention::Exponential<T>::unit);
     }
   }
   // The global table's entry that signed entry e reads.

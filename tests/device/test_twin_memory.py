@@ -64,7 +64,7 @@ def test_refill_of_a_stage_still_read_shows(module):
 
 def test_misaligned_copy_is_an_error(module):
     x, out = aligned((1, ROW), np.float32, offset_bytes=4), np.zeros((1, ROW), np.float32)
-    with pytest.raises(RuntimeError, match="source of cp_async16 needs an address aligned to 16 bytes; it is 4 past"):
+    with pytest.raises(RuntimeError, match=r"source of cp_async16 needs .* 16 bytes; it is 4 past"):
         module.pipeline(x.ctypes.data, out.ctypes.data, 1, 1, 0)
 
 
@@ -93,7 +93,7 @@ def test_vectors_of_doubles(module, width):
 def test_misaligned_vector_is_an_error(module):
     x, out = aligned(80, np.uint16, offset_bytes=4), aligned(80, np.uint16)
     module.copy_vectors_16(x.ctypes.data, out.ctypes.data, 2, 10)
-    with pytest.raises(RuntimeError, match=r"vector load needs .* aligned to 16 bytes; it is 4 past one \(thread"):
+    with pytest.raises(RuntimeError, match=r"vector load needs .* 16 bytes; it is 4 past one \(thread"):
         module.copy_vectors_16(x.ctypes.data, out.ctypes.data, 8, 10)
 
 

@@ -166,6 +166,9 @@ def check(case: Case, seed: int = 0) -> None:
         if not expected.any():
             assert not got[name].any(), f"{name} must be zero"
             continue
+        if case.dtype == F64:  # there is no truth beyond float64, only agreement
+            torch.testing.assert_close(got[name], expected, rtol=1e-12, atol=1e-13)
+            continue
         assert_close_to_truth(
             f"{case} {name}",
             got[name],
@@ -197,7 +200,7 @@ def _cases() -> Iterator[Case]:
     yield Case((4, 4), 16, 48, BF16, "signed", bias_dtype=F32)
 
 
-@pytest.mark.parametrize("case", _cases(), ids=str)
+@pytest.mark.parametrize("case", list(_cases()), ids=str)
 def test_matches_reference(case: Case) -> None:
     check(case)
 
@@ -246,7 +249,7 @@ def test_no_schedule_changes_a_bit(case: Case) -> None:
 
 def test_chunks_of_windows_sum_the_table_gradient() -> None:
     """More windows than work items: groups walk over chunks, and partial sums meet in the reduction."""
-    check(Case((1, 2), 16, 16, F16, "signed", batch=8300, heads=1))
+    check(Case((1, 2), 16, 16, F16, "signed", batch=2 * 8192 + 3, heads=1))
 
 
 def test_a_wrong_table_index_is_noticed() -> None:

@@ -176,6 +176,7 @@ def execute(args: argparse.Namespace) -> int:
     from vitkernels import info
     from vitkernels.bench import peaks as measured
     from vitkernels.bench import report, runner
+    from vitkernels.bench.timing import busy
 
     settings = settings_of(args)
     if args.list:
@@ -183,7 +184,10 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     if bool(args.op) == bool(args.model):
         raise ValueError("expected one of --op or --model (--list shows what there is)")
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    load_note = busy()
+    if load_note:
+        console.print(load_note, style="yellow")
     peaks = None
     progress = Progress(args.quiet)
     with progress.bar:
@@ -200,6 +204,7 @@ def execute(args: argparse.Namespace) -> int:
         console.print(line, markup=False, highlight=False)
     report.print_report(console, rows, summary)
     options = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if not callable(v)}
+    options["busy"] = load_note
     if args.json:
         report.write_json(args.json, report.document(rows, summary, environment, peaks_dict, options))
     if args.csv:

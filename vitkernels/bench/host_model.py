@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+import vitkernels
+
 
 @dataclass(frozen=True)
 class HostModel:
@@ -80,6 +82,23 @@ def clone(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy in that dtype and in eval mode, without bias caches of the original's dtype."""
     twin = copy.deepcopy(model).to(dtype)
     return twin.train().eval()  # timm's layers drop their cached attention bias on train()
+
+
+class Plain(nn.Module):
+    """A model of ours without our kernels: the same maths in plain PyTorch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with vitkernels.backend("reference"):
+            return self.model(x)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """What the model was before this package: itself, or, as ours run on our kernels, its plain form."""
+    return Plain(model) if type(model).__module__.startswith("vitkernels.") else model
 
 
 def fold_conv_bn(model: nn.Module) -> nn.Module:

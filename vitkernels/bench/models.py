@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import vitkernels
 from vitkernels.bench import gate, runner, timing
-from vitkernels.bench.host_model import clone, fold_conv_bn
+from vitkernels.bench.host_model import clone, fold_conv_bn, plain
 from vitkernels.bench.peaks import dtype_name
 from vitkernels.bench.runner import Row, Settings
 
@@ -27,15 +27,23 @@ def _applied(fold_bn: bool) -> Variant:
     return build
 
 
+def _eager(model: nn.Module) -> nn.Module:
+    return plain(clone(model))
+
+
+def _eager_folded(model: nn.Module) -> nn.Module:
+    return plain(fold_conv_bn(model))
+
+
 def _compiled(build: Variant) -> Variant:
     return lambda model: torch.compile(build(model), dynamic=False)
 
 
 VARIANTS: dict[str, Variant] = {
-    "eager": clone,
-    "eager-folded": fold_conv_bn,
-    "torch.compile": _compiled(clone),
-    "torch.compile-folded": _compiled(fold_conv_bn),
+    "eager": _eager,
+    "eager-folded": _eager_folded,
+    "torch.compile": _compiled(_eager),
+    "torch.compile-folded": _compiled(_eager_folded),
     "vitkernels": _applied(False),
     "vitkernels-folded": _applied(True),
     "vitkernels+compile": _compiled(_applied(False)),
@@ -81,7 +89,7 @@ def run_model(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = clone(model, settings.dtype).to(settings.device)
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
-    exact = clone(model, torch.float64)
+    exact = plain(clone(model, torch.float64))
     built, failed = build_variants(model, names)
     rows: list[Row] = []
     for batch in settings.batches:

@@ -31,15 +31,16 @@ def grouped_bars(
     groups: Sequence[str],
     providers: Sequence[tuple[str, bool]],
     values: dict[tuple[str, str], float],
-    label_format: str,
+    colour: dict[str, str],
 ) -> None:
-    colour = colours(providers)
+    """One bar a provider in every group, its value above it."""
     width = 0.84 / max(1, len(providers))
     for i, (provider, _) in enumerate(providers):
         positions = [g + (i - (len(providers) - 1) / 2) * width for g in range(len(groups))]
         heights = [values.get((group, provider), 0.0) for group in groups]
         bars = axes.bar(positions, heights, width * 0.94, color=colour[provider], label=provider)
-        labels = [label_format.format(height) if height else "" for height in heights]
+        labels = [f"{height:.{0 if height >= 100 else 1 if height >= 10 else 2}f}" for height in heights]
+        labels = [label if height else "" for label, height in zip(labels, heights, strict=True)]
         axes.bar_label(bars, labels, fontsize=6.5, padding=1.5)
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -51,6 +52,7 @@ def plot_operator(path: Path, rows: Sequence[Row], title: str) -> None:
     timed = [row for row in rows if row.speedup is not None]
     panels = list(dict.fromkeys((row.mode, row.method) for row in timed))
     groups = list(dict.fromkeys((row.problem, row.batch, row.shape) for row in timed))
+    colour = colours(list(dict.fromkeys((row.provider, row.ours) for row in timed)))
     width = max(7.0, 1.6 + 0.34 * len(groups) * max(3, len({row.provider for row in timed})))
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(width, 0.9 + 3.1 * len(panels)), squeeze=False, layout="constrained"
@@ -60,7 +62,7 @@ def plot_operator(path: Path, rows: Sequence[Row], title: str) -> None:
         names = {(row.problem, row.batch): f"{row.problem}, batch {row.batch}\n{row.shape}" for row in shown}
         values = {(names[row.problem, row.batch], row.provider): row.speedup or 0.0 for row in shown}
         providers = list(dict.fromkeys((row.provider, row.ours) for row in shown))
-        grouped_bars(axis, list(names.values()), providers, values, "{:.2g}")
+        grouped_bars(axis, list(names.values()), providers, values, colour)
         axis.axhline(1.0, color="black", linewidth=0.7)
         axis.set_ylabel("speed-up over eager")
         axis.set_title(f"{mode} ({method})", fontsize=10, loc="left")
@@ -78,7 +80,7 @@ def throughput_bars(axis: Any, rows: Sequence[Row]) -> None:
     groups = list(dict.fromkeys(f"batch {row.batch}" for row in timed))
     providers = list(dict.fromkeys((row.provider, row.ours) for row in timed))
     values = {(f"batch {row.batch}", row.provider): row.images_per_second or 0.0 for row in timed}
-    grouped_bars(axis, groups, providers, values, "{:.0f}")
+    grouped_bars(axis, groups, providers, values, colours(providers))
     axis.set_ylabel("images per second")
     axis.legend(fontsize=7.5, loc="upper left", frameon=False)
     axis.margins(y=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 import torch
 
 Step = Callable[[], object]
+MIN_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call over the rounds: median, the 20th and 80th percentile, and the best."""
+    """Seconds per call over the rounds."""
 
     median: float
     p20: float
@@ -34,7 +36,18 @@ def percentile(ordered: list[float], share: float) -> float:
 
 def summarize(samples: list[float]) -> Timing:
     ordered = sorted(samples)
-    return Timing(percentile(ordered, 0.5), percentile(ordered, 0.2), percentile(ordered, 0.8), ordered[0], len(ordered))
+    median, p20, p80 = (percentile(ordered, share) for share in (0.5, 0.2, 0.8))
+    return Timing(median, p20, p80, ordered[0], len(ordered))
+
+
+def busy() -> str:
+    """A warning when other work would disturb the times; empty when the machine is quiet."""
+    if not hasattr(os, "getloadavg"):
+        return ""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= 0.5 * cores:
+        return ""
+    return f"other work is running here (load {load:.1f} on {cores} cores): times are noisy and too long"
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -57,18 +70,25 @@ def _fastest(step: Step, calls: int) -> float:
 
 
 def time_on_cpu(steps: Mapping[str, Step], *, seconds: float = 0.5, rounds: int = 25) -> dict[str, Timing]:
-    """``seconds`` is the budget of one provider; a sample is the mean of as many calls as fit its slot."""
+    """Times on the wall clock, caches warm.
+
+    ``seconds`` is the budget of one provider; a sample is the mean of as many calls as fit a round. Should
+    other work slow the machine down, the rounds end early, after three times the budget.
+    """
     calls = {}
     for name, step in steps.items():
         once = max(_fastest(step, calls=4), 1e-7)
         calls[name] = max(1, int(seconds / rounds / once))
-        if once * rounds > 4 * seconds:
-            rounds = max(5, int(4 * seconds / once))
+        if once * rounds > 2 * seconds:
+            rounds = max(MIN_ROUNDS, int(2 * seconds / once))
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    deadline = time.perf_counter() + 3 * seconds * len(steps)
     collecting = gc.isenabled()
     gc.disable()
     try:
         for turn in range(rounds):
+            if turn >= MIN_ROUNDS and time.perf_counter() > deadline:
+                break
             for name in _rotated(list(steps), turn):
                 step, count = steps[name], calls[name]
                 step()  # bring its code and data back into the caches after the neighbour's turn

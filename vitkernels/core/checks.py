@@ -29,10 +29,15 @@ def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], layout: s
         fail(name, f"a tensor {layout}", value, kind=TypeError)
     if value.layout is not torch.strided:
         fail(name, "a dense (strided) tensor", value.layout, "Call .to_dense() first.", TypeError)
-    sizes = tuple(value.shape)
-    if len(sizes) != len(shape) or any(w is not None and g != w for g, w in zip(sizes, shape, strict=True)):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        fail(name, f"shape {layout} = [{wanted}]", value)
+    sizes = value.shape
+    fits = len(sizes) == len(shape)
+    if fits:
+        for size, wanted in zip(sizes, shape):  # noqa: B905 (strict costs a keyword call in every op's hot path)
+            if wanted is not None and size != wanted:
+                fits = False
+    if not fits:
+        wanted_sizes = ", ".join("*" if wanted is None else str(wanted) for wanted in shape)
+        fail(name, f"shape {layout} = [{wanted_sizes}]", value)
 
 
 def check_dtype(name: str, value: torch.Tensor, allowed: tuple[torch.dtype, ...], fix: str = "") -> None:
@@ -48,13 +53,15 @@ def check_device(name: str, value: torch.Tensor, device: torch.device, other: st
 
 def check_positive_ints(name: str, value: Any, count: int) -> tuple[int, ...]:
     """A tuple of `count` positive ints; one int stands for all."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+    if type(value) is int or isinstance(value, torch.SymInt):
         value = (value,) * count
-    fits = isinstance(value, (tuple, list)) and len(value) == count
-    if not fits or not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in value):
+    if not isinstance(value, (tuple, list)) or len(value) != count:
         fail(name, f"{count} ints", value, kind=TypeError)
-    if any(v < 1 for v in value):
-        fail(name, f"{count} positive ints", value)
+    for entry in value:
+        if type(entry) is not int and not isinstance(entry, torch.SymInt):
+            fail(name, f"{count} ints", value, kind=TypeError)
+        if entry < 1:
+            fail(name, f"{count} positive ints", value)
     return tuple(value)
 
 

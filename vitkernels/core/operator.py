@@ -68,10 +68,10 @@ class Operator:
         name = self.choose(inputs, backend)
         if name == "reference":
             return self.reference(*inputs)
-        if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in inputs[: len(self.tensors)]
-        ):
-            return self.function.apply(*inputs, name)
+        if torch.is_grad_enabled():
+            for tensor in inputs[: len(self.tensors)]:
+                if tensor is not None and tensor.requires_grad:
+                    return self.function.apply(*inputs, name)
         return self.forward_op(*inputs, name)
 
     def choose(self, inputs: tuple[Any, ...], argument: str | None) -> str:

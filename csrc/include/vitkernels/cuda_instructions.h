@@ -6,22 +6,42 @@
 
 namespace vitkernels {
 
-VK_DEVICE int thread_x() { return static_cast<int>(threadIdx.x); }
-VK_DEVICE int block_dim_x() { return static_cast<int>(blockDim.x); }
-VK_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
-VK_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
-VK_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
-VK_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
-VK_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31); }
-VK_DEVICE int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
+VK_DEVICE int thread_x() {
+  return static_cast<int>(threadIdx.x);
+}
+VK_DEVICE int block_dim_x() {
+  return static_cast<int>(blockDim.x);
+}
+VK_DEVICE int block_x() {
+  return static_cast<int>(blockIdx.x);
+}
+VK_DEVICE int block_y() {
+  return static_cast<int>(blockIdx.y);
+}
+VK_DEVICE int block_z() {
+  return static_cast<int>(blockIdx.z);
+}
+VK_DEVICE int grid_x() {
+  return static_cast<int>(gridDim.x);
+}
+VK_DEVICE int lane_id() {
+  return static_cast<int>(threadIdx.x & 31);
+}
+VK_DEVICE int warp_id() {
+  return static_cast<int>(threadIdx.x >> 5);
+}
 
 VK_DEVICE char* shared_memory() {
   extern __shared__ __align__(16) char vitkernels_shared[];
   return vitkernels_shared;
 }
 
-VK_DEVICE void sync_block() { __syncthreads(); }
-VK_DEVICE void sync_warp() { __syncwarp(); }
+VK_DEVICE void sync_block() {
+  __syncthreads();
+}
+VK_DEVICE void sync_warp() {
+  __syncwarp();
+}
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
 
@@ -94,10 +114,18 @@ VK_DEVICE float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-VK_DEVICE float exp_(float x) { return expf(x); }
-VK_DEVICE double exp_(double x) { return exp(x); }
-VK_DEVICE float log_(float x) { return logf(x); }
-VK_DEVICE double log_(double x) { return log(x); }
+VK_DEVICE float exp_(float x) {
+  return expf(x);
+}
+VK_DEVICE double exp_(double x) {
+  return exp(x);
+}
+VK_DEVICE float log_(float x) {
+  return logf(x);
+}
+VK_DEVICE double log_(double x) {
+  return log(x);
+}
 
 // ---- matrix tiles ----
 
@@ -109,12 +137,14 @@ template <typename T>
 VK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, half_t> || std::is_same_v<T, bfloat16_t>);
   if constexpr (std::is_same_v<T, half_t>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -125,8 +155,8 @@ VK_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 8x8 tiles of 16-bit values; lane i gives the address of row i % 8 of tile i / 8 (16-byte aligned) and receives,
-// of every tile, row lane / 4, columns 2 (lane % 4) and the next (_trans: of the transposed tile).
+// 8x8 tiles of 16-bit values; lane i gives the address of row i % 8 of tile i / 8 (16-byte aligned) and
+// receives, of every tile, row lane / 4, columns 2 (lane % 4) and the next (_trans: of the transposed tile).
 // The two-tile forms read the addresses of lanes 0-15.
 VK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -161,7 +191,9 @@ VK_DEVICE void cp_async16(void* smem, const void* gmem, bool valid = true) {
                "r"(valid ? 16 : 0)
                : "memory");
 }
-VK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+VK_DEVICE void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 // Until at most N of this thread's newest groups are in flight; other threads need a barrier after it.
 template <int N>
 VK_DEVICE void cp_async_wait() {

@@ -21,13 +21,23 @@ constexpr float LN2 = 0.6931471805599453f;
 using half_t = __half;
 using bfloat16_t = __nv_bfloat16;
 
-VK_HOST_DEVICE float to_float(half_t x) { return __half2float(x); }
-VK_HOST_DEVICE float to_float(bfloat16_t x) { return __bfloat162float(x); }
+VK_HOST_DEVICE float to_float(half_t x) {
+  return __half2float(x);
+}
+VK_HOST_DEVICE float to_float(bfloat16_t x) {
+  return __bfloat162float(x);
+}
 #endif
-VK_HOST_DEVICE float to_float(float x) { return x; }
-VK_HOST_DEVICE float to_float(double x) { return static_cast<float>(x); }
+VK_HOST_DEVICE float to_float(float x) {
+  return x;
+}
+VK_HOST_DEVICE float to_float(double x) {
+  return static_cast<float>(x);
+}
 
-VK_HOST_DEVICE double to_double(double x) { return x; }
+VK_HOST_DEVICE double to_double(double x) {
+  return x;
+}
 template <typename T>
 VK_HOST_DEVICE double to_double(T x) {
   return to_float(x);
@@ -103,7 +113,8 @@ VK_DEVICE uint32_t pack2(float lo, float hi) {
 // N neighbours moved by one instruction; the pointer must be aligned to the whole vector.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vec {
-  static_assert(sizeof(T) * N <= 16 && (N & (N - 1)) == 0, "a vector is at most 16 bytes, a power of two wide");
+  static_assert(sizeof(T) * N <= 16 && (N & (N - 1)) == 0,
+                "a vector is at most 16 bytes, a power of two wide");
   T data[N];
 
   VK_HOST_DEVICE T& operator[](int i) { return data[i]; }

@@ -60,6 +60,8 @@ inline float to_float(half_t x) {
   return twin::bits_float(sign | wide << 23 | mantissa << 13);
 }
 
-inline float to_float(bfloat16_t x) { return twin::bits_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(bfloat16_t x) {
+  return twin::bits_float(static_cast<uint32_t>(x.bits) << 16);
+}
 
 }  // namespace vitkernels

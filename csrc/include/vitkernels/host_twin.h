@@ -1,11 +1,11 @@
 // The layer's host twin: the names of cuda_instructions.h on fibers, for tests without a GPU.
 //
-// What it makes visible: a missing barrier (warps and lanes run in an order shuffled from a seed, as far ahead of
-// each other as the barriers allow), shared memory read before it is written or before its cp.async has been waited
-// for (NaN), writes outside shared memory, misaligned vector accesses, diverged warp collectives.
-// What it cannot see: a missing sync_warp next to a shuffle, which orders the lanes here but promises no memory order
-// on the device; speed; rounding inside the tensor core. Included through device.h; the scheduler is
-// csrc/twin/scheduler.cpp.
+// What it makes visible: a missing barrier (warps and lanes run in an order shuffled from a seed, as far
+// ahead of each other as the barriers allow), shared memory read before it is written or before its cp.async
+// has been waited for (NaN), writes outside shared memory, misaligned vector accesses, diverged warp
+// collectives. What it cannot see: a missing sync_warp next to a shuffle, which orders the lanes here but
+// promises no memory order on the device; speed; rounding inside the tensor core. Included through device.h;
+// the scheduler is csrc/twin/scheduler.cpp.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -99,7 +99,8 @@ void multiply_tiles(void* const* lanes) {
     const auto* mine = static_cast<const MatrixOperands*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int which = 0; which < 2; ++which) {
-      for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][2 * t + which + 8 * (i / 2)] = unpack<T>(mine->a[i], which);
+      for (int i = 0; i < 4; ++i)
+        a[g + 8 * (i % 2)][2 * t + which + 8 * (i / 2)] = unpack<T>(mine->a[i], which);
       for (int i = 0; i < 2; ++i) b[2 * t + which + 8 * i][g] = unpack<T>(mine->b[i], which);
     }
   }
@@ -140,17 +141,37 @@ void load_matrices(void* const* lanes) {
 
 }  // namespace twin
 
-inline int thread_x() { return twin::here().thread; }
-inline int block_dim_x() { return twin::here().block_dim; }
-inline int block_x() { return twin::here().block_x; }
-inline int block_y() { return twin::here().block_y; }
-inline int block_z() { return twin::here().block_z; }
-inline int grid_x() { return twin::here().grid_x; }
-inline int lane_id() { return twin::here().thread & 31; }
-inline int warp_id() { return twin::here().thread >> 5; }
-inline char* shared_memory() { return twin::here().shared; }
+inline int thread_x() {
+  return twin::here().thread;
+}
+inline int block_dim_x() {
+  return twin::here().block_dim;
+}
+inline int block_x() {
+  return twin::here().block_x;
+}
+inline int block_y() {
+  return twin::here().block_y;
+}
+inline int block_z() {
+  return twin::here().block_z;
+}
+inline int grid_x() {
+  return twin::here().grid_x;
+}
+inline int lane_id() {
+  return twin::here().thread & 31;
+}
+inline int warp_id() {
+  return twin::here().thread >> 5;
+}
+inline char* shared_memory() {
+  return twin::here().shared;
+}
 
-inline void sync_block() { twin::wait_block(); }
+inline void sync_block() {
+  twin::wait_block();
+}
 inline void sync_warp() {
   twin::collective("sync_warp", [](void* const*) {}, nullptr);
 }
@@ -192,13 +213,27 @@ void Vec<T, N>::store(T* target) const {
   std::memcpy(static_cast<void*>(target), this, sizeof(Vec));
 }
 
-inline float flush_subnormal(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? 0.0f : x; }
-inline float exp2_fast(float x) { return flush_subnormal(std::exp2(flush_subnormal(x))); }
-inline float log2_fast(float x) { return std::log2(flush_subnormal(x)); }
-inline float exp_(float x) { return std::exp(x); }
-inline double exp_(double x) { return std::exp(x); }
-inline float log_(float x) { return std::log(x); }
-inline double log_(double x) { return std::log(x); }
+inline float flush_subnormal(float x) {
+  return std::fpclassify(x) == FP_SUBNORMAL ? 0.0f : x;
+}
+inline float exp2_fast(float x) {
+  return flush_subnormal(std::exp2(flush_subnormal(x)));
+}
+inline float log2_fast(float x) {
+  return std::log2(flush_subnormal(x));
+}
+inline float exp_(float x) {
+  return std::exp(x);
+}
+inline double exp_(double x) {
+  return std::exp(x);
+}
+inline float log_(float x) {
+  return std::log(x);
+}
+inline double log_(double x) {
+  return std::log(x);
+}
 
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -223,8 +258,12 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
   twin::collective("ldmatrix_x2_trans", twin::load_matrices<2, true>, &mine);
 }
 
-inline void cp_async16(void* smem, const void* gmem, bool valid = true) { twin::copy_async(smem, gmem, valid); }
-inline void cp_async_commit() { twin::commit_copies(); }
+inline void cp_async16(void* smem, const void* gmem, bool valid = true) {
+  twin::copy_async(smem, gmem, valid);
+}
+inline void cp_async_commit() {
+  twin::commit_copies();
+}
 template <int N>
 void cp_async_wait() {
   twin::wait_copies(N);

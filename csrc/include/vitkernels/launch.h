@@ -25,7 +25,8 @@ inline std::string describe_launch(const Dim3& grid, int threads, size_t shared_
 // The most that any block can have (sm_90, sm_100); the driver refuses what the device at hand has not.
 constexpr size_t MAX_SHARED_BYTES = 227 * 1024;
 
-// 64-bit sizes would wrap silently in CUDA's 32-bit dim3, so they are checked here and not left to the driver.
+// 64-bit sizes would wrap silently in CUDA's 32-bit dim3, so they are checked here and not left to the
+// driver.
 inline void check_launch(const Dim3& grid, int threads, size_t shared_bytes) {
   const bool fits = grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 &&
                     grid.z <= 65535 && threads >= 1 && threads <= 1024 && shared_bytes <= MAX_SHARED_BYTES;
@@ -68,10 +69,13 @@ void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared
   }
   std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
   auto pointers = std::apply(
-      [](auto&... value) { return std::array<void*, sizeof...(Parameters)>{static_cast<void*>(&value)...}; }, values);
-  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-  const cudaError_t error = cudaLaunchKernel(function, blocks, dim3(static_cast<unsigned>(threads)), pointers.data(),
-                                             shared_bytes, static_cast<cudaStream_t>(stream));
+      [](auto&... value) { return std::array<void*, sizeof...(Parameters)>{static_cast<void*>(&value)...}; },
+      values);
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                    static_cast<unsigned>(grid.z));
+  const cudaError_t error =
+      cudaLaunchKernel(function, blocks, dim3(static_cast<unsigned>(threads)), pointers.data(), shared_bytes,
+                       static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) fail(error);
 }
 

@@ -13,7 +13,7 @@
 //   int shared_elements(), stage(shared, head, thread, threads)     operator tables in shared memory, times unit
 //   Acc logit(s, query_code, key_code, shared)           the logit of scale * q k = s, or -inf; d logit / d s = 1
 //   int gradient_elements(), gradient(sums, tile)        backward: sums over finished tiles of d loss / d logit
-// Logits are in units of 1 / Exponential<Acc>::unit, so that float takes the hardware's exp2.
+// Acc is accumulate_t<T>. Logits and tables are multiplied by Exponential<T>::unit.
 #pragma once
 #include "vitkernels/device.h"
 
@@ -26,13 +26,19 @@ constexpr int INVALID = -2147483647 - 1;  // the code of a key slot without a ke
 // number, so that the choice of tiles, and with it every rounding, depends on the sizes alone.
 constexpr int64_t SHARED_LIMIT = 99 * 1024;
 
-template <class Acc>
-struct Exponential;
-template <>
-struct Exponential<float> {
+// Half-precision tensors take the hardware's exp2, whose error is far below their own. For float and double the
+// library's natural exp is used: P is recomputed from lse in the backward, and every rounding there shows.
+template <class T>
+struct Exponential {
   static constexpr float unit = LOG2E;
   static VK_DEVICE float exp(float x) { return exp2_fast(x); }
   static VK_DEVICE float log(float x) { return log2_fast(x); }
+};
+template <>
+struct Exponential<float> {
+  static constexpr float unit = 1.0f;
+  static VK_DEVICE float exp(float x) { return exp_(x); }
+  static VK_DEVICE float log(float x) { return log_(x); }
 };
 template <>
 struct Exponential<double> {

@@ -76,7 +76,7 @@ template <class Engine, Owner OWNER, int COLUMNS, class Map>
 VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem problem, Map map) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
-  using Exp = Exponential<Acc>;
+  using Exp = Exponential<T>;
   using Shared = BackwardShared<Engine, Map>;
   constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
   constexpr int LD_PAIR = Shared::LD_PAIR, LD_GRADIENT = Shared::LD_GRADIENT;

@@ -39,7 +39,7 @@ template <class Engine, int COLUMNS, class Map>
 VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) forward_kernel(Problem problem, Map map) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
-  using Exp = Exponential<Acc>;
+  using Exp = Exponential<T>;
   constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8;
   constexpr Acc NOTHING = -INFINITY;
 

@@ -20,6 +20,7 @@ from vitkernels.core.operator import Operator
 from vitkernels.kernels.window_attention import reference
 
 _LAYOUT = "[batch, heads, tokens, head_dim]"
+_ONE_DTYPE = "Cast q, k and v to one dtype, or run under torch.autocast."
 
 
 def window_attention(
@@ -100,19 +101,16 @@ def window_attention(
     scale = check_scale(scale, head_dim**-0.5)
 
     q, k, v = autocast(q, k, v)
-    fix = "Cast q, k and v to one dtype, or run under torch.autocast."
-    check_dtype("q", q, FLOAT_DTYPES, fix)
-    check_dtype("k", k, (q.dtype,), fix)
-    check_dtype("v", v, (q.dtype,), fix)
+    dtype = q.dtype
+    check_dtype("q", q, FLOAT_DTYPES, _ONE_DTYPE)
+    check_dtype("k", k, (dtype,), _ONE_DTYPE)
+    check_dtype("v", v, (dtype,), _ONE_DTYPE)
     if bias_table is not None:
         entries = (2 * window_h - 1) * (2 * window_w - 1) if signed else tokens
         check_tensor("bias_table", bias_table, (heads, entries), f"[heads, entries] for {bias_index!r} indices")
         check_device("bias_table", bias_table, q.device, "q")
-        if bias_table.dtype is not q.dtype and (
-            bias_table.dtype is not torch.float32 or q.dtype is torch.float64
-        ):
-            allowed = (q.dtype,) if q.dtype is torch.float64 else (q.dtype, torch.float32)
-            check_dtype("bias_table", bias_table, allowed, "Cast it with bias_table.to(q.dtype).")
+        allowed = (dtype,) if dtype is torch.float64 else (dtype, torch.float32)
+        check_dtype("bias_table", bias_table, allowed, "Cast it with bias_table.to(q.dtype).")
 
     out, lse = operator(q, k, v, bias_table, window_h, window_w, signed, scale, backend=backend)
     return (out, lse) if return_lse else out
