@@ -104,7 +104,7 @@ def run_sanitized(
         **os.environ,
         "LD_PRELOAD": " ".join(libraries),  # before Python, and libstdc++ for the exceptions ASan intercepts
         "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     return subprocess.run(

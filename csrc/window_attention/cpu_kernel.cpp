@@ -12,8 +12,6 @@ using namespace vitkernels::VITKERNELS_ISA;
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634074;
-
 // Beyond this many logits a head's bias is expanded tile by tile instead of once.
 constexpr int64_t kCachedLogits = 1 << 16;
 constexpr int64_t kMaxChunks = 64;
@@ -67,7 +65,7 @@ struct WindowBias {
     for (int y = 0; y < 2 * wh - 1; ++y) {
       T* row = mirrored + static_cast<ptrdiff_t>(y) * pitch;
       for (int x = 0; x < 2 * ww - 1; ++x)
-        row[x] = static_cast<T>(load_one(source + entry(y, x) * table.stride[1])) * T(kLog2E);
+        row[x] = static_cast<T>(load_one(source + entry(y, x) * table.stride[1]));
       for (int x = 2 * ww - 1; x < pitch; ++x) row[x] = 0;
     }
   }
@@ -132,8 +130,8 @@ struct ForwardScratch {
   ForwardScratch(const Params& p, Scratch scratch) : tiling(p.tokens()), table(p, false, scratch) {
     const size_t n = p.tokens(), width = tiling.width;
     q = scratch.take<T>(p.head_dim * width);
-    k = scratch.take<T>(converted(p) ? readable_size<T>(n, p.head_dim) : 0);
-    v = scratch.take<T>(converted(p) ? readable_size<T>(n, p.value_dim) : 0);
+    k = scratch.take<T>(converted(p) ? copy_size<T>(n, p.head_dim) : 0);
+    v = scratch.take<T>(converted(p) ? copy_size<T>(n, p.value_dim) : 0);
     bias = scratch.take<T>(n * width + kLanes<T>);
     s = scratch.take<T>(n * width);
     out = scratch.take<T>(p.value_dim * width);
@@ -149,7 +147,7 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
   ForwardScratch<T> w(p, Scratch(memory));
   const Tiling<T>& tiling = w.tiling;
   const int n = p.tokens();
-  const T scale = static_cast<T>(p.scale * kLog2E);
+  const T scale = static_cast<T>(p.scale);
   int64_t bias_head = -1, bias_tile = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item % p.batch, h = item / p.batch / tiling.count;
@@ -199,8 +197,8 @@ struct BackwardScratch {
     k = scratch.take<T>(d * width);
     v = scratch.take<T>(dv * width);
     k_channels = scratch.take<T>(n * channel_width);
-    q = scratch.take<T>(converted(params) ? readable_size<T>(n, d) : 0);
-    grad_out = scratch.take<T>(converted(params) ? readable_size<T>(n, dv) : 0);
+    q = scratch.take<T>(copy_size<T>(n, d));
+    grad_out = scratch.take<T>(converted(params) ? copy_size<T>(n, dv) : 0);
     lse = scratch.take<T>(round_up_lanes<T>(n));
     delta = scratch.take<T>(round_up_lanes<T>(n));
     bias = scratch.take<T>(logits + kLanes<T>);
@@ -220,7 +218,7 @@ struct BackwardScratch {
   }
 };
 
-// delta[token] = sum over channels of a * b, less the gradient of lse.
+// delta[token] = sum over channels of a * b.
 template <class E, class T>
 void row_dots(T* delta, Matrix<const E> a, Matrix<const E> b, int tokens, int channels) {
   constexpr int L = kLanes<T>;
@@ -262,17 +260,18 @@ void backward_window(const Params& p, const BackwardScratch<T>& w, WindowBias<T>
   const Tiling<T>& tiling = w.tiling;
   const int n = p.tokens(), d = p.head_dim, dv = p.value_dim, width = tiling.width;
   const Matrix<const E> k = matrix<const E>(p.k, b, h), v = matrix<const E>(p.v, b, h);
-  const Matrix<const T> q = readable<E, T>(matrix<const E>(p.q, b, h), n, d, w.q);
+  const T scale = static_cast<T>(p.scale);
+  const Matrix<const T> q = copy<E, T>(matrix<const E>(p.q, b, h), n, d, scale, w.q);
+  const bool whole = tiling.count == 1;
+  for (int i = 0; i < n; ++i) w.delta[i] = 0;
   Matrix<const T> grad_out = {};
   if (p.grad_out) {
     const Matrix<const E> g = matrix<const E>(p.grad_out, b, h);
-    row_dots<E, T>(w.delta, g, matrix<const E>(p.out, b, h), n, dv);
+    if (!whole) row_dots<E, T>(w.delta, g, matrix<const E>(p.out, b, h), n, dv);
     grad_out = readable<E, T>(g, n, dv, w.grad_out);
-  } else {
-    for (int i = 0; i < n; ++i) w.delta[i] = 0;
   }
   const Matrix<const T> lse = matrix<const T>(p.lse, b, h);
-  for (int i = 0; i < n; ++i) w.lse[i] = lse.data[i * lse.token] * T(kLog2E);
+  for (int i = 0; i < n; ++i) w.lse[i] = lse.data[i * lse.token];
   if (p.grad_lse) {
     const Matrix<const T> grad_lse = matrix<const T>(p.grad_lse, b, h);
     for (int i = 0; i < n; ++i) w.delta[i] -= grad_lse.data[i * grad_lse.token];
@@ -283,10 +282,10 @@ void backward_window(const Params& p, const BackwardScratch<T>& w, WindowBias<T>
     const int start = tiling.start(tile), lanes = tiling.lanes(tile);
     T* bias = p.bias_table ? w.tile_of(w.bias, tile, n) : nullptr;
     if (bias && !w.cached) w.table.expand(bias, n, tiling, tile);
-    pack(w.k, width, k.data + start * k.token, k.channel, k.token, d, lanes, static_cast<T>(p.scale * kLog2E));
+    pack(w.k, width, k.data + start * k.token, k.channel, k.token, d, lanes, T(1));
     if (p.grad_out) pack(w.v, width, v.data + start * v.token, v.channel, v.token, dv, lanes, T(1));
-    const BackwardTile<T> task{n,    tiling.vecs, d,       p.grad_out ? dv : 0, w.k, w.v,
-                               bias, w.lse,       w.delta, w.p,                 w.dl};
+    const BackwardTile<T> task{n,    tiling.vecs, lanes,   d,     p.grad_out ? dv : 0, w.k, w.v,
+                               bias, w.lse,       w.delta, whole, w.p,                 w.dl};
     task.run(q, grad_out);
 
     if (p.grad_v) {
@@ -298,7 +297,7 @@ void backward_window(const Params& p, const BackwardScratch<T>& w, WindowBias<T>
     if (p.grad_k) {
       multiply<T>(tiling.vecs, {d, n, q.data, q.channel, q.token, w.dl, width, nullptr, 0, w.grad_k, width});
       const Matrix<E> to = matrix<E>(p.grad_k, b, h);
-      unpack(to.data + start * to.token, to.channel, to.token, w.grad_k, width, d, lanes, w.scales);
+      unpack(to.data + start * to.token, to.channel, to.token, w.grad_k, width, d, lanes, w.ones);
     }
     if (p.grad_q)
       multiply<T>(w.channel_width / kLanes<T>,

@@ -96,8 +96,10 @@ struct WindowMap {
 
 inline tile_attention::Problem make_problem(const Params& params) {
   tile_attention::Problem problem;
-  problem.batch = params.batch;
-  problem.heads = params.heads;
+  if (params.batch > 0x7fffffff || params.heads > 0x7fffffff)
+    throw std::runtime_error("window attention: batch and heads must be below 2^31");
+  problem.batch = static_cast<int>(params.batch);
+  problem.heads = static_cast<int>(params.heads);
   problem.head_dim = params.head_dim;
   problem.value_dim = params.value_dim;
   problem.scale = params.scale;

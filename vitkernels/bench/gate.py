@@ -51,12 +51,20 @@ def _rms(x: Tensor) -> float:
 
 
 def check(
-    name: str, got: Tensor, baseline: Tensor, truth: Tensor, *, factor: float, reduced: int = 1
+    name: str,
+    got: Tensor,
+    baseline: Tensor,
+    truth: Tensor,
+    *,
+    factor: float,
+    reduced: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Check:
+    """``dtype`` is the one under test, by default that of ``got``."""
     if got.shape != truth.shape:
         raise ValueError(f"{name}: expected shape {tuple(truth.shape)}; got {tuple(got.shape)}")
     error, base = (got.double() - truth).abs(), (baseline.double() - truth).abs()
-    slack = 4 * torch.finfo(got.dtype).eps * _rms(truth) * math.sqrt(reduced)
+    slack = 4 * torch.finfo(dtype or got.dtype).eps * _rms(truth) * math.sqrt(reduced)
     if not truth.numel():
         return Check(name, 0.0, slack, 0.0, slack)
     return Check(

@@ -1,4 +1,4 @@
-// Vectors for the CPU kernels: one width per instruction set, loads that convert, exp2, log2, transpose.
+// Vectors for the CPU kernels: one width per instruction set, loads that convert, exp, log, transpose.
 //
 // Included only by files that are compiled once per instruction set, each time with another
 // VITKERNELS_ISA, the namespace everything lives in. Such files must not use inline functions or
@@ -226,43 +226,48 @@ VITKERNELS_INLINE void store_one(E* p, Compute<E> x) {
 // ---- elementary functions
 
 template <class T>
-struct Exp2;
-// Minimax on [-1/2, 1/2]: relative error 2e-9 and 4e-20, below the rounding of the evaluation.
+struct Exp;
+// Minimax on [-ln2 / 2, ln2 / 2]: relative error 2e-9 and 4e-20, below the rounding of the evaluation.
+// ln2 is split so that its head times an exponent is exact without FMA too.
 template <>
-struct Exp2<float> {
-  static constexpr int kDegree = 6, kMantissa = 23;
-  static constexpr float kRound = 0x1.8p23f + 127, kLowest = -126.0f;
-  static constexpr float kPoly[] = {1.0f,          0.693147207f,   0.240226509f,  0.0555032723f,
-                                    0.00961805667f, 0.00134004282f, 0.000154614447f};
+struct Exp<float> {
+  static constexpr int kDegree = 6, kMantissa = 23, kBias = 127;
+  static constexpr float kRound = 0x1.8p23f + kBias, kLowest = -87.336f;
+  static constexpr float kLn2Head = 0x1.62e4p-1f, kLn2Tail = 1.4286068203094172e-6f;
+  static constexpr float kPoly[] = {1.0f,           1.00000003774f,   0.500000004715f,  0.16666415414f,
+                                    0.0416663527711f, 0.00837513477462f, 0.00139411188958f};
 };
 template <>
-struct Exp2<double> {
-  static constexpr int kDegree = 12, kMantissa = 52;
-  static constexpr double kRound = 0x1.8p52 + 1023, kLowest = -1022.0;
+struct Exp<double> {
+  static constexpr int kDegree = 12, kMantissa = 52, kBias = 1023;
+  static constexpr double kRound = 0x1.8p52 + kBias, kLowest = -708.39;
+  static constexpr double kLn2Head = 0x1.62e42fefa3p-1, kLn2Tail = 2.8235290563031577123e-13;
   static constexpr double kPoly[] = {1.0,
-                                     0.69314718055994530835,
-                                     0.24022650695910071228,
-                                     0.055504108664821698992,
-                                     0.0096181291076284830543,
-                                     0.0013333558146390352775,
-                                     0.00015403530393362755291,
-                                     0.000015252733856293466416,
-                                     1.3215486815999976975e-6,
-                                     1.017805119296064896e-7,
-                                     7.0548943863483480445e-9,
-                                     4.4566753410492058782e-10,
-                                     2.5733568308756891235e-11};
+                                     1.0,
+                                     0.5,
+                                     0.16666666666666702447,
+                                     0.041666666666666692218,
+                                     0.0083333333333095080192,
+                                     0.0013888888888871874609,
+                                     0.00019841269909257902924,
+                                     0.000024801587350139931374,
+                                     2.7557224920652138562e-6,
+                                     2.7557251877225082805e-7,
+                                     2.5114882095880340225e-8,
+                                     2.0921588938971492377e-9};
 };
 
-// 2^x for x <= about 126 (1022): 1 ulp; 0 below the smallest normal number, so also at -inf; NaN at NaN.
+// e^x for x up to about 80 (700), 1 ulp; 0 where e^x is below the normal numbers, so also at -inf; NaN at NaN.
 template <class T>
-VITKERNELS_INLINE Vec<T> exp2_nonpositive(Vec<T> x) {
-  using C = Exp2<T>;
+VITKERNELS_INLINE Vec<T> exp_softmax(Vec<T> x) {
+  using C = Exp<T>;
   using I = IntVec<T>;
   const I tiny = x < C::kLowest;
   const Vec<T> clamped = tiny ? Vec<T>{} : x;
-  const Vec<T> shifted = clamped + C::kRound;  // low mantissa bits: the rounded integer part, as an exponent
-  const Vec<T> f = clamped - (shifted - C::kRound);
+  // The sum's low mantissa bits hold the rounded quotient, biased as an exponent.
+  const Vec<T> shifted = clamped * T(1.4426950408889634074) + C::kRound;
+  const Vec<T> quotient = shifted - C::kRound;
+  const Vec<T> f = (clamped - quotient * C::kLn2Head) - quotient * C::kLn2Tail;
   Vec<T> p = broadcast(C::kPoly[C::kDegree]);
 #pragma GCC unroll 16
   for (int i = C::kDegree - 1; i >= 0; --i) p = p * f + C::kPoly[i];
@@ -270,25 +275,39 @@ VITKERNELS_INLINE Vec<T> exp2_nonpositive(Vec<T> x) {
   return tiny ? Vec<T>{} : power;
 }
 
-// log2(x) for normal x: about 1 ulp of the larger of log2(x) and 1; NaN at NaN and infinity.
+// ln(x) for normal x: about 1 ulp of the larger of |ln(x)| and 1; NaN at NaN and infinity.
 template <class T>
-VITKERNELS_INLINE Vec<T> log2_positive(Vec<T> x) {
+VITKERNELS_INLINE Vec<T> log_softmax(Vec<T> x) {
+  using C = Exp<T>;
   using I = IntVec<T>;
-  constexpr int mantissa = Exp2<T>::kMantissa;
-  constexpr typename Bits<T>::type one = static_cast<typename Bits<T>::type>(sizeof(T) == 4 ? 127 : 1023)
-                                         << mantissa;
-  // 0.7 in [sqrt(1/2), 1): mantissas are brought to about [0.7, 1.4).
-  const I bits = bit_cast<I>(x) + (one - bit_cast<IntVec<T>>(broadcast(T(0.70710678)))[0]);
-  const I exponent = (bits >> mantissa) - (one >> mantissa);
-  const Vec<T> m = bit_cast<Vec<T>>(bit_cast<I>(x) - (exponent << mantissa));
+  // Subtracting the bits of sqrt(1/2) carries into the exponent so that the mantissa lands in [0.707, 1.414).
+  const I root_half = bit_cast<I>(broadcast(T(0.70710678118654752440)));
+  const I exponent = (bit_cast<I>(x) - root_half) >> C::kMantissa;
+  const Vec<T> m = bit_cast<Vec<T>>(bit_cast<I>(x) - (exponent << C::kMantissa));
   const Vec<T> s = (m - T(1)) / (m + T(1));
   const Vec<T> s2 = s * s;
-  constexpr int terms = sizeof(T) == 4 ? 5 : 11;  // s^2 <= 0.0295
-  Vec<T> series = broadcast(T(1) / T(2 * terms + 1));
+  constexpr int terms = sizeof(T) == 4 ? 5 : 11;  // s2 <= 0.0295
+  Vec<T> series = broadcast(T(2) / T(2 * terms + 1));
 #pragma GCC unroll 16
-  for (int i = terms - 1; i >= 0; --i) series = series * s2 + T(1) / T(2 * i + 1);
-  constexpr T two_log2e = T(2.8853900817779268147);
-  return __builtin_convertvector(exponent, Vec<T>) + s * series * two_log2e + (x - x);
+  for (int i = terms - 1; i >= 0; --i) series = series * s2 + T(2) / T(2 * i + 1);
+  const Vec<T> e = __builtin_convertvector(exponent, Vec<T>);
+  return e * C::kLn2Head + (e * C::kLn2Tail + s * series) + (x - x);
+}
+
+// Sum of the lanes, by halves.
+template <class T>
+VITKERNELS_INLINE T across(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (kSame<T, float>) return _mm512_reduce_add_ps(bit_cast<__m512>(x));
+  if constexpr (kSame<T, double>) return _mm512_reduce_add_pd(bit_cast<__m512d>(x));
+#endif
+  T part[kLanes<T>];
+  store(part, x);
+#pragma GCC unroll 3
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
 }
 
 // ---- transpose

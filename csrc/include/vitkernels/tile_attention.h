@@ -17,6 +17,9 @@
 #pragma once
 #include "vitkernels/device.h"
 
+// Unrolled copies hold a register per address and gain nothing: each visit has its own loads in flight.
+#define VK_NO_UNROLL _Pragma("unroll 1")
+
 namespace vitkernels::tile_attention {
 
 constexpr int BLOCK_THREADS = 128;
@@ -49,54 +52,54 @@ struct Exponential<double> {
 
 // Tensors are [batch, heads, tokens, channels], lse and grad_lse [batch, heads, tokens]; any strides.
 struct Problem {
-  int64_t batch = 0;
-  int64_t heads = 0;
+  int batch = 0;
+  int heads = 0;
   int head_dim = 0;
   int value_dim = 0;
   double scale = 1.0;
   View q, k, v, out, lse;
-  View grad_out, grad_lse;                  // backward, each may be absent
-  View grad_q, grad_k, grad_v;              // backward, each may be absent
-  void* gradient_partials = nullptr;        // Acc [chunks, tiles, heads, gradient_elements], may be absent
+  View grad_out, grad_lse;            // backward, each may be absent
+  View grad_q, grad_k, grad_v;        // backward, each may be absent
+  void* gradient_partials = nullptr;  // Acc [chunks, tiles, heads, gradient_elements], may be absent
 
   // A work item is a chunk of the batch, a head, and a tile; set by split().
-  int64_t tiles = 0;
-  int64_t chunks = 0;
-  int64_t batch_per_chunk = 0;
+  int tiles = 0;
+  int chunks = 0;
+  int batch_per_chunk = 0;
 
-  VK_HOST_DEVICE int64_t items() const { return chunks * heads * tiles; }
+  VK_HOST_DEVICE int64_t items() const { return static_cast<int64_t>(chunks) * heads * tiles; }
 };
 
 VK_HOST_DEVICE bool present(const View& view) { return view.data != nullptr; }
 
 // Chunks of the batch, a function of the sizes only. Enough items to fill a large device several times over;
 // beyond that a group walks over a chunk, which spares it the staging of tables and shortens the partial sums.
-inline void split(Problem* problem, int64_t tiles, int rows) {
+inline void split(Problem* problem, int tiles, int rows) {
   const int64_t enough = rows == 16 ? 8192 : 2048;
-  const int64_t per_chunk = problem->heads * tiles;
-  const int64_t chunks = enough / per_chunk < 1 ? 1 : enough / per_chunk;
+  const int64_t chunks = enough / (static_cast<int64_t>(problem->heads) * tiles);
   problem->tiles = tiles;
-  problem->batch_per_chunk = (problem->batch + chunks - 1) / chunks;
+  problem->batch_per_chunk =
+      static_cast<int>(chunks <= 1 ? problem->batch : (problem->batch + chunks - 1) / chunks);
   problem->chunks = (problem->batch + problem->batch_per_chunk - 1) / problem->batch_per_chunk;
 }
 
 struct Item {
   int tile;
-  int64_t head;
-  int64_t chunk;
-  int64_t batch_begin;
-  int64_t batch_end;
+  int head;
+  int chunk;
+  int batch_begin;
+  int batch_end;
 };
 
 VK_DEVICE Item get_item(const Problem& problem, int64_t index) {
   Item item;
-  const int64_t unit = index / problem.tiles;
-  item.tile = static_cast<int>(index - unit * problem.tiles);
-  item.chunk = unit / problem.heads;
-  item.head = unit - item.chunk * problem.heads;
+  const unsigned whole = static_cast<unsigned>(index), unit = whole / problem.tiles;
+  item.tile = static_cast<int>(whole - unit * problem.tiles);
+  item.chunk = static_cast<int>(unit / problem.heads);
+  item.head = static_cast<int>(unit - item.chunk * problem.heads);
   item.batch_begin = item.chunk * problem.batch_per_chunk;
-  const int64_t end = item.batch_begin + problem.batch_per_chunk;
-  item.batch_end = end < problem.batch ? end : problem.batch;
+  const int left = problem.batch - item.batch_begin;
+  item.batch_end = item.batch_begin + (left < problem.batch_per_chunk ? left : problem.batch_per_chunk);
   return item;
 }
 
@@ -123,7 +126,7 @@ struct Group {
 VK_HOST_DEVICE int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 template <class T>
-VK_HOST_DEVICE T* offset(const View& view, int64_t batch, int64_t head) {
+VK_HOST_DEVICE T* offset(const View& view, int batch, int head) {
   T* data = static_cast<T*>(view.data);
   return data == nullptr ? data : data + batch * view.stride[0] + head * view.stride[1];
 }
@@ -154,6 +157,7 @@ void launch_items(Kernel kernel, const Problem& problem, const Map& map, int64_t
   if (groups < 1)
     throw std::runtime_error("tile attention: a tile needs " + std::to_string(group_bytes) +
                              " bytes of shared memory, the limit is " + std::to_string(SHARED_LIMIT));
+  if (problem.items() > 0x7fffffff) throw std::runtime_error("tile attention: more than 2^31 - 1 work items");
   const int64_t blocks = (problem.items() + groups - 1) / groups;
   launch(kernel, Dim3{blocks}, static_cast<int>(groups) * Group<ROWS>::THREADS,
          static_cast<size_t>(groups * group_bytes), stream, problem, map);

@@ -1,13 +1,15 @@
 // Backward of the tile-attention core. Deterministic: every sum has one owner and a fixed order.
 //
-// Floor per batch entry and head: reads of q, k, v, out, grad_out and writes of grad_q, grad_k, grad_v, once each;
-// 2 N M (3 d + 2 dv) FLOPs; N M exponentials (P is recomputed from lse). Small windows are bound by the bytes.
+// Floor per batch entry and head: reads of q, k, v, grad_out (and out, beyond one tile) and writes of grad_q, grad_k,
+// grad_v, once each; 2 N M (3 d + 2 dv) FLOPs; N M exponentials (P is recomputed from lse). Small windows are bound
+// by the bytes.
 //
-// One kernel in three roles. With delta = sum(grad_out * out) - grad_lse, P = exp(logits - lse) and
-// D = P * (grad_out v^T - delta), the gradient of the logits,
+// One kernel in three roles. With P = exp(logits - lse), G = grad_out v^T, delta = sum(grad_out * out) - grad_lse
+// and D = P * (G - delta), the gradient of the logits,
 //   Owner::queries  a query tile against its key tiles:  grad_q = scale D k, and the operator's sums over D
 //   Owner::keys     a key tile against its query tiles:  grad_k = scale D^T q, grad_v = P^T grad_out
-//   Owner::both     one tile holds all queries and all keys: everything, every tensor read once
+//   Owner::both     one tile holds all queries and all keys: everything, every tensor read once. The whole row of P
+//                   is at hand, so delta = sum(P * G) - grad_lse: out is not read, nor its rounding inherited.
 #pragma once
 #include <cmath>
 
@@ -57,7 +59,7 @@ struct BackwardShared {
     constexpr int PAIR = 2 * ROWS * LD_PAIR;
     constexpr int GRADIENT = ROWS * LD_GRADIENT * static_cast<int>(sizeof(Acc) / sizeof(T));
     int turns = PAIR > GRADIENT ? PAIR : GRADIENT;
-    if (ROWS * ld_value > turns) turns = ROWS * ld_value;
+    if (ROWS * ld_value > turns) turns = ROWS * ld_value;  // out
     out = carver.take<T>(turns);
     gradient = reinterpret_cast<Acc*>(out);
     p = out;
@@ -72,13 +74,23 @@ struct BackwardShared {
   }
 };
 
+// With more than 64 columns the sums of grad_k and of grad_v do not fit the registers together.
+template <Owner OWNER, int COLUMNS>
+constexpr bool ONE_RESULT = OWNER == Owner::keys && COLUMNS > 64;
+
+// Blocks of an SM that the registers must allow: latency is hidden by other blocks.
+template <class Engine, Owner OWNER, int COLUMNS>
+constexpr int BACKWARD_MIN_BLOCKS = std::is_floating_point_v<typename Engine::T> ? 2 : OWNER == Owner::both ? 4 : COLUMNS > 64 ? 2 : 3;
+
+// Owner::keys with ONE_RESULT fills grad_k if it is present, else grad_v; every other instance all it can.
 template <class Engine, Owner OWNER, int COLUMNS, class Map>
-VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem problem, Map map) {
+VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNER, COLUMNS>)) backward_kernel(Problem problem, Map map) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   using Exp = Exponential<T>;
   using Shared = BackwardShared<Engine, Map>;
   constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
+  constexpr bool ONE = ONE_RESULT<OWNER, COLUMNS>;
   constexpr int LD_PAIR = Shared::LD_PAIR, LD_GRADIENT = Shared::LD_GRADIENT;
 
   const Group<ROWS> group;
@@ -109,11 +121,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem proble
     for (int e = group.thread; e < map.gradient_elements(); e += THREADS) shared.sums[e] = Acc(0);
   }
 
-  for (int64_t batch = item.batch_begin; batch < item.batch_end; ++batch) {
+  for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
     const auto matrix = [&](const View& view, int channels) { return Matrix<T>(view, batch, item.head, channels); };
     // What survives from tile to tile; Owner::both has one tile and keeps nothing.
     constexpr int KEPT = OWNER == Owner::both ? 1 : COLUMNS / 8;
-    Acc first[KEPT][4], second[OWNER == Owner::keys ? KEPT : 1][4];  // grad_q; or grad_k and grad_v
+    // grad_q; or grad_k and grad_v; or the one of them
+    Acc first[KEPT][4], second[OWNER == Owner::keys && !ONE ? KEPT : 1][4];
     clear(first);
     clear(second);
 
@@ -124,7 +137,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem proble
       if (new_queries) {
         load_tile(shared.q, ld_head, matrix(problem.q, problem.head_dim), group, query_token);
         load_tile(shared.grad_out, ld_value, matrix(problem.grad_out, problem.value_dim), group, query_token);
-        if (present(problem.grad_out)) load_tile(shared.out, ld_value, matrix(problem.out, problem.value_dim), group, query_token);
+        if (OWNER != Owner::both && present(problem.grad_out))
+          load_tile(shared.out, ld_value, matrix(problem.out, problem.value_dim), group, query_token);
       }
       if (new_keys) {
         load_tile(shared.k, ld_head, matrix(problem.k, problem.head_dim), group, key_token);
@@ -143,7 +157,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem proble
         const int row = group.thread / 2;
         const int64_t token = query_token(row);
         Acc delta = Acc(0);
-        if (present(problem.grad_out)) {
+        if (OWNER != Owner::both && present(problem.grad_out)) {
           constexpr int WIDTH = 16 / sizeof(T);
           for (int c = group.thread % 2 * WIDTH; c < value_depth; c += 2 * WIDTH) {
             const auto a = Vec<T, WIDTH>::load(shared.grad_out + row * ld_value + c);
@@ -174,7 +188,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem proble
         Engine::multiply_rows(d, shared.grad_out + row0 * ld_value, ld_value, shared.v, ld_value, value_depth);
       const int codes[2] = {shared.query_codes[lane_row], shared.query_codes[lane_row + 8]};
       const Acc lse[2] = {shared.lse[lane_row], shared.lse[lane_row + 8]};
-      const Acc delta[2] = {shared.delta[lane_row], shared.delta[lane_row + 8]};
+      Acc delta[2] = {shared.delta[lane_row], shared.delta[lane_row + 8]};
       VK_UNROLL
       for (int j = 0; j < KEY_BLOCKS; ++j) {
         VK_UNROLL
@@ -183,8 +197,22 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem proble
           p[j][c] = key_code == INVALID
                         ? Acc(0)
                         : Exp::exp(map.logit(p[j][c] * logit_scale, codes[r], key_code, shared.table) - lse[r]);
-          d[j][c] = p[j][c] * (d[j][c] - delta[r]);
         }
+      }
+      if constexpr (OWNER == Owner::both) {
+        VK_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          Acc sum = Acc(0);
+          VK_UNROLL
+          for (int j = 0; j < KEY_BLOCKS; ++j)
+            sum += p[j][2 * r] * d[j][2 * r] + p[j][2 * r + 1] * d[j][2 * r + 1];
+          delta[r] += warp_sum<4>(sum);
+        }
+      }
+      VK_UNROLL
+      for (int j = 0; j < KEY_BLOCKS; ++j) {
+        VK_UNROLL
+        for (int c = 0; c < 4; ++c) d[j][c] = p[j][c] * (d[j][c] - delta[c / 2]);
       }
 
       if (want_sums) {
@@ -206,8 +234,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem proble
       if constexpr (OWNER == Owner::queries) {
         Engine::template multiply<false>(first, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k, ld_head, head_depth / 8);
       } else if constexpr (OWNER == Owner::keys) {
-        Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q, ld_head, head_depth / 8);
-        Engine::template multiply<true>(second, shared.p + row0, LD_PAIR, shared.grad_out, ld_value, value_depth / 8);
+        if (!ONE || present(problem.grad_k))
+          Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q, ld_head, head_depth / 8);
+        else
+          Engine::template multiply<true>(first, shared.p + row0, LD_PAIR, shared.grad_out, ld_value, value_depth / 8);
+        if constexpr (!ONE) Engine::template multiply<true>(second, shared.p + row0, LD_PAIR, shared.grad_out, ld_value, value_depth / 8);
       } else {
         // Each result replaces, 64 channels at a time, an operand that has been read for the last time: grad_v takes
         // the place of v, grad_q and grad_k those of the same channels of q and k.
@@ -240,8 +271,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem proble
     if constexpr (OWNER == Owner::queries) {
       write_sums(shared.q + row0 * ld_head, ld_head, first, head_depth / 8, scale, scale);
     } else if constexpr (OWNER == Owner::keys) {
-      write_sums(shared.k + row0 * ld_head, ld_head, first, head_depth / 8, scale, scale);
-      write_sums(shared.v + row0 * ld_value, ld_value, second, value_depth / 8, Acc(1), Acc(1));
+      if (!ONE || present(problem.grad_k))
+        write_sums(shared.k + row0 * ld_head, ld_head, first, head_depth / 8, scale, scale);
+      else
+        write_sums(shared.v + row0 * ld_value, ld_value, first, value_depth / 8, Acc(1), Acc(1));
+      if constexpr (!ONE)
+        write_sums(shared.v + row0 * ld_value, ld_value, second, value_depth / 8, Acc(1), Acc(1));
     }
     group.sync();
     const auto query_token = [&](int slot) { return query(0, slot); };
@@ -258,7 +293,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) backward_kernel(Problem proble
   if (want_sums) {
     const int elements = map.gradient_elements();
     Acc* partials = static_cast<Acc*>(problem.gradient_partials) +
-                    ((item.chunk * problem.tiles + item.tile) * problem.heads + item.head) * elements;
+                    ((static_cast<int64_t>(item.chunk) * problem.tiles + item.tile) * problem.heads + item.head) * elements;
     for (int e = group.thread; e < elements; e += THREADS) partials[e] = shared.sums[e];
   }
 }
@@ -276,7 +311,16 @@ template <class Engine, int COLUMNS, class Map>
 void backward_apart(const Problem& problem, const Map& map, Stream stream) {
   if (present(problem.grad_q) || problem.gradient_partials != nullptr)
     backward_with<Engine, Owner::queries, COLUMNS>(problem, map, stream);
-  if (present(problem.grad_k) || present(problem.grad_v)) backward_with<Engine, Owner::keys, COLUMNS>(problem, map, stream);
+  if constexpr (ONE_RESULT<Owner::keys, COLUMNS>) {
+    Problem one = problem;
+    one.grad_v = {};
+    if (present(one.grad_k)) backward_with<Engine, Owner::keys, COLUMNS>(one, map, stream);
+    one.grad_k = {};
+    one.grad_v = problem.grad_v;
+    if (present(one.grad_v)) backward_with<Engine, Owner::keys, COLUMNS>(one, map, stream);
+  } else if (present(problem.grad_k) || present(problem.grad_v)) {
+    backward_with<Engine, Owner::keys, COLUMNS>(problem, map, stream);
+  }
 }
 
 // The rows of backward()'s tiles, a function of the sizes only; see forward_rows().

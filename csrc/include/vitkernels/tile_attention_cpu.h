@@ -1,6 +1,6 @@
 // Tile attention on the CPU: the pieces an attention kernel is assembled from.
 //
-// Everything runs on one matrix product, C[r][l] = init[r][l] + sum_k A(r, k) * B[k][l]: A is read in place,
+// Everything runs on one matrix product, C[r][l] = add[r][l] + sum_k A(r, k) * B[k][l]: A is read in place,
 // one broadcast scalar at a time and with any strides; B and C are scratch with l in the vector lanes. The
 // forward pass keeps a tile of queries in the lanes (the softmax then reduces down the rows and never
 // across lanes), the backward pass a tile of keys, so no probability matrix is ever transposed. A token-
@@ -65,8 +65,8 @@ struct Product {
   ptrdiff_t a_row, a_k;
   const T* b;
   ptrdiff_t b_k;
-  const T* init;  // null: zero
-  ptrdiff_t init_row;
+  const T* add;  // null: nothing; may be c
+  ptrdiff_t add_row;
   T* c;
   ptrdiff_t c_row;
 };
@@ -75,12 +75,10 @@ template <class T, int V, int R>
 static __attribute__((noinline)) void multiply_block(const Product<T>& p, int row, int lane) {
   constexpr int lanes = kLanes<T>;
   Vec<T> acc[R][V];
-  const T* init = p.init + row * p.init_row + lane;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      acc[r][v] = p.init ? load(init + r * p.init_row + v * lanes) : Vec<T>{};
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
 
   const T* a = p.a + row * p.a_row;
   const T* b = p.b + lane;
@@ -99,6 +97,13 @@ static __attribute__((noinline)) void multiply_block(const Product<T>& p, int ro
     b += b_k;
   }
 
+  if (p.add) {
+    const T* add = p.add + row * p.add_row + lane;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] += load(add + r * p.add_row + v * lanes);
+  }
   T* c = p.c + row * p.c_row + lane;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -230,33 +235,39 @@ static void unpack(E* dst, ptrdiff_t row_stride, ptrdiff_t lane_stride, const T*
   }
 }
 
-// Elements of scratch that readable() may need.
+// Elements of scratch that copy() needs.
 template <class T>
-VITKERNELS_INLINE size_t readable_size(int tokens, int channels) {
+VITKERNELS_INLINE size_t copy_size(int tokens, int channels) {
   const size_t a = static_cast<size_t>(channels) * round_up_lanes<T>(tokens);
   const size_t b = static_cast<size_t>(tokens) * round_up_lanes<T>(channels);
   return a > b ? a : b;
 }
 
-// The tensor as the A of a product: in place, or converted into scratch the way it lies.
+// factor * m in scratch, laid out as m lies.
+template <class E, class T>
+static Matrix<const T> copy(Matrix<const E> m, int tokens, int channels, T factor, T* scratch) {
+  if (m.channel == 1) {
+    const int width = round_up_lanes<T>(channels);
+    pack(scratch, width, m.data, m.token, m.channel, tokens, channels, factor);
+    return {scratch, width, 1};
+  }
+  const int width = round_up_lanes<T>(tokens);
+  pack(scratch, width, m.data, m.channel, m.token, channels, tokens, factor);
+  return {scratch, 1, width};
+}
+
+// The tensor as the A of a product: in place where no conversion is needed.
 template <class E, class T>
 VITKERNELS_INLINE Matrix<const T> readable(Matrix<const E> m, int tokens, int channels, T* scratch) {
-  if constexpr (kSame<E, T>) {
+  if constexpr (kSame<E, T>)
     return m;
-  } else if (m.channel == 1) {
-    const int width = round_up_lanes<T>(channels);
-    pack(scratch, width, m.data, m.token, m.channel, tokens, channels, T(1));
-    return {scratch, width, 1};
-  } else {
-    const int width = round_up_lanes<T>(tokens);
-    pack(scratch, width, m.data, m.channel, m.token, channels, tokens, T(1));
-    return {scratch, 1, width};
-  }
+  else
+    return copy(m, tokens, channels, T(1), scratch);
 }
 
 // ---- softmax
 
-// In base 2, down the rows: s <- 2^(s - max), inverse <- 1 / sum, lse <- natural log of the sum.
+// Down the rows: s <- e^(s - max), inverse <- 1 / sum of that, lse <- max + log(sum).
 template <class T, int V>
 static void softmax_group(T* s, int width, int rows, T* inverse, T* lse) {
   constexpr int L = kLanes<T>;
@@ -273,15 +284,14 @@ static void softmax_group(T* s, int width, int rows, T* inverse, T* lse) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       T* p = s + static_cast<ptrdiff_t>(r) * width + v * L;
-      const Vec<T> e = exp2_nonpositive<T>(load(p) - top[v]);
+      const Vec<T> e = exp_softmax<T>(load(p) - top[v]);
       store(p, e);
       sum[v] += e;
     }
-  constexpr T ln2 = T(0.69314718055994530942);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     store(inverse + v * L, T(1) / sum[v]);
-    store(lse + v * L, (top[v] + log2_positive<T>(sum[v])) * ln2);
+    store(lse + v * L, top[v] + log_softmax<T>(sum[v]));
   }
 }
 
@@ -299,8 +309,8 @@ static void softmax(T* s, int vecs, int rows, T* inverse, T* lse) {
 template <class T>
 struct ForwardTile {
   int keys, vecs, head_dim, value_dim;
-  const T* q;     // [head_dim][width], times scale * log2(e)
-  const T* bias;  // [keys][width], times log2(e); null: none
+  const T* q;     // [head_dim][width], times scale
+  const T* bias;  // [keys][width]; null: none
   T* s;           // [keys][width]
   T* out;         // [value_dim][width]
   T *inverse, *lse;
@@ -313,30 +323,41 @@ struct ForwardTile {
   }
 };
 
-// One tile of keys: probabilities p and logit gradients dl, [queries][width]; row r is a query.
+// One tile of keys: probabilities p and logit gradients dl, [queries][width]; row r is a query. The logits
+// are those of the forward pass to the last bit: the same factors, summed in the same order.
 template <class T>
 struct BackwardTile {
-  int queries, vecs, head_dim, value_dim;
-  const T* k;      // [head_dim][width], times scale * log2(e)
+  int queries, vecs, lanes, head_dim, value_dim;
+  const T* k;      // [head_dim][width]
   const T* v;      // [value_dim][width]
-  const T* bias;   // [queries][width], times log2(e); null: none
-  const T* lse;    // [queries], in base 2
-  const T* delta;  // [queries]
+  const T* bias;   // [queries][width]; null: none
+  const T* lse;    // [queries]
+  const T* delta;  // [queries]: sum_m p * dp - grad_lse; when `whole`, - grad_lse alone
+  bool whole;      // this tile has all keys, so it finds sum_m p * dp itself
   T *p, *dl;       // [queries][width]
 
+  // q times scale
   void run(Matrix<const T> q, Matrix<const T> grad_out) const {
     const int width = vecs * kLanes<T>;
     multiply<T>(vecs, {queries, head_dim, q.data, q.token, q.channel, k, width, bias, width, p, width});
     multiply<T>(vecs, {queries, value_dim, grad_out.data, grad_out.token, grad_out.channel, v, width,
                        nullptr, 0, dl, width});
+    // A lane beyond the tile's keys holds no logit; it must not reach the sum.
+    Vec<T> last = broadcast(T(1));
+    for (int i = 0; i < kLanes<T>; ++i) last[i] = width - kLanes<T> + i < lanes ? T(1) : T(0);
+    const IntVec<T> unused = last == T(0);
     for (int r = 0; r < queries; ++r) {
-      const Vec<T> shift = broadcast(lse[r]), mean = broadcast(delta[r]);
       T *pr = p + static_cast<ptrdiff_t>(r) * width, *dr = dl + static_cast<ptrdiff_t>(r) * width;
+      const Vec<T> shift = broadcast(lse[r]);
+      Vec<T> sum = {};
       for (int i = 0; i < width; i += kLanes<T>) {
-        const Vec<T> e = exp2_nonpositive<T>(load(pr + i) - shift);
+        Vec<T> e = exp_softmax<T>(load(pr + i) - shift);
+        if (i + kLanes<T> == width) e = unused ? Vec<T>{} : e;
         store(pr + i, e);
-        store(dr + i, e * (load(dr + i) - mean));
+        sum += e * load(dr + i);
       }
+      const Vec<T> mean = broadcast(delta[r] + (whole ? across<T>(sum) : T(0)));
+      for (int i = 0; i < width; i += kLanes<T>) store(dr + i, load(pr + i) * (load(dr + i) - mean));
     }
   }
 };

@@ -101,6 +101,7 @@ struct Plain {
     const int g = lane_id() / 4, t = lane_id() % 4;
     a += g * lda;
     b += 2 * t * ldb;
+    VK_NO_UNROLL
     for (int k = 0; k < depth; k += WIDTH) {
       const auto a0 = Vec<T, WIDTH>::load(a + k);
       const auto a1 = Vec<T, WIDTH>::load(a + 8 * lda + k);
@@ -125,6 +126,7 @@ struct Plain {
     const int row_stride = TRANSPOSED ? 1 : lda, depth_stride = TRANSPOSED ? lda : 1;
     a += g * row_stride;
     b += 2 * t;
+    VK_NO_UNROLL
     for (int k = 0; k < ROWS; ++k) {
       const T a0 = a[k * depth_stride], a1 = a[k * depth_stride + 8 * row_stride];
       VK_UNROLL

@@ -4,7 +4,7 @@
 // once, 2 N M (d + dv) FLOPs, N M exponentials. Small windows are bound by the bytes.
 //
 // A group keeps its queries in shared memory and its output rows in registers while the key tiles stream by; the
-// next keys load during softmax and P V, the next values during Q K^T.
+// values load during Q K^T and the softmax. Beyond that, loads overlap with the work of other blocks on the SM.
 #pragma once
 #include <cmath>
 
@@ -35,8 +35,12 @@ struct ForwardShared {
   }
 };
 
+// Blocks of an SM that the registers must allow: latency is hidden by other blocks.
+template <class Engine, int COLUMNS>
+constexpr int FORWARD_MIN_BLOCKS = std::is_floating_point_v<typename Engine::T> ? 2 : COLUMNS > 64 && Engine::ROWS > 16 ? 3 : 4;
+
 template <class Engine, int COLUMNS, class Map>
-VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) forward_kernel(Problem problem, Map map) {
+VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUMNS>)) forward_kernel(Problem problem, Map map) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   using Exp = Exponential<T>;
@@ -66,30 +70,20 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) forward_kernel(Problem problem
     query_codes[r] = map.query_code(token < 0 ? 0 : token);
   }
 
-  for (int64_t batch = item.batch_begin; batch < item.batch_end; ++batch) {
-    const Matrix<T> keys(problem.k, batch, item.head, problem.head_dim);
-    const Matrix<T> values(problem.v, batch, item.head, problem.value_dim);
-    const auto load_keys = [&](int i) {
-      if (i < key_tiles)
-        load_tile(shared.k, shared.ld_head, keys, group, [&](int s) { return map.key_of(ROWS, item.tile, i, s); });
-      cp_async_commit();
-    };
-    const auto load_values = [&](int i) {
-      if (i < key_tiles)
-        load_tile(shared.v, shared.ld_value, values, group, [&](int s) { return map.key_of(ROWS, item.tile, i, s); });
-      cp_async_commit();
-    };
+  for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
     load_tile(shared.q, shared.ld_head, Matrix<T>(problem.q, batch, item.head, problem.head_dim), group, query);
-    load_keys(0);
-    load_values(0);
-
     Acc output[COLUMNS / 8][4];
     clear(output);
     Acc row_max[2] = {NOTHING, NOTHING}, row_sum[2] = {Acc(0), Acc(0)};  // row_sum: of this lane's columns
 
     for (int i = 0; i < key_tiles; ++i) {
+      const auto key = [&](int slot) { return map.key_of(ROWS, item.tile, i, slot); };
+      load_tile(shared.k, shared.ld_head, Matrix<T>(problem.k, batch, item.head, problem.head_dim), group, key);
+      cp_async_commit();
+      load_tile(shared.v, shared.ld_value, Matrix<T>(problem.v, batch, item.head, problem.value_dim), group, key);
+      cp_async_commit();
       for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS) {
-        const int token = map.key_of(ROWS, item.tile, i, slot);
+        const int token = key(slot);
         shared.key_codes[slot] = token < 0 ? INVALID : map.key_code(token);
       }
       cp_async_wait<1>();  // all but the values
@@ -99,8 +93,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) forward_kernel(Problem problem
       clear(p);
       Engine::multiply_rows(p, shared.q + group.first_row * shared.ld_head, shared.ld_head, shared.k, shared.ld_head,
                             depth);
-      group.sync();  // every warp has read the keys
-      load_keys(i + 1);
 
       Acc tile_max[2] = {NOTHING, NOTHING};
       VK_UNROLL
@@ -137,12 +129,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 1) forward_kernel(Problem problem
         }
       }
 
-      cp_async_wait<1>();  // all but the next keys
+      cp_async_wait<0>();
       group.sync();
       Engine::multiply_registers(output, p, shared.scratch + group.first_row * (Engine::SCRATCH / ROWS), shared.v,
                                  shared.ld_value, value_blocks);
-      group.sync();  // every warp has read the values
-      if (i + 1 < key_tiles) load_values(i + 1);
+      group.sync();  // before the next tile, or the output, overwrites keys and values
     }
 
     // The values' tile is free: the output goes through it, to be written along whichever dimension is dense.

@@ -19,7 +19,7 @@ struct Matrix {
   int64_t channel_stride;
   int channels;
 
-  VK_DEVICE Matrix(const View& view, int64_t batch, int64_t head, int channels)
+  VK_DEVICE Matrix(const View& view, int batch, int head, int channels)
       : data(offset<T>(view, batch, head)),
         token_stride(view.stride[2]),
         channel_stride(view.stride[3]),
@@ -59,6 +59,7 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<R
   const bool present = source.data != nullptr;
   if (present && source.vectorized()) {
     const Walk<ROWS> walk(chunks, false);
+    VK_NO_UNROLL
     for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
       const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
       if (walk.chunk(i) >= chunks) continue;
@@ -70,6 +71,7 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<R
     return;
   }
   const Walk<ROWS> walk(chunks, source.tokens_dense());
+  VK_NO_UNROLL
   for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
     const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
     if (walk.chunk(i) >= chunks) continue;
@@ -91,6 +93,7 @@ VK_DEVICE void store_tile(const Matrix<T>& target, const T* tile, int ld, const 
   const int chunks = (target.channels + WIDTH - 1) / WIDTH;
   const bool vectorized = target.vectorized();
   const Walk<ROWS> walk(chunks, target.tokens_dense());
+  VK_NO_UNROLL
   for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
     const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
     if (walk.chunk(i) >= chunks) continue;

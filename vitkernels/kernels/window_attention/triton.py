@@ -7,7 +7,6 @@ recompiles. Windows of at most 64 tokens take the single-tile kernels, others th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -30,41 +29,32 @@ FORWARD_PROGRAMS = 1024
 # Fewer in the backward, where each program also writes an N x N partial of the bias gradient.
 BACKWARD_PROGRAMS = 512
 PARTIAL_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes and warps of one launch."""
-
-    block_m: int
-    block_n: int
-    block_d: int
-    block_v: int
-    num_warps: int
-
-    def whole(self) -> dict[str, int]:
-        return {"BLOCK": self.block_m, "BLOCK_D": self.block_d, "BLOCK_V": self.block_v, **self.options()}
-
-    def tiled(self) -> dict[str, int]:
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_D": self.block_d,
-            "BLOCK_V": self.block_v,
-            **self.options(),
-        }
-
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": 1}
+# Elements of a window in q and v up to which the backward fits twice into 99 KB of shared memory.
+PREFETCH_ELEMENTS = 64 * 128
 
 
 @lru_cache(maxsize=None)
-def configuration(tokens: int, head_dim: int, value_dim: int, itemsize: int, backward: bool) -> Config:
-    """Tiles from sizes only."""
-    block = tile_size(tokens, 64)
-    block_d, block_v = tile_size(head_dim, 1 << 20), tile_size(value_dim, 1 << 20)
-    warps = max(1, block // 16)
-    return Config(block, block, block_d, block_v, warps)
+def whole_configuration(tokens: int, head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
+    """Tiles of the single-tile kernels, which walk through d and dv in slices of 16 (no padding up to 128)."""
+    block = tile_size(tokens, WHOLE_WINDOW)
+    config = {"BLOCK": block, "BLOCK_D": 16, "BLOCK_V": 16, "UNROLL_D": 1, "UNROLL_V": 1}
+    if itemsize == 4:
+        # fp32 products run on the FMA units with both operands in registers: more threads, or they spill.
+        return {**config, "num_warps": block // 8, "num_stages": 1}
+    config["num_warps"] = block // 16
+    # Unrolled slices let the loop over windows prefetch a whole window, where two of them fit shared memory.
+    # (Masks of ragged slices would cost the registers that prefetching leaves.)
+    if block * (head_dim + value_dim) > PREFETCH_ELEMENTS or head_dim % 16 or value_dim % 16:
+        return {**config, "num_stages": 1}
+    return {**config, "UNROLL_D": -(-head_dim // 16), "UNROLL_V": -(-value_dim // 16), "num_stages": 2}
+
+
+@lru_cache(maxsize=None)
+def tiled_configuration(head_dim: int, value_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
+    """Tiles of the tiled kernels, which hold all of d and dv."""
+    block = 64
+    sizes = {"BLOCK_D": tile_size(head_dim, 1 << 20), "BLOCK_V": tile_size(value_dim, 1 << 20)}
+    return {"BLOCK_M": block, "BLOCK_N": block, **sizes, "num_warps": 4, "num_stages": 1}
 
 
 def window_chunks(batch: int, heads: int, programs: int, per_head: int = 1) -> int:
@@ -93,19 +83,20 @@ def forward(
     """Fills out and lse."""
     batch, heads, tokens, head_dim = q.shape
     value_dim = v.shape[3]
-    config = configuration(tokens, head_dim, value_dim, q.element_size(), False)
     strides = (*out.stride(), *lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias_table, 2))
     shape = (window_h, window_w, signed_bias, head_dim, value_dim)
     with device_of(q):
         if tokens <= WHOLE_WINDOW:
-            chunks = window_chunks(batch, heads, FORWARD_PROGRAMS * 4 // config.num_warps)
+            config = whole_configuration(tokens, head_dim, value_dim, q.element_size())
+            chunks = window_chunks(batch, heads, FORWARD_PROGRAMS * 4 // config["num_warps"])
             forward_whole[(chunks * heads,)](
-                out, lse, q, k, v, bias_table, *strides, batch, heads, chunks, scale, *shape, **config.whole()
+                out, lse, q, k, v, bias_table, *strides, batch, heads, chunks, scale, *shape, **config
             )
         else:
-            tiles = -(-tokens // config.block_m)
+            config = tiled_configuration(head_dim, value_dim, q.element_size(), False)
+            tiles = -(-tokens // config["BLOCK_M"])
             forward_tiled[(batch * heads * tiles,)](
-                out, lse, q, k, v, bias_table, *strides, heads, scale, *shape, **config.tiled()
+                out, lse, q, k, v, bias_table, *strides, heads, scale, *shape, **config
             )
 
 
@@ -165,14 +156,14 @@ def _backward_whole(
 ):  # fmt: skip
     batch, heads, tokens, head_dim = q.shape
     value_dim = v.shape[3]
-    config = configuration(tokens, head_dim, value_dim, q.element_size(), True)
-    chunks = window_chunks(batch, heads, BACKWARD_PROGRAMS * 4 // config.num_warps)
+    config = whole_configuration(tokens, head_dim, value_dim, q.element_size())
+    chunks = window_chunks(batch, heads, BACKWARD_PROGRAMS * 4 // config["num_warps"])
     partials = _partials(q, chunks) if bias_gradient else None
     backward_whole[(chunks * heads,)](
         grad_q, grad_k, grad_v, partials, grad_out, grad_lse, lse, q, k, v, bias_table,
         *_strides(grad_q, 4), *_strides(grad_k, 4), *_strides(grad_v, 4), *_strides(grad_out, 4),
         *_strides(grad_lse, 3), *lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias_table, 2),
-        batch, heads, chunks, scale, window_h, window_w, signed_bias, head_dim, value_dim, **config.whole(),
+        batch, heads, chunks, scale, window_h, window_w, signed_bias, head_dim, value_dim, **config,
     )  # fmt: skip
     return partials
 
@@ -183,20 +174,20 @@ def _backward_tiled(
 ):  # fmt: skip
     batch, heads, tokens, head_dim = q.shape
     value_dim = v.shape[3]
-    config = configuration(tokens, head_dim, value_dim, q.element_size(), True)
-    tiles_m, tiles_n = -(-tokens // config.block_m), -(-tokens // config.block_n)
+    config = tiled_configuration(head_dim, value_dim, q.element_size(), True)
+    tiles_m, tiles_n = -(-tokens // config["BLOCK_M"]), -(-tokens // config["BLOCK_N"])
     delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     incoming = (*_strides(grad_out, 4),)
     inputs = (*lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias_table, 2))
     shape = (window_h, window_w, signed_bias, head_dim, value_dim)
     backward_query_tiled[(batch * heads * tiles_m,)](
         grad_q, delta, grad_out, grad_lse, out, lse, q, k, v, bias_table, *_strides(grad_q, 4), *incoming,
-        *_strides(grad_lse, 3), *out.stride(), *inputs, heads, scale, *shape, **config.tiled(),
+        *_strides(grad_lse, 3), *out.stride(), *inputs, heads, scale, *shape, **config,
     )  # fmt: skip
     if grad_k is not None or grad_v is not None:
         backward_key_tiled[(batch * heads * tiles_n,)](
             grad_k, grad_v, grad_out, lse, delta, q, k, v, bias_table, *_strides(grad_k, 4),
-            *_strides(grad_v, 4), *incoming, *inputs, heads, scale, *shape, **config.tiled(),
+            *_strides(grad_v, 4), *incoming, *inputs, heads, scale, *shape, **config,
         )  # fmt: skip
     if not bias_gradient:
         return None
@@ -205,7 +196,7 @@ def _backward_tiled(
     partials = _partials(q, chunks)
     backward_bias_tiled[(chunks * heads * tiles_m * tiles_n,)](
         partials, grad_out, lse, delta, q, k, v, bias_table, *incoming, *inputs, batch, heads, chunks, scale,
-        *shape, **config.tiled(),
+        *shape, **config,
     )  # fmt: skip
     return partials
 

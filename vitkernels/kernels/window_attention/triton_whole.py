@@ -36,11 +36,11 @@ from vitkernels.kernels.window_attention.triton_bias import bias_logits, partial
 @triton.jit
 def whole_logits(
     q, k, tokens, valid, bias, q_n, q_c, k_n, k_c, scale,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL_D: tl.constexpr,
 ):  # fmt: skip
     """Base-2 logits of one window; q and k point at it."""
     logits = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for first in range(0, HEAD_DIM, BLOCK_D):
+    for first in tl.range(0, HEAD_DIM, BLOCK_D, loop_unroll_factor=UNROLL_D):
         mask = slice_mask(valid, first, BLOCK_D, HEAD_DIM)
         query = load_tile(q + first * q_c, tile_offsets(tokens, q_n, q_c, BLOCK_D), mask)
         key = load_tile(k + first * k_c, tile_offsets(tokens, k_n, k_c, BLOCK_D), mask)
@@ -55,6 +55,7 @@ def forward_whole(
     table_h, table_t, batch, heads, chunks, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SIGNED: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    UNROLL_D: tl.constexpr, UNROLL_V: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     head = program % heads
@@ -67,12 +68,12 @@ def forward_whole(
         window = chunk + i * chunks
         logits = whole_logits(
             q + window * q_b + head * q_h, k + window * k_b + head * k_h, tokens, valid, bias,
-            q_n, q_c, k_n, k_c, scale, HEAD_DIM, BLOCK, BLOCK_D,
+            q_n, q_c, k_n, k_c, scale, HEAD_DIM, BLOCK, BLOCK_D, UNROLL_D,
         )  # fmt: skip
         maximum, total = softmax_start(BLOCK)
         weights, _, maximum, total = softmax_step(logits, maximum, total)
         rounded = weights.to(v.dtype.element_ty)
-        for first in range(0, VALUE_DIM, BLOCK_V):
+        for first in tl.range(0, VALUE_DIM, BLOCK_V, loop_unroll_factor=UNROLL_V):
             mask = slice_mask(valid, first, BLOCK_V, VALUE_DIM)
             place = v + window * v_b + head * v_h + first * v_c
             value = load_tile(place, tile_offsets(tokens, v_n, v_c, BLOCK_V), mask)
@@ -91,6 +92,7 @@ def backward_whole(
     table_h, table_t, batch, heads, chunks, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SIGNED: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    UNROLL_D: tl.constexpr, UNROLL_V: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of a window; partials [chunks, heads, N, N] get the logit gradient summed over the chunk.
 
@@ -110,7 +112,7 @@ def backward_whole(
         window = chunk + i * chunks
         logits = whole_logits(
             q + window * q_b + head * q_h, k + window * k_b + head * k_h, tokens, valid, bias,
-            q_n, q_c, k_n, k_c, scale, HEAD_DIM, BLOCK, BLOCK_D,
+            q_n, q_c, k_n, k_c, scale, HEAD_DIM, BLOCK, BLOCK_D, UNROLL_D,
         )  # fmt: skip
         rows = tokens.to(tl.int64)
         row_lse = tl.load(lse + window * lse_b + head * lse_h + rows * lse_n, mask=valid, other=INF)
@@ -119,7 +121,7 @@ def backward_whole(
         delta = tl.zeros([BLOCK], tl.float32)
         if grad_out is not None:
             rounded = weights.to(v.dtype.element_ty)
-            for first in range(0, VALUE_DIM, BLOCK_V):
+            for first in tl.range(0, VALUE_DIM, BLOCK_V, loop_unroll_factor=UNROLL_V):
                 mask = slice_mask(valid, first, BLOCK_V, VALUE_DIM)
                 place = grad_out + window * go_b + head * go_h + first * go_c
                 grad_result = load_tile(place, tile_offsets(tokens, go_n, go_c, BLOCK_V), mask)
@@ -137,7 +139,7 @@ def backward_whole(
         if partials is not None:
             bias_gradient += grad_logits
         rounded = grad_logits.to(q.dtype.element_ty)
-        for first in range(0, HEAD_DIM, BLOCK_D):
+        for first in tl.range(0, HEAD_DIM, BLOCK_D, loop_unroll_factor=UNROLL_D):
             mask = slice_mask(valid, first, BLOCK_D, HEAD_DIM)
             if grad_q is not None:
                 place = k + window * k_b + head * k_h + first * k_c

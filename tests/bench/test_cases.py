@@ -1,0 +1,107 @@
+"""The shapes are the models', the cost is the operator's, the inputs are what models hand over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitkernels
+from vitkernels.bench.case import load_case, operators, parse_fields
+from vitkernels.bench.presets import WINDOW_MODELS
+
+CASE = load_case("window_attention")
+
+
+def inputs_of(problem, batch=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return CASE.make_inputs(problem, batch, dtype=dtype, device=torch.device("cpu"), generator=generator)
+
+
+def test_every_operator_that_has_a_case_is_an_operator():
+    assert "window_attention" in operators()
+    for name in operators():
+        assert callable(getattr(vitkernels.ops, name))
+        case = load_case(name)
+        assert case.operator == name
+        assert case.default_preset in case.presets
+
+
+def test_unknown_operator_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"op: expected one of .*window_attention.*; got 'nothing'"):
+        load_case("nothing")
+
+
+@pytest.mark.parametrize("preset", sorted(WINDOW_MODELS))
+def test_presets_are_valid_calls(preset):
+    for problem in CASE.presets[preset]:
+        inputs = inputs_of(problem)
+        reasons = vitkernels.supported_backends("window_attention", **inputs.tensors, **inputs.options)
+        assert reasons["reference"] == []
+        out = inputs.tensors["v"]
+        assert inputs.grad_out.shape == out.shape
+        assert problem.describe(1).startswith("x".join(map(str, out.shape[:3])))
+
+
+def test_efficientvit_presets_are_the_published_models():
+    dims = {"m0": (64, 128, 192), "m3": (128, 240, 320), "m5": (192, 288, 384)}
+    heads = {"m0": (4, 4, 4), "m3": (4, 3, 4), "m5": (3, 3, 4)}
+    for name, widths in dims.items():
+        stages = WINDOW_MODELS[f"efficientvit_{name}"]
+        assert [s.value_dim for s in stages] == [w // h for w, h in zip(widths, heads[name], strict=True)]
+        assert [s.windows * s.window[0] * s.window[1] for s in stages] == [14 * 14, 7 * 7, 4 * 4]
+
+
+@pytest.mark.parametrize(("preset", "dense"), [("efficientvit_m5", -2), ("swin_t", -1)])
+def test_inputs_have_the_strides_that_models_produce(preset, dense):
+    inputs = inputs_of(CASE.presets[preset][0], 2)
+    for name in "qkv":
+        tensor = inputs.tensors[name]
+        assert tensor.stride(dense) == 1
+        assert not tensor.is_contiguous()
+    assert (
+        inputs.tensors["k"].untyped_storage().data_ptr() == inputs.tensors["v"].untyped_storage().data_ptr()
+    )
+
+
+@pytest.mark.parametrize("preset", ["efficientvit_m5", "swin_t"])
+@pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
+def test_cost_counts_the_flops_of_the_operator(preset, mode):
+    problem = CASE.presets[preset][1]
+    inputs = inputs_of(problem, 2)
+    tensors = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+    with FlopCounterMode(display=False) as counter:
+        out = CASE.eager(**tensors, **inputs.options)
+        if mode == "fwd+bwd":
+            torch.autograd.grad(out, list(tensors.values()), inputs.grad_out)
+    assert CASE.cost(problem, 2, torch.float32, mode).flops == counter.get_total_flops()
+
+
+def test_cost_in_bytes_is_every_tensor_once():
+    problem = CASE.presets["swin_t"][2]
+    inputs = inputs_of(problem, 3, torch.float16)
+    tensors = inputs.tensors
+    once = sum(tensor.numel() * 2 for tensor in (*tensors.values(), inputs.grad_out))
+    assert CASE.cost(problem, 3, torch.float16, "fwd").bytes == once
+    rows = tensors["q"][..., 0].numel()
+    gradients = sum(tensor.numel() * 2 for tensor in tensors.values())
+    read_again = once - tensors["bias_table"].numel() * 2 + inputs.grad_out.numel() * 2
+    expected = once + read_again + gradients + tensors["bias_table"].numel() * 2 + 2 * rows * 4
+    assert CASE.cost(problem, 3, torch.float16, "fwd+bwd").bytes == expected
+
+
+def test_shape_text():
+    problem = CASE.parse_shape("windows=3,window=7x5,heads=2,d=24,dv=48,bias=signed")
+    assert problem.describe(2) == "6x2x35x24|48"
+    assert problem.entries == 13 * 9
+    assert CASE.parse_shape("d=32").stage.value_dim == 32
+    for text, message in [
+        ("width=3", "key=value with key in"),
+        ("d", "key=value with key in"),
+        ("window=7", "window=intxint"),
+        ("d=x", "d=int"),
+        ("bias=none", "bias in absolute, signed"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            CASE.parse_shape(text)
+    assert parse_fields("", {"a": 1}) == {"a": 1}

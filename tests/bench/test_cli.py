@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+
+from vitkernels.__main__ import main
+from vitkernels.bench import report, runner
+
+SHAPE = "windows=2,window=4x4,heads=1,d=16,dv=32"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("vitkernels.bench.peaks.CPU_COPY_BYTES", (1 << 20,))
+
+
+def test_operator_run_writes_json_csv_and_plot(tmp_path, capsys):
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "png")}
+    code = main(
+        [
+            *("bench", "--op", "window_attention", "--device", "cpu", "--shape", SHAPE, "--batch", "1", "2"),
+            *("--providers", "sdpa", "vitkernels-reference", "--seconds", "0.01", "--rounds", "3", "--quiet"),
+            *("--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])),
+        ]
+    )
+    assert code == 0
+    content = json.loads(files["json"].read_text())
+    assert content["schema"] == report.SCHEMA
+    assert set(content) == {"schema", "time", "environment", "peaks", "settings", "summary", "rows"}
+    assert len(content["rows"]) == 2 * 2 * 3  # batches x modes x providers
+    for row in content["rows"]:
+        assert set(row) == set(runner.Row.__dataclass_fields__)
+        assert row["status"] == "ok"
+        assert 0 < row["p20"] <= row["median"] <= row["p80"]
+        assert 0 < row["error_share"] <= 1 or row["error_share"] == 0
+        assert row["floor_share"] == pytest.approx(row["floor"] / row["median"])
+        assert row["flops_per_second"] > 0
+    assert {(s["mode"], s["provider"], s["count"]) for s in content["summary"]} >= {("fwd", "sdpa", 2)}
+    with files["csv"].open() as stream:
+        assert len(list(csv.DictReader(stream))) == len(content["rows"])
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    assert "measured peaks" in printed
+    assert "geometric mean" in printed
+
+
+def test_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
+    from vitkernels.kernels.window_attention import reference
+
+    original = reference.forward
+
+    def scaled(*args, **kwargs):
+        out, *rest = original(*args, **kwargs)
+        # Right in float64, so that only the float32 call is wrong.
+        return (out if out.dtype is torch.float64 else out * 1.01, *rest)
+
+    operator = __import__("vitkernels").core.operator.REGISTRY["window_attention"]
+    monkeypatch.setattr(operator, "reference", scaled)
+    arguments = ["bench", "--op", "window_attention", "--device", "cpu", "--shape", SHAPE, "--mode", "fwd"]
+    code = main([*arguments, "--providers", "vitkernels-reference", "--seconds", "0.01", "--quiet"])
+    printed = capsys.readouterr().out
+    assert code == 1
+    assert "WRONG" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "nothing"], "op: expected one of"),
+        ([], "expected one of --op or --model"),
+        (["--op", "window_attention", "--preset", "resnet"], "preset: expected some of"),
+        (["--op", "window_attention", "--providers", "cudnn"], "providers: expected some of"),
+        (["--op", "window_attention", "--shape", "d=1", "--preset", "swin_t"], "got both"),
+        (["--op", "window_attention", "--batch", "0"], "batch: expected positive"),
+        (["--model", "resnet9000"], "model: expected one of"),
+        (["--model", "efficientvit_m0", "--mode", "fwd+bwd"], "model: a network runs in inference"),
+    ],
+)
+def test_bad_arguments_are_one_line_on_stderr(arguments, message, capsys):
+    assert main(["bench", "--device", "cpu", "--quiet", *arguments]) == 2
+    captured = capsys.readouterr().err
+    assert message in captured
+    assert "Traceback" not in captured
+
+
+def test_missing_extra_says_how_to_install(monkeypatch, capsys):
+    import importlib
+
+    real = importlib.import_module
+
+    def without_rich(name, *args):
+        if name == "rich":
+            raise ImportError("No module named 'rich'")
+        return real(name, *args)
+
+    monkeypatch.setattr("vitkernels.bench.extras.importlib.import_module", without_rich)
+    assert main(["bench", "--op", "window_attention"]) == 2
+    assert "pip install 'vitkernels[bench]'" in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert main(["bench", "--list", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("window_attention", "efficientvit_m5", "swin_t", "torch.compile", "sdpa", "vitkernels-cpu"):
+        assert word in printed
+
+
+def test_failures_are_printed_with_their_reason(capsys):
+    from rich.console import Console
+
+    base = {"subject": "op", "preset": "p", "shape": "1x1", "batch": 1, "dtype": "float32", "device": "cpu"}
+    row = runner.Row(**base, problem="stage 1", mode="fwd", provider="eager", ours=False, method="wall")
+    row.median = row.p20 = row.p80 = 1.5e-4
+    wrong = runner.Row(**base, problem="stage 1", mode="fwd", provider="mine", ours=True, status="wrong")
+    wrong.reason = "grad q: max 1.00e+00 [allowed]"
+    report.print_report(Console(width=120), [row, wrong], [])
+    printed = capsys.readouterr().out
+    assert "150 us" in printed
+    assert "WRONG" in printed
+    assert "wrong mine: grad q: max 1.00e+00 [allowed] [first at stage 1, batch 1, fwd]" in printed

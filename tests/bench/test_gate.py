@@ -1,0 +1,128 @@
+"""A wrong provider gets no speed; a right one passes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from vitkernels.bench import gate, runner
+from vitkernels.bench.case import Inputs, Provider, Unavailable, load_case
+from vitkernels.bench.providers import eager, ours
+
+CASE = load_case("window_attention")
+SETTINGS = runner.Settings(torch.device("cpu"), torch.float32, seconds=0.005, rounds=2)
+PROBLEM = CASE.parse_shape("windows=2,window=3x2,heads=2,d=8,dv=16,layout=map")
+
+
+def transposed_bias(inputs: Inputs, training: bool):
+    """Wrong the way a kernel is wrong: dy and dx swapped in the bias index."""
+
+    def function(*, q, k, v, bias_table):
+        swapped = bias_table.unflatten(1, (3, 2)).transpose(1, 2).flatten(1)
+        return CASE.eager(q=q, k=k, v=v, bias_table=swapped, **inputs.options)
+
+    return function
+
+
+def wrong_gradient(inputs: Inputs, training: bool):
+    """Right forward, but the bias gets only half its gradient."""
+
+    def function(*, bias_table, **tensors):
+        half = 0.5 * bias_table + 0.5 * bias_table.detach()
+        return CASE.eager(**tensors, bias_table=half, **inputs.options)
+
+    return function
+
+
+def not_a_number(inputs: Inputs, training: bool):
+    def function(**tensors):
+        out = CASE.eager(**tensors, **inputs.options)
+        return torch.where(torch.arange(out.shape[-1]) == 3, float("nan"), out)
+
+    return function
+
+
+def unavailable(inputs: Inputs, training: bool):
+    raise Unavailable("not on this machine")
+
+
+def raising(inputs: Inputs, training: bool):
+    raise RuntimeError("no kernel image")
+
+
+def rows_of(*providers: Provider, mode: str = "fwd") -> dict[str, runner.Row]:
+    rows = runner.run_problem(CASE, "shape", PROBLEM, 2, mode, (eager(CASE), *providers), SETTINGS, None)
+    return {row.provider: row for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "mode"),
+    [
+        (transposed_bias, "fwd"),
+        (transposed_bias, "fwd+bwd"),
+        (wrong_gradient, "fwd+bwd"),
+        (not_a_number, "fwd"),
+    ],
+)
+def test_wrong_provider_is_shown_without_a_speed(prepare, mode):
+    row = rows_of(Provider("suspect", prepare), mode=mode)["suspect"]
+    assert row.status == "wrong"
+    assert row.median is None
+    assert row.speedup is None
+    assert "max" in row.reason
+
+
+def test_gradient_gate_sees_what_the_forward_gate_cannot():
+    assert rows_of(Provider("suspect", wrong_gradient), mode="fwd")["suspect"].status == "ok"
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
+def test_right_providers_are_timed(mode):
+    rows = rows_of(ours(CASE, "reference"), mode=mode)
+    assert [row.status for row in rows.values()] == ["ok", "ok"]
+    assert rows["eager"].speedup == 1.0
+    assert all(row.p20 <= row.median <= row.p80 for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"), [(unavailable, "not on this machine"), (raising, "RuntimeError: no kernel image")]
+)
+def test_provider_that_cannot_run_is_skipped_with_its_reason(prepare, reason):
+    row = rows_of(Provider("absent", prepare))["absent"]
+    assert (row.status, row.reason, row.median) == ("skipped", reason, None)
+
+
+def test_disagreeing_references_stop_the_run():
+    def other(**inputs):
+        return CASE.eager(**inputs) * 1.001
+
+    with pytest.raises(RuntimeError, match="disagree in float64 on out"):
+        runner.run_problem(
+            dataclasses.replace(CASE, eager=other), "shape", PROBLEM, 1, "fwd", [], SETTINGS, None
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_threshold_is_the_house_rule(dtype):
+    torch.manual_seed(0)
+    truth = torch.randn(4096, dtype=torch.float64)
+    baseline = truth.to(dtype)
+    slack = 4 * torch.finfo(dtype).eps * truth.square().mean().sqrt()
+    allowed = 2 * (baseline.double() - truth).square().mean().sqrt() + slack
+    inside = truth + 0.5 * allowed * torch.randn_like(truth).sign()
+    outside = truth + 1.5 * allowed * torch.randn_like(truth).sign()
+    # `got` stays in float64 so that rounding it does not blur the threshold; the dtype under test is given.
+    assert gate.check("x", inside, baseline, truth, factor=2, dtype=dtype).rms_error <= allowed
+    assert gate.check("x", inside, baseline, truth, factor=2, dtype=dtype).ok
+    assert not gate.check("x", outside, baseline, truth, factor=2, dtype=dtype).ok
+
+
+def test_one_outlier_fails_on_the_largest_error():
+    truth = torch.randn(100_000, dtype=torch.float64)
+    got = truth.float()
+    got[7] += 1e-3
+    verdict = gate.check("x", got, truth.float(), truth, factor=2)
+    assert not verdict.ok
+    assert verdict.share > 1

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from vitkernels.bench import timing
+from vitkernels.bench.case import Cost
+from vitkernels.bench.peaks import Peaks, measured_peaks
+
+
+def test_percentiles_interpolate():
+    values = [float(v) for v in range(1, 12)]
+    assert timing.percentile(values, 0.5) == 6
+    assert timing.percentile(values, 0.2) == 3
+    assert timing.percentile([1.0, 2.0], 0.5) == 1.5
+    assert timing.percentile([3.0], 0.8) == 3
+
+
+def test_geometric_mean():
+    assert timing.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_cpu_times_are_per_call_and_in_proportion():
+    steps = {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.004)}
+    measured = timing.time_on_cpu(steps, seconds=0.06, rounds=6)
+    assert measured["short"].best >= 0.001
+    assert measured["long"].best >= 0.004
+    assert measured["short"].best < measured["long"].best
+    assert measured["short"].samples == measured["long"].samples >= timing.MIN_ROUNDS
+
+
+def test_providers_take_turns_in_changing_order():
+    order = []
+    steps = {name: (lambda name=name: (order.append(name), time.sleep(0.002))) for name in "abc"}
+    timing.time_on_cpu(steps, seconds=0.001, rounds=6)
+    turns = "".join(order)
+    assert "aabbcc" in turns
+    assert "bbccaa" in turns
+
+
+def test_slow_machine_ends_the_rounds_early():
+    begin = time.perf_counter()
+    measured = timing.time_on_cpu({"x": lambda: time.sleep(0.02)}, seconds=0.01, rounds=1000)
+    assert time.perf_counter() - begin < 2
+    assert measured["x"].samples >= timing.MIN_ROUNDS
+
+
+def test_floor_is_the_slowest_resource():
+    peaks = Peaks("x", 1, "x", {"1000": 100.0, "1000000": 10.0}, {"float32": 50.0}, 5.0)
+    assert peaks.floor(Cost(flops=50, bytes=500, exps=1), torch.float32) == (5.0, "memory")
+    assert peaks.floor(Cost(flops=500, bytes=500, exps=1), torch.float32) == (10.0, "matrix")
+    assert peaks.floor(Cost(flops=50, bytes=500, exps=100), torch.float32) == (20.0, "exp")
+    # A working set beyond the small cache moves at the rate of the larger one, and nothing beats the best.
+    assert peaks.bandwidth(5000) == 10.0
+    assert peaks.bandwidth(1e9) == 10.0
+
+
+def test_peaks_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("vitkernels.bench.peaks.CPU_COPY_BYTES", (1 << 20,))
+    device = torch.device("cpu")
+    monkeypatch.setattr("vitkernels.bench.peaks.busy", lambda: "somebody else is")
+    first = measured_peaks(device, (torch.float32,), seconds=0.01)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("vitkernels.bench.peaks.busy", lambda: "")
+    first = measured_peaks(device, (torch.float32,), seconds=0.01)
+    assert 1e6 < first.bandwidth(1 << 20) < 1e13
+    assert 1e6 < first.gemm["float32"] < 1e15
+    assert first.exp > 1e4
+    monkeypatch.setattr("vitkernels.bench.peaks.measure_copy", lambda *_: pytest.fail("measured again"))
+    assert measured_peaks(device, (torch.float32,), seconds=0.01) == first
+    (file,) = (tmp_path / "vitkernels").iterdir()
+    file.write_text("{broken")
+    monkeypatch.setattr("vitkernels.bench.peaks.measure_copy", lambda *_: {"1": 7.0})
+    assert measured_peaks(device, (torch.float32,), seconds=0.01).copy == {"1": 7.0}
+
+
+@pytest.mark.gpu
+def test_cuda_timer_flushes_and_times_device_work():
+    device = torch.device("cuda")
+    timer = timing.CudaTimer(device)
+    small, large = (torch.randn(n, device=device) for n in (1 << 20, 1 << 26))
+    steps = {"small": lambda: small * 2, "large": lambda: large * 2}
+    calls = timer.time_calls(steps, rounds=10)
+    graphs, failed = timer.time_graphs(steps, rounds=10)
+    assert not failed
+    for measured in (calls, graphs):
+        assert 0 < measured["small"].median < measured["large"].median
+    # 512 MB cannot move faster than any GPU's memory does.
+    assert graphs["large"].median > 2 * large.nbytes / 20e12
+
+
+@pytest.mark.gpu
+def test_cuda_step_that_synchronizes_is_reported_not_timed():
+    x = torch.ones(4, device="cuda")
+    timings, failed = timing.CudaTimer(x.device).time_graphs(
+        {"item": lambda: x.sum().item(), "ok": lambda: x + 1}
+    )
+    assert set(timings) == {"ok"}
+    assert set(failed) == {"item"}

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import torch
+
+from vitkernels import info
+from vitkernels.__main__ import main
+from vitkernels.core import native
+
+
+def test_json_has_every_part(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["torch"]["version"] == torch.__version__
+    assert facts["torch"]["threads"] == torch.get_num_threads()
+    assert {"timm", "natten", "torchvision"} == set(facts["peers"])
+    table = facts["operators"]["window_attention"]
+    assert set(table) == {"cuda", "triton", "cpu", "reference"}
+    assert table["reference"]["devices"]["cpu"] == ""
+    assert "float64" in table["reference"]["dtypes"]
+
+
+def test_text_names_what_is_missing_and_why(monkeypatch):
+    status = {"path": None, "error": "undefined symbol: frobnicate", "cuda": False, "isa": None}
+    monkeypatch.setattr(native, "status", lambda: status)
+    text = info.render(info.collect())
+    assert "missing: undefined symbol: frobnicate" in text
+    assert "operator window_attention" in text
+
+
+def test_environment_overrides_are_shown(monkeypatch):
+    monkeypatch.setenv("VITKERNELS_BACKEND", "reference")
+    assert "VITKERNELS_BACKEND=reference" in info.render(info.collect())
+
+
+def test_no_part_that_breaks_breaks_the_rest(monkeypatch):
+    def broken(*_args):
+        raise OSError("driver in disarray")
+
+    for name in ("_cpu", "_torch", "_gpus", "_nvidia_smi", "_peers", "_operators"):
+        monkeypatch.setattr(info, name, broken)
+    monkeypatch.setattr(native, "status", broken)
+    text = info.render(info.collect())
+    assert "OSError: driver in disarray" in text
+    assert f"torch        {torch.__version__}" in text
+
+
+def test_import_of_the_package_does_not_load_the_bench():
+    code = (
+        "import sys, vitkernels\n"
+        "unwanted = ('vitkernels.bench', 'rich', 'matplotlib', 'timm')\n"
+        "loaded = [name for name in sys.modules if name.startswith(unwanted)]\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

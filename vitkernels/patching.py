@@ -1,6 +1,0 @@
-def apply(model, **kwargs):
-    raise NotImplementedError
-
-
-def revert(model):
-    raise NotImplementedError
