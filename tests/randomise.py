@@ -13,7 +13,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         values = torch.randn(tensor.shape, generator=generator)
         if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
-            tensor.copy_(0.5 + values.abs())
+            tensor.copy_(0.5 + values.abs().clamp(max=1.0))
         elif name.endswith(("attention_biases", "running_mean", "bn.bias")):
             tensor.copy_(0.3 * values)
     return model

@@ -90,9 +90,9 @@ def test_model_bench_gates_every_variant(monkeypatch):
     images = torch.randn(2, 3, 224, 224, generator=generator)
     host_model.calibrate(model, [images])
     settings = Settings(torch.device("cpu"), torch.float32, ["fwd"], [2], seconds=0.02, rounds=2)
-    rows = models.run_model(
-        "efficientvit_m0", model, lambda batch: images, ["eager", "eager-folded", "broken"], settings
-    )
+    rows = []
+    names = ["eager", "eager-folded", "broken"]
+    models.run_model("efficientvit_m0", model, lambda batch: images, names, settings, rows)
     by_name = {row.provider: row for row in rows}
     assert by_name["broken"].status == "wrong"
     assert by_name["broken"].images_per_second is None

@@ -70,6 +70,8 @@ class Case:
     eager: Function
     peers: Callable[[torch.device], Sequence[Provider]]
     cost: Callable[..., Cost]  # (problem, batch, dtype, mode)
+    # Shapes that exercise every path, small ones; for checks on a new machine rather than for speed.
+    check_shapes: Sequence[str] = ()
     # Terms summed into one element of a gradient, where that is a long reduction over the batch.
     reduced: Callable[..., Mapping[str, int]] = lambda problem, batch: {}
 

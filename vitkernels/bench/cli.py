@@ -97,7 +97,7 @@ def chosen_problems(case: Any, args: argparse.Namespace) -> dict[str, Sequence[A
     return {name: case.presets[name] for name in names}
 
 
-def run_operator(args: argparse.Namespace, settings: Any, peaks: Any, progress: Any) -> list[Any]:
+def run_operator(args: argparse.Namespace, settings: Any, peaks: Any, progress: Any, rows: list[Any]) -> None:
     from vitkernels.bench import providers, runner
     from vitkernels.bench.case import load_case
 
@@ -105,15 +105,15 @@ def run_operator(args: argparse.Namespace, settings: Any, peaks: Any, progress: 
     selected = providers.select(case, settings.device, args.providers)
     problems = chosen_problems(case, args)
     progress.total(sum(len(p) for p in problems.values()) * len(settings.batches) * len(settings.modes))
-    rows = []
     for preset, members in problems.items():
         if len(problems) > 1:  # the tables label a problem by itself; with several presets it needs its model
             members = [dataclasses.replace(p, label=f"{preset} {p.label}") for p in members]
-        rows += runner.run_case(case, preset, members, selected, settings, peaks, progress.step)
-    return rows
+        runner.run_case(case, preset, members, selected, settings, peaks, rows, progress.step)
 
 
-def run_network(args: argparse.Namespace, settings: Any, progress: Any, console: Any) -> list[Any]:
+def run_network(
+    args: argparse.Namespace, settings: Any, progress: Any, console: Any, rows: list[Any]
+) -> None:
     from vitkernels.bench import models
     from vitkernels.bench.host_model import calibrate, create_host_model, randomize
 
@@ -134,12 +134,13 @@ def run_network(args: argparse.Namespace, settings: Any, progress: Any, console:
 
     calibrate(host.model, [make_images(16)])
     progress.total(len(settings.batches))
-    return models.run_model(
+    models.run_model(
         args.model,
         host.model,
         make_images,
         names,
         settings,
+        rows,
         channels_last=args.channels_last,
         progress=progress.step,
     )
@@ -189,14 +190,22 @@ def execute(args: argparse.Namespace) -> int:
     if load_note:
         console.print(load_note, style="yellow")
     peaks = None
+    rows: list[Any] = []
     progress = Progress(args.quiet)
-    with progress.bar:
-        if args.op:
-            progress.bar.update(progress.task, description="measuring the machine's peaks")
-            peaks = measured.measured_peaks(settings.device, (settings.dtype,), refresh=args.refresh_peaks)
-            rows = run_operator(args, settings, peaks, progress)
-        else:
-            rows = run_network(args, settings, progress, console)
+    try:
+        with progress.bar:
+            if args.op:
+                progress.bar.update(progress.task, description="measuring the machine's peaks")
+                peaks = measured.measured_peaks(
+                    settings.device, (settings.dtype,), refresh=args.refresh_peaks
+                )
+                run_operator(args, settings, peaks, progress, rows)
+            else:
+                run_network(args, settings, progress, console, rows)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        console.print("interrupted: this is what was measured until then", style="yellow")
     environment = info.collect()
     peaks_dict = dataclasses.asdict(peaks) if peaks else None
     summary = runner.summarize(rows)

@@ -81,17 +81,20 @@ def run_model(
     make_images: Callable[[int], Tensor],
     names: Sequence[str],
     settings: Settings,
+    rows: list[Row],
     *,
     channels_last: bool = False,
     progress: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
-    """Inference at every batch size. ``model`` is left as it is; every variant is a copy of it."""
+) -> None:
+    """Inference at every batch size; ``model`` is left as it is, every variant is a copy of it.
+
+    Appends to ``rows`` as it goes, so that an interrupted run keeps what it measured.
+    """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = clone(model, settings.dtype).to(settings.device)
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
     exact = plain(clone(model, torch.float64))
     built, failed = build_variants(model, names)
-    rows: list[Row] = []
     for batch in settings.batches:
         progress(f"{name} batch {batch}")
         images = make_images(batch).to(settings.device, settings.dtype, memory_format=memory_format)
@@ -140,4 +143,3 @@ def run_model(
             if variant in uncaptured:
                 rows.append(runner.not_captured(row, uncaptured[variant]))
     progress("done")
-    return rows

@@ -230,16 +230,16 @@ def run_case(
     providers: Sequence[Provider],
     settings: Settings,
     peaks: Peaks | None,
+    rows: list[Row],
     progress: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
-    rows: list[Row] = []
+) -> None:
+    """Appends to ``rows`` as it goes, so that an interrupted run keeps what it measured."""
     for mode in settings.modes:
         for problem in problems:
             for batch in settings.batches:
                 progress(f"{preset} {problem.label} batch {batch} {mode}")
                 rows += run_problem(case, preset, problem, batch, mode, providers, settings, peaks)
     progress("done")
-    return rows
 
 
 def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:

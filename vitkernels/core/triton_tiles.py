@@ -109,9 +109,9 @@ def logit_gradient(weights, grad_weights, delta):
     return weights * (grad_weights - delta[:, None])
 
 
-def tile_size(count: int, largest: int) -> int:
-    """The power of two that holds `count`, between what tensor cores take (16) and `largest`."""
-    return min(largest, max(16, triton.next_power_of_2(count)))
+def padded(count: int) -> int:
+    """The power of two, at least 16 as tensor cores take it, that holds `count`."""
+    return max(16, triton.next_power_of_2(count))
 
 
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -297,10 +297,6 @@ VITKERNELS_INLINE Vec<T> log_softmax(Vec<T> x) {
 // Sum of the lanes, by halves.
 template <class T>
 VITKERNELS_INLINE T across(Vec<T> x) {
-#if defined(__AVX512F__)
-  if constexpr (kSame<T, float>) return _mm512_reduce_add_ps(bit_cast<__m512>(x));
-  if constexpr (kSame<T, double>) return _mm512_reduce_add_pd(bit_cast<__m512d>(x));
-#endif
   T part[kLanes<T>];
   store(part, x);
 #pragma GCC unroll 3

@@ -125,6 +125,13 @@ struct Group {
 
 VK_HOST_DEVICE int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// The same number, which the compiler cannot know: address arithmetic that starts from it is redone at each use
+// rather than kept in registers across the loops, where the sums need them.
+VK_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 template <class T>
 VK_HOST_DEVICE T* offset(const View& view, int batch, int head) {
   T* data = static_cast<T*>(view.data);

@@ -180,12 +180,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         group.sync();
       }
 
-      Acc p[KEY_BLOCKS][4], d[KEY_BLOCKS][4];
+      Acc p[KEY_BLOCKS][4];
       clear(p);
-      clear(d);
       Engine::multiply_rows(p, shared.q + row0 * ld_head, ld_head, shared.k, ld_head, head_depth);
-      if (present(problem.grad_out))
-        Engine::multiply_rows(d, shared.grad_out + row0 * ld_value, ld_value, shared.v, ld_value, value_depth);
       const int codes[2] = {shared.query_codes[lane_row], shared.query_codes[lane_row + 8]};
       const Acc lse[2] = {shared.lse[lane_row], shared.lse[lane_row + 8]};
       Acc delta[2] = {shared.delta[lane_row], shared.delta[lane_row + 8]};
@@ -199,6 +196,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
                         : Exp::exp(map.logit(p[j][c] * logit_scale, codes[r], key_code, shared.table) - lse[r]);
         }
       }
+      Acc d[KEY_BLOCKS][4];
+      clear(d);
+      if (present(problem.grad_out))
+        Engine::multiply_rows(d, shared.grad_out + row0 * ld_value, ld_value, shared.v, ld_value, value_depth);
       if constexpr (OWNER == Owner::both) {
         VK_UNROLL
         for (int r = 0; r < 2; ++r) {

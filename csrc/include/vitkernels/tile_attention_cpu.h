@@ -133,8 +133,24 @@ static void multiply_columns(const Product<T>& p, int lane) {
   }
 }
 
+// Longest run of terms summed in one chain: a longer sum is cut into equal runs, which keeps the rounding
+// error of many tokens near that of a blocked library product.
+constexpr int kRun = 64;
+
 template <class T>
 static void multiply(int vecs, const Product<T>& p) {
+  if (p.depth > kRun) {
+    Product<T> part = p;
+    for (int runs = ceil_div(p.depth, kRun), k = 0; runs > 0; --runs, k += part.depth) {
+      part.depth = ceil_div(p.depth - k, runs);
+      part.a = p.a + k * p.a_k;
+      part.b = p.b + k * p.b_k;
+      multiply<T>(vecs, part);
+      part.add = p.c;
+      part.add_row = p.c_row;
+    }
+    return;
+  }
   int lane = 0;
   for (int groups = ceil_div(vecs, kMaxVecs); groups > 0; --groups) {
     const int v = ceil_div(vecs, groups);
@@ -280,14 +296,19 @@ static void softmax_group(T* s, int width, int rows, T* inverse, T* lse) {
   for (int r = 1; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) top[v] = vmax(load(s + static_cast<ptrdiff_t>(r) * width + v * L), top[v]);
-  for (int r = 0; r < rows; ++r)
+  for (int r = 0; r < rows;) {
+    Vec<T> run[V] = {};
+    for (const int end = imin(rows, r + kRun); r < end; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      T* p = s + static_cast<ptrdiff_t>(r) * width + v * L;
-      const Vec<T> e = exp_softmax<T>(load(p) - top[v]);
-      store(p, e);
-      sum[v] += e;
-    }
+      for (int v = 0; v < V; ++v) {
+        T* p = s + static_cast<ptrdiff_t>(r) * width + v * L;
+        const Vec<T> e = exp_softmax<T>(load(p) - top[v]);
+        store(p, e);
+        run[v] += e;
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[v] += run[v];
+  }
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     store(inverse + v * L, T(1) / sum[v]);
@@ -356,8 +377,9 @@ struct BackwardTile {
         store(pr + i, e);
         sum += e * load(dr + i);
       }
-      const Vec<T> mean = broadcast(delta[r] + (whole ? across<T>(sum) : T(0)));
-      for (int i = 0; i < width; i += kLanes<T>) store(dr + i, load(pr + i) * (load(dr + i) - mean));
+      // Two subtractions: where one key takes all, dp - sum is exactly 0 and only grad_lse is left.
+      const Vec<T> mean = broadcast(whole ? across<T>(sum) : T(0)), rest = broadcast(delta[r]);
+      for (int i = 0; i < width; i += kLanes<T>) store(dr + i, load(pr + i) * (load(dr + i) - mean - rest));
     }
   }
 };

@@ -60,7 +60,7 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<R
   if (present && source.vectorized()) {
     const Walk<ROWS> walk(chunks, false);
     VK_NO_UNROLL
-    for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
+    for (int i = opaque(group.thread); i < walk.visits(); i += Group<ROWS>::THREADS) {
       const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
       if (walk.chunk(i) >= chunks) continue;
       const int64_t index = token(row);
@@ -72,7 +72,7 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<R
   }
   const Walk<ROWS> walk(chunks, source.tokens_dense());
   VK_NO_UNROLL
-  for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
+  for (int i = opaque(group.thread); i < walk.visits(); i += Group<ROWS>::THREADS) {
     const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
     if (walk.chunk(i) >= chunks) continue;
     const int64_t index = present ? token(row) : -1;
@@ -94,7 +94,7 @@ VK_DEVICE void store_tile(const Matrix<T>& target, const T* tile, int ld, const 
   const bool vectorized = target.vectorized();
   const Walk<ROWS> walk(chunks, target.tokens_dense());
   VK_NO_UNROLL
-  for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
+  for (int i = opaque(group.thread); i < walk.visits(); i += Group<ROWS>::THREADS) {
     const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
     if (walk.chunk(i) >= chunks) continue;
     const int64_t index = token(row);

@@ -191,5 +191,14 @@ CASE = Case(
     eager=eager,
     peers=peers,
     cost=cost,
+    check_shapes=(
+        "windows=3,window=3x5,heads=2,d=16,dv=16",
+        "windows=5,window=4x4,heads=1,d=16,dv=48,layout=map",
+        "windows=4,window=7x7,heads=1,d=16,dv=64,layout=map",
+        "windows=2,window=7x7,heads=3,d=32,dv=32,bias=signed",
+        "windows=3,window=7x5,heads=2,d=24,dv=80,bias=signed",
+        "windows=2,window=8x8,heads=2,d=32,dv=112",
+        "windows=1,window=12x12,heads=2,d=32,dv=32,bias=signed",
+    ),
     reduced=reduced,
 )

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vitkernels.core.triton_tiles import device_of, tile_size
+from vitkernels.core.triton_tiles import device_of, padded
 from vitkernels.kernels.window_attention.triton_bias import reduce_bias_gradient
 from vitkernels.kernels.window_attention.triton_tiled import (
     backward_bias_tiled,
@@ -36,7 +36,7 @@ PREFETCH_ELEMENTS = 64 * 128
 @lru_cache(maxsize=None)
 def whole_configuration(tokens: int, head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
     """Tiles of the single-tile kernels, which walk through d and dv in slices of 16 (no padding up to 128)."""
-    block = tile_size(tokens, WHOLE_WINDOW)
+    block = padded(tokens)
     config = {"BLOCK": block, "BLOCK_D": 16, "BLOCK_V": 16, "UNROLL_D": 1, "UNROLL_V": 1}
     if itemsize == 4:
         # fp32 products run on the FMA units with both operands in registers: more threads, or they spill.
@@ -50,11 +50,12 @@ def whole_configuration(tokens: int, head_dim: int, value_dim: int, itemsize: in
 
 
 @lru_cache(maxsize=None)
-def tiled_configuration(head_dim: int, value_dim: int, itemsize: int, backward: bool) -> dict[str, int]:
+def tiled_configuration(head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
     """Tiles of the tiled kernels, which hold all of d and dv."""
-    block = 64
-    sizes = {"BLOCK_D": tile_size(head_dim, 1 << 20), "BLOCK_V": tile_size(value_dim, 1 << 20)}
-    return {"BLOCK_M": block, "BLOCK_N": block, **sizes, "num_warps": 4, "num_stages": 1}
+    config = {"BLOCK_N": 32, "BLOCK_D": padded(head_dim), "BLOCK_V": padded(value_dim), "num_stages": 1}
+    if itemsize == 4:
+        return {"BLOCK_M": 64, "num_warps": 8, **config}
+    return {"BLOCK_M": 64 if max(head_dim, value_dim) <= 64 else 32, "num_warps": 4, **config}
 
 
 def window_chunks(batch: int, heads: int, programs: int, per_head: int = 1) -> int:
@@ -93,7 +94,7 @@ def forward(
                 out, lse, q, k, v, bias_table, *strides, batch, heads, chunks, scale, *shape, **config
             )
         else:
-            config = tiled_configuration(head_dim, value_dim, q.element_size(), False)
+            config = tiled_configuration(head_dim, value_dim, q.element_size())
             tiles = -(-tokens // config["BLOCK_M"])
             forward_tiled[(batch * heads * tiles,)](
                 out, lse, q, k, v, bias_table, *strides, heads, scale, *shape, **config
@@ -138,7 +139,7 @@ def backward(
         )  # fmt: skip
         if grad_bias_table is not None:
             chunks, heads, tokens, _ = partials.shape
-            block_t = tile_size(tokens, 1 << 20)
+            block_t = padded(tokens)
             reduce_bias_gradient[(heads * grad_bias_table.shape[1],)](
                 grad_bias_table, partials, *grad_bias_table.stride(), heads, chunks, window_h, window_w,
                 signed_bias, BLOCK_C=max(1, 1024 // block_t), BLOCK_T=block_t, num_warps=4,
@@ -174,7 +175,7 @@ def _backward_tiled(
 ):  # fmt: skip
     batch, heads, tokens, head_dim = q.shape
     value_dim = v.shape[3]
-    config = tiled_configuration(head_dim, value_dim, q.element_size(), True)
+    config = tiled_configuration(head_dim, value_dim, q.element_size())
     tiles_m, tiles_n = -(-tokens // config["BLOCK_M"]), -(-tokens // config["BLOCK_N"])
     delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     incoming = (*_strides(grad_out, 4),)
