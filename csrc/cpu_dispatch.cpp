@@ -46,6 +46,8 @@ Isa selected_isa() {
   return isa;
 }
 
-const char* cpu_isa() { return kNames[static_cast<int>(selected_isa())]; }
+const char* cpu_isa() {
+  return kNames[static_cast<int>(selected_isa())];
+}
 
 }  // namespace vitkernels

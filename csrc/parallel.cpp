@@ -4,11 +4,12 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <mutex>
 #include <new>
 #include <string>
+#include <system_error>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
@@ -81,7 +82,9 @@ OpenMp find_openmp() {
   return openmp;
 }
 #else
-OpenMp find_openmp() { return {}; }
+OpenMp find_openmp() {
+  return {};
+}
 #endif
 
 const OpenMp& openmp() {
@@ -120,7 +123,10 @@ class Pool {
     done_.wait(lock, [this] { return pending_ == 0; });
   }
 
-  static bool inside;
+  static bool& inside_worker() {
+    static thread_local bool value = false;
+    return value;
+  }
 
  private:
   void work(int slot) {
@@ -139,13 +145,6 @@ class Pool {
     }
   }
 
- public:
-  static bool& inside_worker() {
-    static thread_local bool value = false;
-    return value;
-  }
-
- private:
   std::mutex busy_, mutex_;
   std::condition_variable wake_, done_;
   Job job_{};
@@ -217,6 +216,8 @@ void* thread_scratch(size_t bytes) {
   return block.data;
 }
 
-const char* openmp_runtime() { return openmp().path.c_str(); }
+const char* openmp_runtime() {
+  return openmp().path.c_str();
+}
 
 }  // namespace vitkernels

@@ -44,7 +44,9 @@ def check(args: argparse.Namespace) -> int:
 def check_backend(
     case: Case, backend: str, dtype: torch.dtype, device: torch.device, args: argparse.Namespace
 ) -> tuple[list[float], list[str]]:
-    shares, failures = [], []
+    shares: list[float] = []
+    failures: list[str] = []
+    refused: dict[str, int] = defaultdict(int)
     for text in case.check_shapes[: args.shapes]:
         problem = case.parse_shape(text)
         generator = torch.Generator().manual_seed(0)
@@ -53,7 +55,7 @@ def check_backend(
         try:
             function = ours(case, backend).prepare(inputs, True)
         except Unavailable as error:
-            print(f"{where}: {error}")
+            refused[str(error)] += 1
             continue
         truth, baseline = truth_and_baseline(case, inputs, True)
         try:
@@ -71,6 +73,8 @@ def check_backend(
         shares.append(worst.share)
         if not worst.ok:
             failures.append(f"{where}: {worst}")
+    for reason, count in refused.items():
+        print(f"{case.operator} {backend} {dtype}: {count} shapes not run: {reason}")
     return shares, failures
 
 
@@ -90,9 +94,8 @@ def summary(args: argparse.Namespace) -> int:
             )
         wrong = [row for row in content["rows"] if row["status"] == "wrong"]
         for row in wrong[:5]:
-            print(
-                f"  WRONG {row['provider']} {row['problem']} batch {row['batch']} {row['mode']}: {row['reason']}"
-            )
+            where = f"{row['problem']} batch {row['batch']} {row['mode']}"
+            print(f"  WRONG {row['provider']} {where}: {row['reason']}")
     return 0
 
 

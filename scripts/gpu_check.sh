@@ -43,8 +43,6 @@ step "info" 60 "$python" -m vitkernels info
 step "kernels against float64" 150 "$python" scripts/gpu_check.py check
 step "tests (gpu)" 150 "$python" -m pytest -q -m gpu tests
 bench=("$python" -m vitkernels bench --device cuda --quiet)
-step "bench, every preset" 150 "${bench[@]}" --op window_attention --preset all --batch 1 64 \
-  --providers eager-cached sdpa vitkernels-cuda vitkernels-triton --json "$out/bench_presets.json"
 step "bench, every peer" 120 "${bench[@]}" --op window_attention --preset efficientvit_m5 --batch 64 \
   --json "$out/bench_peers.json" --plot "$out/bench_peers.png"
 step "bench, efficientvit_m5" 60 "${bench[@]}" --model efficientvit_m5 --batch 1 64 256 \
@@ -55,6 +53,8 @@ if command -v compute-sanitizer >/dev/null; then
   step "compute-sanitizer racecheck" 90 compute-sanitizer --tool racecheck --error-exitcode 1 \
     "$python" scripts/gpu_check.py check --backends cuda --dtypes float16 --shapes 3 --repeats 1
 fi
+step "bench, every preset" 240 "${bench[@]}" --op window_attention --preset all --batch 1 64 \
+  --providers eager-cached sdpa vitkernels-cuda vitkernels-triton --json "$out/bench_presets.json"
 
 {
   "$python" scripts/gpu_check.py summary "$out"

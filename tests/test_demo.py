@@ -8,6 +8,15 @@ from vitkernels.bench import host_model, models, photo
 from vitkernels.bench.runner import Settings
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads that wait for each other on a busy machine turn seconds into minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def picture():
     return photo.load_photo()[0]

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument("--compile", action="store_true", help="time torch.compile as well (takes minutes)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="time per measurement (default: 1.5)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per measurement (default: 1)")
 
 
 def differences(logits: Tensor, before: Tensor) -> tuple[float, float]:

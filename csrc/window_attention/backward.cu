@@ -5,8 +5,9 @@ namespace {
 
 constexpr int REDUCE_THREADS = 128;
 
-// grad_bias_table[head, entry] = its signed entries of partials [count, heads, signed entries], summed over count in
-// a fixed order. One block each: the partials are few and in L2, so it is the latency of the loads that counts.
+// grad_bias_table[head, entry] = its signed entries of partials [count, heads, signed entries], summed over
+// count in a fixed order. One block each: the partials are few and in L2, so it is the latency of the loads
+// that counts.
 template <class T>
 VK_KERNEL void VK_LAUNCH_BOUNDS(REDUCE_THREADS, 1)
     reduce_table_kernel(const accumulate_t<T>* partials, int64_t count, View grad_table, WindowMap<T> map,
@@ -15,24 +16,17 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(REDUCE_THREADS, 1)
   const int entries = map.signed_bias ? map.signed_entries() : map.tokens();
   const int64_t head = block_x() / entries;
   const int entry = block_x() % entries;
-  int dy = 0, dx = 0;
-  int64_t sources[4];
-  int found = 1;
-  if (map.signed_bias) {
-    sources[0] = entry;
-  } else {
-    dy = entry / map.window_w;
-    dx = entry % map.window_w;
-    found = 0;
-    const int64_t center = static_cast<int64_t>(map.window_h - 1) * map.pitch() + map.window_w - 1;
-    for (int mirror_y = 0; mirror_y < (dy > 0 ? 2 : 1); ++mirror_y)
-      for (int mirror_x = 0; mirror_x < (dx > 0 ? 2 : 1); ++mirror_x)
-        sources[found++] = center + (mirror_y ? -dy : dy) * map.pitch() + (mirror_x ? -dx : dx);
-  }
+  // An entry for (|dy|, |dx|) gathers up to four signed ones.
+  const int dy = map.signed_bias ? 0 : entry / map.window_w, dx = map.signed_bias ? 0 : entry % map.window_w;
+  const int64_t center = static_cast<int64_t>(map.window_h - 1) * map.pitch() + map.window_w - 1;
   Acc sum = Acc(0);
-  for (int64_t i = thread_x(); i < count; i += REDUCE_THREADS) {
-    const Acc* partial = partials + (i * heads + head) * map.signed_entries();
-    for (int s = 0; s < found; ++s) sum += partial[sources[s]];
+  for (int mirror_y = 0; mirror_y < (dy > 0 ? 2 : 1); ++mirror_y) {
+    for (int mirror_x = 0; mirror_x < (dx > 0 ? 2 : 1); ++mirror_x) {
+      const int64_t source =
+          map.signed_bias ? entry : center + (mirror_y ? -dy : dy) * map.pitch() + (mirror_x ? -dx : dx);
+      for (int64_t i = thread_x(); i < count; i += REDUCE_THREADS)
+        sum += partials[(i * heads + head) * map.signed_entries() + source];
+    }
   }
   sum = block_sum(sum, reinterpret_cast<Acc*>(shared_memory()));
   if (thread_x() == 0) {

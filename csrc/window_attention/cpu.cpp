@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <cstddef>
 
 #include "cpu_kernel.h"
@@ -16,7 +15,9 @@ const CpuKernel& kernel() {
   return baseline::kKernel;
 }
 
-size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+size_t aligned(size_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
 
 double products(const Params& p) {
   return 2.0 * p.batch * p.heads * p.tokens() * p.tokens() * (p.head_dim + p.value_dim);

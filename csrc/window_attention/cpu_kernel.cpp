@@ -3,7 +3,9 @@
 // Floor of a window of N tokens: forward 2 N^2 (d + dv) FLOPs and N^2 exponentials, backward
 // 2 N^2 (3 d + 2 dv) FLOPs and N^2 exponentials, at 2 FMAs a cycle. Each tensor crosses memory once.
 #include "cpu_kernel.h"
+
 #include "vitkernels/tile_attention_cpu.h"
+#include "window_bias_cpu.h"
 
 namespace vitkernels::window_attention {
 namespace VITKERNELS_ISA {
@@ -20,9 +22,13 @@ int64_t chunk_windows(const Params& p) {
   const int64_t chunk = (p.batch + kMaxChunks - 1) / kMaxChunks;
   return chunk < 2 ? 2 : chunk;
 }
-int64_t chunk_count(const Params& p) { return (p.batch + chunk_windows(p) - 1) / chunk_windows(p); }
+int64_t chunk_count(const Params& p) {
+  return (p.batch + chunk_windows(p) - 1) / chunk_windows(p);
+}
 
-bool converted(const Params& p) { return p.dtype == DType::f16 || p.dtype == DType::bf16; }
+bool converted(const Params& p) {
+  return p.dtype == DType::f16 || p.dtype == DType::bf16;
+}
 
 template <class E>
 Matrix<E> matrix(const View& view, int64_t batch, int64_t head) {
@@ -30,101 +36,13 @@ Matrix<E> matrix(const View& view, int64_t batch, int64_t head) {
           view.stride[3]};
 }
 
-// The bias table of one head, mirrored so that for a row token (yr, xr) and a row yl of lane tokens the
-// Ww entries wanted are contiguous: at row yl - yr + Wh - 1, from column Ww - 1 - xr. In the forward pass
-// rows are keys and lanes queries, so an entry's offset is (query - key); in the backward pass the roles,
-// and with them the signs, are exchanged.
-template <class T>
-struct WindowBias {
-  int wh, ww, pitch;
-  bool is_signed, rows_are_queries;
-  T* mirrored;
-
-  WindowBias(const Params& p, bool rows_are_queries, Scratch& scratch)
-      : wh(p.window_h),
-        ww(p.window_w),
-        // Whole vectors are loaded and stored from any column.
-        pitch(2 * ww - 1 + kLanes<T>),
-        is_signed(p.signed_bias),
-        rows_are_queries(rows_are_queries),
-        mirrored(scratch.take<T>(static_cast<size_t>(2 * wh - 1) * pitch)) {}
-
-  // Entry of the table behind mirrored[y][x].
-  int entry(int y, int x) const {
-    if (is_signed) {
-      const int at = y * (2 * ww - 1) + x;
-      return rows_are_queries ? (2 * wh - 1) * (2 * ww - 1) - 1 - at : at;
-    }
-    const int dy = y - (wh - 1), dx = x - (ww - 1);
-    return (dy < 0 ? -dy : dy) * ww + (dx < 0 ? -dx : dx);
-  }
-
-  template <class B>
-  void read_as(const View& table, int64_t head) {
-    const B* source = static_cast<const B*>(table.data) + head * table.stride[0];
-    for (int y = 0; y < 2 * wh - 1; ++y) {
-      T* row = mirrored + static_cast<ptrdiff_t>(y) * pitch;
-      for (int x = 0; x < 2 * ww - 1; ++x)
-        row[x] = static_cast<T>(load_one(source + entry(y, x) * table.stride[1]));
-      for (int x = 2 * ww - 1; x < pitch; ++x) row[x] = 0;
-    }
-  }
-  void read(const Params& p, int64_t head) {
-    switch (p.bias_dtype) {
-      case DType::f64: return read_as<double>(p.bias_table, head);
-      case DType::f32: return read_as<float>(p.bias_table, head);
-      case DType::f16: return read_as<f16>(p.bias_table, head);
-      case DType::bf16: return read_as<bf16>(p.bias_table, head);
-    }
-  }
-
-  void clear() {
-    for (int i = 0; i < (2 * wh - 1) * pitch; ++i) mirrored[i] = 0;
-  }
-  // table[entry] = sum of the mirrored cells that stand for it, in row-major order.
-  void fold(T* to, int entries) const {
-    for (int i = 0; i < entries; ++i) to[i] = 0;
-    for (int y = 0; y < 2 * wh - 1; ++y)
-      for (int x = 0; x < 2 * ww - 1; ++x) to[entry(y, x)] += mirrored[static_cast<ptrdiff_t>(y) * pitch + x];
-  }
-
-  // Calls visit(slice of mirrored, lane, count) for the lanes [start, start + lanes) of row token `row`.
-  template <class Visit>
-  __attribute__((always_inline)) void slices(int row, int start, int lanes, Visit visit) const {
-    const int yr = row / ww, xr = row % ww;
-    for (int y = start / ww, lane = y * ww - start; lane < lanes; ++y, lane += ww) {
-      T* slice = mirrored + static_cast<ptrdiff_t>(y - yr + wh - 1) * pitch + (ww - 1 - xr);
-      const int skip = lane < 0 ? -lane : 0;
-      visit(slice + skip, lane + skip, imin(ww, lanes - lane) - skip);
-    }
-  }
-
-  // dst[row][lane] for all row tokens and one tile of lanes. Stores whole vectors: a slice's overhang is
-  // overwritten by the next one, the last row's goes to kLanes elements of slack.
-  void expand(T* dst, int rows, const Tiling<T>& tiling, int tile) const {
-    for (int r = 0; r < rows; ++r, dst += tiling.width)
-      slices(r, tiling.start(tile), tiling.lanes(tile), [dst](const T* slice, int lane, int count) {
-        for (int i = 0; i < count; i += kLanes<T>) store(dst + lane + i, load(slice + i));
-      });
-  }
-
-  // The transpose of expand: mirrored += src. Slices overlap, so their rows are added one at a time.
-  void collect(const T* src, int rows, const Tiling<T>& tiling, int tile) {
-    for (int r = 0; r < rows; ++r, src += tiling.width)
-      slices(r, tiling.start(tile), tiling.lanes(tile), [src](T* slice, int lane, int count) {
-        for (int i = 0; i < count; i += kLanes<T>)
-          store(slice + i, load(slice + i) + load_first(src + lane + i, imin(kLanes<T>, count - i)));
-      });
-  }
-};
-
 // ---- forward
 
 template <class T>
 struct ForwardScratch {
   Tiling<T> tiling;
   WindowBias<T> table;
-  T *q, *k, *v, *bias, *s, *out, *inverse, *lse;
+  T *q, *k, *v, *bias, *s, *out, *inverse, *lse, *row;
   size_t size;
 
   ForwardScratch(const Params& p, Scratch scratch) : tiling(p.tokens()), table(p, false, scratch) {
@@ -137,6 +55,7 @@ struct ForwardScratch {
     out = scratch.take<T>(p.value_dim * width);
     inverse = scratch.take<T>(width);
     lse = scratch.take<T>(width);
+    row = scratch.take<T>(round_up_lanes<T>(n));
     size = scratch.used;
   }
 };
@@ -162,15 +81,27 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     const Matrix<const E> q = matrix<const E>(p.q, b, h);
     pack(w.q, tiling.width, q.data + start * q.token, q.channel, q.token, p.head_dim, lanes, scale);
 
-    const ForwardTile<T> task{n,   tiling.vecs, p.head_dim, p.value_dim, w.q, p.bias_table ? w.bias : nullptr,
-                              w.s, w.out,       w.inverse,  w.lse};
-    task.run(readable<E, T>(matrix<const E>(p.k, b, h), n, p.head_dim, w.k),
-             readable<E, T>(matrix<const E>(p.v, b, h), n, p.value_dim, w.v));
+    const Matrix<const T> k = readable<E, T>(matrix<const E>(p.k, b, h), n, p.head_dim, w.k);
+    const Matrix<const T> v = readable<E, T>(matrix<const E>(p.v, b, h), n, p.value_dim, w.v);
+    const ForwardTile<T> task{n,
+                              tiling.width,
+                              odd_tokens(tiling, k.token == 1 && v.token == 1),
+                              p.head_dim,
+                              p.value_dim,
+                              w.q,
+                              p.bias_table ? w.bias : nullptr,
+                              w.s,
+                              w.out,
+                              w.inverse,
+                              w.lse,
+                              w.row};
+    task.run(k, v);
 
     const Matrix<E> out = matrix<E>(p.out, b, h);
     unpack(out.data + start * out.token, out.channel, out.token, w.out, tiling.width, p.value_dim, lanes,
            w.inverse);
-    T* lse = static_cast<T*>(p.lse.data) + b * p.lse.stride[0] + h * p.lse.stride[1] + start * p.lse.stride[2];
+    T* lse =
+        static_cast<T*>(p.lse.data) + b * p.lse.stride[0] + h * p.lse.stride[1] + start * p.lse.stride[2];
     for (int i = 0; i < lanes; ++i) lse[i * p.lse.stride[2]] = w.lse[i];
   }
 }
@@ -183,7 +114,8 @@ struct BackwardScratch {
   WindowBias<T> table, grad_table;
   bool cached;        // a head's whole bias, and a chunk's whole bias gradient, are kept
   int channel_width;  // of k_channels and grad_q, which have channels in the lanes
-  T *k, *v, *k_channels, *q, *grad_out, *lse, *delta, *bias, *grad_bias, *p, *dl, *grad_q, *grad_k, *grad_v;
+  T *k, *v, *k_channels, *q, *grad_out, *lse, *delta, *bias, *grad_bias, *p, *dl, *odd_p, *odd_dl, *grad_q,
+      *grad_k, *grad_v;
   T *ones, *scales;  // factors of unpack
   size_t size;
 
@@ -205,6 +137,8 @@ struct BackwardScratch {
     grad_bias = scratch.take<T>(cached ? logits : 0);
     p = scratch.take<T>(n * width);
     dl = scratch.take<T>(n * width);
+    odd_p = scratch.take<T>(kLanes<T> / 8 * round_up_lanes<T>(n));
+    odd_dl = scratch.take<T>(kLanes<T> / 8 * round_up_lanes<T>(n));
     grad_q = scratch.take<T>(n * channel_width);
     grad_k = scratch.take<T>(d * width);
     grad_v = scratch.take<T>(dv * width);
@@ -248,7 +182,8 @@ void row_dots(T* delta, Matrix<const E> a, Matrix<const E> b, int tokens, int ch
     for (int i = 0; i < tokens; ++i) {
       T total = 0;
       for (int c = 0; c < channels; ++c)
-        total += load_one(a.data + i * a.token + c * a.channel) * load_one(b.data + i * b.token + c * b.channel);
+        total +=
+            load_one(a.data + i * a.token + c * a.channel) * load_one(b.data + i * b.token + c * b.channel);
       delta[i] = total;
     }
   }
@@ -284,18 +219,19 @@ void backward_window(const Params& p, const BackwardScratch<T>& w, WindowBias<T>
     if (bias && !w.cached) w.table.expand(bias, n, tiling, tile);
     pack(w.k, width, k.data + start * k.token, k.channel, k.token, d, lanes, T(1));
     if (p.grad_out) pack(w.v, width, v.data + start * v.token, v.channel, v.token, dv, lanes, T(1));
-    const BackwardTile<T> task{n,    tiling.vecs, lanes,   d,     p.grad_out ? dv : 0, w.k, w.v,
-                               bias, w.lse,       w.delta, whole, w.p,                 w.dl};
+    const int odd = odd_tokens(tiling, q.token == 1 && (!p.grad_out || grad_out.token == 1));
+    const BackwardTile<T> task{n,   width, lanes,   odd,     d,       p.grad_out ? dv : 0,
+                               w.k, w.v,   bias,    w.lse,   w.delta, whole,
+                               w.p, w.dl,  w.odd_p, w.odd_dl};
     task.run(q, grad_out);
 
     if (p.grad_v) {
-      multiply<T>(tiling.vecs, {dv, p.grad_out ? n : 0, grad_out.data, grad_out.channel, grad_out.token, w.p,
-                                width, nullptr, 0, w.grad_v, width});
+      task.sum_queries(grad_out, dv, w.p, w.odd_p, w.grad_v);
       const Matrix<E> to = matrix<E>(p.grad_v, b, h);
       unpack(to.data + start * to.token, to.channel, to.token, w.grad_v, width, dv, lanes, w.ones);
     }
     if (p.grad_k) {
-      multiply<T>(tiling.vecs, {d, n, q.data, q.channel, q.token, w.dl, width, nullptr, 0, w.grad_k, width});
+      task.sum_queries(q, d, w.dl, w.odd_dl, w.grad_k);
       const Matrix<E> to = matrix<E>(p.grad_k, b, h);
       unpack(to.data + start * to.token, to.channel, to.token, w.grad_k, width, d, lanes, w.ones);
     }
@@ -367,7 +303,8 @@ void reduce_as(const Params& p, const T* partials) {
 // ---- by dtype
 
 int64_t forward_items(const Params& p) {
-  const int tiles = p.dtype == DType::f64 ? Tiling<double>(p.tokens()).count : Tiling<float>(p.tokens()).count;
+  const int tiles =
+      p.dtype == DType::f64 ? Tiling<double>(p.tokens()).count : Tiling<float>(p.tokens()).count;
   return p.heads * tiles * p.batch;
 }
 size_t forward_scratch(const Params& p) {
@@ -376,14 +313,20 @@ size_t forward_scratch(const Params& p) {
 }
 void forward(const Params& p, int64_t begin, int64_t end, void* scratch) {
   switch (p.dtype) {
-    case DType::f64: return forward_range<double>(p, begin, end, scratch);
-    case DType::f32: return forward_range<float>(p, begin, end, scratch);
-    case DType::f16: return forward_range<f16>(p, begin, end, scratch);
-    case DType::bf16: return forward_range<bf16>(p, begin, end, scratch);
+    case DType::f64:
+      return forward_range<double>(p, begin, end, scratch);
+    case DType::f32:
+      return forward_range<float>(p, begin, end, scratch);
+    case DType::f16:
+      return forward_range<f16>(p, begin, end, scratch);
+    case DType::bf16:
+      return forward_range<bf16>(p, begin, end, scratch);
   }
 }
 
-int64_t backward_items(const Params& p) { return p.heads * chunk_count(p); }
+int64_t backward_items(const Params& p) {
+  return p.heads * chunk_count(p);
+}
 size_t backward_scratch(const Params& p) {
   return p.dtype == DType::f64 ? BackwardScratch<double>(p, Scratch(nullptr)).size
                                : BackwardScratch<float>(p, Scratch(nullptr)).size;
@@ -394,20 +337,28 @@ size_t partials_size(const Params& p) {
 }
 void backward(const Params& p, int64_t begin, int64_t end, void* scratch, void* partials) {
   switch (p.dtype) {
-    case DType::f64: return backward_range<double>(p, begin, end, scratch, partials);
-    case DType::f32: return backward_range<float>(p, begin, end, scratch, partials);
-    case DType::f16: return backward_range<f16>(p, begin, end, scratch, partials);
-    case DType::bf16: return backward_range<bf16>(p, begin, end, scratch, partials);
+    case DType::f64:
+      return backward_range<double>(p, begin, end, scratch, partials);
+    case DType::f32:
+      return backward_range<float>(p, begin, end, scratch, partials);
+    case DType::f16:
+      return backward_range<f16>(p, begin, end, scratch, partials);
+    case DType::bf16:
+      return backward_range<bf16>(p, begin, end, scratch, partials);
   }
 }
 template <class T>
 void reduce(const Params& p, const void* partials) {
   const T* from = static_cast<const T*>(partials);
   switch (p.bias_dtype) {
-    case DType::f64: return reduce_as<T, double>(p, from);
-    case DType::f32: return reduce_as<T, float>(p, from);
-    case DType::f16: return reduce_as<T, f16>(p, from);
-    case DType::bf16: return reduce_as<T, bf16>(p, from);
+    case DType::f64:
+      return reduce_as<T, double>(p, from);
+    case DType::f32:
+      return reduce_as<T, float>(p, from);
+    case DType::f16:
+      return reduce_as<T, f16>(p, from);
+    case DType::bf16:
+      return reduce_as<T, bf16>(p, from);
   }
 }
 void reduce_partials(const Params& p, const void* partials) {

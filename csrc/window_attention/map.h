@@ -1,16 +1,15 @@
-// Window attention as a map of the tile-attention core: every query of a window meets every key of it, and a bias
-// looked up by the offset between the two is added to the logit.
+// Window attention as a map of the tile-attention core: every query of a window meets every key of it, and a
+// bias looked up by the offset between the two is added to the logit.
 #pragma once
 #include "vitkernels/tile_attention_backward.h"
 #include "vitkernels/tile_attention_forward.h"
-
 #include "window_attention.h"
 
 namespace vitkernels::window_attention {
 
-// In shared memory the table is always the signed one, [2 Wh - 1][2 Ww - 1], whatever its layout in global memory.
-// With code(y, x) = y (2 Ww - 1) + x a pair's entry is code(query) - code(key), a query's code being raised by the
-// entry of offset zero: one subtraction.
+// In shared memory the table is always the signed one, [2 Wh - 1][2 Ww - 1], whatever its layout in global
+// memory. With code(y, x) = y (2 Ww - 1) + x a pair's entry is code(query) - code(key), a query's code being
+// raised by the entry of offset zero: one subtraction.
 template <class T>
 struct WindowMap {
   using Acc = accumulate_t<T>;
@@ -53,9 +52,12 @@ struct WindowMap {
     return tile_attention::present(bias_table) ? s + table[query_code - key_code] : s;
   }
 
-  VK_HOST_DEVICE int shared_elements() const { return tile_attention::present(bias_table) ? signed_entries() : 0; }
+  VK_HOST_DEVICE int shared_elements() const {
+    return tile_attention::present(bias_table) ? signed_entries() : 0;
+  }
   VK_DEVICE void stage(Acc* table, int64_t head, int thread, int threads) const {
     if (!tile_attention::present(bias_table)) return;
+    VK_NO_UNROLL
     for (int e = thread; e < signed_entries(); e += threads) {
       const int64_t index = head * bias_table.stride[0] + table_entry(e) * bias_table.stride[1];
       const Acc value = wide_table ? static_cast<const Acc*>(bias_table.data)[index]
@@ -74,6 +76,7 @@ struct WindowMap {
   VK_HOST_DEVICE int gradient_elements() const { return signed_entries(); }
   VK_DEVICE void gradient(Acc* sums, const tile_attention::GradientTile<Acc>& tile) const {
     const int first_query = tile.query_tile * tile.rows, first_key = tile.key_tile * tile.rows;
+    VK_NO_UNROLL
     for (int e = tile.thread; e < signed_entries(); e += tile.threads) {
       const int dy = e / pitch() - (window_h - 1), dx = e % pitch() - (window_w - 1);
       // The queries with a key at this offset lie in these rows of the window; which of them have one in this
@@ -87,7 +90,8 @@ struct WindowMap {
       if (end > tile.rows - shift) end = tile.rows - shift;
       Acc sum = sums[e];
       for (int row = begin; row < end; ++row) {
-        if (tile.query_codes[row] - tile.key_codes[row + shift] == e) sum += tile.values[row * tile.ld + row + shift];
+        if (tile.query_codes[row] - e == tile.key_codes[row + shift])
+          sum += tile.values[row * tile.ld + row + shift];
       }
       sums[e] = sum;
     }

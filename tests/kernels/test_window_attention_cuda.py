@@ -56,8 +56,8 @@ class Arena:
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "dense") -> torch.Tensor:
-        """`layout`: dense; offset (dense, misaligned); packed (heads interleaved, rows padded, as in a view of a
-        projection); nchw (tokens dense, channels strided)."""
+        """`layout`: dense; offset (dense, misaligned); packed (heads interleaved, rows padded, as a view of
+        a projection); nchw (tokens dense, channels strided)."""
         if layout == "nchw" and len(shape) == 4:
             order, padding, offset = (0, 1, 3, 2), 0, 48
         elif layout == "packed" and len(shape) == 4:
@@ -70,7 +70,10 @@ class Arena:
         buffer = torch.full((offset + numel + GUARD,), float("nan"), dtype=dtype)
         inside = torch.zeros(buffer.shape, dtype=torch.bool)
         inverse = [order.index(i) for i in range(len(shape))]
-        views = [t[offset : offset + numel].view(stored)[..., : shape[order[-1]]].permute(inverse) for t in (buffer, inside)]
+        views = [
+            t[offset : offset + numel].view(stored)[..., : shape[order[-1]]].permute(inverse)
+            for t in (buffer, inside)
+        ]
         views[1].fill_(True)
         self._kept.append((buffer, inside))
         return views[0]
@@ -194,6 +197,7 @@ def _cases() -> Iterator[Case]:
         yield Case((9, 8), 24, 80, dtype, batch=1, heads=1)
     yield Case((7, 7), 16, 96, BF16, heads=1)
     yield Case((9, 8), 96, 128, BF16, batch=1, heads=1)  # the widest accumulators
+    yield Case((5, 4), 16, 100, F64, batch=1, heads=1)  # values in two passes, several small tiles
     yield Case((7, 7), 100, 128, F32, batch=1, heads=1)  # too wide for large tiles in fp32
     yield Case((7, 7), 3, 7, F16, batch=1, heads=1)  # nothing is a multiple of anything
     yield Case((7, 7), 16, 32, F16, bias_dtype=F32)
@@ -231,7 +235,9 @@ def test_absent_gradients(window: tuple[int, int], change: dict[str, Any]) -> No
     check(replace(Case(window, 8, 16, BF16, batch=1, heads=1), **change))
 
 
-@pytest.mark.parametrize("case", [Case((5, 5), dtype=F16), Case((3, 3), dtype=F32), Case((9, 8), 16, 16, F16)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case((5, 5), dtype=F16), Case((3, 3), dtype=F32), Case((9, 8), 16, 16, F16)], ids=str
+)
 def test_no_schedule_changes_a_bit(case: Case) -> None:
     """A missing barrier shows as a result that depends on the order in which the fibers run."""
     case = replace(case, batch=1)
@@ -249,7 +255,7 @@ def test_no_schedule_changes_a_bit(case: Case) -> None:
 
 def test_chunks_of_windows_sum_the_table_gradient() -> None:
     """More windows than work items: groups walk over chunks, and partial sums meet in the reduction."""
-    check(Case((1, 2), 16, 16, F16, "signed", batch=2 * 8192 + 3, heads=1))
+    check(Case((1, 2), 16, 16, F16, "signed", batch=4099, heads=1))
 
 
 def test_a_wrong_table_index_is_noticed() -> None:
@@ -275,7 +281,6 @@ def test_sanitizers_find_nothing() -> None:
         "import torch\n"
         "import twin as builder\n"
         "builder.load = lambda: twin\n"
-        "sys_modules = __import__('sys').modules\n"
         "import kernels.test_window_attention_cuda as tests\n"
         "for dtype in (torch.float32, torch.float16):\n"
         "    for window in ((3, 3), (5, 4), (9, 8)):\n"

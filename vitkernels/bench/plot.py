@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ def colours(providers: Sequence[tuple[str, bool]]) -> dict[str, str]:
     return chosen | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
 
 
+def _label(value: float) -> str:
+    if math.isnan(value):
+        return "wrong"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}" if value else ""
+
+
 def grouped_bars(
     axes: Any,
     groups: Sequence[str],
@@ -33,15 +40,14 @@ def grouped_bars(
     values: dict[tuple[str, str], float],
     colour: dict[str, str],
 ) -> None:
-    """One bar a provider in every group, its value above it."""
+    """One bar a provider in every group, its value above it; "wrong" for NaN, nothing where it is absent."""
     width = 0.84 / max(1, len(providers))
     for i, (provider, _) in enumerate(providers):
         positions = [g + (i - (len(providers) - 1) / 2) * width for g in range(len(groups))]
-        heights = [values.get((group, provider), 0.0) for group in groups]
+        shown = [values.get((group, provider), 0.0) for group in groups]
+        heights = [0.0 if math.isnan(value) else value for value in shown]
         bars = axes.bar(positions, heights, width * 0.94, color=colour[provider], label=provider)
-        labels = [f"{height:.{0 if height >= 100 else 1 if height >= 10 else 2}f}" for height in heights]
-        labels = [label if height else "" for label, height in zip(labels, heights, strict=True)]
-        axes.bar_label(bars, labels, fontsize=6.5, padding=1.5)
+        axes.bar_label(bars, [_label(value) for value in shown], fontsize=6.5, padding=1.5)
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02, y=0.14)
@@ -52,7 +58,7 @@ def plot_operator(path: Path, rows: Sequence[Row], title: str) -> None:
     timed = [row for row in rows if row.speedup is not None]
     panels = list(dict.fromkeys((row.mode, row.method) for row in timed))
     groups = list(dict.fromkeys((row.problem, row.batch, row.shape) for row in timed))
-    colour = colours(list(dict.fromkeys((row.provider, row.ours) for row in timed)))
+    colour = colours(list(dict.fromkeys((row.provider, row.ours) for row in rows)))
     width = max(7.0, 1.6 + 0.34 * len(groups) * max(3, len({row.provider for row in timed})))
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(width, 0.9 + 3.1 * len(panels)), squeeze=False, layout="constrained"
@@ -61,7 +67,13 @@ def plot_operator(path: Path, rows: Sequence[Row], title: str) -> None:
         shown = [row for row in timed if (row.mode, row.method) == (mode, method)]
         names = {(row.problem, row.batch): f"{row.problem}, batch {row.batch}\n{row.shape}" for row in shown}
         values = {(names[row.problem, row.batch], row.provider): row.speedup or 0.0 for row in shown}
-        providers = list(dict.fromkeys((row.provider, row.ours) for row in shown))
+        values |= {
+            (names[row.problem, row.batch], row.provider): math.nan
+            for row in rows
+            if row.mode == mode and row.status == "wrong"
+        }
+        judged = [row for row in rows if row in shown or (row.mode == mode and row.status == "wrong")]
+        providers = list(dict.fromkeys((row.provider, row.ours) for row in judged))
         grouped_bars(axis, list(names.values()), providers, values, colour)
         axis.axhline(1.0, color="black", linewidth=0.7)
         axis.set_ylabel("speed-up over eager")
@@ -77,9 +89,11 @@ def plot_operator(path: Path, rows: Sequence[Row], title: str) -> None:
 def throughput_bars(axis: Any, rows: Sequence[Row]) -> None:
     """Images per second by batch size; used by the model benchmark and the demo."""
     timed = [row for row in rows if row.images_per_second is not None]
+    wrong = [row for row in rows if row.status == "wrong"]
     groups = list(dict.fromkeys(f"batch {row.batch}" for row in timed))
-    providers = list(dict.fromkeys((row.provider, row.ours) for row in timed))
+    providers = list(dict.fromkeys((row.provider, row.ours) for row in rows if row in timed or row in wrong))
     values = {(f"batch {row.batch}", row.provider): row.images_per_second or 0.0 for row in timed}
+    values |= {(f"batch {row.batch}", row.provider): math.nan for row in wrong}
     grouped_bars(axis, groups, providers, values, colours(providers))
     axis.set_ylabel("images per second")
     axis.legend(fontsize=7.5, loc="upper left", frameon=False)

@@ -36,9 +36,6 @@ def eager(case: Case) -> Provider:
 
 def compiled(case: Case) -> Provider:
     def prepare(inputs: Inputs, training: bool) -> Function:
-        # Each shape is compiled for itself, and a recompilation limit reached by earlier ones must not
-        # silently turn a later one into eager.
-        torch._dynamo.reset()
         return torch.compile(functools.partial(case.eager, **inputs.options), dynamic=False, fullgraph=True)
 
     return Provider("torch.compile", prepare)

@@ -143,6 +143,8 @@ def run_problem(
     settings: Settings,
     peaks: Peaks | None,
 ) -> list[Row]:
+    # A recompilation limit reached by earlier shapes would silently turn compiled providers into eager ones.
+    torch._dynamo.reset()
     training = mode == "fwd+bwd"
     generator = torch.Generator().manual_seed(settings.seed)
     inputs = case.make_inputs(

@@ -25,7 +25,7 @@ INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def tile_offsets(rows, row_stride, col_stride, WIDTH: tl.constexpr):
-    """Element offsets [rows, WIDTH] of a strided tile, in 64 bits: a token stride times a row can exceed 2^31."""
+    """Element offsets [rows, WIDTH] of a strided tile, in 64 bits: row * token stride can exceed 2^31."""
     columns = tl.arange(0, WIDTH).to(tl.int64)
     return rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * col_stride
 

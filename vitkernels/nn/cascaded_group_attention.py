@@ -27,7 +27,7 @@ def in_windows(x: torch.Tensor, side: int, mixer: Callable[[torch.Tensor], torch
     """Applies a mixer of `[windows, C, side, side]` maps to every window of a map of any size.
 
     The map is zero-padded right and bottom to whole windows; the mixer sees padded positions as tokens
-    like any other, and they are cropped from the result. Windows keep the memory format of the map.
+    like any other, and they are cropped from the result, which has the memory format of the map.
 
     Args:
         x: `[B, C, H, W]`, NCHW or channels-last.
@@ -39,22 +39,15 @@ def in_windows(x: torch.Tensor, side: int, mixer: Callable[[torch.Tensor], torch
     if pad_bottom or pad_right:
         x = F.pad(x, (0, pad_right, 0, pad_bottom))
     rows, columns = (height + pad_bottom) // side, (width + pad_right) // side
+    # The copy into windows is the moment to make them channels-last, in which their convolutions are fastest.
     tiles = x.unflatten(3, (columns, side)).unflatten(2, (rows, side))  # [B, C, rows, R, columns, R]
-    if _is_channels_last(x):
-        tiles = tiles.permute(0, 2, 4, 3, 5, 1).flatten(0, 2)
-        windows = mixer(tiles.permute(0, 3, 1, 2))
+    tiles = tiles.permute(0, 2, 4, 3, 5, 1).flatten(0, 2)
+    windows = mixer(tiles.permute(0, 3, 1, 2)).unflatten(0, (batch, rows, columns))
+    if x.stride(1) == 1 and x.stride(3) != 1:  # channels-last
+        y = windows.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
     else:
-        windows = mixer(tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2))
-    tiles = windows.unflatten(0, (batch, rows, columns))  # [B, rows, columns, C, R, R]
-    if _is_channels_last(windows):
-        y = tiles.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-    else:
-        y = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        y = windows.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     return y[:, :, :height, :width] if pad_bottom or pad_right else y
-
-
-def _is_channels_last(x: torch.Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(3) != 1
 
 
 def cascade(
@@ -76,18 +69,18 @@ def cascade(
     features: list[torch.Tensor] = []
     for chunk, qkv, dw, table in zip(chunks, qkvs, dws, tables, strict=True):
         y = qkv(features[-1] + chunk if features else chunk)
-        q, k, v = y.split((key_dim, key_dim, y.shape[1] - 2 * key_dim), dim=1)
+        tokens = _tokens(y)
         out = ops.window_attention(
-            _tokens(dw(q)),
-            _tokens(k),
-            _tokens(v),
+            _tokens(dw(y.narrow(1, 0, key_dim))),
+            tokens.narrow(3, key_dim, key_dim),
+            tokens.narrow(3, 2 * key_dim, y.shape[1] - 2 * key_dim),
             bias_table=table,
             bias_index="absolute",
             window=(side, side),
             scale=scale,
             backend=backend,
         )
-        features.append(out.squeeze(1).transpose(1, 2).unflatten(2, (side, side)))
+        features.append(out.transpose(2, 3).reshape(-1, out.shape[3], side, side))
     return proj(torch.cat(features, dim=1))
 
 

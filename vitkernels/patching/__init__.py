@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitkernels.core import backends
 from vitkernels.core.checks import fail
-from vitkernels.patching.layers import _FOLD, Patched, patched_class
+from vitkernels.patching.layers import KEPT, Patched, patched_class
 from vitkernels.patching.match import match_attention, match_fold
 
 __all__ = ["Report", "apply", "revert"]
@@ -96,7 +96,7 @@ def apply(
         match = match_attention(module, proven)
         folds = match is None
         if match is None and fold_bn:
-            match = match_fold(module)
+            match = match_fold(module, proven)
         if match is None:
             own = bool(module._parameters) and module not in covered
             report.others += own
@@ -105,7 +105,7 @@ def apply(
         if match.mixin is None:
             report.skipped.append((name, original.__name__, match.reason))
             continue
-        module.__dict__.pop(_FOLD, None)
+        module.__dict__.pop(KEPT, None)
         module.__class__ = patched_class(original, match.mixin, None if folds else backend)
         report.replaced.append((name, original.__name__, match.kernel))
         if folds:
@@ -124,7 +124,7 @@ def revert(model: nn.Module) -> int:
     restored = 0
     for module in model.modules():
         if isinstance(module, Patched):
-            module.__dict__.pop(_FOLD, None)
+            module.__dict__.pop(KEPT, None)
             module.__class__ = module.vitkernels_original
             restored += 1
     return restored

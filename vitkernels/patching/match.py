@@ -12,14 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitkernels.core.backends import backend as backend_scope
 from vitkernels.nn.cascaded_group_attention import bias_side
-from vitkernels.patching.layers import (
+from vitkernels.patching.folding import (
     FoldedConvNorm,
     FoldedNormLinear,
-    Patched,
-    WindowedCascade,
-    WindowPartition,
-    patched_class,
+    FusedFFN,
+    FusedPatchMerging,
+    FusedSequence,
 )
+from vitkernels.patching.layers import Patched, WindowedCascade, WindowPartition, patched_class
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,26 @@ def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
         return None
     if not reason and "forward" in module.__dict__:
         reason = "its forward was already replaced on the instance, by another tool"
-    if not reason and not isinstance(module, Patched) and not _is_ours(module):
-        signature = (type(module), *((name, p.shape) for name, p in module.named_parameters()))
-        if signature not in proven:
-            proven[signature] = _why_different(module, mixin)
-        reason = proven[signature]
+    reason = reason or _prove(module, mixin, proven)
     return Match(None, reason=reason) if reason else Match(mixin, kernel)
 
 
-def match_fold(module: nn.Module) -> Match | None:
-    """The match of a pair of layers that folds into one; None where there is no batch norm."""
+def _prove(module: nn.Module, mixin: type[Patched], proven: dict[Any, str]) -> str:
+    if isinstance(module, Patched) or type(module).__module__.startswith("vitkernels."):
+        return ""
+    signature = (type(module), *((name, p.shape) for name, p in module.named_parameters()))
+    if signature not in proven:
+        proven[signature] = _why_different(module, mixin)
+    return proven[signature]
+
+
+def match_fold(module: nn.Module, proven: dict[Any, str]) -> Match | None:
+    """The match of layers that fold or fuse into fewer; None for any other layer."""
     children = list(module._modules.values())
     is_norm = [isinstance(child, _BatchNorm) for child in children]
     if not any(is_norm):
-        return None
-    if type(module).forward is not nn.Sequential.forward and not isinstance(module, Patched):
+        return _match_relu(module, children, proven)
+    if not _is_sequence(module):
         return Match(None, reason="its batch norm is not in a plain sequence of layers")
     if len(children) == 2 and is_norm[1] and _is_plain(children[0], nn.Conv2d):
         match, norm, layer = Match(FoldedConvNorm, "batch norm folded"), children[1], children[0]
@@ -77,6 +82,35 @@ def match_fold(module: nn.Module) -> Match | None:
     return match
 
 
+def _match_relu(module: nn.Module, children: list[Any], proven: dict[Any, str]) -> Match | None:
+    """A container that calls ReLUs on the outputs of pairs that fold: a plain sequence, or one of EfficientViT."""
+    name = (module.vitkernels_original if isinstance(module, Patched) else type(module)).__name__
+    mixin: type[Patched]
+    if _is_sequence(module):
+        if not any(_folds(a) and type(b) is nn.ReLU for a, b in zip(children, children[1:], strict=False)):
+            return None
+        mixin = FusedSequence
+    elif name in ("ConvMlp", "FFN") and set(module._modules) == {"pw1", "act", "pw2"} and _folds(module.pw1):
+        mixin = FusedFFN
+    elif name == "PatchMerging" and {"conv1", "act", "conv2", "se", "conv3"} <= set(module._modules):
+        mixin = FusedPatchMerging
+    else:
+        return None
+    if "forward" in module.__dict__ or (mixin is not FusedSequence and _prove(module, mixin, proven)):
+        return None
+    return Match(mixin, "ReLU fused")
+
+
+def _folds(module: Any) -> bool:
+    children = list(module._modules.values())
+    return len(children) == 2 and isinstance(children[0], nn.Conv2d) and isinstance(children[1], _BatchNorm)
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    cls = module.vitkernels_original if isinstance(module, Patched) else type(module)
+    return cls.forward is nn.Sequential.forward and "forward" not in module.__dict__
+
+
 def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
     return isinstance(module, cls) and type(module).forward is cls.forward and "forward" not in module.__dict__
 
@@ -84,10 +118,6 @@ def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
 def _is_linear_tail(children: list[Any]) -> bool:
     *between, last = children or [None]
     return _is_plain(last, nn.Linear) and all(isinstance(m, (nn.Dropout, nn.Identity)) for m in between)
-
-
-def _is_ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("vitkernels.")
 
 
 def _why_not_cascade(module: Any) -> str:
@@ -112,13 +142,13 @@ def _why_not_windows(module: Any) -> str:
 def _why_different(module: Any, mixin: type[Patched]) -> str:
     """Why the mixin would not compute what the layer computes; empty when it does.
 
-    A copy with random weights, in fp64 on the CPU, is run both ways: freshly initialised layers return 0
+    A copy with random weights, in fp32 on the CPU, is run both ways: freshly initialised layers return 0
     whatever their forward does, and a layer's own code may differ from what its class name says.
     """
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return "its parameters are on the meta device; apply after loading them"
     try:
-        trial = copy.deepcopy(module).to("cpu", torch.float64)
+        trial = copy.deepcopy(module).to("cpu", torch.float32)
         for part in trial.modules():
             for hooks in (part._forward_hooks, part._forward_pre_hooks):
                 hooks.clear()
@@ -127,21 +157,26 @@ def _why_different(module: Any, mixin: type[Patched]) -> str:
         # Through train mode, for layers that keep something derived from their weights in eval mode.
         trial.train()
         trial.eval()
-        attention = trial.attn if mixin is WindowPartition else trial
-        side = bias_side(attention.attention_biases)
-        conv = next(m for m in attention.qkvs[0].modules() if isinstance(m, nn.Conv2d))
-        channels = conv.in_channels * len(attention.qkvs)
-        size = getattr(module, "resolution", side) if mixin is WindowPartition else side
-        x = torch.randn(2, channels, size, size, generator=generator, dtype=torch.float64)
+        x = torch.randn(_trial_shape(trial, mixin), generator=generator)
         with torch.autocast("cpu", enabled=False), backend_scope("reference"):
             expected = trial(x)
             trial.__class__ = patched_class(type(trial), mixin, None)
             error = (trial(x) - expected).norm() / expected.norm()
     except Exception as exception:
         return f"could not be compared with the kernel: {type(exception).__name__}: {exception}"
-    if not error < 1e-6:
+    if not error < 1e-4:
         return f"computes something else than its class name says (relative difference {error:.1e})"
     return ""
+
+
+def _trial_shape(trial: Any, mixin: type[Patched]) -> tuple[int, int, int, int]:
+    first = next(m for m in trial.modules() if isinstance(m, nn.Conv2d))
+    if mixin not in (WindowedCascade, WindowPartition):
+        return 2, first.in_channels, 6, 6
+    attention = trial.attn if mixin is WindowPartition else trial
+    side = bias_side(attention.attention_biases)
+    size = getattr(trial, "resolution", side) if mixin is WindowPartition else side
+    return 2, first.in_channels * len(attention.qkvs), size, size
 
 
 def _randomise(module: nn.Module, generator: torch.Generator) -> None:
@@ -150,8 +185,8 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
             continue
         if tensor.ndim == 4:
             spread = tensor[0].numel() ** -0.5
-            tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * spread)
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
         elif name.endswith(("running_var", "weight")):
-            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
+            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
         else:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))

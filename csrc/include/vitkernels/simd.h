@@ -8,7 +8,14 @@
 #include <stddef.h>
 #include <stdint.h>
 #if defined(__AVX2__)
+// GCC 12 takes the undefined pass-through operands inside its own header for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #if !defined(VITKERNELS_ISA)
@@ -75,8 +82,12 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
-VITKERNELS_INLINE int imin(int a, int b) { return a < b ? a : b; }
-VITKERNELS_INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+VITKERNELS_INLINE int imin(int a, int b) {
+  return a < b ? a : b;
+}
+VITKERNELS_INLINE int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
 template <class T>
 VITKERNELS_INLINE int round_up_lanes(int n) {
   return ceil_div(n, kLanes<T>) * kLanes<T>;
@@ -104,8 +115,17 @@ template <class T>
 VITKERNELS_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
-template <class V>
-VITKERNELS_INLINE V vmax(V a, V b) {
+// a > b ? a : b, so b where either is NaN. Spelled out: GCC compares and blends otherwise.
+VITKERNELS_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+VITKERNELS_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
   return a > b ? a : b;
 }
 
@@ -123,10 +143,9 @@ VITKERNELS_INLINE HalfVec narrow(Vec<float> x, bf16) {
   return __builtin_convertvector(x == x ? rounded : (u >> 16) | 0x40u, HalfVec);
 }
 
-// The zero-masking forms spare GCC warnings about their undefined pass-through operand.
 VITKERNELS_INLINE Vec<float> widen(HalfVec h, f16) {
 #if defined(__AVX512F__)
-  return bit_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(h)));
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(h)));
 #elif defined(__F16C__)
   return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(h)));
 #else
@@ -134,13 +153,13 @@ VITKERNELS_INLINE Vec<float> widen(HalfVec h, f16) {
   const U32Vec u = __builtin_convertvector(h, U32Vec);
   const U32Vec magnitude = (u & 0x7fffu) << 13;
   const U32Vec finite = bit_cast<U32Vec>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
-  return bit_cast<Vec<float>>((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite) |
-                              (u & 0x8000u) << 16);
+  return bit_cast<Vec<float>>((magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite) | (u & 0x8000u)
+                                                                                                  << 16);
 #endif
 }
 VITKERNELS_INLINE HalfVec narrow(Vec<float> x, f16) {
 #if defined(__AVX512F__)
-  return bit_cast<HalfVec>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+  return bit_cast<HalfVec>(_mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   return bit_cast<HalfVec>(_mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -232,15 +251,20 @@ struct Exp;
 template <>
 struct Exp<float> {
   static constexpr int kDegree = 6, kMantissa = 23, kBias = 127;
-  static constexpr float kRound = 0x1.8p23f + kBias, kLowest = -87.336f;
+  static constexpr float kRound = 0x1.8p23f + kBias, kLowest = -88.02f;
   static constexpr float kLn2Head = 0x1.62e4p-1f, kLn2Tail = 1.4286068203094172e-6f;
-  static constexpr float kPoly[] = {1.0f,           1.00000003774f,   0.500000004715f,  0.16666415414f,
-                                    0.0416663527711f, 0.00837513477462f, 0.00139411188958f};
+  static constexpr float kPoly[] = {1.0f,
+                                    1.00000003774f,
+                                    0.500000004715f,
+                                    0.16666415414f,
+                                    0.0416663527711f,
+                                    0.00837513477462f,
+                                    0.00139411188958f};
 };
 template <>
 struct Exp<double> {
   static constexpr int kDegree = 12, kMantissa = 52, kBias = 1023;
-  static constexpr double kRound = 0x1.8p52 + kBias, kLowest = -708.39;
+  static constexpr double kRound = 0x1.8p52 + kBias, kLowest = -709.08;
   static constexpr double kLn2Head = 0x1.62e42fefa3p-1, kLn2Tail = 2.8235290563031577123e-13;
   static constexpr double kPoly[] = {1.0,
                                      1.0,
@@ -257,13 +281,13 @@ struct Exp<double> {
                                      2.0921588938971492377e-9};
 };
 
-// e^x for x up to about 80 (700), 1 ulp; 0 where e^x is below the normal numbers, so also at -inf; NaN at NaN.
+// e^x for x up to about 80 (700), 1 ulp; 0 from where e^x leaves the normal numbers, so also at -inf; NaN at
+// NaN.
 template <class T>
 VITKERNELS_INLINE Vec<T> exp_softmax(Vec<T> x) {
   using C = Exp<T>;
-  using I = IntVec<T>;
-  const I tiny = x < C::kLowest;
-  const Vec<T> clamped = tiny ? Vec<T>{} : x;
+  // At kLowest the exponent field comes out as 0, which makes the power below a zero.
+  const Vec<T> clamped = vmax(broadcast(C::kLowest), x);
   // The sum's low mantissa bits hold the rounded quotient, biased as an exponent.
   const Vec<T> shifted = clamped * T(1.4426950408889634074) + C::kRound;
   const Vec<T> quotient = shifted - C::kRound;
@@ -271,8 +295,7 @@ VITKERNELS_INLINE Vec<T> exp_softmax(Vec<T> x) {
   Vec<T> p = broadcast(C::kPoly[C::kDegree]);
 #pragma GCC unroll 16
   for (int i = C::kDegree - 1; i >= 0; --i) p = p * f + C::kPoly[i];
-  const Vec<T> power = p * bit_cast<Vec<T>>(bit_cast<I>(shifted) << C::kMantissa);
-  return tiny ? Vec<T>{} : power;
+  return p * bit_cast<Vec<T>>(bit_cast<IntVec<T>>(shifted) << C::kMantissa);
 }
 
 // ln(x) for normal x: about 1 ulp of the larger of |ln(x)| and 1; NaN at NaN and infinity.
@@ -341,7 +364,8 @@ VITKERNELS_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   for (int pass = 1; pass < lanes; pass *= 2) {
     Vec<T> next[lanes];
 #pragma GCC unroll 8
-    for (int i = 0; i < lanes / 2; ++i) interleave<T>(rows[i], rows[i + lanes / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < lanes / 2; ++i)
+      interleave<T>(rows[i], rows[i + lanes / 2], next[2 * i], next[2 * i + 1]);
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) rows[i] = next[i];
   }

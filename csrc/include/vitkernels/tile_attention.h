@@ -1,18 +1,20 @@
 // The tile-attention core: softmax(logits) v for tiles of queries against tiles of keys, and its backward.
 //
-// One warp owns 16 rows of a tile; a group of ROWS / 16 warps owns a tile of ROWS rows (16 or 64) against ROWS
-// columns, and a block holds one or more groups that never meet. Two engines multiply tiles
+// One warp owns 16 rows of a tile; a group of ROWS / 16 warps owns a tile of ROWS rows (16 or 64) against
+// ROWS columns, and a block holds one or more groups that never meet. Two engines multiply tiles
 // (tile_attention_engine.h): TensorCores for half_t and bfloat16_t, Plain for float and double.
 //
-// An operator supplies a Map, passed to the kernels by value, which says WHICH tokens meet and WHAT a logit is:
+// An operator supplies a Map, passed to the kernels by value, which says WHICH tokens meet and WHAT a logit
+// is:
 //   int query_tiles(rows), query(rows, tile, slot)       the tiles of queries; a token, or -1 for none
 //   int key_tiles_of(rows, tile), key_of(rows, tile, i, slot)       the key tiles that a query tile meets
 //   int key_tiles(rows), key(rows, tile, slot)           backward: the tiles of keys
-//   int query_tiles_of(rows, tile), query_of(rows, tile, i, slot)   backward: the query tiles that a key tile meets
-//   int query_code(token), key_code(token)               what logit() needs to know of a token, in 32 bits
-//   int shared_elements(), stage(shared, head, thread, threads)     operator tables in shared memory, times unit
-//   Acc logit(s, query_code, key_code, shared)           the logit of scale * q k = s, or -inf; d logit / d s = 1
-//   int gradient_elements(), gradient(sums, tile)        backward: sums over finished tiles of d loss / d logit
+//   int query_tiles_of(rows, tile), query_of(rows, tile, i, slot)   backward: the query tiles that a key tile
+//   meets int query_code(token), key_code(token)               what logit() needs to know of a token, in 32
+//   bits int shared_elements(), stage(shared, head, thread, threads)     operator tables in shared memory,
+//   times unit Acc logit(s, query_code, key_code, shared)           the logit of scale * q k = s, or -inf; d
+//   logit / d s = 1 int gradient_elements(), gradient(sums, tile)        backward: sums over finished tiles
+//   of d loss / d logit
 // Acc is accumulate_t<T>. Logits and tables are multiplied by Exponential<T>::unit.
 #pragma once
 #include "vitkernels/device.h"
@@ -23,14 +25,15 @@
 namespace vitkernels::tile_attention {
 
 constexpr int BLOCK_THREADS = 128;
-constexpr int MAX_CHANNELS = 128;        // of q and k, and of v
+constexpr int MAX_CHANNELS = 128;         // of q and k, and of v
 constexpr int INVALID = -2147483647 - 1;  // the code of a key slot without a key
-// What a block may use on every architecture from sm_80 on (sm_86, sm_89 and sm_120 are the tightest). A fixed
-// number, so that the choice of tiles, and with it every rounding, depends on the sizes alone.
+// What a block may use on every architecture from sm_80 on (sm_86, sm_89 and sm_120 are the tightest). A
+// fixed number, so that the choice of tiles, and with it every rounding, depends on the sizes alone.
 constexpr int64_t SHARED_LIMIT = 99 * 1024;
 
-// Half-precision tensors take the hardware's exp2, whose error is far below their own. For float and double the
-// library's natural exp is used: P is recomputed from lse in the backward, and every rounding there shows.
+// Half-precision tensors take the hardware's exp2, whose error is far below their own. For float and double
+// the library's natural exp is used: P is recomputed from lse in the backward, and every rounding there
+// shows.
 template <class T>
 struct Exponential {
   static constexpr float unit = LOG2E;
@@ -70,12 +73,15 @@ struct Problem {
   VK_HOST_DEVICE int64_t items() const { return static_cast<int64_t>(chunks) * heads * tiles; }
 };
 
-VK_HOST_DEVICE bool present(const View& view) { return view.data != nullptr; }
+VK_HOST_DEVICE bool present(const View& view) {
+  return view.data != nullptr;
+}
 
 // Chunks of the batch, a function of the sizes only. Enough items to fill a large device several times over;
-// beyond that a group walks over a chunk, which spares it the staging of tables and shortens the partial sums.
+// beyond that a group walks over a chunk, which spares it the staging of tables and shortens the partial
+// sums.
 inline void split(Problem* problem, int tiles, int rows) {
-  const int64_t enough = rows == 16 ? 8192 : 2048;
+  const int64_t enough = rows == 16 ? 4096 : 2048;
   const int64_t chunks = enough / (static_cast<int64_t>(problem->heads) * tiles);
   problem->tiles = tiles;
   problem->batch_per_chunk =
@@ -123,13 +129,8 @@ struct Group {
   }
 };
 
-VK_HOST_DEVICE int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// The same number, which the compiler cannot know: address arithmetic that starts from it is redone at each use
-// rather than kept in registers across the loops, where the sums need them.
-VK_DEVICE int opaque(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
+VK_HOST_DEVICE int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
 }
 
 template <class T>
@@ -138,36 +139,35 @@ VK_HOST_DEVICE T* offset(const View& view, int batch, int head) {
   return data == nullptr ? data : data + batch * view.stride[0] + head * view.stride[1];
 }
 
-// Carves the shared memory of a group; with a null base it only measures.
+// Hands out byte offsets into a group's shared memory. Layouts are made on the host and passed to the
+// kernels, so that every offset is a constant-bank operand instead of a register.
 class Carver {
  public:
-  VK_HOST_DEVICE explicit Carver(char* base) : base_(base) {}
-
   template <class T>
-  VK_HOST_DEVICE T* take(int64_t elements) {
-    T* result = reinterpret_cast<T*>(base_ + used_);
+  int take(int64_t elements) {
+    const int64_t offset = used_;
     used_ += (elements * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
-    return result;
+    return static_cast<int>(offset);
   }
-  VK_HOST_DEVICE int64_t used() const { return used_; }
+  int64_t used() const { return used_; }
 
  private:
-  char* base_;
   int64_t used_ = 0;
 };
 
 // Launches `kernel` over all items, with as many groups in a block as fit.
-template <int ROWS, class Kernel, class Map>
-void launch_items(Kernel kernel, const Problem& problem, const Map& map, int64_t group_bytes, Stream stream) {
-  int64_t groups = SHARED_LIMIT / group_bytes;
+template <int ROWS, class Kernel, class Layout, class Map>
+void launch_items(Kernel kernel, const Problem& problem, const Layout& layout, const Map& map,
+                  Stream stream) {
+  int64_t groups = SHARED_LIMIT / layout.bytes;
   if (groups > Group<ROWS>::PER_BLOCK) groups = Group<ROWS>::PER_BLOCK;
   if (groups < 1)
-    throw std::runtime_error("tile attention: a tile needs " + std::to_string(group_bytes) +
+    throw std::runtime_error("tile attention: a tile needs " + std::to_string(layout.bytes) +
                              " bytes of shared memory, the limit is " + std::to_string(SHARED_LIMIT));
   if (problem.items() > 0x7fffffff) throw std::runtime_error("tile attention: more than 2^31 - 1 work items");
   const int64_t blocks = (problem.items() + groups - 1) / groups;
   launch(kernel, Dim3{blocks}, static_cast<int>(groups) * Group<ROWS>::THREADS,
-         static_cast<size_t>(groups * group_bytes), stream, problem, map);
+         static_cast<size_t>(groups * layout.bytes), stream, problem, layout, map);
 }
 
 }  // namespace vitkernels::tile_attention

@@ -1,23 +1,28 @@
 // Backward of the tile-attention core. Deterministic: every sum has one owner and a fixed order.
 //
-// Floor per batch entry and head: reads of q, k, v, grad_out (and out, beyond one tile) and writes of grad_q, grad_k,
-// grad_v, once each; 2 N M (3 d + 2 dv) FLOPs; N M exponentials (P is recomputed from lse). Small windows are bound
-// by the bytes.
+// Floor per batch entry and head: reads of q, k, v, grad_out (and out, beyond one tile) and writes of grad_q,
+// grad_k, grad_v, once each; 2 N M (3 d + 2 dv) FLOPs; N M exponentials (P is recomputed from lse). Small
+// windows are bound by the bytes.
 //
-// One kernel in three roles. With P = exp(logits - lse), G = grad_out v^T, delta = sum(grad_out * out) - grad_lse
-// and D = P * (G - delta), the gradient of the logits,
+// One kernel in four roles. With P = exp(logits - lse), G = grad_out v^T, delta = sum(grad_out * out) -
+// grad_lse and D = P * (G - delta), the gradient of the logits,
 //   Owner::queries  a query tile against its key tiles:  grad_q = scale D k, and the operator's sums over D
 //   Owner::keys     a key tile against its query tiles:  grad_k = scale D^T q, grad_v = P^T grad_out
-//   Owner::both     one tile holds all queries and all keys: everything, every tensor read once. The whole row of P
-//                   is at hand, so delta = sum(P * G) - grad_lse: out is not read, nor its rounding inherited.
+//   Owner::values   the same for grad_v alone: where the sums of both do not fit the registers, Owner::keys
+//   leaves
+//                   it grad_v
+//   Owner::both     one tile holds all queries and all keys: everything, every tensor read once. The whole
+//   row of P
+//                   is at hand, so delta = sum(P * G) - grad_lse: out is not read, nor its rounding
+//                   inherited.
 #pragma once
 #include <cmath>
 
-#include "vitkernels/tile_attention_engine.h"
+#include "vitkernels/tile_attention_layout.h"
 
 namespace vitkernels::tile_attention {
 
-enum class Owner { queries, keys, both };
+enum class Owner { queries, keys, values, both };
 
 // D of one tile in shared memory as an operator's gradient() sees it.
 template <class Acc>
@@ -29,91 +34,56 @@ struct GradientTile {
   const int* key_codes;  // INVALID where a slot has no key
   int query_tile;        // the tiles' numbers as in query() and key_of()
   int key_tile;
-  int thread;            // of `threads`
+  int thread;  // of `threads`
   int threads;
 };
 
-template <class Engine, class Map>
-struct BackwardShared {
-  using T = typename Engine::T;
-  using Acc = typename Engine::Acc;
-  static constexpr int ROWS = Engine::ROWS;
-  static constexpr int LD_PAIR = ROWS + static_cast<int>(16 / sizeof(T));  // of P and D as operands
-  static constexpr int LD_GRADIENT = ROWS + 8;                             // of D as GradientTile
-  int ld_head, ld_value;
-  T *q, *k, *v, *grad_out;
-  T *out, *p, *d;      // out, gradient, and {p, d} take turns in the same memory
-  Acc* gradient;
-  Acc *lse, *delta;
-  int *query_codes, *key_codes;
-  Acc *table, *sums;
-  int64_t bytes;
-
-  VK_HOST_DEVICE BackwardShared(const Problem& problem, const Map& map, char* base)
-      : ld_head(leading_dimension<T>(problem.head_dim)), ld_value(leading_dimension<T>(problem.value_dim)) {
-    Carver carver(base);
-    q = carver.take<T>(ROWS * ld_head);
-    k = carver.take<T>(ROWS * ld_head);
-    v = carver.take<T>(ROWS * ld_value);
-    grad_out = carver.take<T>(ROWS * ld_value);
-    constexpr int PAIR = 2 * ROWS * LD_PAIR;
-    constexpr int GRADIENT = ROWS * LD_GRADIENT * static_cast<int>(sizeof(Acc) / sizeof(T));
-    int turns = PAIR > GRADIENT ? PAIR : GRADIENT;
-    if (ROWS * ld_value > turns) turns = ROWS * ld_value;  // out
-    out = carver.take<T>(turns);
-    gradient = reinterpret_cast<Acc*>(out);
-    p = out;
-    d = out + ROWS * LD_PAIR;
-    lse = carver.take<Acc>(ROWS);
-    delta = carver.take<Acc>(ROWS);
-    query_codes = carver.take<int>(ROWS);
-    key_codes = carver.take<int>(ROWS);
-    table = carver.take<Acc>(map.shared_elements());
-    sums = carver.take<Acc>(problem.gradient_partials == nullptr ? 0 : map.gradient_elements());
-    bytes = carver.used();
-  }
-};
-
 // With more than 64 columns the sums of grad_k and of grad_v do not fit the registers together.
-template <Owner OWNER, int COLUMNS>
-constexpr bool ONE_RESULT = OWNER == Owner::keys && COLUMNS > 64;
+template <int COLUMNS>
+constexpr bool VALUES_APART = COLUMNS > 64;
+
+template <Owner OWNER>
+constexpr bool KEY_SIDE = OWNER == Owner::keys || OWNER == Owner::values;
 
 // Blocks of an SM that the registers must allow: latency is hidden by other blocks.
-template <class Engine, Owner OWNER, int COLUMNS>
-constexpr int BACKWARD_MIN_BLOCKS = std::is_floating_point_v<typename Engine::T> ? 2 : OWNER == Owner::both ? 4 : COLUMNS > 64 ? 2 : 3;
+template <class Engine, Owner OWNER>
+constexpr int BACKWARD_MIN_BLOCKS = std::is_floating_point_v<typename Engine::T> || OWNER != Owner::both ? 2
+                                    : Engine::ROWS == 16                                                 ? 4
+                                                                                                         : 3;
 
-// Owner::keys with ONE_RESULT fills grad_k if it is present, else grad_v; every other instance all it can.
 template <class Engine, Owner OWNER, int COLUMNS, class Map>
-VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNER, COLUMNS>)) backward_kernel(Problem problem, Map map) {
+VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNER>))
+    backward_kernel(Problem problem, BackwardLayout<Engine> layout, Map map) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   using Exp = Exponential<T>;
-  using Shared = BackwardShared<Engine, Map>;
+  using Layout = BackwardLayout<Engine>;
   constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
-  constexpr bool ONE = ONE_RESULT<OWNER, COLUMNS>;
-  constexpr int LD_PAIR = Shared::LD_PAIR, LD_GRADIENT = Shared::LD_GRADIENT;
+  constexpr bool WITH_D = OWNER != Owner::values, WITH_OUT = WITH_D && OWNER != Owner::both;
+  constexpr bool TWO_SUMS = OWNER == Owner::keys && !VALUES_APART<COLUMNS>;
+  constexpr int LD_PAIR = Layout::LD_PAIR, LD_GRADIENT = Layout::LD_GRADIENT;
 
   const Group<ROWS> group;
   const int groups = block_dim_x() / THREADS;
   const int64_t index = static_cast<int64_t>(block_x()) * groups + group.index;
   if (index >= problem.items()) return;
   const Item item = get_item(problem, index);
-  const int64_t group_bytes = Shared(problem, map, nullptr).bytes;
-  const Shared shared(problem, map, shared_memory() + group.index * group_bytes);
+  const BackwardShared<Engine> shared(layout, shared_memory() + group.index * layout.bytes);
 
   const int row0 = group.first_row, lane_row = row0 + lane_id() / 4, lane_column = lane_id() % 4 * 2;
   const int head_depth = round_up(problem.head_dim, 16), value_depth = round_up(problem.value_dim, 16);
-  const int ld_head = shared.ld_head, ld_value = shared.ld_value;
-  const Acc scale = static_cast<Acc>(problem.scale), logit_scale = static_cast<Acc>(problem.scale * Exp::unit);
-  const bool want_sums = OWNER != Owner::keys && problem.gradient_partials != nullptr;
+  const int ld_head = layout.ld_head, ld_value = layout.ld_value;
+  const Acc scale = static_cast<Acc>(problem.scale),
+            logit_scale = static_cast<Acc>(problem.scale * Exp::unit);
+  const bool want_sums = !KEY_SIDE<OWNER> && problem.gradient_partials != nullptr;
   int meetings = 1;
   if constexpr (OWNER == Owner::queries) meetings = map.key_tiles_of(ROWS, item.tile);
-  if constexpr (OWNER == Owner::keys) meetings = map.query_tiles_of(ROWS, item.tile);
+  if constexpr (KEY_SIDE<OWNER>) meetings = map.query_tiles_of(ROWS, item.tile);
   const auto query = [&](int i, int slot) {
-    return OWNER == Owner::keys ? map.query_of(ROWS, item.tile, i, slot) : map.query(ROWS, item.tile, slot);
+    return KEY_SIDE<OWNER> ? map.query_of(ROWS, item.tile, i, slot) : map.query(ROWS, item.tile, slot);
   };
   const auto key = [&](int i, int slot) {
-    return OWNER == Owner::keys ? map.key(ROWS, item.tile, slot) : map.key_of(ROWS, item.tile, i, slot);
+    return KEY_SIDE<OWNER> ? map.key(ROWS, item.tile, slot) : map.key_of(ROWS, item.tile, i, slot);
   };
 
   map.stage(shared.table, item.head, group.thread, THREADS);
@@ -122,27 +92,29 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   }
 
   for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
-    const auto matrix = [&](const View& view, int channels) { return Matrix<T>(view, batch, item.head, channels); };
+    const auto matrix = [&](const View& view, int channels) {
+      return Matrix<T>(view, batch, item.head, channels);
+    };
     // What survives from tile to tile; Owner::both has one tile and keeps nothing.
     constexpr int KEPT = OWNER == Owner::both ? 1 : COLUMNS / 8;
-    // grad_q; or grad_k and grad_v; or the one of them
-    Acc first[KEPT][4], second[OWNER == Owner::keys && !ONE ? KEPT : 1][4];
+    // grad_q; or grad_k, and perhaps grad_v; or grad_v
+    Acc first[KEPT][4], second[TWO_SUMS ? KEPT : 1][4];
     clear(first);
     clear(second);
 
     for (int i = 0; i < meetings; ++i) {
       const auto query_token = [&](int slot) { return query(i, slot); };
       const auto key_token = [&](int slot) { return key(i, slot); };
-      const bool new_queries = OWNER == Owner::keys || i == 0, new_keys = OWNER != Owner::keys || i == 0;
+      const bool new_queries = KEY_SIDE<OWNER> || i == 0, new_keys = !KEY_SIDE<OWNER> || i == 0;
       if (new_queries) {
         load_tile(shared.q, ld_head, matrix(problem.q, problem.head_dim), group, query_token);
         load_tile(shared.grad_out, ld_value, matrix(problem.grad_out, problem.value_dim), group, query_token);
-        if (OWNER != Owner::both && present(problem.grad_out))
+        if (WITH_OUT && present(problem.grad_out))
           load_tile(shared.out, ld_value, matrix(problem.out, problem.value_dim), group, query_token);
       }
       if (new_keys) {
         load_tile(shared.k, ld_head, matrix(problem.k, problem.head_dim), group, key_token);
-        load_tile(shared.v, ld_value, matrix(problem.v, problem.value_dim), group, key_token);
+        if (WITH_D) load_tile(shared.v, ld_value, matrix(problem.v, problem.value_dim), group, key_token);
       }
       cp_async_commit();
       for (int slot = group.thread; slot < ROWS; slot += THREADS) {
@@ -157,7 +129,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         const int row = group.thread / 2;
         const int64_t token = query_token(row);
         Acc delta = Acc(0);
-        if (OWNER != Owner::both && present(problem.grad_out)) {
+        if (WITH_OUT && present(problem.grad_out)) {
           constexpr int WIDTH = 16 / sizeof(T);
           for (int c = group.thread % 2 * WIDTH; c < value_depth; c += 2 * WIDTH) {
             const auto a = Vec<T, WIDTH>::load(shared.grad_out + row * ld_value + c);
@@ -169,13 +141,15 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         delta = warp_sum<2>(delta);
         Acc lse = -INFINITY;
         if (token >= 0) {
-          lse = offset<Acc>(problem.lse, batch, item.head)[token * problem.lse.stride[2]] * static_cast<Acc>(Exp::unit);
+          lse = offset<Acc>(problem.lse, batch, item.head)[token * problem.lse.stride[2]] *
+                static_cast<Acc>(Exp::unit);
           if (present(problem.grad_lse))
             delta -= offset<Acc>(problem.grad_lse, batch, item.head)[token * problem.grad_lse.stride[2]];
         }
         if (group.thread % 2 == 0) {
           shared.delta[row] = delta;
-          shared.lse[row] = lse == -INFINITY ? Acc(INFINITY) : lse;  // a row without keys, or without a query: P = 0
+          shared.lse[row] =
+              lse == -INFINITY ? Acc(INFINITY) : lse;  // a row without keys, or without a query: P = 0
         }
         group.sync();
       }
@@ -191,15 +165,17 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
           const int key_code = shared.key_codes[8 * j + lane_column + c % 2], r = c / 2;
-          p[j][c] = key_code == INVALID
-                        ? Acc(0)
-                        : Exp::exp(map.logit(p[j][c] * logit_scale, codes[r], key_code, shared.table) - lse[r]);
+          p[j][c] =
+              key_code == INVALID
+                  ? Acc(0)
+                  : Exp::exp(map.logit(p[j][c] * logit_scale, codes[r], key_code, shared.table) - lse[r]);
         }
       }
       Acc d[KEY_BLOCKS][4];
       clear(d);
-      if (present(problem.grad_out))
-        Engine::multiply_rows(d, shared.grad_out + row0 * ld_value, ld_value, shared.v, ld_value, value_depth);
+      if (WITH_D && present(problem.grad_out))
+        Engine::multiply_rows(d, shared.grad_out + row0 * ld_value, ld_value, shared.v, ld_value,
+                              value_depth);
       if constexpr (OWNER == Owner::both) {
         VK_UNROLL
         for (int r = 0; r < 2; ++r) {
@@ -228,37 +204,43 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
                                                     shared.key_codes, item.tile, i, group.thread, THREADS});
         group.sync();  // before p and d take over the memory
       }
-      write_sums(shared.p + row0 * LD_PAIR, LD_PAIR, p, KEY_BLOCKS, Acc(1), Acc(1));
-      write_sums(shared.d + row0 * LD_PAIR, LD_PAIR, d, KEY_BLOCKS, Acc(1), Acc(1));
+      if (OWNER != Owner::queries)
+        write_sums(shared.p + row0 * LD_PAIR, LD_PAIR, p, KEY_BLOCKS, Acc(1), Acc(1));
+      if (WITH_D) write_sums(shared.d + row0 * LD_PAIR, LD_PAIR, d, KEY_BLOCKS, Acc(1), Acc(1));
       group.sync();  // also: every warp is done with v
 
       if constexpr (OWNER == Owner::queries) {
-        Engine::template multiply<false>(first, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k, ld_head, head_depth / 8);
+        Engine::template multiply<false>(first, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k, ld_head,
+                                         head_depth / 8);
       } else if constexpr (OWNER == Owner::keys) {
-        if (!ONE || present(problem.grad_k))
-          Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q, ld_head, head_depth / 8);
-        else
-          Engine::template multiply<true>(first, shared.p + row0, LD_PAIR, shared.grad_out, ld_value, value_depth / 8);
-        if constexpr (!ONE) Engine::template multiply<true>(second, shared.p + row0, LD_PAIR, shared.grad_out, ld_value, value_depth / 8);
+        Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q, ld_head, head_depth / 8);
+        if constexpr (TWO_SUMS)
+          Engine::template multiply<true>(second, shared.p + row0, LD_PAIR, shared.grad_out, ld_value,
+                                          value_depth / 8);
+      } else if constexpr (OWNER == Owner::values) {
+        Engine::template multiply<true>(first, shared.p + row0, LD_PAIR, shared.grad_out, ld_value,
+                                        value_depth / 8);
       } else {
-        // Each result replaces, 64 channels at a time, an operand that has been read for the last time: grad_v takes
-        // the place of v, grad_q and grad_k those of the same channels of q and k.
+        // Each result replaces, some channels at a time, an operand that has been read for the last time:
+        // grad_v takes the place of v, grad_q and grad_k those of the same channels of q and k.
         if (present(problem.grad_v)) {
           for (int c = 0; c < value_depth; c += 64) {
             const int blocks = value_depth - c < 64 ? (value_depth - c) / 8 : 8;
             Acc grad_v[8][4];
             clear(grad_v);
-            Engine::template multiply<true>(grad_v, shared.p + row0, LD_PAIR, shared.grad_out + c, ld_value, blocks);
+            Engine::template multiply<true>(grad_v, shared.p + row0, LD_PAIR, shared.grad_out + c, ld_value,
+                                            blocks);
             write_sums(shared.v + row0 * ld_value + c, ld_value, grad_v, blocks, Acc(1), Acc(1));
           }
         }
-        for (int c = 0; c < head_depth; c += 64) {
-          const int blocks = head_depth - c < 64 ? (head_depth - c) / 8 : 8;
-          Acc grad_q[8][4], grad_k[8][4];
+        for (int c = 0; c < head_depth; c += 32) {
+          const int blocks = head_depth - c < 32 ? (head_depth - c) / 8 : 4;
+          Acc grad_q[4][4], grad_k[4][4];
           clear(grad_q);
           clear(grad_k);
           if (present(problem.grad_q))
-            Engine::template multiply<false>(grad_q, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k + c, ld_head, blocks);
+            Engine::template multiply<false>(grad_q, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k + c,
+                                             ld_head, blocks);
           if (present(problem.grad_k))
             Engine::template multiply<true>(grad_k, shared.d + row0, LD_PAIR, shared.q + c, ld_head, blocks);
           group.sync();
@@ -272,29 +254,30 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
     if constexpr (OWNER == Owner::queries) {
       write_sums(shared.q + row0 * ld_head, ld_head, first, head_depth / 8, scale, scale);
     } else if constexpr (OWNER == Owner::keys) {
-      if (!ONE || present(problem.grad_k))
-        write_sums(shared.k + row0 * ld_head, ld_head, first, head_depth / 8, scale, scale);
-      else
-        write_sums(shared.v + row0 * ld_value, ld_value, first, value_depth / 8, Acc(1), Acc(1));
-      if constexpr (!ONE)
+      write_sums(shared.k + row0 * ld_head, ld_head, first, head_depth / 8, scale, scale);
+      if constexpr (TWO_SUMS)
         write_sums(shared.v + row0 * ld_value, ld_value, second, value_depth / 8, Acc(1), Acc(1));
+    } else if constexpr (OWNER == Owner::values) {
+      write_sums(shared.v + row0 * ld_value, ld_value, first, value_depth / 8, Acc(1), Acc(1));
     }
     group.sync();
     const auto query_token = [&](int slot) { return query(0, slot); };
     const auto key_token = [&](int slot) { return key(0, slot); };
-    if (OWNER != Owner::keys && present(problem.grad_q))
+    if (!KEY_SIDE<OWNER> && present(problem.grad_q))
       store_tile(matrix(problem.grad_q, problem.head_dim), shared.q, ld_head, group, query_token);
-    if (OWNER != Owner::queries && present(problem.grad_k))
+    if ((OWNER == Owner::keys || OWNER == Owner::both) && present(problem.grad_k))
       store_tile(matrix(problem.grad_k, problem.head_dim), shared.k, ld_head, group, key_token);
-    if (OWNER != Owner::queries && present(problem.grad_v))
+    if ((TWO_SUMS || OWNER == Owner::values || OWNER == Owner::both) && present(problem.grad_v))
       store_tile(matrix(problem.grad_v, problem.value_dim), shared.v, ld_value, group, key_token);
     group.sync();  // before the next batch entry overwrites the tiles
   }
 
   if (want_sums) {
     const int elements = map.gradient_elements();
-    Acc* partials = static_cast<Acc*>(problem.gradient_partials) +
-                    ((static_cast<int64_t>(item.chunk) * problem.tiles + item.tile) * problem.heads + item.head) * elements;
+    Acc* partials =
+        static_cast<Acc*>(problem.gradient_partials) +
+        ((static_cast<int64_t>(item.chunk) * problem.tiles + item.tile) * problem.heads + item.head) *
+            elements;
     for (int e = group.thread; e < elements; e += THREADS) partials[e] = shared.sums[e];
   }
 }
@@ -302,23 +285,19 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
 template <class Engine, Owner OWNER, int COLUMNS, class Map>
 void backward_with(Problem problem, const Map& map, Stream stream) {
   constexpr int ROWS = Engine::ROWS;
-  split(&problem, OWNER == Owner::keys ? map.key_tiles(ROWS) : map.query_tiles(ROWS), ROWS);
-  if (OWNER == Owner::keys) problem.gradient_partials = nullptr;
-  const int64_t bytes = BackwardShared<Engine, Map>(problem, map, nullptr).bytes;
-  launch_items<ROWS>(backward_kernel<Engine, OWNER, COLUMNS, Map>, problem, map, bytes, stream);
+  split(&problem, KEY_SIDE<OWNER> ? map.key_tiles(ROWS) : map.query_tiles(ROWS), ROWS);
+  if (KEY_SIDE<OWNER>) problem.gradient_partials = nullptr;
+  const BackwardLayout<Engine> layout(problem, map, problem.gradient_partials != nullptr);
+  launch_items<ROWS>(backward_kernel<Engine, OWNER, COLUMNS, Map>, problem, layout, map, stream);
 }
 
 template <class Engine, int COLUMNS, class Map>
 void backward_apart(const Problem& problem, const Map& map, Stream stream) {
   if (present(problem.grad_q) || problem.gradient_partials != nullptr)
     backward_with<Engine, Owner::queries, COLUMNS>(problem, map, stream);
-  if constexpr (ONE_RESULT<Owner::keys, COLUMNS>) {
-    Problem one = problem;
-    one.grad_v = {};
-    if (present(one.grad_k)) backward_with<Engine, Owner::keys, COLUMNS>(one, map, stream);
-    one.grad_k = {};
-    one.grad_v = problem.grad_v;
-    if (present(one.grad_v)) backward_with<Engine, Owner::keys, COLUMNS>(one, map, stream);
+  if constexpr (VALUES_APART<COLUMNS>) {
+    if (present(problem.grad_k)) backward_with<Engine, Owner::keys, COLUMNS>(problem, map, stream);
+    if (present(problem.grad_v)) backward_with<Engine, Owner::values, COLUMNS>(problem, map, stream);
   } else if (present(problem.grad_k) || present(problem.grad_v)) {
     backward_with<Engine, Owner::keys, COLUMNS>(problem, map, stream);
   }
@@ -326,11 +305,11 @@ void backward_apart(const Problem& problem, const Map& map, Stream stream) {
 
 // The rows of backward()'s tiles, a function of the sizes only; see forward_rows().
 template <class T, class Map>
-int backward_rows(Problem problem, const Map& map) {
+int backward_rows(const Problem& problem, const Map& map) {
   if (std::is_same_v<T, double> || map.fits_small_tile()) return 16;
   if (!std::is_floating_point_v<T>) return 64;
-  problem.gradient_partials = &problem;  // the choice must not depend on which gradients are wanted
-  return BackwardShared<Engine<T, 64>, Map>(problem, map, nullptr).bytes > SHARED_LIMIT ? 16 : 64;
+  // with_sums always: the choice must not depend on which gradients are wanted
+  return BackwardLayout<Engine<T, 64>>(problem, map, true).bytes > SHARED_LIMIT ? 16 : 64;
 }
 
 // Sums of the operator's gradient() that backward() leaves in gradient_partials: [partials, heads, elements].

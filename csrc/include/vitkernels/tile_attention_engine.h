@@ -1,6 +1,6 @@
-// The two engines of the tile-attention core. Both keep a 16 x 8n block of sums in the registers of a warp, in the
-// layout of mma_m16n8k16: with g = lane / 4 and t = lane % 4, sums[j] holds rows g (two values) and g + 8 (two
-// values) of columns 8j + 2t and the next. So whatever works on sums is written once for both.
+// The two engines of the tile-attention core. Both keep a 16 x 8n block of sums in the registers of a warp,
+// in the layout of mma_m16n8k16: with g = lane / 4 and t = lane % 4, sums[j] holds rows g (two values) and g
+// + 8 (two values) of columns 8j + 2t and the next. So whatever works on sums is written once for both.
 #pragma once
 #include "vitkernels/tile_attention_memory.h"
 
@@ -16,10 +16,12 @@ struct TensorCores {
 
   // sums += a b^T over `depth` channels (a multiple of 16): a is [16][lda], b is [8 TILES][ldb].
   template <int TILES>
-  static VK_DEVICE void multiply_rows(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb, int depth) {
+  static VK_DEVICE void multiply_rows(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb,
+                                      int depth) {
     const int lane = lane_id();
     a += (lane & 15) * lda + (lane >> 4) * 8;
     b += ((lane & 7) + (lane >> 4) * 8) * ldb + ((lane >> 3) & 1) * 8;
+    VK_NO_UNROLL
     for (int k = 0; k < depth; k += 16) {
       uint32_t left[4];
       ldmatrix_x4(left, a + k);
@@ -43,7 +45,7 @@ struct TensorCores {
     } else {
       a += (lane & 15) * lda + (lane >> 4) * 8;
     }
-    VK_UNROLL
+    VK_NO_UNROLL
     for (int k = 0; k < ROWS; k += 16) {
       uint32_t left[4];
       if constexpr (TRANSPOSED) {
@@ -55,24 +57,25 @@ struct TensorCores {
     }
   }
 
-  // sums += p b for 16 rows of probabilities that are still in registers: the layout of sums is that of the left
-  // operand, so nothing moves.
+  // sums += p b for 16 rows of probabilities that are still in registers: the layout of sums is that of the
+  // left operand, so nothing moves.
   template <int TILES>
-  static VK_DEVICE void multiply_registers(Acc (&sums)[TILES][4], const Acc (&p)[ROWS / 8][4], T*, const T* b, int ldb,
-                                           int tiles) {
+  static VK_DEVICE void multiply_registers(Acc (&sums)[TILES][4], const Acc (&p)[ROWS / 8][4], T*, const T* b,
+                                           int ldb, int tiles) {
     VK_UNROLL
     for (int k = 0; k < ROWS; k += 16) {
       const auto& low = p[k / 8];
       const auto& high = p[k / 8 + 1];
-      const uint32_t left[4] = {pack2<T>(low[0], low[1]), pack2<T>(low[2], low[3]), pack2<T>(high[0], high[1]),
-                                pack2<T>(high[2], high[3])};
+      const uint32_t left[4] = {pack2<T>(low[0], low[1]), pack2<T>(low[2], low[3]),
+                                pack2<T>(high[0], high[1]), pack2<T>(high[2], high[3])};
       step(sums, left, b + k * ldb, ldb, tiles);
     }
   }
 
  private:
   template <int TILES>
-  static VK_DEVICE void step(Acc (&sums)[TILES][4], const uint32_t (&left)[4], const T* b, int ldb, int tiles) {
+  static VK_DEVICE void step(Acc (&sums)[TILES][4], const uint32_t (&left)[4], const T* b, int ldb,
+                             int tiles) {
     const int lane = lane_id();
     b += (lane & 15) * ldb + (lane >> 4) * 8;
     VK_UNROLL
@@ -96,7 +99,8 @@ struct Plain {
   static constexpr int SCRATCH = ROWS * LD;
 
   template <int TILES>
-  static VK_DEVICE void multiply_rows(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb, int depth) {
+  static VK_DEVICE void multiply_rows(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb,
+                                      int depth) {
     constexpr int WIDTH = 16 / sizeof(T);
     const int g = lane_id() / 4, t = lane_id() % 4;
     a += g * lda;
@@ -143,8 +147,8 @@ struct Plain {
 
   // `scratch`: this warp's 16 rows of the group's SCRATCH elements.
   template <int TILES>
-  static VK_DEVICE void multiply_registers(Acc (&sums)[TILES][4], const Acc (&p)[ROWS / 8][4], T* scratch, const T* b,
-                                           int ldb, int tiles) {
+  static VK_DEVICE void multiply_registers(Acc (&sums)[TILES][4], const Acc (&p)[ROWS / 8][4], T* scratch,
+                                           const T* b, int ldb, int tiles) {
     const int g = lane_id() / 4, t = lane_id() % 4;
     VK_UNROLL
     for (int j = 0; j < ROWS / 8; ++j) {

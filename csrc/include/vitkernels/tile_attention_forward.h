@@ -1,46 +1,27 @@
 // Forward of the tile-attention core.
 //
-// Floor per batch entry and head, N queries and M keys of widths d, dv: (N (d + dv) + M (d + dv)) sizeof(T) bytes
-// once, 2 N M (d + dv) FLOPs, N M exponentials. Small windows are bound by the bytes.
+// Floor per batch entry and head, N queries and M keys of widths d, dv: (N (d + dv) + M (d + dv)) sizeof(T)
+// bytes once, 2 N M (d + dv) FLOPs, N M exponentials. Small windows are bound by the bytes.
 //
-// A group keeps its queries in shared memory and its output rows in registers while the key tiles stream by; the
-// values load during Q K^T and the softmax. Beyond that, loads overlap with the work of other blocks on the SM.
+// A group keeps its queries in shared memory and its output rows in registers while the key tiles stream by;
+// the values load during Q K^T and the softmax. Beyond that, loads overlap with the work of other blocks on
+// the SM.
 #pragma once
 #include <cmath>
 
-#include "vitkernels/tile_attention_engine.h"
+#include "vitkernels/tile_attention_layout.h"
 
 namespace vitkernels::tile_attention {
 
-template <class Engine, class Map>
-struct ForwardShared {
-  using T = typename Engine::T;
-  using Acc = typename Engine::Acc;
-  int ld_head, ld_value;
-  T *q, *k, *v, *scratch;
-  int* key_codes;
-  Acc* table;
-  int64_t bytes;
-
-  VK_HOST_DEVICE ForwardShared(const Problem& problem, const Map& map, char* base)
-      : ld_head(leading_dimension<T>(problem.head_dim)), ld_value(leading_dimension<T>(problem.value_dim)) {
-    Carver carver(base);
-    q = carver.take<T>(Engine::ROWS * ld_head);
-    k = carver.take<T>(Engine::ROWS * ld_head);
-    v = carver.take<T>(Engine::ROWS * ld_value);
-    scratch = carver.take<T>(Engine::SCRATCH);
-    key_codes = carver.take<int>(Engine::ROWS);
-    table = carver.take<Acc>(map.shared_elements());
-    bytes = carver.used();
-  }
-};
-
 // Blocks of an SM that the registers must allow: latency is hidden by other blocks.
 template <class Engine, int COLUMNS>
-constexpr int FORWARD_MIN_BLOCKS = std::is_floating_point_v<typename Engine::T> ? 2 : COLUMNS > 64 && Engine::ROWS > 16 ? 3 : 4;
+constexpr int FORWARD_MIN_BLOCKS = std::is_floating_point_v<typename Engine::T> ? 2
+                                   : COLUMNS > 64 && Engine::ROWS > 16          ? 3
+                                                                                : 4;
 
 template <class Engine, int COLUMNS, class Map>
-VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUMNS>)) forward_kernel(Problem problem, Map map) {
+VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUMNS>))
+    forward_kernel(Problem problem, ForwardLayout<Engine> layout, Map map) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   using Exp = Exponential<T>;
@@ -52,8 +33,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   const int64_t index = static_cast<int64_t>(block_x()) * groups + group.index;
   if (index >= problem.items()) return;
   const Item item = get_item(problem, index);
-  const int64_t group_bytes = ForwardShared<Engine, Map>(problem, map, nullptr).bytes;
-  const ForwardShared<Engine, Map> shared(problem, map, shared_memory() + group.index * group_bytes);
+  const ForwardShared<Engine> shared(layout, shared_memory() + group.index * layout.bytes);
 
   const int lane_row = group.first_row + lane_id() / 4, lane_column = lane_id() % 4 * 2;
   const int depth = round_up(problem.head_dim, 16);
@@ -71,16 +51,19 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   }
 
   for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
-    load_tile(shared.q, shared.ld_head, Matrix<T>(problem.q, batch, item.head, problem.head_dim), group, query);
+    load_tile(shared.q, shared.ld_head, Matrix<T>(problem.q, batch, item.head, problem.head_dim), group,
+              query);
     Acc output[COLUMNS / 8][4];
     clear(output);
     Acc row_max[2] = {NOTHING, NOTHING}, row_sum[2] = {Acc(0), Acc(0)};  // row_sum: of this lane's columns
 
     for (int i = 0; i < key_tiles; ++i) {
       const auto key = [&](int slot) { return map.key_of(ROWS, item.tile, i, slot); };
-      load_tile(shared.k, shared.ld_head, Matrix<T>(problem.k, batch, item.head, problem.head_dim), group, key);
+      load_tile(shared.k, shared.ld_head, Matrix<T>(problem.k, batch, item.head, problem.head_dim), group,
+                key);
       cp_async_commit();
-      load_tile(shared.v, shared.ld_value, Matrix<T>(problem.v, batch, item.head, problem.value_dim), group, key);
+      load_tile(shared.v, shared.ld_value, Matrix<T>(problem.v, batch, item.head, problem.value_dim), group,
+                key);
       cp_async_commit();
       for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS) {
         const int token = key(slot);
@@ -91,8 +74,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
 
       Acc p[KEY_BLOCKS][4];
       clear(p);
-      Engine::multiply_rows(p, shared.q + group.first_row * shared.ld_head, shared.ld_head, shared.k, shared.ld_head,
-                            depth);
+      Engine::multiply_rows(p, shared.q + group.first_row * shared.ld_head, shared.ld_head, shared.k,
+                            shared.ld_head, depth);
 
       Acc tile_max[2] = {NOTHING, NOTHING};
       VK_UNROLL
@@ -100,8 +83,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
           const int key_code = shared.key_codes[8 * j + lane_column + c % 2];
-          p[j][c] = key_code == INVALID ? NOTHING
-                                        : map.logit(p[j][c] * scale, query_codes[c / 2], key_code, shared.table);
+          p[j][c] = key_code == INVALID
+                        ? NOTHING
+                        : map.logit(p[j][c] * scale, query_codes[c / 2], key_code, shared.table);
           tile_max[c / 2] = p[j][c] > tile_max[c / 2] ? p[j][c] : tile_max[c / 2];
         }
       }
@@ -131,8 +115,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
 
       cp_async_wait<0>();
       group.sync();
-      Engine::multiply_registers(output, p, shared.scratch + group.first_row * (Engine::SCRATCH / ROWS), shared.v,
-                                 shared.ld_value, value_blocks);
+      Engine::multiply_registers(output, p, shared.scratch + group.first_row * (Engine::SCRATCH / ROWS),
+                                 shared.v, shared.ld_value, value_blocks);
       group.sync();  // before the next tile, or the output, overwrites keys and values
     }
 
@@ -151,7 +135,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
     write_sums(shared.v + group.first_row * shared.ld_value, shared.ld_value, output, value_blocks, factor[0],
                factor[1]);
     group.sync();
-    store_tile(Matrix<T>(problem.out, batch, item.head, problem.value_dim), shared.v, shared.ld_value, group, query);
+    store_tile(Matrix<T>(problem.out, batch, item.head, problem.value_dim), shared.v, shared.ld_value, group,
+               query);
     group.sync();  // before the next batch entry overwrites the tile
   }
 }
@@ -159,17 +144,17 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
 template <class Engine, int COLUMNS, class Map>
 void forward_with(Problem problem, const Map& map, Stream stream) {
   split(&problem, map.query_tiles(Engine::ROWS), Engine::ROWS);
-  const int64_t bytes = ForwardShared<Engine, Map>(problem, map, nullptr).bytes;
-  launch_items<Engine::ROWS>(forward_kernel<Engine, COLUMNS, Map>, problem, map, bytes, stream);
+  launch_items<Engine::ROWS>(forward_kernel<Engine, COLUMNS, Map>, problem,
+                             ForwardLayout<Engine>(problem, map), map, stream);
 }
 
-// The rows of forward()'s tiles, a function of the sizes only. Tensor cores take 16 only where nothing is larger;
-// double always does (one kernel less to build, and its large tiles would seldom fit).
+// The rows of forward()'s tiles, a function of the sizes only. Tensor cores take 16 only where nothing is
+// larger; double always does (one kernel less to build, and its large tiles would seldom fit).
 template <class T, class Map>
 int forward_rows(const Problem& problem, const Map& map) {
   if (std::is_same_v<T, double> || map.fits_small_tile()) return 16;
   if (!std::is_floating_point_v<T>) return 64;
-  return ForwardShared<Engine<T, 64>, Map>(problem, map, nullptr).bytes > SHARED_LIMIT ? 16 : 64;
+  return ForwardLayout<Engine<T, 64>>(problem, map).bytes > SHARED_LIMIT ? 16 : 64;
 }
 
 // Fills out and lse.
@@ -183,7 +168,18 @@ void forward(const Problem& problem, const Map& map, Stream stream) {
       return forward_with<Engine<T, 64>, MAX_CHANNELS>(problem, map, stream);
     }
   }
-  forward_with<Engine<T, 16>, MAX_CHANNELS>(problem, map, stream);
+  if constexpr (std::is_same_v<T, double>) {
+    // The registers hold 64 columns of doubles: wider values take several passes, each with its own columns.
+    for (int channel = 0; channel < problem.value_dim; channel += 64) {
+      Problem pass = problem;
+      pass.value_dim = problem.value_dim - channel < 64 ? problem.value_dim - channel : 64;
+      pass.v.data = static_cast<T*>(problem.v.data) + channel * problem.v.stride[3];
+      pass.out.data = static_cast<T*>(problem.out.data) + channel * problem.out.stride[3];
+      forward_with<Engine<T, 16>, 64>(pass, map, stream);
+    }
+  } else {
+    forward_with<Engine<T, 16>, MAX_CHANNELS>(problem, map, stream);
+  }
 }
 
 }  // namespace vitkernels::tile_attention

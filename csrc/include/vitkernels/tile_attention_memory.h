@@ -1,6 +1,6 @@
-// Tiles between global and shared memory. A tile in shared memory is [ROWS][ld] with ld = channels rounded up to 16
-// plus 16 bytes: eight consecutive rows then start in eight different 16-byte bank groups, so ldmatrix and 16-byte
-// accesses down a column are free of conflicts.
+// Tiles between global and shared memory. A tile in shared memory is [ROWS][ld] with ld = channels rounded up
+// to 16 plus 16 bytes: eight consecutive rows then start in eight different 16-byte bank groups, so ldmatrix
+// and 16-byte accesses down a column are free of conflicts.
 #pragma once
 #include "vitkernels/tile_attention.h"
 
@@ -34,9 +34,9 @@ struct Matrix {
   VK_DEVICE bool tokens_dense() const { return token_stride == 1 && channel_stride != 1; }
 };
 
-// The order in which threads visit the (row, 16-byte chunk of channels) pairs of a tile: neighbours take the chunks
-// of a row, or, for tensors whose tokens are dense (views of NCHW maps), the rows of a chunk. Powers of two only,
-// so that there is no division; visits past the last chunk are skipped by the caller.
+// The order in which threads visit the (row, 16-byte chunk of channels) pairs of a tile: neighbours take the
+// chunks of a row, or, for tensors whose tokens are dense (views of NCHW maps), the rows of a chunk. Powers
+// of two only, so that there is no division; visits past the last chunk are skipped by the caller.
 template <int ROWS>
 struct Walk {
   int chunk_bits = 0;
@@ -50,8 +50,8 @@ struct Walk {
   VK_DEVICE int chunk(int i) const { return rows_first ? i / ROWS : i & ((1 << chunk_bits) - 1); }
 };
 
-// Rows token(slot) of `source`, zeros where there is no token, no channel, or no tensor. Asynchronous where it can
-// be: call cp_async_commit() after it.
+// Rows token(slot) of `source`, zeros where there is no token, no channel, or no tensor. Asynchronous where
+// it can be: call cp_async_commit() after it.
 template <int ROWS, class T, class Token>
 VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<ROWS>& group, Token token) {
   constexpr int WIDTH = 16 / sizeof(T);
@@ -60,7 +60,7 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<R
   if (present && source.vectorized()) {
     const Walk<ROWS> walk(chunks, false);
     VK_NO_UNROLL
-    for (int i = opaque(group.thread); i < walk.visits(); i += Group<ROWS>::THREADS) {
+    for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
       const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
       if (walk.chunk(i) >= chunks) continue;
       const int64_t index = token(row);
@@ -72,7 +72,7 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<R
   }
   const Walk<ROWS> walk(chunks, source.tokens_dense());
   VK_NO_UNROLL
-  for (int i = opaque(group.thread); i < walk.visits(); i += Group<ROWS>::THREADS) {
+  for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
     const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
     if (walk.chunk(i) >= chunks) continue;
     const int64_t index = present ? token(row) : -1;
@@ -88,13 +88,14 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<R
 }
 
 template <int ROWS, class T, class Token>
-VK_DEVICE void store_tile(const Matrix<T>& target, const T* tile, int ld, const Group<ROWS>& group, Token token) {
+VK_DEVICE void store_tile(const Matrix<T>& target, const T* tile, int ld, const Group<ROWS>& group,
+                          Token token) {
   constexpr int WIDTH = 16 / sizeof(T);
   const int chunks = (target.channels + WIDTH - 1) / WIDTH;
   const bool vectorized = target.vectorized();
   const Walk<ROWS> walk(chunks, target.tokens_dense());
   VK_NO_UNROLL
-  for (int i = opaque(group.thread); i < walk.visits(); i += Group<ROWS>::THREADS) {
+  for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
     const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
     if (walk.chunk(i) >= chunks) continue;
     const int64_t index = token(row);

@@ -138,7 +138,6 @@ def prepare_flex(inputs: Inputs, training: bool) -> Function:
     except ImportError as error:
         raise Unavailable(f"flex_attention: {error}") from error
     index = relative_index(inputs.options["window"], inputs.options["bias_index"], inputs.grad_out.device)
-    torch._dynamo.reset()  # a recompilation limit reached by earlier shapes would fall back to eager
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor) -> Tensor:

@@ -133,8 +133,16 @@ def _flops(
     return qk * (grad_q + grad_k) + pv * (grad_v + (grad_q or grad_k or grad_table))
 
 
-def _triton_limits(q: Any, k: Any, v: Any, bias_table: Any, *_: Any) -> list[str]:
+def _triton_limits(q: Any, k: Any, v: Any, *_: Any) -> list[str]:
+    tokens, width = q.shape[2], max(q.shape[3], v.shape[3])
+    if tokens > 64 and width > 128:  # the tiled kernels would spill
+        return [f"windows of more than 64 tokens take head_dim and value_dim up to 128, got {width}"]
     return []
+
+
+def _cuda_limits(q: Any, k: Any, v: Any, *_: Any) -> list[str]:
+    width = max(q.shape[3], v.shape[3])
+    return [f"takes head_dim and value_dim up to 128, got {width}"] if width > 128 else []
 
 
 _NATIVE = "vitkernels.kernels.window_attention.native"
@@ -147,7 +155,7 @@ operator = Operator(
     allocate=_allocate,
     reference=reference.forward,
     backends=(
-        Backend("cuda", _NATIVE),
+        Backend("cuda", _NATIVE, limits=_cuda_limits),
         Backend(
             "triton",
             "vitkernels.kernels.window_attention.triton",

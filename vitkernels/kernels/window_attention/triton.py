@@ -7,7 +7,7 @@ recompiles. Windows of at most 64 tokens take the single-tile kernels, others th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,32 +29,42 @@ FORWARD_PROGRAMS = 1024
 # Fewer in the backward, where each program also writes an N x N partial of the bias gradient.
 BACKWARD_PROGRAMS = 512
 PARTIAL_BYTES = 64 << 20
-# Elements of a window in q and v up to which the backward fits twice into 99 KB of shared memory.
-PREFETCH_ELEMENTS = 64 * 128
+# Elements of a window in q (read twice) and v up to which the backward prefetches within 99 KB of shared
+# memory, the least a supported GPU has.
+PREFETCH_ELEMENTS = 64 * 144
 
 
-@lru_cache(maxsize=None)
-def whole_configuration(tokens: int, head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
-    """Tiles of the single-tile kernels, which walk through d and dv in slices of 16 (no padding up to 128)."""
+@cache
+def whole_configuration(
+    tokens: int, head_dim: int, value_dim: int, itemsize: int, dense: bool, backward: bool
+) -> dict[str, int]:
+    """Tiles of the single-tile kernels, which walk through d and dv in slices of 16.
+
+    `dense`: rows of q, k, v are dense, so that they can be prefetched by asynchronous copies.
+    """
     block = padded(tokens)
     config = {"BLOCK": block, "BLOCK_D": 16, "BLOCK_V": 16, "UNROLL_D": 1, "UNROLL_V": 1}
     if itemsize == 4:
         # fp32 products run on the FMA units with both operands in registers: more threads, or they spill.
-        return {**config, "num_warps": block // 8, "num_stages": 1}
+        config |= {"num_warps": block // 8, "num_stages": 1}
+        # Left alone, ptxas squeezes this one into 80 registers and spills.
+        return config if backward or block < 64 else {**config, "maxnreg": 128}
     config["num_warps"] = block // 16
     # Unrolled slices let the loop over windows prefetch a whole window, where two of them fit shared memory.
     # (Masks of ragged slices would cost the registers that prefetching leaves.)
-    if block * (head_dim + value_dim) > PREFETCH_ELEMENTS or head_dim % 16 or value_dim % 16:
+    ragged = head_dim % 16 or value_dim % 16
+    if not dense or ragged or block * (2 * head_dim + value_dim) > PREFETCH_ELEMENTS:
         return {**config, "num_stages": 1}
     return {**config, "UNROLL_D": -(-head_dim // 16), "UNROLL_V": -(-value_dim // 16), "num_stages": 2}
 
 
-@lru_cache(maxsize=None)
-def tiled_configuration(head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
-    """Tiles of the tiled kernels, which hold all of d and dv."""
+@cache
+def tiled_configuration(head_dim: int, value_dim: int, itemsize: int, bias: bool = False) -> dict[str, int]:
+    """Tiles of the tiled kernels, which hold all of d and dv. `bias`: for backward_bias_tiled."""
     config = {"BLOCK_N": 32, "BLOCK_D": padded(head_dim), "BLOCK_V": padded(value_dim), "num_stages": 1}
     if itemsize == 4:
-        return {"BLOCK_M": 64, "num_warps": 8, **config}
+        # ptxas would fit the bias kernel into 128 registers, and spill.
+        return {"BLOCK_M": 64, "num_warps": 8, **config, **({"maxnreg": 168} if bias else {})}
     return {"BLOCK_M": 64 if max(head_dim, value_dim) <= 64 else 32, "num_warps": 4, **config}
 
 
@@ -67,6 +77,10 @@ def window_chunks(batch: int, heads: int, programs: int, per_head: int = 1) -> i
 
 def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()
+
+
+def _dense(*tensors: Tensor) -> bool:
+    return all(tensor.stride(3) == 1 for tensor in tensors)
 
 
 def forward(
@@ -88,7 +102,8 @@ def forward(
     shape = (window_h, window_w, signed_bias, head_dim, value_dim)
     with device_of(q):
         if tokens <= WHOLE_WINDOW:
-            config = whole_configuration(tokens, head_dim, value_dim, q.element_size())
+            size, dense = q.element_size(), _dense(q, k, v)
+            config = whole_configuration(tokens, head_dim, value_dim, size, dense, False)
             chunks = window_chunks(batch, heads, FORWARD_PROGRAMS * 4 // config["num_warps"])
             forward_whole[(chunks * heads,)](
                 out, lse, q, k, v, bias_table, *strides, batch, heads, chunks, scale, *shape, **config
@@ -146,9 +161,8 @@ def backward(
             )  # fmt: skip
 
 
-def _partials(q: Tensor, chunks: int) -> Tensor:
-    _, heads, tokens, _ = q.shape
-    return torch.empty(chunks, heads, tokens, tokens, dtype=torch.float32, device=q.device)
+def _scratch(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _backward_whole(
@@ -157,14 +171,15 @@ def _backward_whole(
 ):  # fmt: skip
     batch, heads, tokens, head_dim = q.shape
     value_dim = v.shape[3]
-    config = whole_configuration(tokens, head_dim, value_dim, q.element_size())
+    config = whole_configuration(tokens, head_dim, value_dim, q.element_size(), _dense(q, k, v), True)
     chunks = window_chunks(batch, heads, BACKWARD_PROGRAMS * 4 // config["num_warps"])
-    partials = _partials(q, chunks) if bias_gradient else None
+    partials = _scratch(q, chunks, heads, tokens, tokens) if bias_gradient else None
     backward_whole[(chunks * heads,)](
         grad_q, grad_k, grad_v, partials, grad_out, grad_lse, lse, q, k, v, bias_table,
         *_strides(grad_q, 4), *_strides(grad_k, 4), *_strides(grad_v, 4), *_strides(grad_out, 4),
-        *_strides(grad_lse, 3), *lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias_table, 2),
-        batch, heads, chunks, scale, window_h, window_w, signed_bias, head_dim, value_dim, **config,
+        *_strides(grad_lse, 3), *lse.stride(), *q.stride(), *k.stride(), *v.stride(),
+        *_strides(bias_table, 2), batch, heads, chunks, scale, window_h, window_w, signed_bias, head_dim,
+        value_dim, **config,
     )  # fmt: skip
     return partials
 
@@ -177,8 +192,8 @@ def _backward_tiled(
     value_dim = v.shape[3]
     config = tiled_configuration(head_dim, value_dim, q.element_size())
     tiles_m, tiles_n = -(-tokens // config["BLOCK_M"]), -(-tokens // config["BLOCK_N"])
-    delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    incoming = (*_strides(grad_out, 4),)
+    delta = _scratch(q, batch, heads, tokens)
+    incoming = _strides(grad_out, 4)
     inputs = (*lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias_table, 2))
     shape = (window_h, window_w, signed_bias, head_dim, value_dim)
     backward_query_tiled[(batch * heads * tiles_m,)](
@@ -194,7 +209,8 @@ def _backward_tiled(
         return None
     programs = min(BACKWARD_PROGRAMS, PARTIAL_BYTES * tiles_m * tiles_n // (4 * tokens * tokens))
     chunks = window_chunks(batch, heads, programs, tiles_m * tiles_n)
-    partials = _partials(q, chunks)
+    partials = _scratch(q, chunks, heads, tokens, tokens)
+    config = tiled_configuration(head_dim, value_dim, q.element_size(), bias=True)
     backward_bias_tiled[(chunks * heads * tiles_m * tiles_n,)](
         partials, grad_out, lse, delta, q, k, v, bias_table, *incoming, *inputs, batch, heads, chunks, scale,
         *shape, **config,
@@ -202,26 +218,35 @@ def _backward_tiled(
     return partials
 
 
-# (window, head_dim, value_dim, signed): EfficientViT's three stages at their narrowest and widest, Swin at 384 px.
+# (window, head_dim, value_dim, signed, tokens dense as in views of NCHW maps): EfficientViT at its narrowest
+# and widest, Swin at 224 and 384 px.
 EXAMPLES = (
-    ((7, 7), 16, 16, False),
-    ((7, 7), 16, 96, False),
-    ((4, 4), 16, 112, False),
-    ((12, 12), 32, 32, True),
+    ((7, 7), 16, 16, False, True),
+    ((7, 7), 16, 96, False, True),
+    ((4, 4), 16, 112, False, True),
+    ((7, 7), 32, 32, True, False),
+    ((12, 12), 32, 32, True, False),
 )
 
 
 def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls that launch every kernel at representative sizes, for compiling them without a GPU."""
-    for window, head_dim, value_dim, signed in EXAMPLES:
+    for window, head_dim, value_dim, signed, tokens_dense in EXAMPLES:
         tokens = window[0] * window[1]
         entries = (2 * window[0] - 1) * (2 * window[1] - 1) if signed else tokens
-        q, k, v, out = (torch.empty(4, 2, tokens, c, dtype=dtype) for c in (head_dim, head_dim, *2 * (value_dim,)))
-        lse, table = torch.empty(4, 2, tokens), torch.empty(2, entries)
+        heads = 1 if tokens_dense else 2
+        q, k, v, out = (
+            torch.empty(4, heads, width, tokens, dtype=dtype).transpose(2, 3)
+            if tokens_dense
+            else torch.empty(4, heads, tokens, width, dtype=dtype)
+            for width in (head_dim, head_dim, value_dim, value_dim)
+        )
+        lse, table = torch.empty(4, heads, tokens), torch.empty(heads, entries)
         inputs = (q, k, v, table, *window, signed, head_dim**-0.5)
 
         def call(out=out, lse=lse, q=q, k=k, v=v, table=table, inputs=inputs):
             forward(out, lse, *inputs)
             backward(q, k, v, table, out, lse, out, lse, *inputs)
 
-        yield f"{window[0]}x{window[1]} d={head_dim} dv={value_dim}", call
+        layout = " tokens dense" if tokens_dense else ""
+        yield f"{window[0]}x{window[1]} d={head_dim} dv={value_dim}{layout}", call

@@ -1,11 +1,11 @@
 """Windows of any number of tokens in Triton: online softmax over key tiles; each result has one owner.
 
-Query tiles own out, lse, grad_q and delta; key tiles own grad_k and grad_v; (query tile, key tile) pairs own the
-logit gradient summed over a chunk of windows. Nobody adds to another's result, so no atomics and a fixed order.
+Query tiles own out, lse, grad_q and delta; key tiles own grad_k and grad_v; (query tile, key tile) pairs own
+the logit gradient summed over a chunk of windows. Nobody adds to another's result: no atomics, a fixed order.
 
-Floor per window and head: as for whole windows (triton_whole.py). Tiling adds the re-reading of keys and values
-by every query tile (which the L2 cache serves) and, in the backward, 2 N^2 (d + dv) FLOPs and N^2 exponentials
-for each owner after the first.
+Floor per window and head: as for whole windows (triton_whole.py). Tiling adds the re-reading of keys and
+values by every query tile (which the L2 cache serves) and, in the backward, 2 N^2 (d + dv) FLOPs and N^2
+exponentials for each owner after the first.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from vitkernels.kernels.window_attention.triton_bias import bias_logits, partial
 @triton.jit
 def forward_tiled(
     out, lse, q, k, v, table,
-    out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c,
-    table_h, table_t, heads, scale,
+    out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c,
+    v_b, v_h, v_n, v_c, table_h, table_t, heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SIGNED: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -91,7 +91,8 @@ def tile_logit_gradient(
 def backward_query_tiled(
     grad_q, delta, grad_out, grad_lse, out, lse, q, k, v, table,
     gq_b, gq_h, gq_n, gq_c, go_b, go_h, go_n, go_c, gl_b, gl_h, gl_n, out_b, out_h, out_n, out_c,
-    lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c, table_h, table_t, heads, scale,
+    lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c,
+    table_h, table_t, heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SIGNED: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -121,9 +122,7 @@ def backward_query_tiled(
     tl.store(delta + (window * heads + head) * TOKENS + queries, row_delta, mask=query_valid)
     if grad_q is not None:
         mask_q = tile_mask(query_valid, BLOCK_D, HEAD_DIM)
-        query = load_tile(
-            q + window * q_b + head * q_h, tile_offsets(queries, q_n, q_c, BLOCK_D), mask_q
-        )
+        query = load_tile(q + window * q_b + head * q_h, tile_offsets(queries, q_n, q_c, BLOCK_D), mask_q)
         lse_rows = queries.to(tl.int64) * lse_n
         row_lse = tl.load(lse + window * lse_b + head * lse_h + lse_rows, mask=query_valid, other=INF)
         accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -230,7 +229,7 @@ def backward_bias_tiled(
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Fills partials [chunks, heads, N, N]: the logit gradient summed over windows chunk, chunk + chunks, ..."""
+    """Fills partials [chunks, heads, N, N]: the logit gradient summed over the windows of a chunk."""
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     TILES_M: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (TOKENS + BLOCK_N - 1) // BLOCK_N
@@ -262,4 +261,3 @@ def backward_bias_tiled(
     pair = queries[:, None] * TOKENS + keys[None, :]
     mask = (queries < TOKENS)[:, None] & key_valid[None, :]
     store_tile(partials + partial_offset(chunk, heads, head, TOKENS), pair, mask, accumulator)
-

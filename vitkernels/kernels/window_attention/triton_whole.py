@@ -1,14 +1,15 @@
 """Windows of at most 64 tokens in Triton: one tile holds a window, so nothing is read twice.
 
-A program owns one head of the windows chunk, chunk + chunks, ... and keeps the bias tile (and, in the backward,
-the summed logit gradient) in registers from window to window. Tiles are [tokens rounded up to 16, 32 or 64]
-with one warp per 16 rows, which for 4x4 windows is one warp a program: packing several of them into a larger
-tile would only multiply the logits by masked blocks, and would let a NaN of one window reach its neighbours.
+A program owns one head of the windows chunk, chunk + chunks, ... and keeps the bias tile (and, in the
+backward, the summed logit gradient) in registers from window to window. Tokens are padded to 16, 32 or 64
+with one warp per 16 of them (two in fp32), so a 4x4 window is one warp: packing several into a larger tile
+would only surround their logits with masked blocks, and let a NaN of one window reach its neighbours.
 
-Floor per window and head, N tokens, element size s: forward reads q, k, v and writes out, lse:
-s N (2 d + 2 dv) + 4 N bytes; 2 N^2 (d + dv) FLOPs; N^2 exponentials. Backward reads q, k, v, grad_out, lse and
-writes grad_q, grad_k, grad_v: s N (4 d + 3 dv) + 4 N bytes; 2 N^2 (3 d + 2 dv) FLOPs; N^2 exponentials. At
-N = 49, d = 16, dv = 32 in fp16 that is 23 and 31 FLOP/byte: bound by memory on every GPU with tensor cores.
+Floor per window and head, N tokens, element size s. The forward reads q, k, v and writes out, lse:
+s N (2 d + 2 dv) + 4 N bytes; 2 N^2 (d + dv) FLOPs; N^2 exponentials. The backward reads q, k, v, grad_out,
+lse and writes grad_q, grad_k, grad_v: s N (4 d + 3 dv) + 4 N bytes; 2 N^2 (3 d + 2 dv) FLOPs; N^2
+exponentials; and, for the bias gradient, 8 N^2 bytes per chunk, written here and read by its reduction. At
+N = 49, d = 16, dv = 32 in fp16 that is 24 and 34 FLOP/byte: bound by memory on GPUs with tensor cores.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def whole_logits(
 @triton.jit(do_not_specialize=["batch", "chunks"])
 def forward_whole(
     out, lse, q, k, v, table,
-    out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c,
-    table_h, table_t, batch, heads, chunks, scale,
+    out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c,
+    v_b, v_h, v_n, v_c, table_h, table_t, batch, heads, chunks, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SIGNED: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     UNROLL_D: tl.constexpr, UNROLL_V: tl.constexpr,
@@ -94,10 +95,13 @@ def backward_whole(
     VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     UNROLL_D: tl.constexpr, UNROLL_V: tl.constexpr,
 ):  # fmt: skip
-    """Every gradient of a window; partials [chunks, heads, N, N] get the logit gradient summed over the chunk.
+    """Every gradient of a window; partials [chunks, heads, N, N] get the chunk's summed logit gradient.
 
     delta is sum_m P dP, taken from the tile at hand, so that out need not be read. q and k are read a second
     time, from the cache, rather than kept in registers across the values.
+
+    local memory: up to 320 bytes: where rows are not dense (views of NCHW maps, over 16 tokens) every element
+    has a mask and a 64-bit offset of its own, beside four N x N tiles. Dense rows do not spill.
     """
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     program = tl.program_id(0).to(tl.int64)

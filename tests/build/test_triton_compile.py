@@ -1,0 +1,66 @@
+"""Every Triton kernel compiles for sm_80 and sm_90 as the launchers configure it, and nothing spills."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import kernel_report
+
+
+@pytest.fixture(scope="module")
+def usage() -> list[kernel_report.Usage]:
+    rows = kernel_report.collect(languages=("triton",))
+    for row in rows:
+        print(row)
+    return rows
+
+
+def test_every_kernel_is_compiled_for_every_dtype_and_target(usage: list[kernel_report.Usage]) -> None:
+    seen = {(row.kernel, row.variant.split()[0], row.target) for row in usage}
+    kernels = {row.kernel for row in usage}
+    assert len(kernels) >= 7
+    for kernel in kernels:
+        for dtype in kernel_report.DTYPES:
+            for target in kernel_report.TARGETS:
+                assert (kernel, dtype, f"sm_{target}") in seen
+
+
+def test_no_kernel_spills(usage: list[kernel_report.Usage]) -> None:
+    failing = [f"{row.kernel} [{row.variant}] {row.target}: {row.local} bytes" for row in usage if row.fails]
+    assert not failing, "local memory beyond what the source explains:\n" + "\n".join(failing)
+    assert all(row.local == 0 for row in usage if "tokens dense" not in row.variant)
+
+
+def test_shared_memory_fits_every_supported_gpu(usage: list[kernel_report.Usage]) -> None:
+    """The smallest limit among compute capabilities 8.x, 9.0 and 12.0 is 99 KB a block."""
+    assert all(row.shared <= 99 * 1024 for row in usage)
+
+
+def test_batch_size_never_recompiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from vitkernels.kernels.window_attention import triton as launcher
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    table = torch.empty(1, 16)
+    with kernel_report.compile_only(80) as compiled:
+        for batch in (1, 2, 3, 16, 4096):
+            q, out = torch.empty(batch, 1, 16, 16), torch.empty(batch, 1, 16, 32)
+            launcher.forward(out, torch.empty(batch, 1, 16), q, q, out, table, 4, 4, False, 0.25)
+    assert len(compiled) == 1
+
+
+def test_a_spilling_kernel_is_seen() -> None:
+    row = kernel_report.Usage("triton", "kernel", "float32", "sm_80", 255, 0, 64, 64, 128, "")
+    assert row.fails
+    assert not kernel_report.dataclasses.replace(row, explanation="an indexed array", allowed=64).fails
+    assert kernel_report.dataclasses.replace(row, explanation="an indexed array", allowed=63).fails

@@ -1,0 +1,292 @@
+"""The compiled CPU kernels of window attention against the reference, on each instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tolerance import FORWARD, GRADIENT, assert_close_to_truth
+
+from vitkernels.core import native as extension
+from vitkernels.kernels.window_attention import native, reference
+
+pytestmark = pytest.mark.skipif(bool(extension.why_missing()), reason="the compiled extension is missing")
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+GUARD = 64
+# How a logical [batch, heads, tokens, channels] lies in memory, outermost dimension first; the last entry is
+# the stride of the innermost one.
+LAYOUTS = {
+    "contiguous": ((0, 1, 2, 3), 1),
+    "nchw": ((0, 1, 3, 2), 1),
+    "tokens_first": ((0, 2, 1, 3), 1),
+    "strided": ((0, 1, 2, 3), 2),
+    "strided_nchw": ((1, 0, 3, 2), 3),
+}
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of the layout inside a buffer of NaN, and that buffer."""
+    order, step = LAYOUTS[layout]
+    physical = [shape[i] for i in order]
+    size = step * torch.Size(physical).numel()
+    buffer = torch.full((size + 2 * GUARD + 1,), float("nan"), dtype=dtype)
+    block = buffer[GUARD + 1 : GUARD + 1 + size].view(*physical, step)[..., 0]
+    return block.permute([order.index(i) for i in range(4)]), buffer
+
+
+def lay(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    view, _ = guarded(tuple(tensor.shape), tensor.dtype, layout)
+    return view.copy_(tensor)
+
+
+@dataclass
+class Problem:
+    window: tuple[int, int]
+    d: int
+    dv: int
+    bias: str | None
+    layout: str
+    dtype: torch.dtype
+    batch: int = 3
+    heads: int = 2
+    bias_dtype: torch.dtype | None = None
+    spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        wh, ww = self.window
+        self.tokens = wh * ww
+        self.params = (wh, ww, self.bias == "signed", self.d**-0.5)
+        self.entries = (2 * wh - 1) * (2 * ww - 1) if self.bias == "signed" else self.tokens
+        self.lse_dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        lead = (self.batch, self.heads, self.tokens)
+        q, k, v, g = (
+            lay((torch.randn(*lead, c) * s).to(self.dtype), self.layout)
+            for c, s in ((self.d, self.spread), (self.d, self.spread), (self.dv, 1), (self.dv, 1))
+        )
+        table = None
+        if self.bias is not None:
+            table = torch.randn(self.heads, self.entries).to(self.bias_dtype or self.dtype)
+        self.inputs = (q, k, v, table)
+        self.grad_out = g
+        self.grad_lse = torch.randn(lead).to(self.lse_dtype)
+
+    def expected(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
+        leaves = [None if t is None else t.to(self._as(t, dtype)).requires_grad_() for t in self.inputs]
+        out, lse = reference.forward(*leaves, *self.params)
+        wanted = [t for t in leaves if t is not None]
+        grads = torch.autograd.grad(
+            (out, lse), wanted, (self.grad_out.to(out.dtype), self.grad_lse.to(lse.dtype))
+        )
+        return [out, lse, *grads, *([None] if leaves[3] is None else [])]
+
+    def _as(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+        return tensor.dtype if dtype is self.dtype else dtype
+
+    def run(
+        self, wanted: tuple[bool, ...] = (True,) * 4, grad_out: bool = True, grad_lse: bool = True
+    ) -> list[torch.Tensor | None]:
+        """out, lse and the gradients; every element was written and nothing beside them."""
+        q, k, v, table = self.inputs
+        buffers = []
+
+        def fresh(like: torch.Tensor) -> torch.Tensor:
+            view, buffer = guarded(tuple(like.shape), like.dtype, self.layout)
+            buffers.append((view, buffer))
+            return view
+
+        out = fresh(v)
+        lse = torch.full(v.shape[:3], float("nan"), dtype=self.lse_dtype)
+        native.forward(out, lse, q, k, v, table, *self.params)
+        grads = [fresh(t) if want else None for t, want in zip((q, k, v), wanted, strict=False)]
+        grads.append(torch.full_like(table, float("nan")) if table is not None and wanted[3] else None)
+        native.backward(
+            *grads,
+            self.grad_out if grad_out else None,
+            self.grad_lse if grad_lse else None,
+            *(out, lse, q, k, v, table),
+            *self.params,
+        )
+        for view, buffer in buffers:
+            assert buffer.isnan().sum() == buffer.numel() - view.numel()
+        return [out, lse, *grads]
+
+    def check(self) -> None:
+        truth, baseline = self.expected(torch.float64), self.expected(self.dtype)
+        names = ("out", "lse", "grad_q", "grad_k", "grad_v", "grad_bias_table")
+        for name, got, base, true in zip(names, self.run(), baseline, truth, strict=True):
+            if got is None:
+                assert true is None
+            elif self.dtype is torch.float64:
+                scale = true.abs().max() * max(1, self.tokens) ** 0.5
+                assert (got - true).abs().max() <= 32 * torch.finfo(torch.float64).eps * scale, name
+            else:
+                pairs = self.batch * self.tokens**2 // self.entries if name == "grad_bias_table" else 1
+                factor = FORWARD if name in ("out", "lse") else GRADIENT
+                assert_close_to_truth(name, got, base, true, factor=factor, reduced=max(1, pairs))
+
+
+CASES: list[tuple[Any, ...]] = [
+    ((7, 7), 16, 16, "absolute", "nchw"),
+    ((7, 7), 16, 64, "absolute", "nchw"),
+    ((7, 7), 16, 96, "signed", "contiguous"),
+    ((7, 7), 24, 48, None, "tokens_first"),
+    ((4, 4), 16, 112, "absolute", "nchw"),
+    ((4, 4), 16, 80, "signed", "strided"),
+    ((8, 8), 32, 32, "signed", "tokens_first"),
+    ((12, 12), 32, 24, "absolute", "contiguous"),
+    ((12, 12), 16, 32, "signed", "nchw"),
+    ((7, 5), 16, 20, "signed", "nchw"),
+    ((7, 5), 5, 3, "absolute", "strided_nchw"),
+    ((3, 5), 7, 9, "signed", "contiguous"),
+    ((1, 1), 16, 16, "absolute", "contiguous"),
+    ((1, 17), 3, 33, None, "nchw"),
+    ((17, 1), 33, 1, "signed", "contiguous"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0][0]}x{c[0][1]}-{c[1]}-{c[2]}-{c[3]}-{c[4]}")
+def test_matches_reference(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    Problem(*case, dtype).check()
+
+
+@pytest.mark.parametrize("bias", [None, "absolute", "signed"])
+@pytest.mark.parametrize("layout", ["nchw", "contiguous"])
+def test_windows_of_many_tiles(bias: str | None, layout: str) -> None:
+    """Large enough for several query and key tiles and for a bias that is not kept expanded."""
+    Problem((20, 23), 16, 24, bias, layout, torch.float32, batch=2, heads=1).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_table_with_half_tensors(dtype: torch.dtype) -> None:
+    Problem((7, 7), 16, 32, "absolute", "nchw", dtype, bias_dtype=torch.float32).check()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "contiguous"])
+def test_peaked_softmax(layout: str) -> None:
+    """Logits of hundreds: most probabilities underflow, none may become NaN.
+
+    The backward pass knows a probability no better than lse is rounded, which is what bounds its error.
+    """
+    problem = Problem((7, 7), 16, 32, "signed", layout, torch.float32, spread=12.0)
+    want = problem.expected(torch.float64)
+    bound = torch.finfo(torch.float32).eps * want[1].abs().max()
+    assert want[1].abs().max() > 300
+    for got, true in zip(problem.run(), want, strict=True):
+        assert (got - true).abs().max() <= 4 * bound * true.abs().max()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "contiguous"])
+def test_minus_infinity_in_the_table_masks(layout: str) -> None:
+    problem = Problem((7, 7), 16, 32, "absolute", layout, torch.float32)
+    problem.inputs[3][:, 20:] = float("-inf")
+    want = problem.expected(torch.float64)
+    for got, true in zip(problem.run(), want, strict=True):
+        assert torch.isfinite(got).all()
+        assert (got - true).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["nchw", "contiguous"])
+@pytest.mark.parametrize("window", [(7, 7), (12, 12)], ids=str)
+def test_nan_reaches_exactly_its_window(layout: str, window: tuple[int, int]) -> None:
+    problem = Problem(window, 16, 32, "absolute", layout, torch.float32)
+    for query in (0, problem.tokens - 1):
+        fresh = Problem(window, 16, 32, "absolute", layout, torch.float32)
+        fresh.inputs[0][1, 0, query, 3] = float("nan")
+        out = torch.empty_like(fresh.inputs[2])
+        lse = torch.empty(out.shape[:3])
+        native.forward(out, lse, *fresh.inputs, *fresh.params)
+        hit = torch.zeros(lse.shape, dtype=torch.bool)
+        hit[1, 0, query] = True
+        assert torch.equal(out.isnan().all(-1), hit)
+        assert torch.equal(out.isnan().any(-1), hit)
+        assert torch.equal(lse.isnan(), hit)
+
+
+def test_absent_results_change_nothing() -> None:
+    problem = Problem((7, 7), 16, 32, "absolute", "nchw", torch.float32)
+    full = problem.run()
+    for wanted in ((True, False, False, False), (False, True, False, True), (False, False, True, False)):
+        for got, want in zip(problem.run(wanted)[2:], full[2:], strict=True):
+            assert got is None or torch.equal(got, want)
+    assert problem.run((False,) * 4)[2:] == [None] * 4
+
+
+@pytest.mark.parametrize("window", [(7, 7), (12, 12)], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "contiguous"])
+def test_absent_incoming_gradients_are_zeros(window: tuple[int, int], layout: str) -> None:
+    problem = Problem(window, 16, 32, "signed", layout, torch.float32)
+    only_out, only_lse = problem.run(grad_lse=False), problem.run(grad_out=False)
+    neither = problem.run(grad_out=False, grad_lse=False)
+    grad_out, grad_lse = problem.grad_out.clone(), problem.grad_lse.clone()
+    problem.grad_lse.zero_()
+    for got, want in zip(only_out, problem.run(), strict=True):
+        assert torch.equal(got, want)
+    problem.grad_lse.copy_(grad_lse)
+    problem.grad_out.zero_()
+    for got, want in zip(only_lse, problem.run(), strict=True):
+        assert torch.equal(got, want)
+    assert all((t == 0).all() for t in neither[2:])
+    assert grad_out.abs().max() > 0
+    assert any((t != 0).any() for t in only_lse[2:])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((7, 7), 16, 64, "absolute", "nchw", 37, 2),
+        ((4, 4), 16, 48, "signed", "contiguous", 150, 3),
+        ((12, 12), 16, 32, "absolute", "nchw", 5, 1),
+        ((24, 24), 16, 16, "signed", "contiguous", 1, 1),
+    ],
+    ids=lambda c: f"{c[0][0]}x{c[0][1]}",
+)
+def test_threads_do_not_change_a_bit(case: tuple[Any, ...]) -> None:
+    *case, batch, heads = case
+    problem = Problem(*case, torch.float32, batch=batch, heads=heads)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(problem.run())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one, same)
+
+
+def _in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "VITKERNELS_CPU_ISA": isa}
+    return subprocess.run(
+        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def test_instruction_set_is_the_one_asked_for() -> None:
+    found = extension.load().cpu_isa()
+    assert found == (os.environ.get("VITKERNELS_CPU_ISA") or found)
+    assert found in ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lesser_instruction_sets(isa: str) -> None:
+    """This file's own numerical tests, with the kernels of a lesser processor."""
+    tests = (
+        "asked_for or (matches_reference and not bfloat16) or half_tensors or masks or its_window or 24x24"
+    )
+    done = _in_process(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, __file__)
+    if "not available" in done.stdout:
+        pytest.skip(f"{isa} is not available here")
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    done = _in_process("sse9", "-c", "from vitkernels.core import native; native.load().cpu_isa()")
+    assert "ValueError: VITKERNELS_CPU_ISA: expected baseline, avx2 or avx512, got sse9" in done.stderr

@@ -1,0 +1,486 @@
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import sys
+
+import official_layers
+import pytest
+import torch
+from randomise import randomise, relative_error
+from timm_import import import_timm
+from torch import nn
+
+import vitkernels
+from vitkernels import models
+from vitkernels.nn import LocalWindowAttention
+from vitkernels.patching import packed
+
+MODELS = [f"efficientvit_m{i}" for i in range(6)]
+IMAGE = 112  # maps of 7, 4 and 2, so one whole and two padded windows for M0's tables of 7, 7 and 4
+
+
+@functools.cache
+def _timm_model(name: str) -> nn.Module:
+    return randomise(import_timm().create_model(name)).eval()
+
+
+def timm_model(name: str = "efficientvit_m0") -> nn.Module:
+    return copy.deepcopy(_timm_model(name))
+
+
+def small_model() -> nn.Module:
+    """A model of this package's own layers and plain ones, quick to run and the same in every process."""
+    torch.manual_seed(0)
+    body = models.EfficientViT(
+        img_size=112, num_classes=10, embed_dim=(32, 64), key_dim=(16, 16), depth=(1, 1), num_heads=(2, 2),
+        window_size=4, kernels=(5, 3),
+    )
+    return randomise(body).eval()
+
+
+def image(batch: int = 2, size: int = IMAGE) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def traces(model: nn.Module) -> list[tuple[type, list[str]]]:
+    return [(type(module), list(module.__dict__)) for module in model.modules()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_timm_logits_stay_and_revert_restores_them(name: str) -> None:
+    model, x = timm_model(name), image(1, 224)
+    with torch.no_grad():
+        before = model(x)
+        keys, state = list(model.state_dict()), traces(model)
+        for fold_bn in (False, True):
+            report = vitkernels.apply(model, fold_bn=fold_bn, verbose=False)
+            assert report.skipped == []
+            assert list(model.state_dict()) == keys
+            error = relative_error(model(x), before)
+            print(f"{name} fold_bn={fold_bn}: relative error {error:.2e}")
+            assert error < 1e-5
+            assert vitkernels.revert(model) == len(report.replaced)
+            assert torch.equal(model(x), before)
+            assert traces(model) == state
+
+
+def test_the_kernels_are_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = timm_model(), []
+    original = vitkernels.ops.window_attention
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs["backend"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(vitkernels.ops, "window_attention", spy)
+    vitkernels.apply(model, backend="reference", verbose=False)
+    calls.clear()
+    with torch.no_grad():
+        model(image())
+    assert calls == ["reference"] * 6 * 4
+    vitkernels.revert(model)
+    with torch.no_grad():
+        model(image())
+    assert len(calls) == 24
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_training_is_the_same(channels_last: bool) -> None:
+    x = image(4).double()
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    theirs, ours = (timm_model().double().train() for _ in range(2))
+    vitkernels.apply(ours, verbose=False)
+    for model in (theirs, ours):
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        model(x).square().mean().backward()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert a.grad is not None, name
+        if b.grad.norm() > 1e-12:  # batch statistics cancel the gradients of some shifts
+            assert relative_error(a.grad, b.grad) < 1e-9, name
+        assert "attention_biases" not in name or b.grad.norm() > 1e-6
+    for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert torch.equal(a, b) or relative_error(a, b) < 1e-9, name
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(timm_model(), nn.MultiheadAttention(8, 2), nn.BatchNorm1d(8)).eval()
+    report = vitkernels.apply(model, fold_bn=True)
+    assert capsys.readouterr().out == f"{report}\n"
+    counts = {kernel: sum(k == kernel for *_, k in report.replaced) for *_, kernel in report.replaced}
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    squeeze_excite = 2 * 2
+    assert counts == {
+        "window_attention": 6,
+        "window partition": 6,
+        "batch norm folded": convolutions - squeeze_excite + 1,
+        "ReLU fused": 1 + 6 * 2 + 2 * 2 + 2,
+    }
+    assert ("0.stages.2.blocks.2.mixer.m.attn", "CascadedGroupAttention", "window_attention") in report.replaced
+    assert [entry[:2] for entry in report.skipped] == [("", "Sequential"), ("1", "MultiheadAttention")]
+    for text in ("CascadedGroupAttention", "window_attention", "no kernel", "MultiheadAttention"):
+        assert text in str(report)
+    again = vitkernels.apply(model, fold_bn=True, verbose=False)
+    assert capsys.readouterr().out == ""
+    assert again == report
+
+
+def test_applying_again_changes_nothing_but_the_backend() -> None:
+    model = timm_model()
+    vitkernels.apply(model, verbose=False)
+    state = traces(model)
+    vitkernels.apply(model, verbose=False)
+    assert traces(model) == state
+    vitkernels.apply(model, backend="reference", verbose=False)
+    assert traces(model) != state
+    vitkernels.revert(model)
+    assert traces(model) == traces(timm_model())
+    assert vitkernels.revert(model) == 0
+
+
+def _copies() -> dict[str, object]:
+    def saved(model):
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        return torch.load(buffer, weights_only=False)
+
+    return {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+        "torch.save": saved,
+        "ema": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+    }
+
+
+@pytest.mark.parametrize("how", _copies())
+def test_copies_run_on_their_own_parameters(how: str) -> None:
+    model, x = timm_model(), image()
+    vitkernels.apply(model, fold_bn=True, verbose=False)
+    with torch.no_grad():
+        before = model(x)
+        twin = _copies()[how](model)
+        assert torch.equal(twin(x), before)
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    twin.train()
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    twin(x).square().mean().backward()
+    optimizer.step()
+    twin.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+        after = twin(x)
+        assert relative_error(after, before) > 1e-3
+        vitkernels.revert(twin)
+        assert relative_error(twin(x), after) < 1e-5
+        assert torch.equal(model(x), before)
+
+
+def test_replicas_run_on_their_own_parameters() -> None:
+    model = timm_model()
+    vitkernels.apply(model, verbose=False)
+    attn = model.stages[0].blocks[0].mixer.m.attn
+    assert attn._replicate_for_data_parallel().forward.__self__ is not attn
+
+
+def _ddp_worker(rank: int, path: str, results: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    assert "timm" not in sys.modules
+    model = small_model().train()
+    vitkernels.apply(model, backend=None, verbose=False)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    x = image(4)[2 * rank : 2 * rank + 2]
+    wrapped(x).square().mean().backward()
+    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{results}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel_averages_the_gradients(tmp_path) -> None:
+    results = str(tmp_path / "grads")
+    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path / "init"), results), nprocs=2)
+    first, second = torch.load(results + "0"), torch.load(results + "1")
+    expected: dict[str, torch.Tensor] = {}
+    for rank in range(2):
+        model = small_model().train()
+        model(image(4)[2 * rank : 2 * rank + 2]).square().mean().backward()
+        for name, p in model.named_parameters():
+            expected[name] = expected.get(name, 0) + p.grad / 2
+    norm = torch.stack([grad.norm() for grad in expected.values()]).norm()
+    for name, grad in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        assert (first[name] - grad).norm() < 1e-4 * norm, name
+
+
+@pytest.mark.parametrize("fold_bn", [False, True])
+def test_export_takes_the_reference(fold_bn: bool) -> None:
+    model, x = small_model(), image()
+    with torch.no_grad():
+        before = model(x)
+        vitkernels.apply(model, fold_bn=fold_bn, backend=None, verbose=False)
+        program = torch.export.export(model, (x,))
+        assert "vitkernels" not in str(program.graph)
+        assert relative_error(program.module()(x), before) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "folded"])
+def test_compiles_as_one_graph(mode: str) -> None:
+    import_timm()
+    from timm.models.efficientvit_msra import LocalWindowAttention as TimmAttention
+
+    model = nn.Sequential(randomise(TimmAttention(32, 16, 2, 1, 9, 5, (5, 3))))
+    model.train(mode == "train")
+    x = torch.randn(2, 32, 9, 9)
+    twin = copy.deepcopy(model)
+    vitkernels.apply(model, fold_bn=mode == "folded", verbose=False)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got, expected = compiled(x), twin(x)
+    assert relative_error(got, expected) < 1e-5
+    got.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= 1e-4 * (b.grad.norm() + 1), name
+
+
+@pytest.mark.parametrize("fold_bn", [False, True])
+def test_autocast(fold_bn: bool) -> None:
+    model, x = timm_model(), image()
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = model(x)
+            vitkernels.apply(model, fold_bn=fold_bn, verbose=False)
+            ours = model(x)
+        assert ours.dtype is torch.bfloat16
+        print(f"bf16 error: theirs {relative_error(theirs, exact):.1e}, ours {relative_error(ours, exact):.1e}")
+        assert relative_error(ours, exact) < 1.5 * relative_error(theirs, exact)
+        assert relative_error(model(x), exact) < 1e-5, "the weights cast for autocast were used outside of it"
+
+
+@pytest.mark.parametrize(("side", "size"), [(5, 9), (4, 4), (7, 14)])
+def test_the_official_classes_and_copies_of_them(side: int, size: int) -> None:
+    layer = randomise(official_layers.LocalWindowAttention(32, 16, 2, 1, size, side, (5, 3)))
+    model = nn.Sequential(layer).eval()
+    x = torch.randn(2, 32, size, size)
+    with torch.no_grad():
+        before = model(x)
+        report = vitkernels.apply(model, fold_bn=True, verbose=False)
+        assert [kernel for *_, kernel in report.replaced].count("batch norm folded") == 5
+        assert report.skipped == []
+        assert relative_error(model(x), before) < 1e-5
+        vitkernels.revert(model)
+        assert torch.equal(model(x), before)
+
+
+class Deceiver(official_layers.CascadedGroupAttention):
+    def logits(self, q, k):
+        return super().logits(q, k).relu()
+
+
+def test_a_layer_that_computes_something_else_is_left() -> None:
+    model = nn.Sequential(Deceiver(32, 16, 2, 1, 4, (5, 3)))
+    model[0].register_forward_hook(lambda *_: pytest.fail("a user's hook ran during apply"))
+    state = torch.random.get_rng_state()
+    report = vitkernels.apply(model, verbose=False)
+    assert report.replaced == []
+    assert "computes something else" in report.skipped[0][2]
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_reasons() -> None:
+    def reason(layer: nn.Module) -> str:
+        return vitkernels.apply(nn.Sequential(layer), verbose=False).skipped[0][2]
+
+    layer = official_layers.CascadedGroupAttention(32, 16, 2, 1, 4, (5, 3))
+    layer.forward = lambda x: x
+    assert "on the instance" in reason(layer)
+    with torch.device("meta"):
+        assert "meta" in reason(official_layers.CascadedGroupAttention(32, 16, 2, 1, 4, (5, 3)))
+    del layer.forward, layer.key_dim
+    assert reason(layer) == "has no attribute key_dim"
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match="argument `model`"):
+        vitkernels.apply("efficientvit_m0")
+    with pytest.raises(ValueError, match="'fast'"):
+        vitkernels.apply(nn.Identity(), backend="fast")
+    model = small_model().train()
+    with pytest.raises(ValueError, match=r"argument `fold_bn`.*model\.eval\(\)"):
+        vitkernels.apply(model, fold_bn=True)
+    assert traces(model) == traces(small_model())
+
+
+def folded_pair(seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    pair = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6))
+    with torch.no_grad():
+        for tensor in (*pair.parameters(), pair[1].running_mean, pair[1].running_var):
+            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    return pair.eval(), torch.randn(2, 4, 5, 5, generator=generator)
+
+
+def _steps() -> dict[str, object]:
+    other, _ = folded_pair(1)
+
+    def step(pair):
+        pair.train()
+        pair(torch.randn(4, 4, 5, 5)).square().sum().backward()
+        torch.optim.SGD(pair.parameters(), lr=0.01).step()
+        pair.eval()
+
+    def statistics_through_data(pair):
+        pair.train()
+        pair[1].running_var.data.mul_(3)
+        pair.eval()
+
+    def storage(pair):
+        for p in pair.parameters():
+            p.data = p.data * 2
+        for p in pair.parameters():
+            p.data = p.data + 1
+
+    return {
+        "load_state_dict": lambda pair: pair.load_state_dict(other.state_dict()),
+        "assign": lambda pair: pair.load_state_dict(copy.deepcopy(other.state_dict()), assign=True),
+        "optimizer": step,
+        "statistics": lambda pair: pair[1].running_mean.add_(1),
+        "train_eval": statistics_through_data,
+        "half_and_back": lambda pair: pair.bfloat16().float(),
+        "double": lambda pair: pair.double(),
+        "child": lambda pair: (pair[0].bfloat16().float(), pair[1].bfloat16().float()),
+        "storage": storage,
+    }
+
+
+@pytest.mark.parametrize("name", _steps())
+def test_folded_weights_follow_their_sources(name: str) -> None:
+    pair, x = folded_pair()
+    vitkernels.apply(pair, fold_bn=True, verbose=False)
+    with torch.no_grad():
+        before = pair(x)
+        assert torch.equal(pair(x), before)
+    _steps()[name](pair)
+    twin = copy.deepcopy(pair)
+    vitkernels.revert(twin)
+    with torch.no_grad():
+        x = x.to(pair[0].weight.dtype)
+        assert relative_error(before, twin(x)) > 1e-4 or name == "double"
+        assert relative_error(pair(x), twin(x)) < 1e-6
+
+
+def test_folding_happens_once_and_leaves_gradients_right() -> None:
+    pair, x = folded_pair()
+    twin = copy.deepcopy(pair)
+    vitkernels.apply(pair, fold_bn=True, verbose=False)
+    with torch.inference_mode():
+        pair(x)
+        kept = pair.__dict__["_vitkernels_kept"]
+        pair(x)
+        assert pair.__dict__["_vitkernels_kept"] is kept
+    for model in (pair, twin):
+        model(x).square().sum().backward()
+    for a, b in zip(pair.parameters(), twin.parameters(), strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-5
+    pair.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    pair(leaf).sum().backward()  # on weights folded in inference mode
+    assert leaf.grad.abs().max() > 0
+    assert pair.__dict__["_vitkernels_kept"] is kept
+
+
+def test_weights_are_packed_for_inference_in_fp32_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_LEAST_WORK", 0)
+    pair, x = folded_pair()
+    sequence = nn.Sequential(copy.deepcopy(pair), nn.ReLU()).eval()
+    with torch.no_grad():
+        expected, rectified = pair(x), sequence(x)
+    for model in (pair, sequence):
+        vitkernels.apply(model, fold_bn=True, verbose=False)
+    with torch.inference_mode():
+        for size in (x, x[:1], x[:, :, :3]):  # packed for the first, run on all
+            pair(size)
+        assert pair.__dict__["_vitkernels_kept"].packed is not None
+        assert relative_error(pair(x), expected) < 1e-6
+        assert pair(x).is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(sequence(x), rectified) < 1e-6
+        assert (sequence(x) == 0).any()
+        assert pair(x[:0]).shape == (0, 6, 5, 5)
+    pair.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    pair(leaf).sum().backward()
+    assert leaf.grad.abs().max() > 0
+    monkeypatch.setattr(packed, "_convolve", None)
+    pair.eval()
+    with torch.no_grad():
+        assert torch.allclose(pair(x), expected, rtol=1e-5, atol=1e-5)
+        assert pair.__dict__["_vitkernels_kept"].packed is None
+
+
+def test_hooks_of_a_folded_pair_still_run() -> None:
+    pair, x = folded_pair()
+    vitkernels.apply(pair, fold_bn=True, verbose=False)
+    seen = []
+    pair[0].register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        pair(x)
+    assert len(seen) == 1
+
+    model = small_model()
+    vitkernels.apply(model, fold_bn=True, verbose=False)
+    for module in (model.patch_embed[0], model.patch_embed[1]):
+        module.register_forward_hook(lambda module, _, output: seen.append((module, output.min())))
+    with torch.no_grad():
+        model(image())
+    assert [module for module, _ in seen[1:]] == [model.patch_embed[0], model.patch_embed[1]]
+    assert seen[1][1] < 0 <= seen[2][1], "a hook saw the convolution's output after the ReLU"
+
+
+def test_functional_calls_of_a_folded_pair() -> None:
+    pair, x = folded_pair()
+    vitkernels.apply(pair, fold_bn=True, verbose=False)
+    other, _ = folded_pair(1)
+    with torch.no_grad():
+        pair(x)
+        got = torch.func.functional_call(pair, other.state_dict(), (x,))
+        assert relative_error(got, other(x)) < 1e-6
+    parameters = dict(other.named_parameters())
+    grads = torch.func.grad(lambda p: torch.func.functional_call(pair, p, (x,)).sum())(parameters)
+    assert grads["0.weight"].abs().max() > 0
+
+
+def test_a_dropout_kept_on_is_kept() -> None:
+    head = nn.Sequential(nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 8)).eval()
+    vitkernels.apply(head, fold_bn=True, verbose=False)
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        assert torch.equal(head(x), head(x))
+        head[1].train()
+        assert not torch.equal(head(x), head(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_half_and_double_models(dtype: torch.dtype) -> None:
+    model = small_model()
+    x = image()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        theirs = copy.deepcopy(model).to(dtype)(x.to(dtype))
+        vitkernels.apply(model, fold_bn=True, verbose=False)
+        ours = model.to(dtype)(x.to(dtype))
+    assert ours.dtype is dtype
+    assert relative_error(ours, exact) < 1.5 * relative_error(theirs, exact) + 1e-12
+
+
+def test_the_layers_of_this_package_take_a_backend() -> None:
+    layer = nn.Sequential(randomise(LocalWindowAttention(32, 16, 2, 1)).eval())
+    x = torch.randn(1, 32, 14, 14)
+    with torch.no_grad():
+        before = layer(x)
+        report = vitkernels.apply(layer, backend="reference", verbose=False)
+        assert [kernel for *_, kernel in report.replaced] == ["window partition", "window_attention"]
+        assert relative_error(layer(x), before) < 1e-5
