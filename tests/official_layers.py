@@ -1,4 +1,4 @@
-"""Cascaded group attention as a user's copy of the official code has it: same names, bias gathered and cached."""
+"""Cascaded group attention as in a user's copy of the official code: its names, its cache of biases."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-class Conv2d_BN(nn.Sequential):  # noqa: N801
+class Conv2d_BN(nn.Sequential):
     def __init__(self, a, b, ks=1, stride=1, pad=0, groups=1, bn_weight_init=1):
         super().__init__()
         self.add_module("c", nn.Conv2d(a, b, ks, stride, pad, groups=groups, bias=False))

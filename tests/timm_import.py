@@ -1,7 +1,7 @@
 """Imports timm where torchvision's binary does not load, as beside a CPU build of PyTorch.
 
-timm needs only torchvision's Python; importing that without its binary fails on the two operators it registers
-fake implementations for, so they are declared here (and never called).
+timm needs only torchvision's Python; importing that without its binary fails on the two operators it
+registers fake implementations for, so they are declared here (and never called).
 """
 
 import sys

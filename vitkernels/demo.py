@@ -159,7 +159,7 @@ def execute(args: argparse.Namespace) -> int:
     variants: dict[str, Any] = {EAGER: original, APPLIED: applied, FOLDED: folded}
     if args.compile:
         variants["torch.compile"] = torch.compile(copy.deepcopy(original), dynamic=False)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f", {torch.get_num_threads()} CPU thread(s)" if device.type == "cpu" else ""
     machine = f"{device_name(device)}{threads}"
     console.print(f"\ntiming on {machine} ...", markup=False)
     if note := busy():

@@ -258,6 +258,16 @@ def test_chunks_of_windows_sum_the_table_gradient() -> None:
     check(Case((1, 2), 16, 16, F16, "signed", batch=4099, heads=1))
 
 
+def test_workspace_is_sized_for_the_tiles_that_run() -> None:
+    """Without its table this window would fit large tiles; the workspace was once sized for those."""
+    case = Case((12, 12), 48, 64, F32, batch=1, heads=1)
+    problem = (native.DTYPES[F32],) * 2 + (1, 1, 12, 12, 48, 64, False, 48**-0.5)
+    small_tiles, entries = 144 // 16, 23 * 23
+    assert twin.load().window_attention_workspace_cuda(problem, True) == small_tiles * entries * 4
+    assert twin.load().window_attention_workspace_cuda(problem, False) == 0
+    check(case)
+
+
 def test_a_wrong_table_index_is_noticed() -> None:
     """The tolerance has teeth: bias entries of the transposed window are rejected."""
     case = Case((5, 7), dtype=F16)

@@ -154,7 +154,9 @@ def test_weights_that_do_not_fit_are_listed(tmp_path) -> None:
     path = tmp_path / "weights.pth"
     weights = models.efficientvit_m0(num_classes=10).state_dict()
     torch.save(weights, path)
-    with pytest.raises(ValueError, match=r"(?s)head\.l\.weight: file \[10, 192\], model \[5, 192\].*reset_classifier"):
+    with pytest.raises(
+        ValueError, match=r"(?s)head\.l\.weight: file \[10, 192\], model \[5, 192\].*reset_classifier"
+    ):
         models.create_model("efficientvit_m0", num_classes=5, weights=path)
     weights["surprise"] = weights.pop("head.bn.weight")
     torch.save(weights, path)

@@ -37,19 +37,21 @@ def plain_windows(m: LocalWindowAttention, x: torch.Tensor) -> torch.Tensor:
     height, width = x.shape[2:]
     padded = x.new_zeros(*x.shape[:2], -(-height // side) * side, -(-width // side) * side)
     padded[:, :, :height, :width] = x
-    rows = [
-        torch.cat([m.attn(window) for window in row.split(side, 3)], 3) for row in padded.split(side, 2)
-    ]
+    rows = [torch.cat([m.attn(window) for window in row.split(side, 3)], 3) for row in padded.split(side, 2)]
     return torch.cat(rows, 2)[:, :, :height, :width]
 
 
-def mixer(heads: int, side: int, width: int = 16, kernels: tuple[int, ...] = (7, 5, 3, 3)) -> CascadedGroupAttention:
+def mixer(
+    heads: int, side: int, width: int = 16, kernels: tuple[int, ...] = (7, 5, 3, 3)
+) -> CascadedGroupAttention:
     return randomise(CascadedGroupAttention(heads * width, 16, heads, width / 16, side, kernels))
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize(("heads", "side", "width"), [(1, 1, 16), (2, 4, 112), (3, 7, 32), (4, 6, 16), (2, 12, 48)])
+@pytest.mark.parametrize(
+    ("heads", "side", "width"), [(1, 1, 16), (2, 4, 112), (3, 7, 32), (4, 6, 16), (2, 12, 48)]
+)
 def test_equals_the_definition(heads: int, side: int, width: int, channels_last: bool, train: bool) -> None:
     module = mixer(heads, side, width).train(train)
     x = torch.randn(3, heads * width, side, side)
@@ -67,7 +69,7 @@ def test_equals_the_definition(heads: int, side: int, width: int, channels_last:
     got, got_grads = run(lambda m, leaf: m(leaf), module, torch.float32)
     baseline, baseline_grads = run(plain_attention, module, torch.float32)
     truth, truth_grads = run(plain_attention, module, torch.float64)
-    # Twice the rule of a kernel: the norms in between amplify rounding, so two runs of PyTorch differ as much.
+    # Twice the rule of a kernel: the norms between amplify rounding, so two runs of PyTorch differ as much.
     assert_close_to_truth("out", got, baseline, truth, factor=2 * FORWARD)
     for name, grad in got_grads.items():
         if truth_grads[name].abs().max() < 1e-9:
@@ -81,7 +83,9 @@ def test_equals_the_definition(heads: int, side: int, width: int, channels_last:
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_attention_reads_the_convolution_in_place(monkeypatch: pytest.MonkeyPatch, channels_last: bool) -> None:
+def test_attention_reads_the_convolution_in_place(
+    monkeypatch: pytest.MonkeyPatch, channels_last: bool
+) -> None:
     module = mixer(2, 7).eval()
     outputs, calls = [], []
     for conv in (*module.qkvs, *module.dws):
@@ -148,7 +152,10 @@ def test_a_constant_bias_of_a_head_changes_nothing() -> None:
 
 
 def test_nothing_is_cached_between_calls() -> None:
-    module, other = mixer(2, 7).eval(), randomise(CascadedGroupAttention(32, 16, 2, 1, 7, (7, 5)), seed=1).eval()
+    module, other = (
+        mixer(2, 7).eval(),
+        randomise(CascadedGroupAttention(32, 16, 2, 1, 7, (7, 5)), seed=1).eval(),
+    )
     x = torch.randn(2, 32, 7, 7)
     with torch.no_grad():
         module(x)
@@ -161,7 +168,9 @@ def test_loads_the_official_keys() -> None:
     module = CascadedGroupAttention(32, 16, 2, 1, 7)
     keys = set(module.state_dict())
     assert {"qkvs.0.c.weight", "dws.1.bn.running_var", "proj.1.bn.bias", "attention_biases"} <= keys
-    official = mixer(2, 7, kernels=(5, 5)).state_dict() | {"attention_bias_idxs": torch.zeros(49, 49, dtype=torch.int64)}
+    official = mixer(2, 7, kernels=(5, 5)).state_dict() | {
+        "attention_bias_idxs": torch.zeros(49, 49, dtype=torch.int64)
+    }
     module.load_state_dict(official, strict=True)
     assert torch.equal(module.attention_biases, official["attention_biases"])
     assert set(module.state_dict()) == keys

@@ -223,7 +223,7 @@ def execute(args: argparse.Namespace) -> int:
 
         title = f"{rows[0].subject}, {rows[0].dtype}, {measured.device_name(settings.device)}"
         draw = plot.plot_models if args.model else plot.plot_operator
-        threads = f", {torch.get_num_threads()} threads" if settings.device.type == "cpu" else ""
+        threads = f", {torch.get_num_threads()} CPU thread(s)" if settings.device.type == "cpu" else ""
         draw(args.plot, rows, title + threads)
     return 1 if any(row.ours and row.status == "wrong" for row in rows) else 0
 

@@ -152,6 +152,10 @@ def print_report(console: Console, rows: Sequence[Row], summary: Sequence[dict[s
     for text, where in failures.items():
         style = "red" if text.startswith("wrong") else None
         console.print(f"{text} [first at {where}]", markup=False, style=style)
+    if any(row.floor_share is not None and row.floor_share > 1 for row in rows):
+        console.print(
+            "a share of the floor above 100 %: the peak was measured too low (a busy machine does that)"
+        )
     if summary:
         console.print(summary_table(summary))
 

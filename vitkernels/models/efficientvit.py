@@ -5,6 +5,7 @@ MIT's networks of the same name are others.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -113,6 +114,9 @@ class EfficientViT(nn.Module):
         distillation: a second classifier `head_dist`; in eval mode the mean of the two is returned.
     """
 
+    head: nn.Module
+    head_dist: nn.Module
+
     def __init__(
         self,
         img_size: int = 224,
@@ -154,11 +158,11 @@ class EfficientViT(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the classifier by a fresh one of that width; 0 removes it."""
-        weight = self.patch_embed[0].c.weight
+        weight = next(self.patch_embed.parameters())
         self.num_classes = num_classes
         for name in ("head", "head_dist") if self.distillation else ("head",):
             head = NormLinear(self.num_features, num_classes) if num_classes else nn.Identity()
-            self.add_module(name, head.to(weight.device, weight.dtype).train(self.training))
+            self.add_module(name, head.to(weight).train(self.training))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the official recipe trains without weight decay."""
@@ -197,7 +201,7 @@ class EfficientViT(nn.Module):
 def _stem(in_chans: int, dim: int) -> nn.Sequential:
     widths = (in_chans, dim // 8, dim // 4, dim // 2, dim)
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [ConvNorm(before, after, 3, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

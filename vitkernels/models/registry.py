@@ -52,9 +52,7 @@ def create_model(
     if name not in _MODELS:
         close = difflib.get_close_matches(name, _MODELS, n=3)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ValueError(
-            f"argument `name`: expected one of {', '.join(list_models())}; got {name!r}.{hint}"
-        )
+        raise ValueError(f"argument `name`: expected one of {', '.join(list_models())}; got {name!r}.{hint}")
     model = _MODELS[name](num_classes=num_classes, in_chans=in_chans, **kwargs)
     if weights is not None:
         load_weights(model, weights)

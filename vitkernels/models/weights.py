@@ -66,7 +66,7 @@ def _official_key(key: str) -> str:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Tensors by name from a `.safetensors` file, or from anything that `torch.load(weights_only=True)` reads.
+    """Tensors by name from a `.safetensors` file, or from what `torch.load(weights_only=True)` reads.
 
     A checkpoint's "model_ema", "model" or "state_dict" entry is taken where it has one, and the prefix
     "module." of a model wrapped for data parallelism is removed.
@@ -89,8 +89,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         found = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(
-            f"argument `weights`: expected a state_dict, or a checkpoint with one under 'model', 'state_dict' "
-            f"or 'model_ema'; {path} holds {found}."
+            f"argument `weights`: expected a state_dict, or a checkpoint with one under 'model', "
+            f"'state_dict' or 'model_ema'; {path} holds {found}."
         )
     return {key.removeprefix("module."): value for key, value in content.items()}
 
@@ -121,7 +121,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ),
     ]
     if problems:
-        head = any(key.startswith("head.") and key in own and own[key].shape != loaded[key].shape for key in loaded)
+        head = any(
+            key.startswith("head.") and key in own and own[key].shape != loaded[key].shape for key in loaded
+        )
         fix = "Build it with the file's num_classes, then call model.reset_classifier(n)." if head else ""
         lines = [f"argument `weights`: {path} does not fit {type(model).__name__}:", *problems, fix]
         raise ValueError("\n".join(line for line in lines if line))

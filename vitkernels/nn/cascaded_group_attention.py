@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def cascade(
     for chunk, qkv, dw, table in zip(chunks, qkvs, dws, tables, strict=True):
         y = qkv(features[-1] + chunk if features else chunk)
         tokens = _tokens(y)
-        out = ops.window_attention(
+        out: Any = ops.window_attention(
             _tokens(dw(y.narrow(1, 0, key_dim))),
             tokens.narrow(3, key_dim, key_dim),
             tokens.narrow(3, 2 * key_dim, y.shape[1] - 2 * key_dim),
@@ -129,8 +130,8 @@ class CascadedGroupAttention(nn.Module):
         if num_heads > 1 and self.d != dim // num_heads:
             fail(
                 "attn_ratio",
-                f"dim / (key_dim * num_heads) = {dim / (key_dim * num_heads):g}, since a head's output is added "
-                "to the next head's input",
+                f"dim / (key_dim * num_heads) = {dim / (key_dim * num_heads):g}, since a head's output is "
+                "added to the next head's input",
                 attn_ratio,
             )
         self.qkvs = nn.ModuleList(ConvNorm(dim // num_heads, 2 * key_dim + self.d) for _ in range(num_heads))

@@ -46,7 +46,9 @@ class NormLinear(nn.Sequential):
             nn.init.zeros_(self.l.bias)
 
 
-def fold_conv_norm(conv: nn.Conv2d, norm: nn.modules.batchnorm._BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
+def fold_conv_norm(
+    conv: nn.Conv2d, norm: nn.modules.batchnorm._BatchNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of the one convolution equal to `norm(conv(x))` in eval mode. Differentiable."""
     factor, shift, dtype = _affine(norm, conv.weight)
     weight = conv.weight.to(dtype) * factor.view(-1, 1, 1, 1)
@@ -69,13 +71,13 @@ def fold_norm_linear(
 def _affine(
     norm: nn.modules.batchnorm._BatchNorm, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
-    """Batch norm in eval mode as x * factor + shift, in fp32 at least: 16-bit statistics would lose digits."""
+    """Batch norm in eval mode as x * factor + shift, in fp32 at least: 16 bits would lose digits."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    assert norm.running_mean is not None and norm.running_var is not None
-    factor = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    factor = torch.rsqrt(variance.to(dtype) + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight.to(dtype)
-    shift = -norm.running_mean.to(dtype) * factor
+    shift = -mean.to(dtype) * factor
     if norm.bias is not None:
         shift = shift + norm.bias.to(dtype)
     return factor, shift, dtype

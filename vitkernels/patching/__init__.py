@@ -58,17 +58,18 @@ def apply(
 ) -> Report:
     """Replaces the forward of the layers that have a kernel, in place and reversibly.
 
-    Supported: cascaded group attention and its windows (EfficientViT of timm, the official code, and copies of
-    it, which are matched by class name and then compared with the kernel on random weights). Parameters,
-    children, hooks and `state_dict` stay as they are; the model trains, compiles, copies, pickles and exports as
-    before. Calling it again changes nothing. `revert` undoes it.
+    Supported: cascaded group attention and its windows (EfficientViT of timm, of the official code, and copies
+    of it: a layer matched by its class name is then compared with the kernel on random weights). Parameters,
+    children, hooks and `state_dict` stay as they are; the model trains, compiles, copies, pickles and exports
+    as before. Calling it again changes nothing. `revert` undoes it.
 
     Args:
         model: a model or a part of one.
-        fold_bn: also run every Conv2d + batch norm and batch norm + Linear pair as one layer, while its norm is
-            in eval mode; in train mode the pair runs as before. The folded weights follow their sources
+        fold_bn: also run every Conv2d + batch norm and batch norm + Linear pair as one layer, while its norm
+            is in eval mode; in train mode the pair runs as before. The folded weights follow their sources
             through training, loading and moving, but not through edits of `parameter.data`: call apply again
-            after those. They take the memory of one more copy of the weights.
+            after those. They take the memory of one more copy of the weights, two in fp32 on the CPU, where
+            the maps between the layers become channels-last.
         backend: backend forced for the replaced attention layers; default: chosen call by call.
         verbose: print the report.
 
@@ -125,6 +126,6 @@ def revert(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, Patched):
             module.__dict__.pop(KEPT, None)
-            module.__class__ = module.vitkernels_original
+            module.__class__ = module.vitkernels_original  # type: ignore[assignment]
             restored += 1
     return restored

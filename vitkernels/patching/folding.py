@@ -110,8 +110,8 @@ def _has_hooks(module: nn.Module) -> bool:
 class FoldedConvNorm(_Folded):
     """Conv2d followed by a batch norm.
 
-    For inference on the CPU in fp32 the map becomes channels-last, in which oneDNN is fastest, and the weight is
-    packed once.
+    For inference on the CPU in fp32 the map becomes channels-last, in which oneDNN is fastest, and the weight
+    is packed once.
     """
 
     def forward(self: Any, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
@@ -151,9 +151,10 @@ class FoldedNormLinear(_Folded):
         return F.linear(x, fold.weight, fold.bias)
 
 
-def _with_relu(conv: nn.Module, act: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _with_relu(conv: Any, act: Any, x: torch.Tensor) -> torch.Tensor:
     """act(conv(x)), in one call where the ReLU can ride on the convolution."""
-    if type(act) is nn.ReLU and isinstance(conv, FoldedConvNorm) and not (_has_hooks(act) or _has_hooks(conv)):
+    fused = type(act) is nn.ReLU and isinstance(conv, FoldedConvNorm)
+    if fused and not (_has_hooks(act) or _has_hooks(conv)):
         return conv(x, relu=True)
     return act(conv(x))
 

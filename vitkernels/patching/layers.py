@@ -1,14 +1,13 @@
 """The forwards that `apply` gives to a model's layers.
 
-A layer is patched by changing the class of the instance to a subclass of its own class, made here: parameters,
-children, hooks and `state_dict` stay as they are, `isinstance` holds, and, unlike with a forward stored on the
-instance, a copy made by deepcopy, pickle or DataParallel runs on its own parameters.
+A layer is patched by changing the class of the instance to a subclass of its own class, made here:
+parameters, children, hooks and `state_dict` stay as they are, `isinstance` holds, and, unlike with a forward
+stored on the instance, a copy made by deepcopy, pickle or DataParallel runs on its own parameters.
 """
 
 from __future__ import annotations
 
 import copyreg
-import functools
 import types
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from vitkernels.nn.cascaded_group_attention import bias_side, cascade, in_windows
 
-# The one entry that a patched module may have in its __dict__: what folding.py keeps, which copies do without.
+# The one entry that a patched module may have in its __dict__: what folding.py keeps; copies do without.
 KEPT = "_vitkernels_kept"
 
 
@@ -36,7 +35,8 @@ class Patched:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The patched class cannot be imported by name, so a copy is made from what it was made of.
-        make, arguments, state, *rest = super().__reduce_ex__(max(protocol, 2))
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        make, arguments, state, *rest = reduced
         if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return (make, arguments, state, *rest)
         if isinstance(state, dict):
@@ -50,9 +50,14 @@ def _rebuild(original: type, mixin: type[Patched], backend: str | None, *argumen
     return cls.__new__(cls, *arguments)
 
 
-@functools.cache
+_classes: dict[tuple[type, type, str | None], type] = {}
+
+
 def patched_class(original: type[nn.Module], mixin: type[Patched], backend: str | None) -> type:
-    """The subclass of `original` whose forward is the mixin's."""
+    """The subclass of `original` whose forward is the mixin's; the same one every time."""
+    made_of = (original, mixin, backend)
+    if made_of in _classes:
+        return _classes[made_of]
 
     def body(namespace: dict[str, Any]) -> None:
         namespace.update(
@@ -64,7 +69,7 @@ def patched_class(original: type[nn.Module], mixin: type[Patched], backend: str 
             vitkernels_backend=backend,
         )
 
-    return types.new_class(original.__name__, (mixin, original), exec_body=body)
+    return _classes.setdefault(made_of, types.new_class(original.__name__, (mixin, original), exec_body=body))
 
 
 class WindowedCascade(Patched):

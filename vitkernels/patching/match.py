@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
         proven: signature -> outcome of the proof, shared between the layers of a model.
     """
     names = {cls.__name__ for cls in type(module).__mro__}
+    mixin: type[Patched]
     if "CascadedGroupAttention" in names:
         mixin, kernel, reason = WindowedCascade, "window_attention", _why_not_cascade(module)
     elif "LocalWindowAttention" in names:
@@ -63,7 +65,7 @@ def _prove(module: nn.Module, mixin: type[Patched], proven: dict[Any, str]) -> s
 
 def match_fold(module: nn.Module, proven: dict[Any, str]) -> Match | None:
     """The match of layers that fold or fuse into fewer; None for any other layer."""
-    children = list(module._modules.values())
+    children: list[Any] = list(module._modules.values())
     is_norm = [isinstance(child, _BatchNorm) for child in children]
     if not any(is_norm):
         return _match_relu(module, children, proven)
@@ -83,11 +85,11 @@ def match_fold(module: nn.Module, proven: dict[Any, str]) -> Match | None:
 
 
 def _match_relu(module: nn.Module, children: list[Any], proven: dict[Any, str]) -> Match | None:
-    """A container that calls ReLUs on the outputs of pairs that fold: a plain sequence, or one of EfficientViT."""
+    """A container that calls ReLUs on the outputs of pairs that fold: a plain sequence, or EfficientViT's."""
     name = (module.vitkernels_original if isinstance(module, Patched) else type(module)).__name__
     mixin: type[Patched]
     if _is_sequence(module):
-        if not any(_folds(a) and type(b) is nn.ReLU for a, b in zip(children, children[1:], strict=False)):
+        if not any(_folds(a) and type(b) is nn.ReLU for a, b in itertools.pairwise(children)):
             return None
         mixin = FusedSequence
     elif name in ("ConvMlp", "FFN") and set(module._modules) == {"pw1", "act", "pw2"} and _folds(module.pw1):
@@ -112,7 +114,9 @@ def _is_sequence(module: nn.Module) -> bool:
 
 
 def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
-    return isinstance(module, cls) and type(module).forward is cls.forward and "forward" not in module.__dict__
+    if not isinstance(module, cls) or "forward" in module.__dict__:
+        return False
+    return type(module).forward is cls.forward
 
 
 def _is_linear_tail(children: list[Any]) -> bool:

@@ -1,8 +1,8 @@
 """Convolutions on the CPU with weights packed once, for inference in fp32.
 
-PyTorch repacks a convolution's weight on every call, and sends pointwise convolutions of one image to a general
-matrix product that reaches half the speed of oneDNN's kernels on AVX-512 machines. The operators used here are the
-ones that Inductor freezes models with; where a PyTorch lacks them, nothing is packed.
+PyTorch repacks a convolution's weight on every call, and sends pointwise convolutions of one image to a
+general matrix product that reaches half the speed of oneDNN's kernels on AVX-512 machines. The operators used
+here are the ones that Inductor freezes models with; where a PyTorch lacks them, nothing is packed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LEAST_WORK = 1_000_000
 
 def can_pack(conv: nn.Conv2d, weight: torch.Tensor) -> bool:
     """Whether pack() takes a convolution with this (folded) weight."""
-    return (
+    return bool(
         weight.device.type == "cpu"
         and weight.dtype is torch.float32
         and conv.padding_mode == "zeros"
@@ -29,7 +29,7 @@ def can_pack(conv: nn.Conv2d, weight: torch.Tensor) -> bool:
         and _convolve is not None
         and _reorder is not None
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and torch.backends.mkldnn.enabled
     )
 
 
@@ -47,8 +47,8 @@ def pack(conv: nn.Conv2d, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor
 
 
 def convolve(
-    conv: nn.Conv2d, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, relu: bool
+    conv: nn.Conv2d, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, relu: bool = False
 ) -> torch.Tensor:
-    """The convolution of a channels-last map with a packed weight, then ReLU or nothing. Not differentiable."""
+    """The convolution of a channels-last map with a packed weight, then ReLU if asked. Not differentiable."""
     after = "relu" if relu else "none"
     return _convolve(x, packed, bias, conv.padding, conv.stride, conv.dilation, conv.groups, after, [], "")
