@@ -38,10 +38,7 @@ def _steps() -> dict[str, object]:
         pair.eval()
 
     def storage(pair):
-        for p in pair.parameters():
-            p.data = p.data * 2
-        for p in pair.parameters():
-            p.data = p.data + 1
+        pair[0].weight.data = torch.rand(pair[0].weight.shape)
 
     return {
         "load_state_dict": lambda pair: pair.load_state_dict(other.state_dict()),
@@ -70,6 +67,17 @@ def test_folded_weights_follow_their_sources(name: str) -> None:
         x = x.to(pair[0].weight.dtype)
         assert relative_error(before, twin(x)) > 1e-4 or name == "double"
         assert relative_error(pair(x), twin(x)) < 1e-6
+
+
+def test_no_new_weight_can_come_to_lie_at_a_noted_address() -> None:
+    pair, x = folded_pair()
+    vitkernels.apply(pair, fold_bn=True, verbose=False)
+    with torch.no_grad():
+        pair(x)
+        freed = {p.data_ptr() for p in pair.parameters()}
+        for p in pair.parameters():
+            p.data = p.data.clone()
+    assert freed <= {alias.data_ptr() for alias in pair.__dict__["_vitkernels_kept"].aliases}
 
 
 def test_folding_happens_once_and_leaves_gradients_right() -> None:

@@ -58,6 +58,7 @@ class Arena:
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "dense") -> torch.Tensor:
         """`layout`: dense; offset (dense, misaligned); packed (heads interleaved, rows padded, as a view of
         a projection); nchw (tokens dense, channels strided)."""
+        order: tuple[int, ...]
         if layout == "nchw" and len(shape) == 4:
             order, padding, offset = (0, 1, 3, 2), 0, 48
         elif layout == "packed" and len(shape) == 4:
@@ -121,9 +122,9 @@ def run_kernels(case: Case, inputs: Inputs, arena: Arena) -> dict[str, torch.Ten
     rows = (case.batch, case.heads, case.tokens)
     out = arena.tensor((*rows, case.dv), case.dtype, case.layout)
     lse = arena.tensor(rows, accumulate(case.dtype))
-    arguments = list(inputs.tensors.values())
+    arguments: list[Any] = list(inputs.tensors.values())
     native.forward(out, lse, *arguments, *case.params, module=module, cuda=True)
-    grads = {
+    grads: dict[str, Any] = {
         f"grad_{name}": None
         if tensor is None or name in case.missing
         else arena.tensor(tuple(tensor.shape), tensor.dtype, "dense" if name == "bias_table" else case.layout)
@@ -145,7 +146,8 @@ def run_reference(case: Case, inputs: Inputs, dtype: torch.dtype | None) -> dict
         return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_()
 
     leaves = {name: leaf(tensor) for name, tensor in inputs.tensors.items()}
-    out, lse = reference.forward(*leaves.values(), *case.params)
+    arguments: list[Any] = list(leaves.values())
+    out, lse = reference.forward(*arguments, *case.params)
     pairs = [(out, inputs.grad_out), (lse, inputs.grad_lse)]
     pairs = [(result, grad.to(result.dtype)) for result, grad in pairs if grad is not None]
     torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])

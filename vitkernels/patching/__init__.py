@@ -58,10 +58,10 @@ def apply(
 ) -> Report:
     """Replaces the forward of the layers that have a kernel, in place and reversibly.
 
-    Supported: cascaded group attention and its windows (EfficientViT of timm, of the official code, and copies
-    of it: a layer matched by its class name is then compared with the kernel on random weights). Parameters,
-    children, hooks and `state_dict` stay as they are; the model trains, compiles, copies, pickles and exports
-    as before. Calling it again changes nothing. `revert` undoes it.
+    Supported: cascaded group attention and its windows (EfficientViT of timm, of the official code, and
+    copies of it: a layer matched by its class name is then compared with the kernel on random weights).
+    Parameters, children, hooks and `state_dict` stay as they are; the model trains, compiles, copies, pickles
+    and exports as before. Calling it again changes nothing. `revert` undoes it.
 
     Args:
         model: a model or a part of one.

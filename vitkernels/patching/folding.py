@@ -76,7 +76,9 @@ class _Folded(Patched):
             return kept
         with torch.inference_mode(False), torch.no_grad():
             kept = _Fold(*(tensor.to(dtype) for tensor in fold(first, second)))
-        if kept.remember(sources):
+        # What is made during the capture of a CUDA graph lives in the graph's memory, not beyond it.
+        capturing = kept.weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not capturing and kept.remember(sources):
             kept.packable = isinstance(layer, nn.Conv2d) and packed.can_pack(layer, kept.weight)
             self.__dict__[KEPT] = kept
         return kept

@@ -4,18 +4,18 @@
 // ROWS columns, and a block holds one or more groups that never meet. Two engines multiply tiles
 // (tile_attention_engine.h): TensorCores for half_t and bfloat16_t, Plain for float and double.
 //
-// An operator supplies a Map, passed to the kernels by value, which says WHICH tokens meet and WHAT a logit
-// is:
-//   int query_tiles(rows), query(rows, tile, slot)       the tiles of queries; a token, or -1 for none
-//   int key_tiles_of(rows, tile), key_of(rows, tile, i, slot)       the key tiles that a query tile meets
-//   int key_tiles(rows), key(rows, tile, slot)           backward: the tiles of keys
-//   int query_tiles_of(rows, tile), query_of(rows, tile, i, slot)   backward: the query tiles that a key tile
-//   meets int query_code(token), key_code(token)               what logit() needs to know of a token, in 32
-//   bits int shared_elements(), stage(shared, head, thread, threads)     operator tables in shared memory,
-//   times unit Acc logit(s, query_code, key_code, shared)           the logit of scale * q k = s, or -inf; d
-//   logit / d s = 1 int gradient_elements(), gradient(sums, tile)        backward: sums over finished tiles
-//   of d loss / d logit
-// Acc is accumulate_t<T>. Logits and tables are multiplied by Exponential<T>::unit.
+// An operator supplies a Map, passed to the kernels by value. It says WHICH tokens meet:
+//   query_tiles(rows), query(rows, tile, slot)            tiles of queries; a token, or -1 for none
+//   key_tiles_of(rows, tile), key_of(rows, tile, i, slot)       the key tiles that a query tile meets
+//   key_tiles(rows), key(rows, tile, slot)                tiles of keys (backward)
+//   query_tiles_of(rows, tile), query_of(rows, tile, i, slot)   the query tiles that a key tile meets
+//   fits_small_tile()                                     no more than 16 queries and 16 keys
+// and WHAT a logit is:
+//   query_code(token), key_code(token)                    what logit() needs of a token, in 32 bits
+//   shared_elements(), stage(shared, head, thread, threads)     tables in shared memory, times unit
+//   logit(s, query_code, key_code, shared)                of s = scale * q k; or -inf. d logit / d s = 1
+//   gradient_elements(), gradient(sums, tile)             sums over tiles of d loss / d logit (backward)
+// Acc is accumulate_t<T>. Logits and tables are multiplied by unit = Exponential<T>::unit.
 #pragma once
 #include "vitkernels/device.h"
 
@@ -32,8 +32,7 @@ constexpr int INVALID = -2147483647 - 1;  // the code of a key slot without a ke
 constexpr int64_t SHARED_LIMIT = 99 * 1024;
 
 // Half-precision tensors take the hardware's exp2, whose error is far below their own. For float and double
-// the library's natural exp is used: P is recomputed from lse in the backward, and every rounding there
-// shows.
+// the library's natural exp is used: the backward recomputes P from lse, and every rounding shows.
 template <class T>
 struct Exponential {
   static constexpr float unit = LOG2E;

@@ -4,17 +4,14 @@
 // grad_k, grad_v, once each; 2 N M (3 d + 2 dv) FLOPs; N M exponentials (P is recomputed from lse). Small
 // windows are bound by the bytes.
 //
-// One kernel in four roles. With P = exp(logits - lse), G = grad_out v^T, delta = sum(grad_out * out) -
-// grad_lse and D = P * (G - delta), the gradient of the logits,
-//   Owner::queries  a query tile against its key tiles:  grad_q = scale D k, and the operator's sums over D
-//   Owner::keys     a key tile against its query tiles:  grad_k = scale D^T q, grad_v = P^T grad_out
-//   Owner::values   the same for grad_v alone: where the sums of both do not fit the registers, Owner::keys
-//   leaves
-//                   it grad_v
-//   Owner::both     one tile holds all queries and all keys: everything, every tensor read once. The whole
-//   row of P
-//                   is at hand, so delta = sum(P * G) - grad_lse: out is not read, nor its rounding
-//                   inherited.
+// One kernel in four roles. With P = exp(logits - lse), G = grad_out v^T,
+// delta = sum(grad_out * out) - grad_lse and D = P * (G - delta), the gradient of the logits,
+//   Owner::queries  a query tile against its key tiles: grad_q = scale D k, the operator's sums over D
+//   Owner::keys     a key tile against its query tiles: grad_k = scale D^T q, grad_v = P^T grad_out
+//   Owner::values   grad_v alone, where the registers do not hold the sums of both
+//   Owner::both     one tile holds all queries and all keys: everything, every tensor read once.
+// In the last, whole rows of P are at hand, so delta = sum(P * G) - grad_lse: out is not read, and its
+// rounding not inherited.
 #pragma once
 #include <cmath>
 
