@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -74,6 +75,11 @@ def backend(name: str) -> Iterator[None]:
         _choice.forced = previous
 
 
+def scope() -> str | None:
+    """The name given to the enclosing `backend` scope, or None."""
+    return _choice.forced
+
+
 def requested(argument: str | None) -> str | None:
     """The forced backend of a call, or None when the operator's own order decides."""
     if argument is not None:
@@ -99,7 +105,7 @@ class Backend:
     limits: Callable[..., list[str]] | None = None
 
     def load(self) -> ModuleType:
-        return importlib.import_module(self.module)
+        return sys.modules.get(self.module) or importlib.import_module(self.module)
 
     def why_not(self, tensor: torch.Tensor, inputs: tuple[Any, ...]) -> list[str]:
         """Every reason why this backend cannot run the call; empty when it can."""

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from vitkernels.core import backends as choice
+from vitkernels.core.autograd import make_functions, plain_eager
 from vitkernels.core.backends import Backend
 from vitkernels.core.checks import describe
 
@@ -29,6 +30,8 @@ class Operator:
             first names the tensor whose device and dtype decide the backend.
         params: schema text of the other inputs, as in "int window_h, float scale".
         outputs: names of the outputs; the first is the result, the rest are by-products such as lse.
+        check: turns (*tensors, *options) of the public function into all inputs, or raises. What it does must
+            follow from the options and from the shapes, dtypes, devices and layouts of the tensors.
         allocate: given all inputs, the empty outputs (also the fake implementation).
         reference: given all inputs, the outputs, in plain differentiable PyTorch.
         backends: the implementations. Their modules fill: `forward(*outputs, *inputs)` and
@@ -45,6 +48,7 @@ class Operator:
         tensors: tuple[str, ...],
         params: str,
         outputs: tuple[str, ...],
+        check: Callable[..., tuple[Any, ...]],
         allocate: Callable[..., tuple[torch.Tensor, ...]],
         reference: Callable[..., tuple[torch.Tensor, ...]],
         backends: tuple[Backend, ...],
@@ -54,25 +58,63 @@ class Operator:
         self.name = name
         self.tensors = tuple(t.removesuffix("?") for t in tensors)
         self.outputs = outputs
+        self.check = check
         self.allocate = allocate
         self.reference = reference
         self.backends = {backend.name: backend for backend in backends}
         self.order = order
         self._define(tensors, params)
         self._register_flops(flops)
-        self.function = _function(self)
+        self.traced, self.eager = make_functions(self)
+        self._known: dict[Any, tuple[Any, ...]] = {}
         REGISTRY[name] = self
 
-    def __call__(self, *inputs: Any, backend: str | None = None) -> tuple[torch.Tensor, ...]:
-        """Runs the operator on checked inputs. Returns all outputs."""
-        name = self.choose(inputs, backend)
-        if name == "reference":
-            return self.reference(*inputs)
+    def __call__(
+        self, tensors: tuple[torch.Tensor | None, ...], options: tuple[Any, ...], backend: str | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Checks the arguments of the public function, chooses a backend and runs it. Returns all outputs."""
+        key = self._key(tensors, options, backend)
+        try:
+            params = None if key is None else self._known.get(key)
+        except TypeError:  # an unhashable option, as a list for the window
+            params = key = None
+        if params is None:
+            inputs = self.check(*tensors, *options)
+            name = self.choose(inputs, backend)
+            if name == "reference":
+                return self.reference(*inputs)
+            if key is None:
+                wants_grad = self._wants_grad(inputs[: len(tensors)])
+                return self.traced.apply(*inputs, name) if wants_grad else self.forward_op(*inputs, name)
+            if len(self._known) >= 4096:
+                self._known.clear()
+            params = self._known[key] = (*inputs[len(tensors) :], name)
+        if self._wants_grad(tensors):
+            return self.eager.apply(params, *tensors)
+        return self.run_forward(*tensors, *params)
+
+    @staticmethod
+    def _key(tensors: tuple[torch.Tensor | None, ...], options: tuple[Any, ...], backend: str | None) -> Any:
+        """What the checks and the choice depend on, in plain eager code without autocast; else None."""
+        if not plain_eager() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            return None
+        key: list[Any] = [options, backend, choice.scope()]
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+            elif type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
+                key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+            else:
+                return None
+        return tuple(key)
+
+    @staticmethod
+    def _wants_grad(tensors: tuple[Any, ...]) -> bool:
         if torch.is_grad_enabled():
-            for tensor in inputs[: len(self.tensors)]:
+            for tensor in tensors:
                 if tensor is not None and tensor.requires_grad:
-                    return self.function.apply(*inputs, name)
-        return self.forward_op(*inputs, name)
+                    return True
+        return False
 
     def choose(self, inputs: tuple[Any, ...], argument: str | None) -> str:
         """The backend for these inputs: the forced one, or the first of the order that fits."""
@@ -121,8 +163,8 @@ class Operator:
             f" -> ({gradients})"
         )
         for suffix, run, fake in (
-            ("", self._forward, self._forward_fake),
-            ("_backward", self._backward, self._backward_fake),
+            ("", self.run_forward, self._forward_fake),
+            ("_backward", self.run_backward, self._backward_fake),
         ):
             _library.impl(self.name + suffix, run, "CPU")
             _library.impl(self.name + suffix, run, "CUDA")
@@ -130,7 +172,8 @@ class Operator:
         self.forward_op = getattr(torch.ops.vitkernels, self.name).default
         self.backward_op = getattr(torch.ops.vitkernels, f"{self.name}_backward").default
 
-    def _forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+    def run_forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """The forward op's implementation: (*inputs, backend) -> outputs."""
         *inputs, backend = args
         outputs = self.allocate(*inputs)
         if outputs[0].numel():
@@ -140,7 +183,8 @@ class Operator:
     def _forward_fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         return self.allocate(*args[:-1])
 
-    def _backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+    def run_backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """The backward op's: (*grad_outputs, *outputs, *inputs, backend, output_mask) -> gradients."""
         *args_, backend, mask = args
         count = len(self.outputs)
         grad_outputs, outputs, inputs = args_[:count], args_[count : 2 * count], args_[2 * count :]
@@ -173,59 +217,3 @@ class Operator:
         @register_flop_formula(getattr(torch.ops.vitkernels, f"{self.name}_backward"))
         def backward_flops(*args: Any, **_: Any) -> int:
             return flops(*args[2 * count : -2], mask=args[-1])
-
-
-def _function(operator: Operator) -> type[torch.autograd.Function]:
-    """The autograd.Function of an operator, over its forward and backward ops."""
-    # Dynamo rebuilds the closure of a Function, which works for ops, numbers and strings only.
-    name, inputs_count = operator.name, len(operator.tensors)
-    forward_op, backward_op = operator.forward_op, operator.backward_op
-
-    class Backward(torch.autograd.Function):
-        """The backward op as a node of its own, so that a second derivative is an error, not a zero."""
-
-        @staticmethod
-        def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-            return backward_op(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(
-                f"vitkernels: the kernels of {name} have no second derivative (asked for by "
-                "create_graph=True, as in a gradient penalty). Use backend='reference' for this call or scope: "
-                "with vitkernels.backend('reference'): ..."
-            )
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-            return forward_op(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*output, *inputs[:inputs_count])
-            ctx.params = inputs[inputs_count:]
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            mask = list(ctx.needs_input_grad[:inputs_count])
-            nothing = [None] * len(ctx.params)
-            if all(grad is None for grad in grads):
-                return (*([None] * inputs_count), *nothing)
-            args = (*grads, *ctx.saved_tensors, *ctx.params, mask)
-            # Grad mode is on in an eager backward only under create_graph=True. Compiled graphs refuse a second
-            # derivative by themselves, and Dynamo cannot trace a Function inside a Function's backward.
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                results = Backward.apply(*args)
-            else:
-                results = backward_op(*args)
-            return (*(g if want else None for g, want in zip(results, mask, strict=True)), *nothing)
-
-    Function.__name__ = Function.__qualname__ = name
-    Backward.__name__ = Backward.__qualname__ = f"{name}_backward"
-    return Function

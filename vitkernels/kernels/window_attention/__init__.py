@@ -78,6 +78,13 @@ def window_attention(
         >>> window_attention(q, k, v, bias_table=table, window=(7, 7)).shape
         torch.Size([64, 4, 49, 32])
     """
+    out, lse = operator((q, k, v, bias_table), (bias_index, window, scale), backend)
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    q: Any, k: Any, v: Any, bias_table: Any, bias_index: Any, window: Any, scale: Any
+) -> tuple[Any, ...]:
     window_h, window_w = check_positive_ints("window", window, 2)
     tokens = window_h * window_w
     check_tensor("q", q, (None, None, None, None), _LAYOUT)
@@ -111,9 +118,7 @@ def window_attention(
         check_device("bias_table", bias_table, q.device, "q")
         allowed = (dtype,) if dtype is torch.float64 else (dtype, torch.float32)
         check_dtype("bias_table", bias_table, allowed, "Cast it with bias_table.to(q.dtype).")
-
-    out, lse = operator(q, k, v, bias_table, window_h, window_w, signed, scale, backend=backend)
-    return (out, lse) if return_lse else out
+    return q, k, v, bias_table, window_h, window_w, signed, scale
 
 
 def _allocate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,6 +157,7 @@ operator = Operator(
     tensors=("q", "k", "v", "bias_table?"),
     params="int window_h, int window_w, bool signed_bias, float scale",
     outputs=("out", "lse"),
+    check=_check,
     allocate=_allocate,
     reference=reference.forward,
     backends=(

@@ -1,0 +1,114 @@
+"""The autograd.Functions of an operator: one that is traced and transformed, one for plain eager code.
+
+`setup_context` Functions are what torch.compile and torch.func ask for, but PyTorch binds the signature of their
+`forward` at every call, which costs more than a small kernel. Eager code takes the other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vitkernels.core.operator import Operator
+
+
+def plain_eager() -> bool:
+    """Whether nothing watches or transforms the calls, so that a kernel may run without its torch op."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()  # FlopCounterMode, FakeTensorMode, make_fx
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def second_derivative(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"vitkernels: the kernels of {name} have no second derivative (asked for by create_graph=True, as in a "
+        "gradient penalty). Use backend='reference' for this call or scope: with vitkernels.backend('reference'): ..."
+    )
+
+
+def make_functions(
+    operator: Operator,
+) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
+    """(the traced Function over the torch ops, the eager Function over the implementations)."""
+    # Dynamo rebuilds the closure of a Function, which works for ops, numbers and strings only.
+    name, count = operator.name, len(operator.tensors)
+    forward_op, backward_op = operator.forward_op, operator.backward_op
+
+    class Backward(torch.autograd.Function):
+        """The backward as a node of its own, so that a second derivative is an error, not a zero."""
+
+        @staticmethod
+        def forward(*args: Any) -> tuple[torch.Tensor, ...]:
+            return backward_op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise second_derivative(name)
+
+    class Traced(torch.autograd.Function):
+        """Takes (*tensors, *params, backend)."""
+
+        @staticmethod
+        def forward(*args: Any) -> tuple[torch.Tensor, ...]:
+            return forward_op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*output, *inputs[:count])
+            ctx.params = inputs[count:]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            mask = list(ctx.needs_input_grad[:count])
+            nothing = [None] * len(ctx.params)
+            if all(grad is None for grad in grads):
+                return (*([None] * count), *nothing)
+            args = (*grads, *ctx.saved_tensors, *ctx.params, mask)
+            # Grad mode is on in an eager backward only under create_graph=True. Compiled graphs refuse a second
+            # derivative by themselves, and Dynamo cannot trace a Function inside a Function's backward.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                results = Backward.apply(*args)
+            else:
+                results = backward_op(*args)
+            return (*(g if want else None for g, want in zip(results, mask, strict=True)), *nothing)
+
+    class Eager(torch.autograd.Function):
+        """Takes (params and backend in one tuple, *tensors)."""
+
+        @staticmethod
+        def forward(ctx: Any, params: tuple[Any, ...], *tensors: Any) -> tuple[torch.Tensor, ...]:
+            outputs = operator.run_forward(*tensors, *params)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*outputs, *tensors)
+            ctx.params = params
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            mask = list(ctx.needs_input_grad[1:])
+            if all(grad is None for grad in grads):
+                return (None, *([None] * count))
+            args = (*grads, *ctx.saved_tensors, *ctx.params, mask)
+            run: Callable[..., Any] = operator.run_backward
+            if torch.is_grad_enabled():
+                run = Backward.apply
+            elif not plain_eager():
+                run = backward_op
+            return (None, *(g if want else None for g, want in zip(run(*args), mask, strict=True)))
+
+    for function, suffix in ((Traced, ""), (Eager, ""), (Backward, "_backward")):
+        function.__name__ = function.__qualname__ = name + suffix
+    return Traced, Eager
