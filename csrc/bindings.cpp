@@ -1,5 +1,6 @@
-#include <pybind11/pybind11.h>
+#include <string>
 
+#include "vitkernels/bind.h"
 #include "vitkernels/cpu_dispatch.h"
 #include "vitkernels/parallel.h"
 #if VITKERNELS_WITH_CUDA
@@ -12,7 +13,60 @@ namespace vitkernels::window_attention {
 void bind(py::module_& module);
 }
 
+namespace {
+
+using vitkernels::exchange;
+
+void use_exchange(const py::capsule& table, const py::type& tensor, const py::type& parameter) {
+  const auto* offered = table.get_pointer<const vitkernels::DLPackExchange>();
+  if (offered->header.version.major != 1 || offered->borrow == nullptr)
+    throw std::runtime_error("unknown version of DLPack's exchange table");
+  exchange.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  exchange.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  exchange.table = offered;
+}
+
+bool is_true(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  const bool value = result == Py_True;
+  Py_DECREF(result);
+  return value;
+}
+
+// (shapes, dtypes and devices as bytes, whether any requires a gradient) of a tuple of tensors or Nones; None
+// where one of them is no plain strided tensor, so that its values are not simply what its memory holds.
+py::object signature(const py::tuple& tensors) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  std::string bytes;
+  bytes.reserve(64 * tensors.size());
+  bool gradient = false;
+  for (py::handle item : tensors) {
+    if (item.is_none()) {
+      bytes.push_back('-');
+      continue;
+    }
+    vitkernels::DLTensor tensor;
+    if (!exchange.lends(item.ptr())) return py::none();
+    if (is_true(PyObject_CallMethodNoArgs(item.ptr(), is_neg))) return py::none();
+    if (exchange.table->borrow(item.ptr(), &tensor) != 0) {
+      PyErr_Clear();
+      return py::none();
+    }
+    gradient = gradient || is_true(PyObject_GetAttr(item.ptr(), requires_grad));
+    bytes.push_back(static_cast<char>(tensor.ndim));
+    bytes.append(reinterpret_cast<const char*>(&tensor.dtype), sizeof(tensor.dtype));
+    bytes.append(reinterpret_cast<const char*>(&tensor.device), sizeof(tensor.device));
+    bytes.append(reinterpret_cast<const char*>(tensor.shape), sizeof(int64_t) * tensor.ndim);
+  }
+  return py::make_tuple(py::bytes(bytes), gradient);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_native, module) {
+  module.def("use_exchange", &use_exchange);
+  module.def("signature", &signature);
   module.attr("version") = VITKERNELS_VERSION;
   module.attr("compiler") = VITKERNELS_COMPILER;
   module.attr("cuda_archs") = VITKERNELS_CUDA_ARCHS;  // empty without CUDA kernels

@@ -22,12 +22,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def _poison(allocate: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    def poisoned(*args: Any) -> tuple[torch.Tensor, ...]:
-        results = allocate(*args)
-        for result in results:
-            result.fill_(float("nan"))
-        return results
+def _poison(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    def poisoned(*args: Any) -> Any:
+        result = allocate(*args)
+        for tensor in result if isinstance(result, tuple) else (result,):
+            tensor.fill_(float("nan"))
+        return result
 
     return poisoned
 
@@ -36,5 +36,5 @@ def _poison(allocate: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., 
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills every output and gradient with NaN before the kernels run, so that a forgotten element shows."""
     for operator in REGISTRY.values():
-        monkeypatch.setattr(operator, "allocate", _poison(operator.allocate))
+        monkeypatch.setattr(operator, "allocate", tuple(map(_poison, operator.allocate)))
         monkeypatch.setattr(operator, "_empty_gradients", _poison(operator._empty_gradients))

@@ -100,6 +100,7 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     const Matrix<E> out = matrix<E>(p.out, b, h);
     unpack(out.data + start * out.token, out.channel, out.token, w.out, tiling.width, p.value_dim, lanes,
            w.inverse);
+    if (!p.lse) continue;
     T* lse =
         static_cast<T*>(p.lse.data) + b * p.lse.stride[0] + h * p.lse.stride[1] + start * p.lse.stride[2];
     for (int i = 0; i < lanes; ++i) lse[i * p.lse.stride[2]] = w.lse[i];

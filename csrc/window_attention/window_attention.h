@@ -19,7 +19,7 @@ struct Params {
   View q, k, v;     // [batch, heads, tokens, d | dv], any strides
   View bias_table;  // [heads, entries()], optional
   View out;         // [batch, heads, tokens, dv], any strides
-  View lse;         // [batch, heads, tokens] f32 (f64 when dtype is f64), natural logarithm
+  View lse;         // [batch, heads, tokens] f32 (f64 when dtype is f64), natural logarithm; forward: optional
 
   // Backward only. grad_out and grad_lse may each be absent (a zero gradient); so may each result.
   View grad_out, grad_lse;

@@ -65,8 +65,8 @@ def test_opcheck(sample, device, monkeypatch):
     captured = []
     run = operator.run_forward
     monkeypatch.setattr(operator, "run_forward", lambda *args: (captured.append(args), run(*args))[1])
-    sample(sample.tensors(torch.float32, device), backend=compiled_backend(device))
-    args = captured[0]
+    sample(sample.tensors(torch.float32, device, requires_grad=True), backend=compiled_backend(device))
+    args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in captured[0])
     torch.library.opcheck(operator.forward_op, args)
     outputs = operator.forward_op(*args)
     mask = [t is not None for t in args[: len(operator.tensors)]]

@@ -11,6 +11,7 @@ import torch
 import twin
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
+from vitkernels.core.native import arguments
 from vitkernels.kernels.window_attention import native, reference
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -263,10 +264,13 @@ def test_chunks_of_windows_sum_the_table_gradient() -> None:
 def test_workspace_is_sized_for_the_tiles_that_run() -> None:
     """Without its table this window would fit large tiles; the workspace was once sized for those."""
     case = Case((12, 12), 48, 64, F32, batch=1, heads=1)
-    problem = (native.DTYPES[F32],) * 2 + (1, 1, 12, 12, 48, 64, False, 48**-0.5)
     small_tiles, entries = 144 // 16, 23 * 23
-    assert twin.load().window_attention_workspace_cuda(problem, True) == small_tiles * entries * 4
-    assert twin.load().window_attention_workspace_cuda(problem, False) == 0
+    module, inputs = twin.load(), make_inputs(case, Arena())
+    table = torch.empty(1, 144)
+    q, k, v = (inputs.tensors[name] for name in "qkv")
+    for wanted, size in ((table, small_tiles * entries * 4), (None, 0)):
+        tensors = arguments(module, wanted, q, k, v, table)
+        assert module.window_attention_workspace_cuda(*tensors, 12, 12, False, 48**-0.5) == size
     check(case)
 
 

@@ -74,7 +74,7 @@ def make_functions(
         def backward(ctx: Any, *grads: Any) -> Any:
             mask = list(ctx.needs_input_grad[:count])
             nothing = [None] * len(ctx.params)
-            if all(grad is None for grad in grads):
+            if not any(grad is not None for grad in grads):
                 return (*([None] * count), *nothing)
             args = (*grads, *ctx.saved_tensors, *ctx.params, mask)
             # Grad mode is on in an eager backward only under create_graph=True. Compiled graphs refuse a second
@@ -99,15 +99,17 @@ def make_functions(
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             mask = list(ctx.needs_input_grad[1:])
-            if all(grad is None for grad in grads):
+            if not any(grad is not None for grad in grads):
                 return (None, *([None] * count))
-            args = (*grads, *ctx.saved_tensors, *ctx.params, mask)
             run: Callable[..., Any] = operator.run_backward
             if torch.is_grad_enabled():
                 run = Backward.apply
             elif not plain_eager():
                 run = backward_op
-            return (None, *(g if want else None for g, want in zip(run(*args), mask, strict=True)))
+            results = run(*grads, *ctx.saved_tensors, *ctx.params, mask)
+            if not all(mask):
+                results = (g if want else None for g, want in zip(results, mask, strict=True))
+            return (None, *results)
 
     for function, suffix in ((Traced, ""), (Eager, ""), (Backward, "_backward")):
         function.__name__ = function.__qualname__ = name + suffix

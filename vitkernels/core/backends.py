@@ -96,6 +96,7 @@ class Backend:
     Attributes:
         module: import path of a module with `forward` and `backward` that fill outputs; imported at first use.
         dtypes: dtypes of the operator's main tensors.
+        skips_by_products: its forward takes None for outputs after the first, which are then not computed.
         limits: given the operator's inputs, the reasons why it cannot run them (beyond device and dtype).
     """
 
@@ -103,6 +104,7 @@ class Backend:
     module: str
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     limits: Callable[..., list[str]] | None = None
+    skips_by_products: bool = False
 
     def load(self) -> ModuleType:
         return sys.modules.get(self.module) or importlib.import_module(self.module)

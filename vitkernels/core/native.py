@@ -39,9 +39,28 @@ def load() -> ModuleType:
     return _module
 
 
-def view(tensor: torch.Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    """A tensor as the bindings take it: address and strides."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.stride())
+def _take_exchange() -> bool:
+    """Lets the extension read tensors through DLPack's exchange table, where torch offers one (2.10 and later)."""
+    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if _module is None or table is None:
+        return False
+    try:
+        _module.use_exchange(table, torch.Tensor, torch.nn.Parameter)
+    except RuntimeError:  # a table of a version to come
+        return False
+    return True
+
+
+lends = _take_exchange()
+
+
+def arguments(module: ModuleType, *tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """Tensors as the bindings of `module` take them."""
+    if lends and module is _module:
+        return tensors
+    return tuple(
+        None if t is None else (t.data_ptr(), tuple(t.shape), t.stride(), DTYPES[t.dtype]) for t in tensors
+    )
 
 
 def place(tensor: torch.Tensor) -> tuple[int, int]:
@@ -81,6 +100,7 @@ def status() -> dict[str, Any]:
         "compiler": _module.compiler,
         "isa": _module.cpu_isa(),
         "openmp": _module.openmp_runtime(),
+        "dlpack_exchange": lends,
         "cuda": bool(_module.cuda_archs),
         "cuda_archs": _module.cuda_archs,
         "cuda_runtime": _cuda_version(cuda.get("runtime", 0)),

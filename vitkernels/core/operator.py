@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from vitkernels.core import backends as choice
+from vitkernels.core import native
 from vitkernels.core.autograd import make_functions, plain_eager
 from vitkernels.core.backends import Backend
 from vitkernels.core.checks import describe
@@ -32,7 +33,7 @@ class Operator:
         outputs: names of the outputs; the first is the result, the rest are by-products such as lse.
         check: turns (*tensors, *options) of the public function into all inputs, or raises. What it does must
             follow from the options and from the shapes, dtypes, devices and layouts of the tensors.
-        allocate: given all inputs, the empty outputs (also the fake implementation).
+        allocate: for each output, a function of all inputs that allocates it (also the fake implementation).
         reference: given all inputs, the outputs, in plain differentiable PyTorch.
         backends: the implementations. Their modules fill: `forward(*outputs, *inputs)` and
             `backward(*grad_inputs, *grad_outputs, *outputs, *inputs)`; an unwanted gradient and an absent
@@ -49,7 +50,7 @@ class Operator:
         params: str,
         outputs: tuple[str, ...],
         check: Callable[..., tuple[Any, ...]],
-        allocate: Callable[..., tuple[torch.Tensor, ...]],
+        allocate: tuple[Callable[..., torch.Tensor], ...],
         reference: Callable[..., tuple[torch.Tensor, ...]],
         backends: tuple[Backend, ...],
         order: dict[str, tuple[str, ...]],
@@ -66,55 +67,51 @@ class Operator:
         self._define(tensors, params)
         self._register_flops(flops)
         self.traced, self.eager = make_functions(self)
+        self._no_by_products = (None,) * (len(outputs) - 1)
         self._known: dict[Any, tuple[Any, ...]] = {}
         REGISTRY[name] = self
 
     def __call__(
-        self, tensors: tuple[torch.Tensor | None, ...], options: tuple[Any, ...], backend: str | None
-    ) -> tuple[torch.Tensor, ...]:
-        """Checks the arguments of the public function, chooses a backend and runs it. Returns all outputs."""
-        key = self._key(tensors, options, backend)
-        try:
-            params = None if key is None else self._known.get(key)
-        except TypeError:  # an unhashable option, as a list for the window
-            params = key = None
+        self,
+        tensors: tuple[torch.Tensor | None, ...],
+        options: tuple[Any, ...],
+        backend: str | None,
+        by_products: bool = True,
+    ) -> tuple[Any, ...]:
+        """Checks the arguments of the public function, chooses a backend and runs it.
+
+        Returns:
+            all outputs; without `by_products` those after the first may be None.
+        """
+        key, wants_grad = _signature(tensors)
+        if key is not None:
+            key = (key, options, backend, choice.scope())
+            try:
+                params = self._known.get(key)
+            except TypeError:  # an unhashable option, as a list for the window
+                params = key = None
+        else:
+            params = None
         if params is None:
             inputs = self.check(*tensors, *options)
             name = self.choose(inputs, backend)
             if name == "reference":
                 return self.reference(*inputs)
             if key is None:
-                wants_grad = self._wants_grad(inputs[: len(tensors)])
+                wants_grad = torch.is_grad_enabled() and _any_requires_grad(inputs[: len(tensors)])
                 return self.traced.apply(*inputs, name) if wants_grad else self.forward_op(*inputs, name)
             if len(self._known) >= 4096:
                 self._known.clear()
             params = self._known[key] = (*inputs[len(tensors) :], name)
-        if self._wants_grad(tensors):
+        if wants_grad and torch.is_grad_enabled():
             return self.eager.apply(params, *tensors)
-        return self.run_forward(*tensors, *params)
-
-    @staticmethod
-    def _key(tensors: tuple[torch.Tensor | None, ...], options: tuple[Any, ...], backend: str | None) -> Any:
-        """What the checks and the choice depend on, in plain eager code without autocast; else None."""
-        if not plain_eager() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            return None
-        key: list[Any] = [options, backend, choice.scope()]
-        for tensor in tensors:
-            if tensor is None:
-                key.append(None)
-            elif type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
-                key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
-            else:
-                return None
-        return tuple(key)
-
-    @staticmethod
-    def _wants_grad(tensors: tuple[Any, ...]) -> bool:
-        if torch.is_grad_enabled():
-            for tensor in tensors:
-                if tensor is not None and tensor.requires_grad:
-                    return True
-        return False
+        if by_products or not self.backends[params[-1]].skips_by_products:
+            return self.run_forward(*tensors, *params)
+        inputs = (*tensors, *params[:-1])
+        outputs = (self.allocate[0](*inputs), *self._no_by_products)
+        if outputs[0].numel():
+            self.backends[params[-1]].load().forward(*outputs, *inputs)
+        return outputs
 
     def choose(self, inputs: tuple[Any, ...], argument: str | None) -> str:
         """The backend for these inputs: the forced one, or the first of the order that fits."""
@@ -175,23 +172,22 @@ class Operator:
     def run_forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The forward op's implementation: (*inputs, backend) -> outputs."""
         *inputs, backend = args
-        outputs = self.allocate(*inputs)
+        outputs = tuple(allocate(*inputs) for allocate in self.allocate)
         if outputs[0].numel():
             self.backends[backend].load().forward(*outputs, *inputs)
         return outputs
 
     def _forward_fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        return self.allocate(*args[:-1])
+        return tuple(allocate(*args[:-1]) for allocate in self.allocate)
 
     def run_backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The backward op's: (*grad_outputs, *outputs, *inputs, backend, output_mask) -> gradients."""
-        *args_, backend, mask = args
-        count = len(self.outputs)
-        grad_outputs, outputs, inputs = args_[:count], args_[count : 2 * count], args_[2 * count :]
+        count, mask = len(self.outputs), args[-1]
+        inputs = args[2 * count : -2]
         grads = self._empty_gradients(inputs, mask)
-        if outputs[0].numel():
-            wanted = [grad if want else None for grad, want in zip(grads, mask, strict=True)]
-            self.backends[backend].load().backward(*wanted, *grad_outputs, *outputs, *inputs)
+        if args[count].numel():
+            wanted = grads if all(mask) else [g if want else None for g, want in zip(grads, mask, strict=True)]
+            self.backends[args[-2]].load().backward(*wanted, *args[:-2])
         else:
             for grad in grads:
                 grad.zero_()
@@ -201,11 +197,10 @@ class Operator:
         return self._empty_gradients(args[2 * len(self.outputs) : -2], args[-1])
 
     def _empty_gradients(self, inputs: Any, mask: list[bool]) -> tuple[torch.Tensor, ...]:
-        tensors = inputs[: len(self.tensors)]
-        return tuple(
-            torch.empty_like(tensor) if want else inputs[0].new_empty(0)
-            for tensor, want in zip(tensors, mask, strict=True)
-        )
+        grads = []
+        for tensor, want in zip(inputs, mask):  # noqa: B905 (the inputs go on past the tensors)
+            grads.append(torch.empty_like(tensor) if want else inputs[0].new_empty(0))
+        return tuple(grads)
 
     def _register_flops(self, flops: Callable[..., int]) -> None:
         count = len(self.outputs)
@@ -217,3 +212,25 @@ class Operator:
         @register_flop_formula(getattr(torch.ops.vitkernels, f"{self.name}_backward"))
         def backward_flops(*args: Any, **_: Any) -> int:
             return flops(*args[2 * count : -2], mask=args[-1])
+
+
+def _signature(tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, bool]:
+    """(what checks and choice depend on, whether a tensor requires a gradient); (None, False) for a call that is
+    traced, transformed, watched or under autocast, or whose tensors are not plain strided ones."""
+    if not plain_eager() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return None, False
+    if native.lends:
+        return native.load().signature(tensors) or (None, False)
+    key: list[Any] = []
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+        elif (type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter) and not tensor.is_neg():
+            key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        else:
+            return None, False
+    return tuple(key), _any_requires_grad(tensors)
+
+
+def _any_requires_grad(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -1,28 +1,114 @@
-// pybind11 casters shared by every operator's bind.cpp.
+// What every operator's bind.cpp needs to take tensors from Python.
 #pragma once
 #include <pybind11/pybind11.h>
 
 #include "vitkernels/params.h"
 
+namespace vitkernels {
+
+// The part of DLPack's C exchange table (DLPack 1.3) that is read here. A table lends a tensor's metadata for the
+// price of a C call and needs no torch headers; torch offers one since 2.10.
+struct DLTensor {
+  void* data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+struct DLPackExchange {
+  struct {
+    struct {
+      uint32_t major, minor;
+    } version;
+    void* previous;
+  } header;
+  void *allocate, *import_tensor, *export_tensor;
+  int (*borrow)(void* object, DLTensor* result);
+  void* current_stream;
+};
+
+struct TensorExchange {
+  const DLPackExchange* table = nullptr;
+  PyTypeObject* tensor = nullptr;  // torch.Tensor and torch.nn.Parameter, kept alive for good
+  PyTypeObject* parameter = nullptr;
+
+  bool lends(PyObject* object) const {
+    return table != nullptr && (Py_TYPE(object) == tensor || Py_TYPE(object) == parameter);
+  }
+};
+inline TensorExchange exchange;
+
+// A tensor argument: None, a torch.Tensor, or where there is no exchange table a tuple
+// (address, shape, strides, dtype).
+struct Argument {
+  View view;
+  int ndim = 0;
+  int64_t shape[5] = {0, 0, 0, 0, 0};
+  DType dtype = DType::f32;
+};
+
+// False for a dtype that no kernel takes.
+inline bool read_dtype(const DLTensor& tensor, DType* dtype) {
+  constexpr int FLOAT = 2, BFLOAT = 4;
+  const auto& type = tensor.dtype;
+  if (type.lanes != 1) return false;
+  if (type.code == FLOAT && type.bits == 64) return *dtype = DType::f64, true;
+  if (type.code == FLOAT && type.bits == 32) return *dtype = DType::f32, true;
+  if (type.code == FLOAT && type.bits == 16) return *dtype = DType::f16, true;
+  if (type.code == BFLOAT && type.bits == 16) return *dtype = DType::bf16, true;
+  return false;
+}
+
+inline bool read_borrowed(PyObject* object, Argument* argument) {
+  DLTensor tensor;
+  if (exchange.table->borrow(object, &tensor) != 0) throw pybind11::error_already_set();
+  if (tensor.ndim > 5 || !read_dtype(tensor, &argument->dtype)) return false;
+  argument->view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  argument->ndim = tensor.ndim;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    argument->shape[i] = tensor.shape[i];
+    argument->view.stride[i] = tensor.strides[i];
+  }
+  return true;
+}
+
+inline bool read_tuple(PyObject* object, Argument* argument) {
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 4) return false;
+  PyObject* shape = PyTuple_GET_ITEM(object, 1);
+  PyObject* strides = PyTuple_GET_ITEM(object, 2);
+  if (!PyTuple_Check(shape) || !PyTuple_Check(strides)) return false;
+  if (PyTuple_GET_SIZE(shape) > 5 || PyTuple_GET_SIZE(shape) != PyTuple_GET_SIZE(strides)) return false;
+  argument->view.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(object, 0));
+  argument->ndim = static_cast<int>(PyTuple_GET_SIZE(shape));
+  for (int i = 0; i < argument->ndim; ++i) {
+    argument->shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+    argument->view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
+  }
+  argument->dtype = static_cast<DType>(PyLong_AsLong(PyTuple_GET_ITEM(object, 3)));
+  if (PyErr_Occurred()) throw pybind11::error_already_set();
+  return true;
+}
+
+}  // namespace vitkernels
+
 namespace pybind11::detail {
 
-// View <- None | (data_ptr, (stride, ...))
 template <>
-struct type_caster<vitkernels::View> {
-  PYBIND11_TYPE_CASTER(vitkernels::View, const_name("tuple[int, tuple[int, ...]] | None"));
+struct type_caster<vitkernels::Argument> {
+  PYBIND11_TYPE_CASTER(vitkernels::Argument, const_name("torch.Tensor | tuple | None"));
 
   bool load(handle source, bool) {
-    if (source.is_none()) {
-      value = {};
-      return true;
-    }
-    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 2) return false;
-    PyObject* strides = PyTuple_GET_ITEM(source.ptr(), 1);
-    if (!PyTuple_Check(strides) || PyTuple_GET_SIZE(strides) > 5) return false;
-    value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 0));
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(strides); ++i)
-      value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
-    return !PyErr_Occurred();
+    value = {};
+    if (source.is_none()) return true;
+    if (vitkernels::exchange.lends(source.ptr())) return vitkernels::read_borrowed(source.ptr(), &value);
+    return vitkernels::read_tuple(source.ptr(), &value);
   }
 };
 

@@ -127,7 +127,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       const Acc total = warp_sum<4>(row_sum[r]);
       factor[r] = total > Acc(0) ? Acc(1) / total : Acc(0);
       const int token = query(lane_row + 8 * r);
-      if (lane_column == 0 && token >= 0) {
+      if (lane_column == 0 && token >= 0 && present(problem.lse)) {
         offset<Acc>(problem.lse, batch, item.head)[token * problem.lse.stride[2]] =
             (row_max[r] + Exp::log(total)) * static_cast<Acc>(1.0 / Exp::unit);
       }

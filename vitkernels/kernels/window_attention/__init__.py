@@ -78,7 +78,7 @@ def window_attention(
         >>> window_attention(q, k, v, bias_table=table, window=(7, 7)).shape
         torch.Size([64, 4, 49, 32])
     """
-    out, lse = operator((q, k, v, bias_table), (bias_index, window, scale), backend)
+    out, lse = operator((q, k, v, bias_table), (bias_index, window, scale), backend, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -121,9 +121,14 @@ def _check(
     return q, k, v, bias_table, window_h, window_w, signed, scale
 
 
-def _allocate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    lse_dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    return torch.empty_like(v), torch.empty(q.shape[:3], dtype=lse_dtype, device=q.device)
+def _allocate_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(v)
+
+
+def _allocate_lse(q: torch.Tensor, *_: Any) -> torch.Tensor:
+    if q.dtype is torch.float32 or q.dtype is torch.float64:
+        return q.new_empty(q.shape[:3])
+    return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 def _flops(
@@ -145,9 +150,16 @@ def _triton_limits(q: Any, k: Any, v: Any, *_: Any) -> list[str]:
     return []
 
 
-def _cuda_limits(q: Any, k: Any, v: Any, *_: Any) -> list[str]:
-    width = max(q.shape[3], v.shape[3])
-    return [f"takes head_dim and value_dim up to 128, got {width}"] if width > 128 else []
+def _cuda_limits(
+    q: Any, k: Any, v: Any, bias_table: Any, window_h: int, window_w: int, *_: Any
+) -> list[str]:
+    reasons = []
+    width, entries = max(q.shape[3], v.shape[3]), (2 * window_h - 1) * (2 * window_w - 1)
+    if width > 128:
+        reasons.append(f"takes head_dim and value_dim up to 128, got {width}")
+    if bias_table is not None and entries > 1089:  # what fits into shared memory beside the widest tiles
+        reasons.append(f"takes windows of up to 1089 relative positions (17x17) with a bias, got {entries}")
+    return reasons
 
 
 _NATIVE = "vitkernels.kernels.window_attention.native"
@@ -158,17 +170,17 @@ operator = Operator(
     params="int window_h, int window_w, bool signed_bias, float scale",
     outputs=("out", "lse"),
     check=_check,
-    allocate=_allocate,
+    allocate=(_allocate_out, _allocate_lse),
     reference=reference.forward,
     backends=(
-        Backend("cuda", _NATIVE, limits=_cuda_limits),
+        Backend("cuda", _NATIVE, limits=_cuda_limits, skips_by_products=True),
         Backend(
             "triton",
             "vitkernels.kernels.window_attention.triton",
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
             limits=_triton_limits,
         ),
-        Backend("cpu", _NATIVE),
+        Backend("cpu", _NATIVE, skips_by_products=True),
     ),
     order={"cuda": ("cuda", "triton"), "cpu": ("cpu",)},
     flops=_flops,
