@@ -60,7 +60,9 @@ def present_archs() -> str | None:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return None
-    caps = sorted({line.strip().replace(".", "") for line in lines if line.strip().replace(".", "").isdigit()})
+    caps = sorted(
+        {line.strip().replace(".", "") for line in lines if line.strip().replace(".", "").isdigit()}
+    )
     caps = [cap for cap in caps if int(cap) >= 80]
     # The "a" target is only for Hopper's and Blackwell's architecture-specific instructions.
     return ";".join(f"{cap}a-real" if cap in ("90", "100") else f"{cap}-real" for cap in caps) or None
@@ -82,7 +84,10 @@ def compiler_works(compiler: str) -> bool:
         return True
     command = [*shlex.split(os.environ.get("CXX", compiler)), "-x", "c++", "-std=c++17", "-fsyntax-only", "-"]
     try:
-        return subprocess.run(command, input="#include <vector>\n", text=True, capture_output=True).returncode == 0
+        return (
+            subprocess.run(command, input="#include <vector>\n", text=True, capture_output=True).returncode
+            == 0
+        )
     except OSError:
         return False
 
@@ -95,8 +100,12 @@ def wanted() -> bool:
     if compiler and compiler_works(compiler):
         return True
     if os.environ.get("VITKERNELS_BUILD_CUDA") == "1":
-        raise SystemExit("vitkernels: VITKERNELS_BUILD_CUDA=1 but no working C++ compiler was found (set CXX).")
-    say("no working C++ compiler found (set CXX): no CPU or CUDA kernels; Triton and reference backends only.")
+        raise SystemExit(
+            "vitkernels: VITKERNELS_BUILD_CUDA=1 but no working C++ compiler was found (set CXX)."
+        )
+    say(
+        "no working C++ compiler found (set CXX): no CPU or CUDA kernels; Triton and reference backends only."
+    )
     return False
 
 
@@ -105,7 +114,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(os.environ.get("VITKERNELS_BUILD_DIR", Path(self.build_temp).resolve() / "cmake"))
         build.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *self.cmake_arguments(target)], check=True)
+        subprocess.run(
+            ["cmake", "-S", str(ROOT), "-B", str(build), *self.cmake_arguments(target)], check=True
+        )
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(jobs())], check=True)
 
     def cmake_arguments(self, target: Path) -> list[str]:
@@ -121,9 +132,13 @@ class CMakeBuild(build_ext):
             arguments.append("-GNinja")
         cuda, nvcc = os.environ.get("VITKERNELS_BUILD_CUDA"), nvcc_compiler()
         if cuda == "1" and not nvcc:
-            raise SystemExit("vitkernels: VITKERNELS_BUILD_CUDA=1 but nvcc was not found (set CUDACXX, CUDA_HOME or PATH).")
+            raise SystemExit(
+                "vitkernels: VITKERNELS_BUILD_CUDA=1 but nvcc was not found (set CUDACXX, CUDA_HOME or PATH)."
+            )
         if cuda == "0" or not nvcc:
-            say(f"{'CUDA kernels switched off' if cuda == '0' else 'nvcc not found'}: building the CPU kernels only.")
+            say(
+                f"{'CUDA kernels switched off' if cuda == '0' else 'nvcc not found'}: building the CPU kernels only."
+            )
             arguments.append("-DVITKERNELS_CUDA=OFF")
         else:
             archs = os.environ.get("VITKERNELS_CUDA_ARCHS") or present_archs() or DEFAULT_ARCHS

@@ -76,8 +76,16 @@ SAMPLES = [
             ({"v": _x[..., :0]}, ValueError, "argument `v`: expected a last dimension of at least 1"),
             ({"v": _x.to("meta")}, ValueError, "argument `v`: expected device cpu"),
             ({"bias_table": torch.zeros(2, 14)}, ValueError, "argument `bias_table`: expected shape"),
-            ({"bias_table": torch.zeros(2, 15).half()}, TypeError, "argument `bias_table`: expected dtype float32"),
-            ({"bias_index": "relative"}, ValueError, "argument `bias_index`: expected 'absolute' or 'signed'"),
+            (
+                {"bias_table": torch.zeros(2, 15).half()},
+                TypeError,
+                "argument `bias_table`: expected dtype float32",
+            ),
+            (
+                {"bias_index": "relative"},
+                ValueError,
+                "argument `bias_index`: expected 'absolute' or 'signed'",
+            ),
             ({"window": (3, 0)}, ValueError, "argument `window`: expected 2 positive ints"),
             ({"window": "3x5"}, TypeError, "argument `window`: expected 2 ints"),
             ({"scale": float("nan")}, ValueError, "argument `scale`: expected a finite number"),
@@ -91,5 +99,7 @@ SAMPLES = [
         _window(1, (4, 4), 16, 16, 49),
         {"window": 4, "bias_index": "signed", "return_lse": True},
     ),
-    Sample("window_attention-no_bias", ops.window_attention, _window(2, (1, 3), 3, 7, None), {"window": (1, 3)}),
+    Sample(
+        "window_attention-no_bias", ops.window_attention, _window(2, (1, 3), 3, 7, None), {"window": (1, 3)}
+    ),
 ]

@@ -35,7 +35,9 @@ def assert_close_to_truth(
         dtype: the dtype under test. Default: got's.
     """
     assert got.shape == truth.shape == baseline.shape, f"{name}: {got.shape} against {truth.shape}"
-    assert truth.numel() == 0 or truth.abs().max() > 0, f"{name}: the truth is zero everywhere, so nothing is tested"
+    assert truth.numel() == 0 or truth.abs().max() > 0, (
+        f"{name}: the truth is zero everywhere, so nothing is tested"
+    )
     assert torch.isfinite(got).all(), f"{name}: {(~torch.isfinite(got)).sum()} elements are not finite"
     if truth.numel() == 0:
         return
@@ -44,7 +46,9 @@ def assert_close_to_truth(
     slack = 4 * torch.finfo(dtype).eps * rms(truth) * math.sqrt(reduced)
     for measure, of in (("max", lambda t: t.abs().max().item()), ("rms", rms)):
         error, allowed = of(got - truth), factor * of(baseline - truth) + slack
-        print(f"{name} {measure}: error {error:.3e}, PyTorch {of(baseline - truth):.3e}, allowed {allowed:.3e}")
+        print(
+            f"{name} {measure}: error {error:.3e}, PyTorch {of(baseline - truth):.3e}, allowed {allowed:.3e}"
+        )
         assert error <= allowed, f"{name}: {measure} error {error:.3e} exceeds {allowed:.3e}"
 
 

@@ -58,8 +58,20 @@ def path_without_nvcc() -> str:
 def build_wheel(sources: Path, no_torch: Path, target: Path, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VITKERNELS_", "CUDA"))}
     environment |= {"PYTHONPATH": str(no_torch), "VITKERNELS_BUILD_DIR": str(target / "cmake"), **variables}
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", "-w", str(target)]
-    return subprocess.run([*command, str(sources)], env=environment, capture_output=True, text=True, cwd=target)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-v",
+        "-w",
+        str(target),
+    ]
+    return subprocess.run(
+        [*command, str(sources)], env=environment, capture_output=True, text=True, cwd=target
+    )
 
 
 def wheel_of(built: subprocess.CompletedProcess, target: Path) -> Path:
@@ -89,7 +101,9 @@ def members(wheel: Path) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_wheel_with_nvcc(sources, no_torch, tmp_path):
-    built = build_wheel(sources, no_torch, tmp_path, VITKERNELS_CUDA_ARCHS="80-real", VITKERNELS_BUILD_CUDA="1")
+    built = build_wheel(
+        sources, no_torch, tmp_path, VITKERNELS_CUDA_ARCHS="80-real", VITKERNELS_BUILD_CUDA="1"
+    )
     wheel = wheel_of(built, tmp_path)
     assert wheel.stat().st_size < 20 * MEGABYTE
     facts = use(wheel)

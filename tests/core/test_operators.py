@@ -53,7 +53,9 @@ def test_gradcheck(sample, device):
     tensors = sample.tensors(torch.float64, device, requires_grad=True)
 
     def run(*values):
-        return outputs_of(sample(dict(zip(tensors, values, strict=True)), backend="cpu" if device == "cpu" else "cuda"))
+        return outputs_of(
+            sample(dict(zip(tensors, values, strict=True)), backend="cpu" if device == "cpu" else "cuda")
+        )
 
     assert torch.autograd.gradcheck(run, tuple(tensors.values()))
 
@@ -220,7 +222,13 @@ def test_backend_override_and_its_error(sample):
     assert reasons["cuda"]
     with pytest.raises(vitkernels.BackendError) as error:
         sample(tensors, backend="cuda")
-    for part in (sample.op, "'cuda' was asked for", reasons["cuda"][0], "Backends that would fit: 'cpu'", "float32"):
+    for part in (
+        sample.op,
+        "'cuda' was asked for",
+        reasons["cuda"][0],
+        "Backends that would fit: 'cpu'",
+        "float32",
+    ):
         assert part in str(error.value)
     with vitkernels.backend("cuda"):
         with pytest.raises(vitkernels.BackendError):

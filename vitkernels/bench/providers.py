@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 import vitkernels
 from vitkernels.bench.case import Case, Function, Inputs, Provider, Unavailable
@@ -22,10 +21,7 @@ def ours(case: Case, backend: str) -> Provider:
         if reasons:
             raise Unavailable("; ".join(reasons))
 
-        def function(**tensors: Tensor) -> Tensor:
-            return operator(**tensors, **inputs.options, backend=backend)
-
-        return function
+        return functools.partial(operator, **inputs.options, backend=backend)
 
     return Provider(OURS + backend, prepare, ours=True)
 

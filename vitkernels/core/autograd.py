@@ -16,15 +16,25 @@ if TYPE_CHECKING:
 
 
 def plain_eager() -> bool:
-    """Whether nothing watches or transforms the calls, so that a kernel may run without its torch op."""
+    """Whether nothing watches, transforms or casts the calls, so that a kernel may run without its torch op."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()  # FlopCounterMode, FakeTensorMode, make_fx
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_function_stack()
-        or torch.autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
+        or _dispatch_modes()  # FlopCounterMode, FakeTensorMode, make_fx
+        or _function_modes()
+        or _functorch_active()
+        or _autocast_enabled("cpu")
+        or _autocast_enabled("cuda")
+        or _profiler_enabled()
+        or _tracing_state() is not None
     )
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_functorch_active = torch._C._are_functorch_transforms_active
+_autocast_enabled = torch.is_autocast_enabled
+_profiler_enabled = torch.autograd._profiler_enabled
+_tracing_state = torch._C._get_tracing_state
 
 
 def second_derivative(name: str) -> RuntimeError:

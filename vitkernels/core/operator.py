@@ -66,7 +66,9 @@ class Operator:
         self.order = order
         self._define(tensors, params)
         self._register_flops(flops)
-        self.traced, self.eager = make_functions(self)
+        self.traced, eager = make_functions(self)
+        # Function.apply's own Python is for functorch transforms, which plain eager code has not.
+        self._apply_eager = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
         self._no_by_products = (None,) * (len(outputs) - 1)
         self._known: dict[Any, tuple[Any, ...]] = {}
         REGISTRY[name] = self
@@ -104,7 +106,7 @@ class Operator:
                 self._known.clear()
             params = self._known[key] = (*inputs[len(tensors) :], name)
         if wants_grad and torch.is_grad_enabled():
-            return self.eager.apply(params, *tensors)
+            return self._apply_eager(params, *tensors)
         if by_products or not self.backends[params[-1]].skips_by_products:
             return self.run_forward(*tensors, *params)
         inputs = (*tensors, *params[:-1])
@@ -186,7 +188,9 @@ class Operator:
         inputs = args[2 * count : -2]
         grads = self._empty_gradients(inputs, mask)
         if args[count].numel():
-            wanted = grads if all(mask) else [g if want else None for g, want in zip(grads, mask, strict=True)]
+            wanted = (
+                grads if all(mask) else [g if want else None for g, want in zip(grads, mask, strict=True)]
+            )
             self.backends[args[-2]].load().backward(*wanted, *args[:-2])
         else:
             for grad in grads:
@@ -214,13 +218,16 @@ class Operator:
             return flops(*args[2 * count : -2], mask=args[-1])
 
 
+_native_signature = native.load().signature if native.lends else None
+
+
 def _signature(tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, bool]:
     """(what checks and choice depend on, whether a tensor requires a gradient); (None, False) for a call that is
     traced, transformed, watched or under autocast, or whose tensors are not plain strided ones."""
-    if not plain_eager() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if not plain_eager():
         return None, False
-    if native.lends:
-        return native.load().signature(tensors) or (None, False)
+    if _native_signature is not None:
+        return _native_signature(tensors) or (None, False)
     key: list[Any] = []
     for tensor in tensors:
         if tensor is None:

@@ -114,7 +114,9 @@ def _check(
     check_dtype("v", v, (dtype,), _ONE_DTYPE)
     if bias_table is not None:
         entries = (2 * window_h - 1) * (2 * window_w - 1) if signed else tokens
-        check_tensor("bias_table", bias_table, (heads, entries), f"[heads, entries] for {bias_index!r} indices")
+        check_tensor(
+            "bias_table", bias_table, (heads, entries), f"[heads, entries] for {bias_index!r} indices"
+        )
         check_device("bias_table", bias_table, q.device, "q")
         allowed = (dtype,) if dtype is torch.float64 else (dtype, torch.float32)
         check_dtype("bias_table", bias_table, allowed, "Cast it with bias_table.to(q.dtype).")
@@ -131,9 +133,7 @@ def _allocate_lse(q: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
-def _flops(
-    q: Any, k: Any, v: Any, bias_table: Any, *params: Any, mask: list[bool] | None
-) -> int:
+def _flops(q: Any, k: Any, v: Any, bias_table: Any, *params: Any, mask: list[bool] | None) -> int:
     """2 x MACs of the two products, or of the products of the wanted gradients."""
     batch, heads, tokens, head_dim = q
     qk, pv = (2 * batch * heads * tokens * tokens * width for width in (head_dim, v[3]))
@@ -150,9 +150,7 @@ def _triton_limits(q: Any, k: Any, v: Any, *_: Any) -> list[str]:
     return []
 
 
-def _cuda_limits(
-    q: Any, k: Any, v: Any, bias_table: Any, window_h: int, window_w: int, *_: Any
-) -> list[str]:
+def _cuda_limits(q: Any, k: Any, v: Any, bias_table: Any, window_h: int, window_w: int, *_: Any) -> list[str]:
     reasons = []
     width, entries = max(q.shape[3], v.shape[3]), (2 * window_h - 1) * (2 * window_w - 1)
     if width > 128:
