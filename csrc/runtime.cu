@@ -1,15 +1,14 @@
-#include "vitkernels/runtime.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
+
+#include "vitkernels/runtime.h"
 
 namespace vitkernels {
 namespace {
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ struct Params {
   View q, k, v;     // [batch, heads, tokens, d | dv], any strides
   View bias_table;  // [heads, entries()], optional
   View out;         // [batch, heads, tokens, dv], any strides
-  View lse;         // [batch, heads, tokens] f32 (f64 when dtype is f64), natural logarithm; forward: optional
+  View lse;  // [batch, heads, tokens] f32 (f64 when dtype is f64), natural logarithm; forward: optional
 
   // Backward only. grad_out and grad_lse may each be absent (a zero gradient); so may each result.
   View grad_out, grad_lse;
@@ -27,9 +27,7 @@ struct Params {
   void* workspace = nullptr;  // backward_workspace_cuda() bytes
 
   int tokens() const { return window_h * window_w; }
-  int entries() const {
-    return signed_bias ? (2 * window_h - 1) * (2 * window_w - 1) : window_h * window_w;
-  }
+  int entries() const { return signed_bias ? (2 * window_h - 1) * (2 * window_w - 1) : window_h * window_w; }
 };
 
 // Launch on the stream; nothing is allocated and nothing synchronises. Throw std::runtime_error when

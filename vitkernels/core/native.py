@@ -51,7 +51,7 @@ def _take_exchange() -> bool:
     return True
 
 
-lends = _take_exchange()
+lends: bool = _take_exchange()
 
 
 def arguments(module: ModuleType, *tensors: torch.Tensor | None) -> tuple[Any, ...]:

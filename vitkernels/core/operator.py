@@ -110,7 +110,7 @@ class Operator:
         if by_products or not self.backends[params[-1]].skips_by_products:
             return self.run_forward(*tensors, *params)
         inputs = (*tensors, *params[:-1])
-        outputs = (self.allocate[0](*inputs), *self._no_by_products)
+        outputs: tuple[Any, ...] = (self.allocate[0](*inputs), *self._no_by_products)
         if outputs[0].numel():
             self.backends[params[-1]].load().forward(*outputs, *inputs)
         return outputs

@@ -6,8 +6,8 @@
 
 namespace vitkernels {
 
-// The part of DLPack's C exchange table (DLPack 1.3) that is read here. A table lends a tensor's metadata for the
-// price of a C call and needs no torch headers; torch offers one since 2.10.
+// The part of DLPack's C exchange table (DLPack 1.3) that is read here. A table lends a tensor's metadata for
+// the price of a C call and needs no torch headers; torch offers one since 2.10.
 struct DLTensor {
   void* data;
   struct {

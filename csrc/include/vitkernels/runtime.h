@@ -8,7 +8,7 @@ struct CudaStatus {
   int runtime_version = 0;  // 13000 for 13.0
   int driver_version = 0;   // 0: no driver
   int devices = 0;
-  std::string error;        // why no device can be used; empty when one can
+  std::string error;  // why no device can be used; empty when one can
 };
 
 CudaStatus cuda_status();

@@ -59,7 +59,7 @@ struct Problem {
   int head_dim = 0;
   int value_dim = 0;
   double scale = 1.0;
-  View q, k, v, out, lse;                  // forward: lse may be absent
+  View q, k, v, out, lse;             // forward: lse may be absent
   View grad_out, grad_lse;            // backward, each may be absent
   View grad_q, grad_k, grad_v;        // backward, each may be absent
   void* gradient_partials = nullptr;  // Acc [chunks, tiles, heads, gradient_elements], may be absent
