@@ -114,10 +114,14 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(os.environ.get("VITKERNELS_BUILD_DIR", Path(self.build_temp).resolve() / "cmake"))
         build.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            ["cmake", "-S", str(ROOT), "-B", str(build), *self.cmake_arguments(target)], check=True
-        )
-        subprocess.run(["cmake", "--build", str(build), "--parallel", str(jobs())], check=True)
+        # Without build isolation the cmake and ninja of the environment need not be on PATH.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment, cmake = {**os.environ, "PATH": path}, shutil.which("cmake", path=path)
+        if cmake is None:
+            raise SystemExit("vitkernels: cmake was not found: pip install cmake ninja")
+        arguments = [cmake, "-S", str(ROOT), "-B", str(build), *self.cmake_arguments(target)]
+        subprocess.run(arguments, check=True, env=environment)
+        subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs())], check=True, env=environment)
 
     def cmake_arguments(self, target: Path) -> list[str]:
         import pybind11

@@ -102,12 +102,12 @@ def members(wheel: Path) -> list[str]:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_wheel_with_nvcc(sources, no_torch, tmp_path):
     built = build_wheel(
-        sources, no_torch, tmp_path, VITKERNELS_CUDA_ARCHS="80-real", VITKERNELS_BUILD_CUDA="1"
+        sources, no_torch, tmp_path, VITKERNELS_CUDA_ARCHS="80-real;80-virtual", VITKERNELS_BUILD_CUDA="1"
     )
     wheel = wheel_of(built, tmp_path)
     assert wheel.stat().st_size < 20 * MEGABYTE
     facts = use(wheel)
-    assert facts["native"]["cuda_archs"] == "80-real"
+    assert facts["native"]["cuda_archs"] == "80-real, 80-virtual"
     assert facts["supported"]["cpu"] == []
 
 
