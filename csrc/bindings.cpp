@@ -33,13 +33,48 @@ bool is_true(PyObject* result) {
   return value;
 }
 
-// (shapes, dtypes and devices as bytes, whether any requires a gradient) of a tuple of tensors or Nones; None
-// where one of them is no plain strided tensor, so that its values are not simply what its memory holds.
-py::object signature(const py::tuple& tensors) {
+template <class T>
+void append(std::string* bytes, char kind, const T& value) {
+  bytes->push_back(kind);
+  bytes->append(reinterpret_cast<const char*>(&value), sizeof(value));
+}
+
+// Types count: 4 and 4.0, 1 and True are different options. False for what is no plain value.
+bool append_option(std::string* bytes, PyObject* option) {
+  if (option == Py_None) {
+    bytes->push_back('n');
+  } else if (PyBool_Check(option)) {
+    append(bytes, 'b', option == Py_True);
+  } else if (PyLong_CheckExact(option)) {
+    int overflow = 0;
+    append(bytes, 'i', PyLong_AsLongLongAndOverflow(option, &overflow));
+    if (overflow != 0) return false;
+  } else if (PyFloat_CheckExact(option)) {
+    append(bytes, 'f', PyFloat_AS_DOUBLE(option));
+  } else if (PyUnicode_CheckExact(option)) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(option, &size);
+    if (text == nullptr) throw py::error_already_set();
+    append(bytes, 's', size);
+    bytes->append(text, size);
+  } else if (PyTuple_CheckExact(option)) {
+    append(bytes, 't', PyTuple_GET_SIZE(option));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(option); ++i)
+      if (!append_option(bytes, PyTuple_GET_ITEM(option, i))) return false;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// (shapes, dtypes and devices of tensors or Nones, and the options, as bytes; whether a tensor requires a
+// gradient). None where a tensor is no plain strided one, so that its values are not simply what its memory
+// holds, or an option is no plain value.
+py::object signature(const py::tuple& tensors, const py::tuple& options) {
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   std::string bytes;
-  bytes.reserve(64 * tensors.size());
+  bytes.reserve(64 * (tensors.size() + 1));
   bool gradient = false;
   for (py::handle item : tensors) {
     if (item.is_none()) {
@@ -47,7 +82,7 @@ py::object signature(const py::tuple& tensors) {
       continue;
     }
     vitkernels::DLTensor tensor;
-    if (!exchange.lends(item.ptr())) return py::none();
+    if (!exchange.is_plain(item.ptr())) return py::none();
     if (is_true(PyObject_CallMethodNoArgs(item.ptr(), is_neg))) return py::none();
     if (exchange.table->borrow(item.ptr(), &tensor) != 0) {
       PyErr_Clear();
@@ -59,6 +94,7 @@ py::object signature(const py::tuple& tensors) {
     bytes.append(reinterpret_cast<const char*>(&tensor.device), sizeof(tensor.device));
     bytes.append(reinterpret_cast<const char*>(tensor.shape), sizeof(int64_t) * tensor.ndim);
   }
+  if (!append_option(&bytes, options.ptr())) return py::none();
   return py::make_tuple(py::bytes(bytes), gradient);
 }
 

@@ -44,12 +44,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(REDUCE_THREADS, 1)
 int64_t backward_workspace_cuda(const Params& params) {
   if (!params.grad_bias_table) return 0;
   const tile_attention::Problem problem = make_problem(params);
-  Params with_table = params;
-  with_table.bias_table =
-      params.grad_bias_table;  // the caller may have left it out, but it decides on the tiles
   return with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const WindowMap<T> map(with_table);
+    const WindowMap<T> map(params);
     const int64_t count = tile_attention::backward_partials<T>(problem, map);
     return count * params.heads * map.gradient_elements() * static_cast<int64_t>(sizeof(accumulate_t<T>));
   });

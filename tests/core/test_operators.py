@@ -10,14 +10,25 @@ import time
 import pytest
 import torch
 from samples import SAMPLES, Sample
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels
+from vitkernels.core import native
+from vitkernels.core import operator as operator_module
 from vitkernels.core.operator import REGISTRY
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
 each_device = pytest.mark.parametrize("device", DEVICES)
+each_kernel = pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "cpu"),
+        pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
+        pytest.param("cuda", "triton", marks=pytest.mark.gpu),
+    ],
+)
 
 
 def outputs_of(result):
@@ -27,11 +38,6 @@ def outputs_of(result):
 def gradients(sample: Sample, tensors, seeds, **kwargs):
     outputs = outputs_of(sample(tensors, **kwargs))
     return outputs, torch.autograd.grad(outputs, list(tensors.values()), seeds[: len(outputs)])
-
-
-def compiled_backend(device: str) -> str:
-    """A backend with kernels of ours on this device."""
-    return "cpu" if device == "cpu" else "triton"
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, sample: Sample) -> list:
@@ -61,13 +67,13 @@ def test_gradcheck(sample, device):
 
 
 @each_sample
-@each_device
-def test_opcheck(sample, device, monkeypatch):
+@each_kernel
+def test_opcheck(sample, device, backend, monkeypatch):
     operator = REGISTRY[sample.op]
     captured = []
     run = operator.run_forward
     monkeypatch.setattr(operator, "run_forward", lambda *args: (captured.append(args), run(*args))[1])
-    sample(sample.tensors(torch.float32, device, requires_grad=True), backend=compiled_backend(device))
+    sample(sample.tensors(torch.float32, device, requires_grad=True), backend=backend)
     args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in captured[0])
     torch.library.opcheck(operator.forward_op, args)
     outputs = operator.forward_op(*args)
@@ -79,11 +85,11 @@ def test_opcheck(sample, device, monkeypatch):
 
 
 @each_sample
-@each_device
-def test_gradient_penalty_raises(sample, device):
+@each_kernel
+def test_gradient_penalty_raises(sample, device, backend):
     tensors = sample.tensors(device=device, requires_grad=True)
     first = next(iter(tensors.values()))
-    out = outputs_of(sample(tensors, backend=compiled_backend(device)))[0]
+    out = outputs_of(sample(tensors, backend=backend))[0]
     (grad,) = torch.autograd.grad(out.sum(), first, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
         grad.square().sum().backward()
@@ -155,10 +161,10 @@ def test_compile_trains(sample, device):
 
 
 @each_sample
-@each_device
-def test_empty_batch(sample, device):
+@each_kernel
+def test_empty_batch(sample, device, backend):
     tensors = sample.tensors(device=device, batch=0, requires_grad=True)
-    outputs = outputs_of(sample(tensors, backend=compiled_backend(device)))
+    outputs = outputs_of(sample(tensors, backend=backend))
     assert outputs[0].shape[0] == 0
     for tensor, grad in zip(
         tensors.values(), torch.autograd.grad(outputs[0].sum(), list(tensors.values())), strict=True
@@ -187,16 +193,28 @@ def test_strided_inputs(sample, device):
 
 
 @each_sample
-def test_frozen_inputs_skip_their_gradients(sample):
+def test_frozen_inputs_skip_their_gradients(sample, monkeypatch):
+    module = REGISTRY[sample.op].backends["cpu"].load()
+    backward, wanted = module.backward, []
+    count = len(REGISTRY[sample.op].tensors)
+
+    def spied(*args):
+        wanted.append([grad is not None for grad in args[:count]])
+        backward(*args)
+
+    monkeypatch.setattr(module, "backward", spied)
     for frozen in sample.tensors():
+        torch.manual_seed(1)
         tensors = sample.tensors(requires_grad=True)
-        want = gradients(sample, tensors, [torch.ones_like(o) for o in outputs_of(sample(tensors))])[1]
+        seeds = [torch.ones_like(o) for o in outputs_of(sample(tensors))]
+        want = dict(zip(tensors, gradients(sample, tensors, seeds)[1], strict=True))
         tensors[frozen].requires_grad_(False)
-        outputs = outputs_of(sample(tensors))
         live = {name: t for name, t in tensors.items() if name != frozen}
-        got = torch.autograd.grad(outputs, list(live.values()), [torch.ones_like(o) for o in outputs])
+        got = torch.autograd.grad(outputs_of(sample(tensors)), list(live.values()), seeds)
         for name, grad in zip(live, got, strict=True):
-            torch.testing.assert_close(grad, want[list(tensors).index(name)])
+            torch.testing.assert_close(grad, want[name])
+        names = REGISTRY[sample.op].tensors
+        assert wanted[-1] == [name in live for name in names], "a frozen input's gradient was computed"
 
 
 @each_sample
@@ -258,22 +276,33 @@ def test_override_changes_the_compiled_graph(sample):
     assert f"vitkernels.{sample.op}" not in graphs[1]
 
 
-@each_sample
-def test_results_survive_deepcopy_and_pickle(sample):
-    class Holder(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.function = sample.function
+class Holder(torch.nn.Module):
+    """A module that keeps an operator's public function, as a user's layer may."""
 
-    tensors = sample.tensors()
-    want = outputs_of(sample(tensors))[0]
-    copied = copy.deepcopy(sample.function)
-    assert torch.equal(outputs_of(copied(**tensors, **sample.kwargs))[0], want)
-    restored = pickle.loads(pickle.dumps(sample.function))
-    assert torch.equal(outputs_of(restored(**tensors, **sample.kwargs))[0], want)
+    def __init__(self, sample: Sample) -> None:
+        super().__init__()
+        self.function, self.options = sample.function, sample.kwargs
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, tensors):
+        return outputs_of(self.function(**tensors, **self.options))[0] * self.scale
+
+
+@each_sample
+def test_modules_that_hold_the_function_survive_copies(sample):
+    module, tensors = Holder(sample), sample.tensors()
+    want = module(tensors)
     buffer = io.BytesIO()
-    out = outputs_of(sample(sample.tensors(requires_grad=True)))[0]
-    torch.save(out, buffer)
+    torch.save(module, buffer)
+    buffer.seek(0)
+    copies = (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(buffer, weights_only=False),
+    )
+    for other in copies:
+        assert torch.equal(other(tensors), want)
+        assert other.scale is not module.scale
 
 
 @each_sample
@@ -311,6 +340,109 @@ def test_functional_grad(sample):
         lambda t: outputs_of(sample({**tensors, name: t}, backend="reference"))[0].square().sum()
     )(first)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@each_sample
+def test_forward_mode_raises_a_clear_error(sample):
+    tensors = sample.tensors()
+    name, first = next(iter(tensors.items()))
+
+    def run(t):
+        return outputs_of(sample({**tensors, name: t}))[0]
+
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*backend='reference'"):
+        torch.func.jvp(run, (first,), (torch.ones_like(first),))
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match="no forward-mode derivative"),
+    ):
+        run(forward_ad.make_dual(first, torch.ones_like(first)))
+
+
+@each_sample
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_and_per_sample_gradients(sample):
+    stacked = [sample.tensors(batch=2) for _ in range(3)]
+    batched = {name: torch.stack([tensors[name] for tensors in stacked]) for name in stacked[0]}
+
+    def loss(tensors, backend=None):
+        return outputs_of(sample(tensors, backend=backend))[0].square().sum()
+
+    torch.testing.assert_close(
+        torch.func.vmap(loss)(batched), torch.stack([loss(tensors) for tensors in stacked])
+    )
+    got = torch.func.vmap(torch.func.grad(loss))(batched)
+    for i, tensors in enumerate(stacked):
+        want = torch.func.grad(lambda t: loss(t, "reference"))(tensors)
+        for name, grad in want.items():
+            torch.testing.assert_close(got[name][i], grad, atol=1e-4, rtol=1e-4)
+
+
+@each_sample
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients(sample):
+    """is_grads_batched hands in tensors without storage; the kernels once asked for their address."""
+    tensors = sample.tensors(requires_grad=True)
+    out = outputs_of(sample(tensors))[0]
+    seeds = torch.randn(3, *out.shape)
+    got = torch.autograd.grad(out, list(tensors.values()), seeds, is_grads_batched=True, retain_graph=True)
+    for i, seed in enumerate(seeds):
+        want = torch.autograd.grad(out, list(tensors.values()), seed, retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+class PlainSubclass(torch.Tensor):
+    pass
+
+
+class ParameterSubclass(torch.nn.Parameter):
+    pass
+
+
+@each_sample
+@pytest.mark.parametrize("kind", [PlainSubclass, ParameterSubclass])
+def test_tensor_subclasses(sample, kind):
+    """The bindings once took exact torch.Tensor and Parameter only."""
+    tensors = sample.tensors()
+    want = outputs_of(sample(tensors))[0]
+    for name in tensors:
+        changed = {**tensors, name: tensors[name].as_subclass(kind)}
+        assert torch.equal(outputs_of(sample(changed))[0].as_subclass(torch.Tensor), want)
+
+
+@each_sample
+def test_negative_views(sample):
+    """The imaginary part of a conjugate keeps its sign in a flag, not in memory."""
+    tensors = sample.tensors()
+    negated = {
+        name: torch.complex(torch.zeros_like(t), -t).conj().imag if name != "v" else t
+        for name, t in tensors.items()
+    }
+    assert any(t.is_neg() for t in negated.values())
+    assert torch.equal(outputs_of(sample(negated))[0], outputs_of(sample(tensors))[0])
+
+
+def test_options_of_another_type_are_checked_again():
+    """4.0 equals 4 and True equals 1, so a remembered call once let them pass."""
+    x = torch.randn(1, 1, 16, 8)
+    vitkernels.ops.window_attention(x, x, x, window=4, scale=1)
+    for wrong in ({"window": 4.0, "scale": 1}, {"window": (4.0, 4)}, {"window": 4, "scale": True}):
+        with pytest.raises(TypeError):
+            vitkernels.ops.window_attention(x, x, x, **wrong)
+
+
+@each_sample
+def test_without_the_exchange_table(sample, monkeypatch):
+    """PyTorch before 2.10 lends no tensors: tuples cross the boundary instead, and Python makes the keys."""
+    tensors = sample.tensors(requires_grad=True)
+    seeds = [torch.randn_like(o) for o in outputs_of(sample(tensors))]
+    want = gradients(sample, tensors, seeds)
+    monkeypatch.setattr(native, "lends", False)
+    monkeypatch.setattr(operator_module, "_native_signature", None)
+    got = gradients(sample, tensors, seeds)
+    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        assert torch.equal(a, b)
 
 
 @each_sample

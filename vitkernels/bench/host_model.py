@@ -46,20 +46,32 @@ def _ours(name: str) -> nn.Module:
     return models.create_model(name).eval()
 
 
-def randomize(model: nn.Module, generator: torch.Generator) -> None:
-    """Random norm parameters and attention biases, in place.
+def randomize(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Random norm parameters and statistics and attention biases, in place; returns the model.
 
     At their usual initial values EfficientViT's residual branches (gamma 0) add exactly nothing, so that any
     mixer, right or wrong, would give the same logits.
     """
+
+    def positive(tensor: Tensor | None) -> None:
+        if tensor is not None:
+            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+
+    def centred(tensor: Tensor | None, spread: float) -> None:
+        if tensor is not None:
+            tensor.copy_(spread * torch.randn(tensor.shape, generator=generator))
+
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, _BatchNorm):
-                module.weight.copy_(0.5 + torch.rand(module.weight.shape, generator=generator))
-                module.bias.copy_(0.2 * torch.randn(module.bias.shape, generator=generator))
+                positive(module.weight)
+                centred(module.bias, 0.2)
+                centred(module.running_mean, 0.2)
+                positive(module.running_var)
         for name, parameter in model.named_parameters():
             if name.endswith("attention_biases"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                centred(parameter, 1.0)
+    return model
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:

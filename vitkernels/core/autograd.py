@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from vitkernels.core.operator import Operator
@@ -26,9 +27,29 @@ def plain_eager() -> bool:
         or _autocast_enabled("cuda")
         or _profiler_enabled()
         or _tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
 
 
+def apply_traced(operator: Operator, inputs: tuple[Any, ...]) -> Any:
+    """A call that is not plain eager: the Function where a derivative may be asked for, else the bare op."""
+    if forward_ad._current_level >= 0:
+        # Although nothing may require a gradient: the bare op would silently drop the tangents. A `jvp` method of
+        # the Function would be the place for this error, but Dynamo refuses Functions that have one.
+        try:
+            return operator.traced.apply(*inputs)
+        except NotImplementedError as error:
+            raise RuntimeError(
+                f"vitkernels: the kernels of {operator.name} have no forward-mode derivative (jvp, jacfwd, hessian). "
+                "Use backend='reference' for this call or scope: with vitkernels.backend('reference'): ..."
+            ) from error
+    tensors = inputs[: len(operator.tensors)]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return operator.traced.apply(*inputs)
+    return operator.forward_op(*inputs)
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -55,6 +76,8 @@ def make_functions(
     class Backward(torch.autograd.Function):
         """The backward as a node of its own, so that a second derivative is an error, not a zero."""
 
+        generate_vmap_rule = True
+
         @staticmethod
         def forward(*args: Any) -> tuple[torch.Tensor, ...]:
             return backward_op(*args)
@@ -69,6 +92,8 @@ def make_functions(
 
     class Traced(torch.autograd.Function):
         """Takes (*tensors, *params, backend)."""
+
+        generate_vmap_rule = True
 
         @staticmethod
         def forward(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -114,8 +139,8 @@ def make_functions(
             run: Callable[..., Any] = operator.run_backward
             if torch.is_grad_enabled():
                 run = Backward.apply
-            elif not plain_eager():
-                run = backward_op
+            elif not plain_eager() or any(g is not None and _is_batched(g) for g in grads):
+                run = backward_op  # is_grads_batched hands in tensors without storage
             results = run(*grads, *ctx.saved_tensors, *ctx.params, mask)
             if not all(mask):
                 results = (g if want else None for g, want in zip(results, mask, strict=True))

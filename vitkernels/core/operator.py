@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vitkernels.core import backends as choice
 from vitkernels.core import native
-from vitkernels.core.autograd import make_functions, plain_eager
+from vitkernels.core.autograd import apply_traced, make_functions, plain_eager
 from vitkernels.core.backends import Backend
 from vitkernels.core.checks import describe
 
@@ -85,23 +85,15 @@ class Operator:
         Returns:
             all outputs; without `by_products` those after the first may be None.
         """
-        key, wants_grad = _signature(tensors)
-        if key is not None:
-            key = (key, options, backend, choice.scope())
-            try:
-                params = self._known.get(key)
-            except TypeError:  # an unhashable option, as a list for the window
-                params = key = None
-        else:
-            params = None
+        key, wants_grad = _signature(tensors, (*options, backend, choice.scope()))
+        params = None if key is None else self._known.get(key)
         if params is None:
             inputs = self.check(*tensors, *options)
             name = self.choose(inputs, backend)
             if name == "reference":
                 return self.reference(*inputs)
             if key is None:
-                wants_grad = torch.is_grad_enabled() and _any_requires_grad(inputs[: len(tensors)])
-                return self.traced.apply(*inputs, name) if wants_grad else self.forward_op(*inputs, name)
+                return apply_traced(self, (*inputs, name))
             if len(self._known) >= 4096:
                 self._known.clear()
             params = self._known[key] = (*inputs[len(tensors) :], name)
@@ -221,14 +213,17 @@ class Operator:
 _native_signature = native.load().signature if native.lends else None
 
 
-def _signature(tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, bool]:
-    """(what checks and choice depend on, whether a tensor requires a gradient); (None, False) for a call that is
-    traced, transformed, watched or under autocast, or whose tensors are not plain strided ones."""
+def _signature(tensors: tuple[torch.Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, bool]:
+    """(what checks and choice depend on, whether a tensor requires a gradient).
+
+    (None, False) for a call that is traced, transformed, watched or under autocast, or whose tensors are not plain
+    strided ones.
+    """
     if not plain_eager():
         return None, False
     if _native_signature is not None:
-        return _native_signature(tensors) or (None, False)
-    key: list[Any] = []
+        return _native_signature(tensors, options) or (None, False)
+    key: list[Any] = [repr(options)]
     for tensor in tensors:
         if tensor is None:
             key.append(None)
@@ -236,8 +231,4 @@ def _signature(tensors: tuple[torch.Tensor | None, ...]) -> tuple[Any, bool]:
             key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
         else:
             return None, False
-    return tuple(key), _any_requires_grad(tensors)
-
-
-def _any_requires_grad(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return tuple(key), any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -31,6 +31,12 @@ def tile_offsets(rows, row_stride, col_stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def channel_offset(first, col_stride):
+    """Element offset of a loop's channel, in 64 bits: the loop variable and the stride may both be 32-bit."""
+    return first.to(tl.int64) * col_stride
+
+
+@triton.jit
 def tile_mask(rows_valid, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
     """Mask [rows, WIDTH]: valid rows, and columns below LIMIT."""
     # Without the column test a row's mask is constant along it, which keeps its loads vectorised.

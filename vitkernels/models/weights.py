@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def _official_key(key: str) -> str:
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Tensors by name from a `.safetensors` file, or from what `torch.load(weights_only=True)` reads.
 
+    An `argparse.Namespace` beside the weights, which many training scripts save, is read too.
     A checkpoint's "model_ema", "model" or "state_dict" entry is taken where it has one, and the prefix
     "module." of a model wrapped for data parallelism is removed.
     """
@@ -79,9 +81,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
         except ImportError as error:
             raise ImportError(f"{path} needs safetensors: pip install safetensors") from error
-        content: Any = load_file(path)
+        content: Any = _load(load_file, path)
     else:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = _load(torch.load, path, map_location="cpu", weights_only=True)
     for entry in ("model_ema", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
             content = content[entry]
@@ -93,6 +96,20 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             f"'state_dict' or 'model_ema'; {path} holds {found}."
         )
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _load(read: Callable[..., Any], path: Path, **options: Any) -> Any:
+    try:
+        return read(path, **options)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the readers raise a dozen kinds for damaged or foreign files
+        raise ValueError(
+            f"argument `weights`: expected a file of tensors alone that {read.__module__}.{read.__name__} reads, "
+            f"weights_only=True; got {path}, which fails with {type(error).__name__}: {error}\n"
+            "If you trust the file, load it yourself and save the state_dict alone: "
+            'checkpoint = torch.load(path, weights_only=False); torch.save(checkpoint["model"], new_path).'
+        ) from error
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -8,42 +8,59 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 
+from vitkernels.core.autograd import plain_eager
 from vitkernels.nn.conv_norm import fold_conv_norm, fold_norm_linear
 from vitkernels.patching import packed
 from vitkernels.patching.layers import KEPT, Patched
 
 
 class _Fold:
-    """A folded weight and bias, and the state of the tensors they were made from."""
+    """A folded weight and bias, and the state of what they were made from."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         self.weight = weight
         self.bias = bias
         self.packable = False
         self.packed: torch.Tensor | None = None
-        self.versions: list[int] = []
+        self.state: list[float] = []
         self.aliases: list[torch.Tensor] = []
 
-    def remember(self, sources: list[torch.Tensor]) -> bool:
+    def remember(self, sources: list[torch.Tensor], eps: float) -> bool:
         """Notes the state of the sources; False where it cannot be told when they change."""
         try:
-            self.versions = _versions(sources)
+            self.state = _state(sources, eps)
         except RuntimeError:  # no version counter or no storage: inference, fake and functorch tensors
             return False
-        # While these are held no other tensor can come to lie at an address in `versions`.
+        # While these are held no other tensor can come to lie at an address in `state`.
         self.aliases = [source.detach() for source in sources]
         return True
 
-    def is_current(self, sources: list[torch.Tensor]) -> bool:
+    def is_current(self, sources: list[torch.Tensor], eps: float) -> bool:
         try:
-            return self.versions == _versions(sources)
+            return self.state == _state(sources, eps)
         except RuntimeError:
             return False
 
 
-def _versions(sources: list[torch.Tensor]) -> list[int]:
-    return [number for source in sources for number in (source.data_ptr(), source._version)]
+def _state(sources: list[torch.Tensor], eps: float) -> list[float]:
+    return [eps, *(number for source in sources for number in (source.data_ptr(), source._version))]
+
+
+def _transformed() -> bool:
+    """Whether a fold belongs to this call alone: it is traced, batched or carries tangents."""
+    return (
+        torch.compiler.is_compiling()
+        or _tracing_state() is not None
+        or _functorch_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+_tracing_state = torch._C._get_tracing_state
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
 class _Folded(Patched):
@@ -54,10 +71,10 @@ class _Folded(Patched):
     """
 
     def _vitkernels_fold(
-        self: Any, layer: nn.Module, norm: nn.Module, fold: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+        self: Any, layer: nn.Module, norm: Any, fold: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     ) -> _Fold:
         first, second = (norm, layer) if fold is fold_norm_linear else (layer, norm)
-        if torch.compiler.is_compiling():
+        if _transformed():
             return _Fold(*fold(first, second))
         tensors, norms, buffers = layer._parameters, norm._parameters, norm._buffers
         sources = [
@@ -72,13 +89,13 @@ class _Folded(Patched):
             return _Fold(*fold(first, second))
         dtype = _compute_dtype(sources[0])
         kept = self.__dict__.get(KEPT)
-        if kept is not None and kept.weight.dtype is dtype and kept.is_current(sources):
+        if kept is not None and kept.weight.dtype is dtype and kept.is_current(sources, norm.eps):
             return kept
         with torch.inference_mode(False), torch.no_grad():
             kept = _Fold(*(tensor.to(dtype) for tensor in fold(first, second)))
         # What is made during the capture of a CUDA graph lives in the graph's memory, not beyond it.
         capturing = kept.weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not capturing and kept.remember(sources):
+        if not capturing and kept.remember(sources, norm.eps):
             kept.packable = isinstance(layer, nn.Conv2d) and packed.can_pack(layer, kept.weight)
             self.__dict__[KEPT] = kept
         return kept
@@ -106,7 +123,16 @@ def _takes_part(module: nn.Module) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
 
 
 class FoldedConvNorm(_Folded):
@@ -118,11 +144,12 @@ class FoldedConvNorm(_Folded):
 
     def forward(self: Any, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
         conv, norm = self._modules.values()
-        if _takes_part(conv) or _takes_part(norm):
+        if x.ndim != 4 or _takes_part(conv) or _takes_part(norm):
             y = super().forward(x)  # type: ignore[misc]
             return torch.relu(y) if relu else y
         fold = self._vitkernels_fold(conv, norm, fold_conv_norm)
-        if fold.packable and _is_inference(x):
+        # Tracers, transforms and FLOP counters know aten's convolution, not oneDNN's.
+        if fold.packable and plain_eager() and _is_inference(x):
             x = x.contiguous(memory_format=torch.channels_last)
             if packed.pays(conv, x):
                 if fold.packed is None:
@@ -136,7 +163,6 @@ class FoldedConvNorm(_Folded):
 def _is_inference(x: torch.Tensor) -> bool:
     return (
         x.dtype is torch.float32
-        and x.ndim == 4
         and x.numel() > 0
         and not (x.requires_grad and torch.is_grad_enabled())
     )
@@ -147,7 +173,8 @@ class FoldedNormLinear(_Folded):
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         norm, *_, linear = children = tuple(self._modules.values())
-        if any(_takes_part(child) for child in children):
+        # Of more dimensions batch norm normalises the second, Linear maps the last.
+        if x.ndim != 2 or any(_takes_part(child) for child in children):
             return super().forward(x)  # type: ignore[misc]
         fold = self._vitkernels_fold(linear, norm, fold_norm_linear)
         return F.linear(x, fold.weight, fold.bias)
@@ -155,7 +182,7 @@ class FoldedNormLinear(_Folded):
 
 def _with_relu(conv: Any, act: Any, x: torch.Tensor) -> torch.Tensor:
     """act(conv(x)), in one call where the ReLU can ride on the convolution."""
-    fused = type(act) is nn.ReLU and isinstance(conv, FoldedConvNorm)
+    fused = type(act) is nn.ReLU and "forward" not in act.__dict__ and isinstance(conv, FoldedConvNorm)
     if fused and not (_has_hooks(act) or _has_hooks(conv)):
         return conv(x, relu=True)
     return act(conv(x))

@@ -66,21 +66,23 @@ def _prove(module: nn.Module, mixin: type[Patched], proven: dict[Any, str]) -> s
 def match_fold(module: nn.Module, proven: dict[Any, str]) -> Match | None:
     """The match of layers that fold or fuse into fewer; None for any other layer."""
     children: list[Any] = list(module._modules.values())
-    is_norm = [isinstance(child, _BatchNorm) for child in children]
-    if not any(is_norm):
+    norms = [child for child in children if isinstance(child, _BatchNorm)]
+    if not norms:
         return _match_relu(module, children, proven)
     if not _is_sequence(module):
         return Match(None, reason="its batch norm is not in a plain sequence of layers")
-    if len(children) == 2 and is_norm[1] and _is_plain(children[0], nn.Conv2d):
+    if not all(_is_plain_norm(norm) for norm in norms):
+        return Match(None, reason="its batch norm has a forward of its own")
+    if _is_conv_norm(children):
         match, norm, layer = Match(FoldedConvNorm, "batch norm folded"), children[1], children[0]
-    elif is_norm[0] and _is_linear_tail(children[1:]):
+    elif _is_norm_linear(children):
         match, norm, layer = Match(FoldedNormLinear, "batch norm folded"), children[0], children[-1]
     else:
-        return Match(None, reason="not a Conv2d + batch norm or batch norm + Linear pair")
+        return Match(None, reason="not a Conv2d + batch norm or BatchNorm1d + Linear pair")
     if norm.running_mean is None:
         return Match(None, reason="its batch norm keeps no running statistics")
-    if layer._parameters.get("weight") is None:
-        return Match(None, reason="its weight is parametrised")
+    if any(name not in part._parameters for part in (layer, norm) for name in ("weight", "bias")):
+        return Match(None, reason="its weight or bias is parametrised")
     return match
 
 
@@ -104,8 +106,24 @@ def _match_relu(module: nn.Module, children: list[Any], proven: dict[Any, str]) 
 
 
 def _folds(module: Any) -> bool:
-    children = list(module._modules.values())
-    return len(children) == 2 and isinstance(children[0], nn.Conv2d) and isinstance(children[1], _BatchNorm)
+    return _is_conv_norm(list(module._modules.values()))
+
+
+def _is_conv_norm(children: list[Any]) -> bool:
+    if len(children) != 2 or not _is_plain_norm(children[1]) or not _is_plain(children[0], nn.Conv2d):
+        return False
+    return type(children[0])._conv_forward is nn.Conv2d._conv_forward
+
+
+def _is_norm_linear(children: list[Any]) -> bool:
+    norm, *between, last = children if len(children) > 1 else (None, None)
+    return (
+        isinstance(norm, nn.BatchNorm1d)
+        and _is_plain_norm(norm)
+        and all(_is_plain(m, nn.Dropout) or _is_plain(m, nn.Identity) for m in between)
+        and _is_plain(last, nn.Linear)
+        and norm.num_features == last.in_features
+    )
 
 
 def _is_sequence(module: nn.Module) -> bool:
@@ -119,9 +137,11 @@ def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
     return type(module).forward is cls.forward
 
 
-def _is_linear_tail(children: list[Any]) -> bool:
-    *between, last = children or [None]
-    return _is_plain(last, nn.Linear) and all(isinstance(m, (nn.Dropout, nn.Identity)) for m in between)
+def _is_plain_norm(module: Any) -> bool:
+    """Whether it is a batch norm and nothing more: some subclasses apply an activation too."""
+    if not isinstance(module, _BatchNorm) or "forward" in module.__dict__:
+        return False
+    return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def _why_not_cascade(module: Any) -> str:

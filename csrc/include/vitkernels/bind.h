@@ -39,8 +39,11 @@ struct TensorExchange {
   PyTypeObject* tensor = nullptr;  // torch.Tensor and torch.nn.Parameter, kept alive for good
   PyTypeObject* parameter = nullptr;
 
-  bool lends(PyObject* object) const {
+  bool is_plain(PyObject* object) const {
     return table != nullptr && (Py_TYPE(object) == tensor || Py_TYPE(object) == parameter);
+  }
+  bool lends(PyObject* object) const {
+    return is_plain(object) || (table != nullptr && PyType_IsSubtype(Py_TYPE(object), tensor));
   }
 };
 inline TensorExchange exchange;

@@ -63,8 +63,14 @@ void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared
     throw_cuda_error(error, "kernel launch failed: " + describe_launch(grid, threads, shared_bytes));
   };
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    // Always the device's own limit, never this launch's size: another thread may be between here and its
+    // launch of the same kernel with a larger one.
+    int device = 0, limit = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (error != cudaSuccess) fail(error);
   }
   std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);

@@ -15,6 +15,7 @@ namespace vitkernels::VITKERNELS_ISA {
 template <class T, int V>
 static void softmax_group(T* s, int width, int rows, T* inverse, T* lse) {
   constexpr int L = kLanes<T>;
+  const Vec<T> nothing = broadcast(-static_cast<T>(__builtin_inff()));
   Vec<T> top[V], sum[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
@@ -40,7 +41,8 @@ static void softmax_group(T* s, int width, int rows, T* inverse, T* lse) {
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     store(inverse + v * L, T(1) / sum[v]);
-    store(lse + v * L, top[v] + log_softmax<T>(sum[v]));
+    const Vec<T> value = top[v] + log_softmax<T>(sum[v]);
+    store(lse + v * L, top[v] == nothing ? top[v] : value);  // -inf, not NaN, where every logit is -inf
   }
 }
 
@@ -147,7 +149,7 @@ struct ForwardTile {
     }
     const T total = across<T>(sum);
     inverse[lane] = 1 / total;
-    lse[lane] = top + log_softmax<T>(broadcast(total))[0];
+    lse[lane] = top == -static_cast<T>(__builtin_inff()) ? top : top + log_softmax<T>(broadcast(total))[0];
     lane_dots<T>(out + lane, width, v.data, v.channel, value_dim, row, keys);
   }
 };

@@ -125,7 +125,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
     VK_UNROLL
     for (int r = 0; r < 2; ++r) {
       const Acc total = warp_sum<4>(row_sum[r]);
-      factor[r] = total > Acc(0) ? Acc(1) / total : Acc(0);
+      factor[r] = Acc(1) / total;  // a row of -inf logits gives NaN, as softmax does
       const int token = query(lane_row + 8 * r);
       if (lane_column == 0 && token >= 0 && present(problem.lse)) {
         offset<Acc>(problem.lse, batch, item.head)[token * problem.lse.stride[2]] =

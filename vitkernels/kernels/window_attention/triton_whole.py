@@ -20,6 +20,7 @@ import triton.language as tl
 from vitkernels.core.triton_tiles import (
     INF,
     LOG2E,
+    channel_offset,
     dot,
     load_tile,
     logit_gradient,
@@ -43,8 +44,8 @@ def whole_logits(
     logits = tl.zeros([BLOCK, BLOCK], tl.float32)
     for first in tl.range(0, HEAD_DIM, BLOCK_D, loop_unroll_factor=UNROLL_D):
         mask = slice_mask(valid, first, BLOCK_D, HEAD_DIM)
-        query = load_tile(q + first * q_c, tile_offsets(tokens, q_n, q_c, BLOCK_D), mask)
-        key = load_tile(k + first * k_c, tile_offsets(tokens, k_n, k_c, BLOCK_D), mask)
+        query = load_tile(q + channel_offset(first, q_c), tile_offsets(tokens, q_n, q_c, BLOCK_D), mask)
+        key = load_tile(k + channel_offset(first, k_c), tile_offsets(tokens, k_n, k_c, BLOCK_D), mask)
         logits = dot(query, tl.trans(key), logits)
     return logits * (scale * LOG2E) + bias
 
@@ -76,10 +77,10 @@ def forward_whole(
         rounded = weights.to(v.dtype.element_ty)
         for first in tl.range(0, VALUE_DIM, BLOCK_V, loop_unroll_factor=UNROLL_V):
             mask = slice_mask(valid, first, BLOCK_V, VALUE_DIM)
-            place = v + window * v_b + head * v_h + first * v_c
+            place = v + window * v_b + head * v_h + channel_offset(first, v_c)
             value = load_tile(place, tile_offsets(tokens, v_n, v_c, BLOCK_V), mask)
             result = dot(rounded, value) / total[:, None]
-            place = out + window * out_b + head * out_h + first * out_c
+            place = out + window * out_b + head * out_h + channel_offset(first, out_c)
             store_tile(place, tile_offsets(tokens, out_n, out_c, BLOCK_V), mask, result)
         rows = tokens.to(tl.int64) * lse_n
         tl.store(lse + window * lse_b + head * lse_h + rows, natural_lse(maximum, total), mask=valid)
@@ -127,13 +128,13 @@ def backward_whole(
             rounded = weights.to(v.dtype.element_ty)
             for first in tl.range(0, VALUE_DIM, BLOCK_V, loop_unroll_factor=UNROLL_V):
                 mask = slice_mask(valid, first, BLOCK_V, VALUE_DIM)
-                place = grad_out + window * go_b + head * go_h + first * go_c
+                place = grad_out + window * go_b + head * go_h + channel_offset(first, go_c)
                 grad_result = load_tile(place, tile_offsets(tokens, go_n, go_c, BLOCK_V), mask)
                 if grad_v is not None:
-                    place = grad_v + window * gv_b + head * gv_h + first * gv_c
+                    place = grad_v + window * gv_b + head * gv_h + channel_offset(first, gv_c)
                     grad_value = dot(tl.trans(rounded), grad_result)
                     store_tile(place, tile_offsets(tokens, gv_n, gv_c, BLOCK_V), mask, grad_value)
-                place = v + window * v_b + head * v_h + first * v_c
+                place = v + window * v_b + head * v_h + channel_offset(first, v_c)
                 value = load_tile(place, tile_offsets(tokens, v_n, v_c, BLOCK_V), mask)
                 grad_weights = dot(grad_result, tl.trans(value), grad_weights)
             delta = tl.sum(weights * grad_weights, 1)
@@ -146,14 +147,14 @@ def backward_whole(
         for first in tl.range(0, HEAD_DIM, BLOCK_D, loop_unroll_factor=UNROLL_D):
             mask = slice_mask(valid, first, BLOCK_D, HEAD_DIM)
             if grad_q is not None:
-                place = k + window * k_b + head * k_h + first * k_c
+                place = k + window * k_b + head * k_h + channel_offset(first, k_c)
                 key = load_tile(place, tile_offsets(tokens, k_n, k_c, BLOCK_D), mask)
-                place = grad_q + window * gq_b + head * gq_h + first * gq_c
+                place = grad_q + window * gq_b + head * gq_h + channel_offset(first, gq_c)
                 store_tile(place, tile_offsets(tokens, gq_n, gq_c, BLOCK_D), mask, dot(rounded, key) * scale)
             if grad_k is not None:
-                place = q + window * q_b + head * q_h + first * q_c
+                place = q + window * q_b + head * q_h + channel_offset(first, q_c)
                 query = load_tile(place, tile_offsets(tokens, q_n, q_c, BLOCK_D), mask)
-                place = grad_k + window * gk_b + head * gk_h + first * gk_c
+                place = grad_k + window * gk_b + head * gk_h + channel_offset(first, gk_c)
                 grad_key = dot(tl.trans(rounded), query) * scale
                 store_tile(place, tile_offsets(tokens, gk_n, gk_c, BLOCK_D), mask, grad_key)
     if partials is not None:
