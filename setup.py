@@ -38,7 +38,7 @@ def say(message: str) -> None:
 def cxx_compiler() -> str | None:
     if "CXX" in os.environ:
         return shutil.which(shlex.split(os.environ["CXX"])[0])
-    for name in ("c++", "g++", "clang++", "cl"):
+    for name in ("c++", "g++", "clang++"):  # the CPU kernels use GCC's and Clang's vector extensions
         if path := shutil.which(name):
             return path
     return None
@@ -80,8 +80,6 @@ def jobs() -> int:
 
 
 def compiler_works(compiler: str) -> bool:
-    if Path(compiler).stem.lower() == "cl":
-        return True
     command = [*shlex.split(os.environ.get("CXX", compiler)), "-x", "c++", "-std=c++17", "-fsyntax-only", "-"]
     try:
         return (
@@ -117,6 +115,9 @@ class CMakeBuild(build_ext):
         # Without build isolation the cmake and ninja of the environment need not be on PATH.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         environment, cmake = {**os.environ, "PATH": path}, shutil.which("cmake", path=path)
+        if nvcc := nvcc_compiler():
+            # Not as CMAKE_CUDA_COMPILER, which CMake would take on trust: an nvcc that fails must mean CPU kernels.
+            environment["CUDACXX"] = nvcc
         if cmake is None:
             raise SystemExit("vitkernels: cmake was not found: pip install cmake ninja")
         arguments = [cmake, "-S", str(ROOT), "-B", str(build), *self.cmake_arguments(target)]
@@ -149,7 +150,6 @@ class CMakeBuild(build_ext):
             say(f"building CUDA kernels with {nvcc} for {archs}.")
             arguments += [
                 f"-DVITKERNELS_CUDA={'ON' if cuda == '1' else 'AUTO'}",
-                f"-DCMAKE_CUDA_COMPILER={nvcc}",
                 f"-DVITKERNELS_CUDA_ARCHS={archs}",
             ]
         return arguments + shlex.split(os.environ.get("VITKERNELS_CMAKE_ARGS", ""))

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from vitkernels.bench import gate
 from vitkernels.bench.case import Case, Unavailable, load_case
 from vitkernels.bench.cli import DTYPES
 from vitkernels.bench.providers import select
-from vitkernels.bench.runner import MODES, Settings, evaluate, make_step, truth_and_baseline
+from vitkernels.bench.runner import MODES, Settings, evaluate, judge, make_step, truth_and_baseline
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,10 +86,7 @@ def step(
         function = chosen.prepare(inputs, training)
     except Unavailable as error:
         pytest.skip(str(error))
-    checks = gate.check_results(
-        evaluate(function, inputs, training), baseline, truth, case.reduced(shape, batch)
-    )
-    worst = gate.worst(checks)
+    worst = judge(case, shape, batch, inputs, evaluate(function, inputs, training), baseline, truth)
     if not worst.ok:
         pytest.fail(f"WRONG: {worst}")
     once = make_step(function, inputs, training)

@@ -8,6 +8,9 @@ import pytest
 import torch
 from randomise import randomise, relative_error
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
+from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels
 from vitkernels import models
@@ -50,6 +53,7 @@ def _steps() -> dict[str, object]:
         "double": lambda pair: pair.double(),
         "child": lambda pair: (pair[0].bfloat16().float(), pair[1].bfloat16().float()),
         "storage": storage,
+        "eps": lambda pair: setattr(pair[1], "eps", 0.5),
     }
 
 
@@ -128,6 +132,95 @@ def test_weights_are_packed_for_inference_in_fp32_only(monkeypatch: pytest.Monke
         assert pair.__dict__["_vitkernels_kept"].packed is None
 
 
+@pytest.fixture
+def packed_pair(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """A pair that runs packed, the same pair as it was, and an input."""
+    monkeypatch.setattr(packed, "_LEAST_WORK", 0)
+    pair, x = folded_pair()
+    pair.requires_grad_(False)
+    twin = copy.deepcopy(pair)
+    vitkernels.apply(pair, fold_bn=True, verbose=False)
+    pair(x)
+    assert pair.__dict__["_vitkernels_kept"].packed is not None
+    return pair, twin, x
+
+
+def test_a_packed_pair_can_be_traced(packed_pair) -> None:
+    pair, twin, x = packed_pair
+    traced = torch.jit.trace(pair, (x,))
+    assert "mkldnn" not in str(traced.inlined_graph)
+    assert relative_error(traced(x[:1]), twin(x[:1])) < 1e-6
+    with torch.no_grad():
+        for module in (traced, twin):
+            module.state_dict()["0.weight"].mul_(2)
+    assert relative_error(traced(x), twin(x)) < 1e-6, "the trace holds weights of its own"
+
+
+def test_a_packed_pair_under_torch_func(packed_pair) -> None:
+    pair, twin, x = packed_pair
+    pair.eval()  # the fold below is made under a transform
+    tangent = torch.randn_like(x)
+    transforms = {
+        "vmap": lambda module: torch.func.vmap(module)(x[:, None]),
+        "grad": lambda module: torch.func.grad(lambda x: module(x).square().sum())(x),
+        "jvp": lambda module: torch.func.jvp(module, (x,), (tangent,))[1],
+    }
+    for name, transform in transforms.items():
+        assert relative_error(transform(pair), transform(twin)) < 1e-5, name
+        assert "_vitkernels_kept" not in pair.__dict__, name
+    assert relative_error(pair(x), twin(x)) < 1e-6
+
+
+@pytest.mark.parametrize("of", ["input", "weight"])
+def test_tangents_pass_through_a_packed_pair(packed_pair, of: str) -> None:
+    pair, twin, x = packed_pair
+
+    def tangent(module: nn.Module) -> torch.Tensor:
+        with forward_ad.dual_level():
+            weight = dict(module.named_parameters())["0.weight"]
+            primal = x if of == "input" else weight
+            dual = forward_ad.make_dual(primal, torch.ones_like(primal))
+            replaced = {} if of == "input" else {"0.weight": dual}
+            out = torch.func.functional_call(module, replaced, (dual if of == "input" else x,))
+            return forward_ad.unpack_dual(out).tangent
+
+    assert relative_error(tangent(pair), tangent(twin)) < 1e-5
+
+
+def test_flops_of_a_packed_pair_are_counted(packed_pair) -> None:
+    pair, twin, x = packed_pair
+
+    def flops(module: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter:
+            module(x)
+        return counter.get_total_flops()
+
+    assert flops(pair) == flops(twin) > 0
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["own", "global"])
+def test_every_kind_of_hook_sees_the_layers_of_a_folded_pair(kind: str, everywhere: bool) -> None:
+    pair, x = folded_pair()
+    stem = nn.Sequential(pair, nn.ReLU()).eval()
+    vitkernels.apply(stem, fold_bn=True, verbose=False)
+    seen = set()
+
+    def hook(module, *_):
+        seen.add(module)
+
+    if everywhere:
+        handles = [getattr(modules, f"register_module_{kind}_hook")(hook)]
+    else:
+        handles = [getattr(module, f"register_{kind}_hook")(hook) for module in (*pair, stem[1])]
+    try:
+        stem(x.requires_grad_()).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert {*pair, stem[1]} <= seen
+
+
 def test_hooks_of_a_folded_pair_still_run() -> None:
     pair, x = folded_pair()
     vitkernels.apply(pair, fold_bn=True, verbose=False)
@@ -168,3 +261,24 @@ def test_a_dropout_kept_on_is_kept() -> None:
         assert torch.equal(head(x), head(x))
         head[1].train()
         assert not torch.equal(head(x), head(x))
+
+
+def test_inputs_of_other_ranks_run_as_before() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)).eval()
+    conv = nn.Sequential(nn.Conv2d(3, 6, 1), nn.SyncBatchNorm(6)).eval()
+    for model, x in (
+        (head, torch.randn(2, 6, 6, generator=generator)),  # [batch, channels, length]
+        (conv, torch.randn(3, 6, 5, generator=generator)),  # [channels, height, width]: the norm sees 6 rows
+    ):
+        with torch.no_grad():
+            for tensor in (model.state_dict()[key] for key in model.state_dict() if "num" not in key):
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+            expected = model(x)
+            report = vitkernels.apply(model, fold_bn=True, verbose=False)
+            assert [kernel for *_, kernel in report.replaced] == ["batch norm folded"]
+            assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        assert head(torch.randn(2, 6)).shape == (2, 3)
+    with pytest.raises(ValueError, match="2D or 3D"):
+        head(torch.randn(6))

@@ -315,6 +315,67 @@ def test_reasons() -> None:
     assert reason(layer) == "has no attribute key_dim"
 
 
+class NormAct(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class StandardisedConv(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Squaring(nn.Identity):
+    def forward(self, x):
+        return x.square()
+
+
+def _with_forward(module: nn.Module) -> nn.Module:
+    original = module.forward
+    module.forward = lambda x: original(x).tanh()
+    return module
+
+
+_LEFT = {
+    "norm with activation": lambda: [nn.Conv2d(3, 4, 1), NormAct(4)],
+    "norm with its own forward": lambda: [nn.Conv2d(3, 4, 1), _with_forward(nn.BatchNorm2d(4))],
+    "norm with a parametrised weight": lambda: [
+        nn.Conv2d(3, 4, 1),
+        nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None),
+    ],
+    "convolution with its own arithmetic": lambda: [StandardisedConv(3, 4, 1), nn.BatchNorm2d(4)],
+    "2d norm and linear": lambda: [nn.BatchNorm2d(3), nn.Linear(3, 4)],
+    "norm and linear of other width": lambda: [nn.BatchNorm1d(4), nn.Linear(3, 4)],
+    "layer between that is no identity": lambda: [nn.BatchNorm1d(3), Squaring(), nn.Linear(3, 4)],
+}
+
+
+@pytest.mark.parametrize("name", _LEFT)
+def test_pairs_that_only_look_like_they_fold_are_left(name: str) -> None:
+    model = nn.Sequential(nn.Sequential(*_LEFT[name]()), nn.ReLU()).eval()
+    shape = (2, 4, 3) if "width" in name else (2, 3) if "between" in name else (2, 3, 3, 3)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        expected = model(x)
+        report = vitkernels.apply(model, fold_bn=True, verbose=False)
+        assert report.replaced == []
+        assert [entry[0] for entry in report.skipped] == ["0"]
+        assert torch.equal(model(x), expected)
+
+
+def test_sync_batch_norms_fold_and_a_replaced_relu_is_not_fused() -> None:
+    relu = _with_forward(nn.ReLU())
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4)), relu).eval()
+    x = torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        expected = model(x)
+        report = vitkernels.apply(model, fold_bn=True, verbose=False)
+        assert "batch norm folded" in [kernel for *_, kernel in report.replaced]
+        assert relative_error(model(x), expected) < 1e-6
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="argument `model`"):
         vitkernels.apply("efficientvit_m0")

@@ -35,17 +35,21 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def _cpu() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names else name
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
     except OSError:
         pass  # not Linux: the platform's own name has to do
+    return platform.processor() or platform.machine()
+
+
+def _cpu() -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "name": name,
+        "name": cpu_name(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "usable_cores": usable,

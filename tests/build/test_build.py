@@ -124,6 +124,16 @@ def test_wheel_without_nvcc(sources, no_torch, tmp_path):
     assert facts["supported"]["cuda"]
 
 
+def test_an_nvcc_that_fails_means_cpu_kernels(sources, no_torch, tmp_path):
+    """CMake once took the compiler on trust, and a broken nvcc failed the installation."""
+    broken = tmp_path / "bin" / "nvcc"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    built = build_wheel(sources, no_torch, tmp_path, PATH=f"{broken.parent}{os.pathsep}{path_without_nvcc()}")
+    assert not use(wheel_of(built, tmp_path))["native"]["cuda"]
+
+
 def test_wheel_without_a_compiler(sources, no_torch, tmp_path):
     built = build_wheel(sources, no_torch, tmp_path, PATH=path_without_nvcc(), CXX="no-such-compiler")
     wheel = wheel_of(built, tmp_path)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import pytest
 import torch
 from randomise import randomise, relative_error
@@ -123,7 +126,9 @@ def test_larger_images_get_larger_windows_and_resized_biases(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["official", "timm"])
-@pytest.mark.parametrize("form", ["plain", "model", "state_dict", "model_ema", "module.", "safetensors"])
+@pytest.mark.parametrize(
+    "form", ["plain", "model", "state_dict", "model_ema", "module.", "args", "safetensors"]
+)
 def test_reads_weights(tmp_path, form: str, layout: str) -> None:
     source = randomise(models.efficientvit_m0(num_classes=10))
     weights = dict(source.state_dict())
@@ -141,6 +146,9 @@ def test_reads_weights(tmp_path, form: str, layout: str) -> None:
         torch.save(weights, path)
     elif form == "module.":
         torch.save({"model": {f"module.{key}": value for key, value in weights.items()}}, path)
+    elif form == "args":
+        args = argparse.Namespace(lr=1e-3, betas=(0.9, 0.999), nested=argparse.Namespace(name="m0"))
+        torch.save({"model": weights, "args": args}, path)
     else:
         torch.save({form: weights, "epoch": 3}, path)
     model = models.create_model("efficientvit_m0", num_classes=10, weights=path)
@@ -176,8 +184,29 @@ class _Hostile:
 
 def test_weights_run_no_code(tmp_path) -> None:
     torch.save({"model": _Hostile()}, tmp_path / "weights.pth")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    with pytest.raises(ValueError, match=r"(?s)argument `weights`.*Weights only load failed"):
         models.create_model("efficientvit_m0", weights=tmp_path / "weights.pth")
+
+
+def _damaged(kind: str, folder: Path) -> Path:
+    path = folder / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "object":
+        torch.save({"model": {}, "args": path}, path)  # a pathlib.Path is not on torch's list
+    elif kind == "truncated":
+        torch.save({"a": torch.zeros(100)}, path)
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        path.write_bytes(b"" if kind == "empty" else b"<!doctype html>")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["object", "truncated", "empty", "html", "safetensors"])
+def test_files_that_cannot_be_read_name_the_argument(tmp_path, kind: str) -> None:
+    path = _damaged(kind, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"(?s)argument `weights`: expected .*; got .*weights\..*torch\.save"
+    ):
+        models.create_model("efficientvit_m0", weights=path)
 
 
 def test_unknown_model() -> None:

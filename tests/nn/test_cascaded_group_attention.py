@@ -53,33 +53,39 @@ def mixer(
     ("heads", "side", "width"), [(1, 1, 16), (2, 4, 112), (3, 7, 32), (4, 6, 16), (2, 12, 48)]
 )
 def test_equals_the_definition(heads: int, side: int, width: int, channels_last: bool, train: bool) -> None:
-    module = mixer(heads, side, width).train(train)
-    x = torch.randn(3, heads * width, side, side)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(x.shape)
-
-    def run(forward, module, dtype):
+    def run(forward, module, dtype, x, weight):
         module = copy.deepcopy(module).to(dtype)
         leaf = x.to(dtype, copy=True).requires_grad_()
         out = forward(module, leaf)
         (out * weight.to(dtype)).sum().backward()
-        return out, {"x": leaf.grad} | {name: p.grad for name, p in module.named_parameters()}
+        return {"out": out, "x": leaf.grad} | {name: p.grad for name, p in module.named_parameters()}
 
-    got, got_grads = run(lambda m, leaf: m(leaf), module, torch.float32)
-    baseline, baseline_grads = run(plain_attention, module, torch.float32)
-    truth, truth_grads = run(plain_attention, module, torch.float64)
-    # Twice the rule of a kernel: the norms between amplify rounding, so two runs of PyTorch differ as much.
-    assert_close_to_truth("out", got, baseline, truth, factor=2 * FORWARD)
-    for name, grad in got_grads.items():
-        if truth_grads[name].abs().max() < 1e-9:
+    # Three draws are held to the rule together: of one, PyTorch's own error in a small tensor is a matter of luck.
+    draws = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        module = mixer(heads, side, width).train(train)
+        x = torch.randn(3, heads * width, side, side)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(x.shape)
+        draws.append(
+            (
+                run(lambda m, leaf: m(leaf), module, torch.float32, x, weight),
+                run(plain_attention, module, torch.float32, x, weight),
+                run(plain_attention, module, torch.float64, x, weight),
+            )
+        )
+    for name in draws[0][0]:
+        got, baseline, truth = (torch.stack([draw[kind][name] for draw in draws]) for kind in range(3))
+        if truth.abs().max() < 1e-9:
             # A single token attends to itself whatever its query and key; batch statistics cancel a shift.
             assert side == 1 or train
             continue
-        reduced = 3 * side**4 if name == "attention_biases" else 3 * side**2
-        assert_close_to_truth(
-            name, grad, baseline_grads[name], truth_grads[name], factor=2 * GRADIENT, reduced=reduced
-        )
+        reduced = 1 if name in ("out", "x") else 3 * side**4 if name == "attention_biases" else 3 * side**2
+        # Twice the rule of a kernel: the norms between amplify rounding, so two runs of PyTorch differ as much.
+        factor = 2 * (FORWARD if name == "out" else GRADIENT)
+        assert_close_to_truth(name, got, baseline, truth, factor=factor, reduced=reduced)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

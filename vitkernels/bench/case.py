@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,15 +20,28 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensor arguments by name, non-tensor options, and the gradient that reaches the output."""
+    """Tensor arguments by name, non-tensor options, and the gradients that reach the outputs.
+
+    The first output is called ``out``; where the options ask for more, ``grad_more`` names them in their order.
+    """
 
     tensors: dict[str, Tensor]
     options: dict[str, Any]
     grad_out: Tensor
+    grad_more: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("out", *self.grad_more)
+
+    @property
+    def gradients(self) -> tuple[Tensor, ...]:
+        return (self.grad_out, *self.grad_more.values())
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
-        return Inputs(tensors, self.options, change(self.grad_out))
+        more = {name: change(tensor) for name, tensor in self.grad_more.items()}
+        return Inputs(tensors, self.options, change(self.grad_out), more)
 
 
 @dataclass(frozen=True)
@@ -70,8 +83,8 @@ class Case:
     eager: Function
     peers: Callable[[torch.device], Sequence[Provider]]
     cost: Callable[..., Cost]  # (problem, batch, dtype, mode)
-    # Shapes that exercise every path, small ones; for checks on a new machine rather than for speed.
-    check_shapes: Sequence[str] = ()
+    # Shapes by name that exercise every path; for checks on a new machine rather than for speed.
+    check_shapes: Mapping[str, str] = field(default_factory=dict)
     # Terms summed into one element of a gradient, where that is a long reduction over the batch.
     reduced: Callable[..., Mapping[str, int]] = lambda problem, batch: {}
 

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ import torch
 
 from vitkernels.bench.case import Cost
 from vitkernels.bench.timing import busy
+from vitkernels.info import cpu_name
 
 # Total bytes touched by a copy. On a CPU a working set that fits in a cache moves faster than memory does.
 CPU_COPY_BYTES = (1 << 20, 8 << 20, 64 << 20, 512 << 20)
@@ -62,17 +62,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return cpu_name()
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} x{os.cpu_count()}"
-    except OSError:
-        pass
-    return f"{platform.processor() or platform.machine()} x{os.cpu_count()}"
+    return f"{cpu_name()} x{os.cpu_count()}"
 
 
 def _best_seconds(step: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -149,16 +139,16 @@ def measured_peaks(
     if not refresh:
         with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or of another version
             peaks = Peaks(**json.loads(path.read_text()))
+    known = asdict(peaks)
     missing = [dtype for dtype in dtypes if dtype_name(dtype) not in peaks.gemm]
-    if peaks.copy and not missing:
-        return peaks
     if not peaks.copy:
         peaks.copy = measure_copy(device, seconds)
+    if peaks.exp is None:  # Triton, which measures it on a GPU, may have been installed since
         peaks.exp = measure_exp(device, seconds)
     for dtype in missing:
         peaks.gemm[dtype_name(dtype)] = measure_gemm(device, dtype, seconds)
-    if busy():
-        return peaks  # peaks measured beside other work are none; they serve this run and are not kept
+    if asdict(peaks) == known or busy():
+        return peaks  # what was measured beside other work are no peaks: they serve this run, and are not kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")

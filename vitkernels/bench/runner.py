@@ -64,14 +64,34 @@ class Settings:
 
 
 def evaluate(function: Function, inputs: Inputs, training: bool) -> dict[str, Tensor]:
-    """``out`` and, in training, the gradient of every tensor."""
+    """Every output and, in training, the gradient of every tensor, by name."""
+
+    def named(result: Any) -> dict[str, Tensor]:
+        return dict(zip(inputs.outputs, result if isinstance(result, tuple) else (result,), strict=True))
+
     if not training:
         with torch.no_grad():
-            return {"out": function(**inputs.tensors)}
+            return named(function(**inputs.tensors))
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
-    out = function(**leaves)
-    grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out)
-    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+    outputs = named(function(**leaves))
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), inputs.gradients)
+    detached = {name: output.detach() for name, output in outputs.items()}
+    return detached | dict(zip(leaves, grads, strict=True))
+
+
+def judge(
+    case: Case,
+    problem: Problem,
+    batch: int,
+    inputs: Inputs,
+    got: Mapping[str, Tensor],
+    baseline: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+) -> gate.Check:
+    """The worst of a provider's results by the house rule."""
+    dtype = inputs.grad_out.dtype
+    reduced = case.reduced(problem, batch)
+    return gate.worst(gate.check_results(got, baseline, truth, reduced, dtype, inputs.outputs))
 
 
 def make_step(function: Function, inputs: Inputs, training: bool) -> timing.Step:
@@ -84,10 +104,10 @@ def make_step(function: Function, inputs: Inputs, training: bool) -> timing.Step
 
         return forward
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
-    wanted = list(leaves.values())
+    wanted, gradients = list(leaves.values()), inputs.gradients
 
     def forward_backward() -> object:
-        return torch.autograd.grad(function(**leaves), wanted, inputs.grad_out)
+        return torch.autograd.grad(function(**leaves), wanted, gradients)
 
     return forward_backward
 
@@ -104,10 +124,10 @@ def truth_and_baseline(
     wide = inputs.map(lambda tensor: tensor.double())
     operator = getattr(vitkernels.ops, case.operator)
 
-    def reference(**tensors: Tensor) -> Tensor:
+    def reference(**tensors: Tensor) -> Any:
         return operator(**tensors, **inputs.options, backend="reference")
 
-    def plain(**tensors: Tensor) -> Tensor:
+    def plain(**tensors: Tensor) -> Any:
         return case.eager(**tensors, **inputs.options)
 
     truth = evaluate(reference, wide, training)
@@ -172,7 +192,7 @@ def run_problem(
         try:
             function = provider.prepare(inputs, training)
             got = evaluate(function, inputs, training)
-            worst = gate.worst(gate.check_results(got, baseline, truth, case.reduced(problem, batch)))
+            worst = judge(case, problem, batch, inputs, got, baseline, truth)
             row.error_share = worst.share
             if not worst.ok:
                 row.status, row.reason = "wrong", str(worst)

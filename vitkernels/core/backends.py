@@ -157,6 +157,11 @@ def _why_unavailable(name: str, device_type: str, index: int) -> str:
     major, minor = torch.cuda.get_device_capability(None if index < 0 else index)
     if major < 8:
         return f"needs compute capability 8.0 or higher, got {major}.{minor}"
+    if name == "cuda" and not native.covers(archs := native.load().cuda_archs, (major, minor)):
+        return (
+            f"the extension holds code for {archs} only, not for this device's {major}.{minor}; "
+            f"rebuild with VITKERNELS_CUDA_ARCHS={major}{minor}-real"
+        )
     return ""
 
 

@@ -88,6 +88,27 @@ def cuda_reason() -> str:
     return status["error"]
 
 
+def covers(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether a binary built for CMake architectures such as "80, 90a-real" holds code for a device.
+
+    "80" is machine code and PTX, "80-real" machine code alone, "80-virtual" PTX alone. Machine code runs on the same
+    major version from its minor version on, "90a" code on exactly 9.0, PTX on anything newer.
+    """
+    for arch in archs.split(","):
+        number, _, kind = arch.strip().partition("-")
+        specific = number.endswith(("a", "f"))
+        version = int(number.rstrip("af"))
+        built = (version // 10, version % 10)
+        if specific:
+            if built == capability:
+                return True
+            continue
+        machine_code = built[0] == capability[0] and built <= capability and kind != "virtual"
+        if machine_code or (built <= capability and kind != "real"):
+            return True
+    return False
+
+
 def status() -> dict[str, Any]:
     """Facts about the extension for `python -m vitkernels info`."""
     if _module is None:

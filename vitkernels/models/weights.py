@@ -105,10 +105,10 @@ def _load(read: Callable[..., Any], path: Path, **options: Any) -> Any:
         raise
     except Exception as error:  # the readers raise a dozen kinds for damaged or foreign files
         raise ValueError(
-            f"argument `weights`: expected a file of tensors alone that {read.__module__}.{read.__name__} reads, "
-            f"weights_only=True; got {path}, which fails with {type(error).__name__}: {error}\n"
-            "If you trust the file, load it yourself and save the state_dict alone: "
-            'checkpoint = torch.load(path, weights_only=False); torch.save(checkpoint["model"], new_path).'
+            f"argument `weights`: expected a file that {read.__module__}.{read.__name__} reads without running "
+            f"code from it; got {path}, which fails with {type(error).__name__}: {error}\n"
+            "Save its weights alone: where the file is trusted, "
+            'torch.save(torch.load(path, weights_only=False)["model"], new_path).'
         ) from error
 
 

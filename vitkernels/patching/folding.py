@@ -161,11 +161,7 @@ class FoldedConvNorm(_Folded):
 
 
 def _is_inference(x: torch.Tensor) -> bool:
-    return (
-        x.dtype is torch.float32
-        and x.numel() > 0
-        and not (x.requires_grad and torch.is_grad_enabled())
-    )
+    return x.dtype is torch.float32 and x.numel() > 0 and not (x.requires_grad and torch.is_grad_enabled())
 
 
 class FoldedNormLinear(_Folded):

@@ -79,11 +79,16 @@ def match_fold(module: nn.Module, proven: dict[Any, str]) -> Match | None:
         match, norm, layer = Match(FoldedNormLinear, "batch norm folded"), children[0], children[-1]
     else:
         return Match(None, reason="not a Conv2d + batch norm or BatchNorm1d + Linear pair")
+    reason = _why_no_constants(layer, norm)
+    return Match(None, reason=reason) if reason else match
+
+
+def _why_no_constants(layer: Any, norm: Any) -> str:
     if norm.running_mean is None:
-        return Match(None, reason="its batch norm keeps no running statistics")
+        return "its batch norm keeps no running statistics"
     if any(name not in part._parameters for part in (layer, norm) for name in ("weight", "bias")):
-        return Match(None, reason="its weight or bias is parametrised")
-    return match
+        return "its weight or bias is parametrised"
+    return ""
 
 
 def _match_relu(module: nn.Module, children: list[Any], proven: dict[Any, str]) -> Match | None:
@@ -106,7 +111,8 @@ def _match_relu(module: nn.Module, children: list[Any], proven: dict[Any, str]) 
 
 
 def _folds(module: Any) -> bool:
-    return _is_conv_norm(list(module._modules.values()))
+    children = list(module._modules.values())
+    return _is_sequence(module) and _is_conv_norm(children) and not _why_no_constants(*children)
 
 
 def _is_conv_norm(children: list[Any]) -> bool:
@@ -116,7 +122,9 @@ def _is_conv_norm(children: list[Any]) -> bool:
 
 
 def _is_norm_linear(children: list[Any]) -> bool:
-    norm, *between, last = children if len(children) > 1 else (None, None)
+    if len(children) < 2:
+        return False
+    norm, *between, last = children
     return (
         isinstance(norm, nn.BatchNorm1d)
         and _is_plain_norm(norm)

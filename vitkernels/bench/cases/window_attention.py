@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,23 @@ from vitkernels.bench.case import Case, Cost, Function, Inputs, Provider, Unavai
 from vitkernels.bench.presets import WINDOW_MODELS, WindowStage
 
 
+def table_entries(window: tuple[int, int], bias: str | None) -> int:
+    """Entries of a head's bias table: of "absolute", "signed", or no bias."""
+    height, width = window
+    return {"absolute": height * width, "signed": (2 * height - 1) * (2 * width - 1)}.get(bias or "none", 0)
+
+
+def table_terms(windows: int, window: tuple[int, int], bias: str | None) -> int:
+    """How many (query, key) pairs of all windows share an entry of the bias table, on average; at least 1."""
+    pairs = windows * (window[0] * window[1]) ** 2
+    return max(1, pairs // max(1, table_entries(window, bias)))
+
+
 @dataclass(frozen=True)
 class WindowProblem:
     label: str
     stage: WindowStage
+    with_lse: bool = False  # lse is returned too, and a gradient reaches it
 
     @property
     def tokens(self) -> int:
@@ -25,8 +39,7 @@ class WindowProblem:
 
     @property
     def entries(self) -> int:
-        height, width = self.stage.window
-        return (2 * height - 1) * (2 * width - 1) if self.stage.bias == "signed" else height * width
+        return table_entries(self.stage.window, self.stage.bias)
 
     def describe(self, batch: int) -> str:
         stage = self.stage
@@ -42,17 +55,20 @@ SHAPE_DEFAULTS = {
     "dv": 0,  # as d
     "bias": "absolute",
     "layout": "packed",
+    "lse": 0,
 }
 
 
 def parse_shape(text: str) -> WindowProblem:
     fields = parse_fields(text, SHAPE_DEFAULTS)
-    for key, choices in (("bias", ("absolute", "signed")), ("layout", ("map", "packed"))):
-        if fields[key] not in choices:
-            raise ValueError(f"shape: expected {key} in {', '.join(choices)}; got {fields[key]!r}")
+    choices = {"bias": ("absolute", "signed", "none"), "layout": ("map", "packed"), "lse": (0, 1)}
+    for key, allowed in choices.items():
+        if fields[key] not in allowed:
+            raise ValueError(f"shape: expected {key} in {', '.join(map(str, allowed))}; got {fields[key]!r}")
     d = fields["d"]
     size = (fields["windows"], fields["window"], fields["heads"], d, fields["dv"] or d)
-    return WindowProblem("shape", WindowStage(*size, fields["bias"], fields["layout"]))
+    stage = WindowStage(*size, fields["bias"], fields["layout"])
+    return WindowProblem("shape", stage, with_lse=bool(fields["lse"]))
 
 
 def make_inputs(
@@ -81,8 +97,15 @@ def make_inputs(
         packed = random(count, tokens, heads, 2 * d + dv).transpose(1, 2)
         q, k, v = packed.split([d, d, dv], dim=-1)
         grad_out = random(count, tokens, heads, dv).transpose(1, 2)
-    tensors = {"q": q, "k": k, "v": v, "bias_table": random(heads, problem.entries)}
-    return Inputs(tensors, {"bias_index": stage.bias, "window": stage.window}, grad_out)
+    tensors, options = {"q": q, "k": k, "v": v}, {"window": stage.window}
+    if stage.bias != "none":
+        tensors["bias_table"], options["bias_index"] = random(heads, problem.entries), stage.bias
+    if not problem.with_lse:
+        return Inputs(tensors, options, grad_out)
+    options["return_lse"] = True
+    accumulate = torch.float64 if dtype is torch.float64 else torch.float32
+    grad_lse = torch.randn((count, heads, tokens), generator=generator).to(device, accumulate)
+    return Inputs(tensors, options, grad_out, {"lse": grad_lse})
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,36 +121,57 @@ def relative_index(window: tuple[int, int], bias_index: str, device: torch.devic
 
 
 def eager(
-    q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor, *, bias_index: str, window: tuple[int, int]
-) -> Tensor:
-    bias = bias_table[:, relative_index(window, bias_index, q.device)]
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor | None = None,
+    *,
+    window: tuple[int, int],
+    bias_index: str = "absolute",
+    return_lse: bool = False,
+) -> Any:
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if bias_table is not None:
+        logits = logits + bias_table[:, relative_index(window, bias_index, q.device)]
+    out = logits.softmax(-1) @ v
+    if not return_lse:
+        return out
+    return out, logits.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
 
 
-def _bias(inputs: Inputs) -> Tensor:
-    table = inputs.tensors["bias_table"]
-    index = relative_index(inputs.options["window"], inputs.options["bias_index"], table.device)
-    return table[:, index].contiguous()
+def _gather(inputs: Inputs) -> Callable[[Tensor | None], Tensor | None]:
+    """table -> bias, for the peers, which have no other way to add one."""
+    if "return_lse" in inputs.options:
+        raise Unavailable("returns no lse")
+    if "bias_table" not in inputs.tensors:
+        return lambda table: None
+    index = relative_index(inputs.options["window"], inputs.options["bias_index"], inputs.grad_out.device)
+    return lambda table: None if table is None else table[:, index]
+
+
+def _cached_bias(inputs: Inputs) -> Tensor | None:
+    bias = _gather(inputs)(inputs.tensors.get("bias_table"))
+    return None if bias is None else bias.contiguous()
 
 
 def prepare_cached_bias(inputs: Inputs, training: bool) -> Function:
     """Eager as the public models run it in eval mode: the bias was gathered beforehand."""
-    bias = _bias(inputs)
+    bias = _cached_bias(inputs)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor) -> Tensor:
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor | None = None) -> Tensor:
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return (logits if bias is None else logits + bias).softmax(-1) @ v
 
     return attention
 
 
 def prepare_sdpa(inputs: Inputs, training: bool) -> Function:
-    index = relative_index(inputs.options["window"], inputs.options["bias_index"], inputs.grad_out.device)
     # Inference may gather the mask once; training has to send a gradient through the gather.
-    cached = None if training else _bias(inputs)[None]
+    gather, cached = _gather(inputs), None if training else _cached_bias(inputs)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor) -> Tensor:
-        mask = bias_table[:, index][None] if cached is None else cached
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor | None = None) -> Tensor:
+        bias = gather(bias_table) if cached is None else cached
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None])
 
     return attention
 
@@ -137,8 +181,12 @@ def prepare_flex(inputs: Inputs, training: bool) -> Function:
         from torch.nn.attention.flex_attention import flex_attention
     except ImportError as error:
         raise Unavailable(f"flex_attention: {error}") from error
-    index = relative_index(inputs.options["window"], inputs.options["bias_index"], inputs.grad_out.device)
+    if "return_lse" in inputs.options:
+        raise Unavailable("returns no lse")
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    if "bias_table" not in inputs.tensors:
+        return compiled
+    index = relative_index(inputs.options["window"], inputs.options["bias_index"], inputs.grad_out.device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor) -> Tensor:
         def score_mod(score: Tensor, b: Tensor, h: Tensor, n: Tensor, m: Tensor) -> Tensor:
@@ -173,8 +221,8 @@ def cost(problem: WindowProblem, batch: int, dtype: torch.dtype, mode: str) -> C
 
 
 def reduced(problem: WindowProblem, batch: int) -> dict[str, int]:
-    pairs = batch * problem.stage.windows * problem.tokens**2
-    return {"bias_table": max(1, pairs // problem.entries)}
+    stage = problem.stage
+    return {"bias_table": table_terms(batch * stage.windows, stage.window, stage.bias)}
 
 
 CASE = Case(
@@ -184,20 +232,31 @@ CASE = Case(
         for name, stages in WINDOW_MODELS.items()
     },
     default_preset="efficientvit_m5",
-    shape_help="windows=4,window=7x7,heads=1,d=16,dv=64,bias=absolute|signed,layout=packed|map",
+    shape_help="windows=4,window=7x7,heads=1,d=16,dv=64,bias=absolute|signed|none,layout=packed|map,lse=0|1",
     parse_shape=parse_shape,
     make_inputs=make_inputs,
     eager=eager,
     peers=peers,
     cost=cost,
-    check_shapes=(
-        "windows=3,window=3x5,heads=2,d=16,dv=16",
-        "windows=5,window=4x4,heads=1,d=16,dv=48,layout=map",
-        "windows=4,window=7x7,heads=1,d=16,dv=64,layout=map",
-        "windows=2,window=7x7,heads=3,d=32,dv=32,bias=signed",
-        "windows=3,window=7x5,heads=2,d=24,dv=80,bias=signed",
-        "windows=2,window=8x8,heads=2,d=32,dv=112",
-        "windows=1,window=12x12,heads=2,d=32,dv=32,bias=signed",
-    ),
+    check_shapes={
+        "3x5": "windows=3,window=3x5,heads=2,d=16,dv=16",
+        "4x4": "windows=5,window=4x4,heads=1,d=16,dv=48,layout=map",
+        "4x4-lse": "windows=5,window=4x4,heads=2,d=16,dv=112,bias=signed,lse=1",
+        "7x7": "windows=4,window=7x7,heads=1,d=16,dv=64,layout=map",
+        "7x7-lse": "windows=2,window=7x7,heads=3,d=32,dv=32,bias=signed,lse=1",
+        "7x7-no_bias": "windows=2,window=7x7,heads=2,d=16,dv=32,bias=none,lse=1",
+        "7x5": "windows=3,window=7x5,heads=2,d=24,dv=80,bias=signed",
+        "8x8": "windows=2,window=8x8,heads=2,d=32,dv=112",
+        # Several tiles: the gradients of queries, keys and, where the tensors are wide, values have passes
+        # of their own.
+        "12x12": "windows=1,window=12x12,heads=2,d=32,dv=32,bias=signed",
+        "12x12-lse": "windows=1,window=12x12,heads=1,d=16,dv=64,layout=map,lse=1",
+        "12x12-wide": "windows=1,window=12x12,heads=2,d=24,dv=112",
+        "12x12-no_bias": "windows=1,window=12x12,heads=1,d=32,dv=96,bias=none",
+        # More windows than work items: a group walks over a chunk of the batch.
+        "4x4-many": "windows=1500,window=4x4,heads=1,d=16,dv=48,layout=map,lse=1",
+        "7x7-many": "windows=1000,window=7x7,heads=1,d=16,dv=32,layout=map",
+        "12x12-many": "windows=300,window=12x12,heads=1,d=16,dv=16,bias=signed",
+    },
     reduced=reduced,
 )

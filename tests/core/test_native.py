@@ -1,0 +1,67 @@
+"""The extension seen from Python: which devices a binary serves, and how it is missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vitkernels.core import backends, native
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "serves"),
+    [
+        ("80, 90a-real, 120-real", (8, 0), True),
+        ("80, 90a-real, 120-real", (8, 9), True),
+        ("80, 90a-real, 120-real", (9, 0), True),
+        ("80, 90a-real, 120-real", (10, 0), True),
+        ("80, 90a-real, 120-real", (7, 5), False),
+        ("90a-real", (9, 0), True),
+        ("90a-real", (8, 0), False),
+        ("90a-real", (10, 0), False),
+        ("86-real", (8, 0), False),
+        ("86-real", (8, 9), True),
+        ("80-real", (9, 0), False),
+        ("80-virtual", (9, 0), True),
+        ("90", (8, 0), False),
+    ],
+)
+def test_which_devices_a_binary_serves(archs, capability, serves):
+    assert native.covers(archs, capability) is serves
+
+
+def test_a_binary_for_another_gpu_is_a_reason(monkeypatch):
+    """Built for an H100 alone and run on an A100, every launch would fail; auto must take Triton."""
+    monkeypatch.setattr(native, "cuda_reason", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+
+    class Binary:
+        cuda_archs = "90a-real"
+
+    monkeypatch.setattr(native, "_module", Binary)
+    reason = backends._why_unavailable("cuda", "cuda", 0)
+    assert "holds code for 90a-real only" in reason
+    assert "VITKERNELS_CUDA_ARCHS=80-real" in reason
+    Binary.cuda_archs = "80"
+    assert backends._why_unavailable("cuda", "cuda", 0) == ""
+
+
+def test_a_missing_extension_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(native, "_module", None)
+    monkeypatch.setattr(native, "_error", "the compiled extension vitkernels._native was not built")
+    with pytest.raises(RuntimeError, match=r"was not built\. Reinstall where a C\+\+ compiler is on PATH"):
+        native.load()
+    assert native.status()["path"] is None
+    assert "was not built" in native.cuda_reason()
+
+
+def test_an_old_driver_is_named(monkeypatch):
+    class Binary:
+        cuda_archs = "80"
+
+        @staticmethod
+        def cuda_status():
+            return {"driver": 12040, "runtime": 13000, "devices": 1, "error": ""}
+
+    monkeypatch.setattr(native, "_module", Binary)
+    assert "the driver speaks CUDA 12.4, but the extension was built with CUDA 13.0" in native.cuda_reason()

@@ -1,0 +1,67 @@
+"""Tensors inside larger buffers of NaN: a read outside shows in a result, a write outside in `check`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Layout(NamedTuple):
+    """How a tensor [batch, heads, tokens, channels] lies in memory."""
+
+    order: tuple[int, ...] = (0, 1, 2, 3)  # of the dimensions, outermost first
+    padding: int = 0  # elements added to the innermost
+    step: int = 1  # the stride of the innermost
+    before: int = 64  # elements in front; an odd number takes the 16-byte alignment away
+
+
+LAYOUTS = {
+    "dense": Layout(),
+    "offset": Layout(before=65),
+    "nchw": Layout((0, 1, 3, 2)),  # tokens dense, as in views of maps
+    "nchw_offset": Layout((0, 1, 3, 2), before=65),
+    "tokens_first": Layout((0, 2, 1, 3), before=65),
+    "packed": Layout((0, 2, 1, 3), padding=16),  # heads interleaved, as in views of a projection
+    "strided": Layout(step=2, before=65),
+    "strided_nchw": Layout((1, 0, 3, 2), step=3, before=65),
+    "odd": Layout((3, 0, 2, 1), padding=1, before=37),  # nothing dense
+}
+
+
+class Guarded:
+    def __init__(self) -> None:
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout = "dense"
+    ) -> torch.Tensor:
+        """A tensor of NaN. Layouts are for four dimensions, tensors of fewer are dense."""
+        chosen = LAYOUTS[layout] if isinstance(layout, str) else layout
+        order, padding, step, before = chosen
+        if len(shape) != 4:
+            order, padding, step = tuple(range(len(shape))), 0, 1
+        stored = [shape[i] for i in order]
+        stored[-1] += padding
+        size = step * torch.Size(stored).numel()
+        buffer = torch.full((before + size + 64,), float("nan"), dtype=dtype)
+        inside = torch.zeros_like(buffer, dtype=torch.bool)
+        inverse = [order.index(i) for i in range(len(shape))]
+        views = [
+            whole[before : before + size]
+            .view(*stored, step)[..., : shape[order[-1]], 0]
+            .permute(inverse)
+            for whole in (buffer, inside)
+        ]
+        views[1].fill_(True)
+        self._kept.append((buffer, inside))
+        return views[0]
+
+    def random(
+        self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout = "dense"
+    ) -> torch.Tensor:
+        return self(shape, dtype, layout).copy_(torch.randn(shape, dtype=torch.float64))
+
+    def check(self) -> None:
+        for buffer, inside in self._kept:
+            assert buffer[~inside].isnan().all(), "a kernel wrote outside a tensor"
