@@ -48,9 +48,7 @@ class Guarded:
         inside = torch.zeros_like(buffer, dtype=torch.bool)
         inverse = [order.index(i) for i in range(len(shape))]
         views = [
-            whole[before : before + size]
-            .view(*stored, step)[..., : shape[order[-1]], 0]
-            .permute(inverse)
+            whole[before : before + size].view(*stored, step)[..., : shape[order[-1]], 0].permute(inverse)
             for whole in (buffer, inside)
         ]
         views[1].fill_(True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels
-from vitkernels.bench.case import load_case, operators, parse_fields
+from vitkernels.bench import runner
+from vitkernels.bench.case import Unavailable, load_case, operators, parse_fields
 from vitkernels.bench.presets import WINDOW_MODELS
+from vitkernels.bench.providers import ours
 
 CASE = load_case("window_attention")
 
@@ -90,6 +94,40 @@ def test_cost_in_bytes_is_every_tensor_once():
     assert CASE.cost(problem, 3, torch.float16, "fwd+bwd").bytes == expected
 
 
+@pytest.mark.parametrize(
+    "text", ["window=3x2,heads=2,lse=1,layout=map", "window=2x3,bias=none,lse=1", "bias=none"]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_inputs_without_bias_and_with_lse(text, dtype):
+    problem = CASE.parse_shape(text)
+    inputs = inputs_of(problem, 2, dtype)
+    truth, baseline = runner.truth_and_baseline(CASE, inputs, True)
+    names = {"out", "q", "k", "v"} | ({"lse"} if problem.with_lse else set())
+    assert set(truth) == names | (set() if "none" in text else {"bias_table"})
+    assert runner.judge(CASE, problem, 2, inputs, baseline, baseline, truth).ok
+    if problem.with_lse:
+        assert baseline["lse"].dtype is torch.float32
+        wrong = {**baseline, "lse": baseline["lse"] * 1.02}
+        verdict = runner.judge(CASE, problem, 2, inputs, wrong, baseline, truth)
+        assert not verdict.ok
+        assert verdict.name == "lse"
+        without = dataclasses.replace(inputs, grad_more={"lse": torch.zeros_like(truth["lse"])})
+        assert not torch.allclose(
+            runner.evaluate(ours(CASE, "reference").prepare(without, True), without, True)["q"], baseline["q"]
+        )
+        with pytest.raises(Unavailable, match="returns no lse"):
+            CASE.peers(torch.device("cpu"))[1].prepare(inputs, True)
+
+
+def test_check_shapes_reach_the_loops_over_the_batch():
+    """csrc/include/vitkernels/tile_attention.h splits the batch into chunks beyond these numbers of items."""
+    for name, text in CASE.check_shapes.items():
+        problem = CASE.parse_shape(text)
+        small = problem.tokens <= 16
+        items = 3 * problem.stage.windows * problem.stage.heads * (1 if small else -(-problem.tokens // 64))
+        assert (items > (4096 if small else 2048)) == name.endswith("-many"), name
+
+
 def test_shape_text():
     problem = CASE.parse_shape("windows=3,window=7x5,heads=2,d=24,dv=48,bias=signed")
     assert problem.describe(2) == "6x2x35x24|48"
@@ -100,7 +138,8 @@ def test_shape_text():
         ("d", "key=value with key in"),
         ("window=7", "window=intxint"),
         ("d=x", "d=int"),
-        ("bias=none", "bias in absolute, signed"),
+        ("bias=some", "bias in absolute, signed, none"),
+        ("lse=2", "lse in 0, 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             CASE.parse_shape(text)

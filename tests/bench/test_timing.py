@@ -77,6 +77,17 @@ def test_peaks_are_measured_once_and_kept(tmp_path, monkeypatch):
     assert measured_peaks(device, (torch.float32,), seconds=0.01).copy == {"1": 7.0}
 
 
+def test_missing_exponential_rate_is_measured_once_it_can_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("vitkernels.bench.peaks.CPU_COPY_BYTES", (1 << 20,))
+    monkeypatch.setattr("vitkernels.bench.peaks.busy", lambda: "")
+    for rate in (None, 3.0, 3.0):
+        monkeypatch.setattr("vitkernels.bench.peaks.measure_exp", lambda *_, rate=rate: rate)
+        assert measured_peaks(torch.device("cpu"), (torch.float32,), seconds=0.01).exp == rate
+    monkeypatch.setattr("vitkernels.bench.peaks.measure_exp", lambda *_: pytest.fail("measured again"))
+    assert measured_peaks(torch.device("cpu"), (torch.float32,), seconds=0.01).exp == 3.0
+
+
 @pytest.mark.gpu
 def test_cuda_timer_flushes_and_times_device_work():
     device = torch.device("cuda")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from guarded import Guarded
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -20,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from vitkernels import ops
+from vitkernels.bench.cases.window_attention import table_entries, table_terms
 from vitkernels.kernels.window_attention import reference
 from vitkernels.kernels.window_attention import triton as launcher
 
@@ -37,7 +39,7 @@ class Case:
     table_dtype: torch.dtype = F32
     batch: int = 3
     heads: int = 2
-    layout: str = "dense"  # a key of LAYOUTS
+    layout: str = "dense"  # a key of guarded.LAYOUTS
     grad_out: bool = True
     grad_lse: bool = True
 
@@ -54,48 +56,6 @@ class Case:
         return *self.window, self.bias == "signed", self.d**-0.5
 
 
-# Storage order, padding of the last stored dimension, elements before the tensor. nchw: tokens dense, as in
-# views of maps; packed: heads interleaved, as in views of a projection; odd: nothing dense, and misaligned.
-LAYOUTS = {
-    "dense": ((0, 1, 2, 3), 0, 64),
-    "nchw": ((0, 1, 3, 2), 0, 64),
-    "packed": ((0, 2, 1, 3), 16, 64),
-    "odd": ((3, 0, 2, 1), 1, 37),
-}
-
-
-class Guarded:
-    """Tensors inside larger buffers of NaN: a read outside shows in a result, a write outside in `check`."""
-
-    def __init__(self) -> None:
-        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "dense") -> torch.Tensor:
-        dims = range(len(shape))
-        order, padding, before = LAYOUTS[layout] if len(shape) == 4 else (tuple(dims), 0, 64)
-        stored = [shape[i] for i in order]
-        stored[-1] += padding
-        size = torch.Size(stored).numel()
-        buffer = torch.full((before + size + 64,), NAN, dtype=dtype)
-        inside = torch.zeros_like(buffer, dtype=torch.bool)
-        views = [
-            whole[before : before + size]
-            .view(stored)[..., : shape[order[-1]]]
-            .permute([order.index(i) for i in dims])
-            for whole in (buffer, inside)
-        ]
-        views[1].fill_(True)
-        self._buffers.append((buffer, inside))
-        return views[0]
-
-    def random(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "dense") -> torch.Tensor:
-        return self(shape, dtype, layout).copy_(torch.randn(shape))
-
-    def check(self) -> None:
-        for buffer, inside in self._buffers:
-            assert buffer[~inside].isnan().all(), "a kernel wrote outside a tensor"
-
-
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
     """An allocator, which the launcher takes its scratch from too."""
@@ -105,8 +65,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
 
 
 def make_inputs(case: Case, guarded: Guarded) -> dict[str, torch.Tensor | None]:
-    height, width = case.window
-    entries = height * width if case.bias == "absolute" else (2 * height - 1) * (2 * width - 1)
+    entries = table_entries(case.window, case.bias)
     return {
         "q": guarded.random((*case.rows, case.d), case.dtype, case.layout),
         "k": guarded.random((*case.rows, case.d), case.dtype, case.layout),
@@ -156,11 +115,12 @@ def run_reference(case: Case, inputs: dict[str, Any], dtype: torch.dtype | None)
 
 def compare(case: Case, inputs: dict[str, Any], got: dict[str, torch.Tensor]) -> None:
     truth, baseline = run_reference(case, inputs, torch.float64), run_reference(case, inputs, None)
+    terms = table_terms(case.batch, case.window, case.bias)
     for name, tensor in got.items():
         if not truth[name].any():
             assert not tensor.any(), f"{name}: expected zeros"
             continue
-        reduced = case.batch * case.rows[2] if name == "grad_bias_table" else 1
+        reduced = terms if name == "grad_bias_table" else 1
         factor = GRADIENT if name.startswith("grad") else FORWARD
         assert_close_to_truth(
             name, tensor, baseline[name], truth[name], factor=factor, reduced=reduced, dtype=case.dtype
@@ -274,6 +234,19 @@ def test_a_masked_offset_gets_no_weight(guarded: Guarded) -> None:
         assert torch.isfinite(got[name]).all(), name
     compare(case, inputs, {name: got[name] for name in ("out", "lse", "grad_q", "grad_k", "grad_v")})
     assert not got["grad_bias_table"][:, 20:].any()
+
+
+@pytest.mark.parametrize("width", [5, 20, 70], ids=["small", "whole", "tiled"])
+def test_fully_masked_row(width: int, guarded: Guarded) -> None:
+    """As in plain PyTorch its out is NaN and its lse -inf; the other rows do not notice."""
+    case = Case((1, width), dv=16, bias="signed", batch=1, heads=2)
+    inputs = make_inputs(case, guarded)
+    inputs["bias_table"][1, :width] = -float("inf")
+    got, expected = run_kernels(case, inputs, guarded), run_reference(case, inputs, None)
+    assert got["out"][:, 1, 0].isnan().all()
+    assert (got["lse"][:, 1, 0] == -float("inf")).all()
+    for name, want in expected.items():
+        torch.testing.assert_close(got[name], want, rtol=1e-4, atol=1e-5, equal_nan=True, msg=name)
 
 
 def test_wrong_results_are_rejected(guarded: Guarded) -> None:

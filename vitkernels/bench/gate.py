@@ -112,5 +112,10 @@ def check_results(
     ]
 
 
+def rank(verdict: Check) -> float:
+    """Its share, NaN being the worst of all."""
+    return math.inf if math.isnan(verdict.share) else verdict.share
+
+
 def worst(checks: list[Check]) -> Check:
-    return max(checks, key=lambda c: math.inf if math.isnan(c.share) else c.share)
+    return max(checks, key=rank)

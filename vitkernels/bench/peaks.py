@@ -148,7 +148,9 @@ def measured_peaks(
     for dtype in missing:
         peaks.gemm[dtype_name(dtype)] = measure_gemm(device, dtype, seconds)
     if asdict(peaks) == known or busy():
-        return peaks  # what was measured beside other work are no peaks: they serve this run, and are not kept
+        return (
+            peaks  # what was measured beside other work are no peaks: they serve this run, and are not kept
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")

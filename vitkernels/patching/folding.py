@@ -11,7 +11,6 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
-from vitkernels.core.autograd import plain_eager
 from vitkernels.nn.conv_norm import fold_conv_norm, fold_norm_linear
 from vitkernels.patching import packed
 from vitkernels.patching.layers import KEPT, Patched
@@ -61,6 +60,7 @@ def _transformed() -> bool:
 
 _tracing_state = torch._C._get_tracing_state
 _functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class _Folded(Patched):
@@ -148,8 +148,9 @@ class FoldedConvNorm(_Folded):
             y = super().forward(x)  # type: ignore[misc]
             return torch.relu(y) if relu else y
         fold = self._vitkernels_fold(conv, norm, fold_conv_norm)
-        # Tracers, transforms and FLOP counters know aten's convolution, not oneDNN's.
-        if fold.packable and plain_eager() and _is_inference(x):
+        # Dispatch modes, as a FLOP counter, know aten's convolution, not oneDNN's. A fold that is traced or
+        # transformed is never packable, and a profile must show what runs without it.
+        if fold.packable and not _dispatch_modes() and _is_inference(x):
             x = x.contiguous(memory_format=torch.channels_last)
             if packed.pays(conv, x):
                 if fold.packed is None:

@@ -97,7 +97,8 @@ def make_inputs(
         packed = random(count, tokens, heads, 2 * d + dv).transpose(1, 2)
         q, k, v = packed.split([d, d, dv], dim=-1)
         grad_out = random(count, tokens, heads, dv).transpose(1, 2)
-    tensors, options = {"q": q, "k": k, "v": v}, {"window": stage.window}
+    tensors = {"q": q, "k": k, "v": v}
+    options: dict[str, Any] = {"window": stage.window}
     if stage.bias != "none":
         tensors["bias_table"], options["bias_index"] = random(heads, problem.entries), stage.bias
     if not problem.with_lse:

@@ -1,0 +1,121 @@
+"""scripts/gpu_check.py on CPU tensors, and what gpu_check.sh makes of its steps."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitkernels import ops
+from vitkernels.core import native
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import build_tools
+import gpu_check
+
+SCRIPT = Path(gpu_check.__file__).with_suffix(".sh")
+BACKEND = "reference" if native.why_missing() else "cpu"
+ARGUMENTS = ["check", "--device", "cpu", "--backends", BACKEND, "--repeats", "1"]
+
+
+def check(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *ARGUMENTS, *arguments])
+    return gpu_check.main()
+
+
+def test_right_kernels_pass(monkeypatch, capsys):
+    shapes = ("3x5", "4x4-lse", "7x7-no_bias", "12x12-lse")
+    assert check(monkeypatch, "--dtypes", "float32", "float16", "float64", "--shapes", *shapes) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("4 shapes, worst error") == 3
+    assert "FAILED" not in printed
+
+
+@pytest.mark.parametrize("wrong", ["lse", "out in inference", "repeat"])
+def test_wrong_kernels_fail(monkeypatch, capsys, wrong):
+    right, calls = ops.window_attention, []
+
+    def window_attention(*args, backend=None, **kwargs):
+        calls.append(backend)
+        result = right(*args, backend=backend, **kwargs)
+        if backend != BACKEND or len(calls) < 2:
+            return result
+        out, lse = result
+        if wrong == "lse":
+            return out, lse * 1.01
+        if wrong == "repeat":
+            return out * (1 + 1e-7 * len(calls)), lse
+        return (out if torch.is_grad_enabled() else out * 1.01), lse
+
+    monkeypatch.setattr(ops, "window_attention", window_attention)
+    assert check(monkeypatch, "--dtypes", "float32", "--shapes", "4x4-lse") == 1
+    printed = capsys.readouterr().out
+    message = {"lse": "lse: max", "out in inference": "out: max", "repeat": "a repeat changed out"}[wrong]
+    assert f"FAILED window_attention {BACKEND} torch.float32 4x4-lse" in printed
+    assert message in printed
+
+
+def test_unknown_shapes_name_the_known_ones(monkeypatch, capsys):
+    assert check(monkeypatch, "--shapes", "13x13") == 2
+    assert "expected some of 3x5, 4x4, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("found", "code"), [("77.0.1", 0), ("84.2.1", 0), ("76.1", 1), ("59.6.0", 1), (None, 1)]
+)
+def test_an_old_setuptools_is_named_before_the_build_fails(monkeypatch, capsys, found, code):
+    monkeypatch.setattr(build_tools, "version", lambda name: found if name == "setuptools" else "1.0")
+    assert build_tools.main() == code
+    printed = capsys.readouterr().out
+    assert f"setuptools {found or 'not installed'}" in printed
+    assert ("setuptools 77 or newer is needed to build" in printed) == bool(code)
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+PYTHON = """#!/bin/bash
+case "$*" in
+  *build_tools.py) exec {python} "$@" ;;
+  *"-m pytest"*) echo "a test failed"; exit 1 ;;
+  *"--preset all"*) trap 'echo "what was measured"; exit 0' INT; sleep 30 & wait ;;
+  *) echo "pretended to run $*" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script")
+def test_steps_that_fail_are_told_from_those_that_cannot_run(tmp_path):
+    """The script with a python that only pretends, and a sanitizer that cannot open the device."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    executable(tools / "pretender", PYTHON.format(python=sys.executable))
+    executable(tools / "compute-sanitizer", "#!/bin/bash\necho '= Error: Device not supported'\nexit 1\n")
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": str(tools / "pretender"),
+        "OUT": str(tmp_path / "out"),
+        "BUDGET": "12",
+    }
+    done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
+    table = (tmp_path / "out" / "gpu_check.txt").read_text()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 2 skipped" in table
+    lines = {line[:28].strip(): line[28:].split(maxsplit=3) for line in table.splitlines() if " s  " in line}
+    assert lines["build tools"][0] == "0"
+    assert lines["tests (gpu)"][0] == "1"
+    for tool in ("memcheck", "racecheck"):
+        assert lines[f"compute-sanitizer {tool}"][0] == "skipped"
+        assert "Device not supported" in lines[f"compute-sanitizer {tool}"][3]
+    # Stopped at its limit, the benchmark writes what it has and has not failed.
+    assert lines["bench, every preset"][0] == "0"
+    assert "stopped at its limit" in lines["bench, every preset"][3]
+    assert "setuptools" in done.stdout
