@@ -120,7 +120,8 @@ class CMakeBuild(build_ext):
             environment["CUDACXX"] = nvcc
         if cmake is None:
             raise SystemExit("vitkernels: cmake was not found: pip install cmake ninja")
-        arguments = [cmake, "-S", str(ROOT), "-B", str(build), *self.cmake_arguments(target)]
+        # Fresh: an earlier build's cache names the tools of a temporary environment that is gone.
+        arguments = [cmake, "--fresh", "-S", str(ROOT), "-B", str(build), *self.cmake_arguments(target)]
         subprocess.run(arguments, check=True, env=environment)
         subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs())], check=True, env=environment)
 

@@ -58,7 +58,9 @@ class Guarded:
     def random(
         self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout = "dense"
     ) -> torch.Tensor:
-        return self(shape, dtype, layout).copy_(torch.randn(shape, dtype=torch.float64))
+        return self(shape, dtype, layout).copy_(
+            torch.randn(shape, dtype=torch.promote_types(dtype, torch.float32))
+        )
 
     def check(self) -> None:
         for buffer, inside in self._kept:

@@ -134,6 +134,17 @@ def test_an_nvcc_that_fails_means_cpu_kernels(sources, no_torch, tmp_path):
     assert not use(wheel_of(built, tmp_path))["native"]["cuda"]
 
 
+def test_building_again_forgets_the_tools_of_the_first_build(sources, no_torch, tmp_path):
+    """Under build isolation ninja lies in a folder that is gone the next time; its path was once kept."""
+    cmake = tmp_path / "cmake"
+    cmake.mkdir()
+    (cmake / "CMakeCache.txt").write_text(
+        f"CMAKE_HOME_DIRECTORY:INTERNAL={sources}\nCMAKE_GENERATOR:INTERNAL=Ninja\n"
+        "CMAKE_MAKE_PROGRAM:FILEPATH=/no/such/ninja\n"
+    )
+    wheel_of(build_wheel(sources, no_torch, tmp_path, VITKERNELS_BUILD_CUDA="0"), tmp_path)
+
+
 def test_wheel_without_a_compiler(sources, no_torch, tmp_path):
     built = build_wheel(sources, no_torch, tmp_path, PATH=path_without_nvcc(), CXX="no-such-compiler")
     wheel = wheel_of(built, tmp_path)

@@ -44,7 +44,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(calls())
 def test_any_call_keeps_to_the_house_rule(call: dict[str, Any]) -> None:
     check(**call)
