@@ -200,10 +200,11 @@ def _ddp_worker(rank: int, path: str, results: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     assert "timm" not in sys.modules
-    model = small_model().train()
+    # float64: batch norm over two images amplifies float32 rounding beyond any useful tolerance.
+    model = small_model().double().train()
     vitkernels.apply(model, backend=None, verbose=False)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    x = image(4)[2 * rank : 2 * rank + 2]
+    x = image(4)[2 * rank : 2 * rank + 2].double()
     wrapped(x).square().mean().backward()
     torch.save({name: p.grad for name, p in model.named_parameters()}, f"{results}{rank}")
     torch.distributed.destroy_process_group()
@@ -215,14 +216,14 @@ def test_distributed_data_parallel_averages_the_gradients(tmp_path) -> None:
     first, second = torch.load(results + "0"), torch.load(results + "1")
     expected: dict[str, torch.Tensor] = {}
     for rank in range(2):
-        model = small_model().train()
-        model(image(4)[2 * rank : 2 * rank + 2]).square().mean().backward()
+        model = small_model().double().train()
+        model(image(4)[2 * rank : 2 * rank + 2].double()).square().mean().backward()
         for name, p in model.named_parameters():
             expected[name] = expected.get(name, 0) + p.grad / 2
     norm = torch.stack([grad.norm() for grad in expected.values()]).norm()
     for name, grad in expected.items():
         assert torch.equal(first[name], second[name]), name
-        assert (first[name] - grad).norm() < 1e-4 * norm, name
+        assert (first[name] - grad).norm() < 1e-10 * norm, name
 
 
 @pytest.mark.parametrize("fold_bn", [False, True])

@@ -33,7 +33,7 @@ def tile_offsets(rows, row_stride, col_stride, WIDTH: tl.constexpr):
 @triton.jit
 def channel_offset(first, col_stride):
     """Element offset of a loop's channel, in 64 bits: the loop variable and the stride may both be 32-bit."""
-    return first.to(tl.int64) * col_stride
+    return tl.cast(first, tl.int64) * col_stride
 
 
 @triton.jit

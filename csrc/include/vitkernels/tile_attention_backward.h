@@ -136,7 +136,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           }
         }
         delta = warp_sum<2>(delta);
-        Acc lse = -INFINITY;
+        Acc lse = INFINITY;  // without a query: P = 0
         if (token >= 0) {
           lse = offset<Acc>(problem.lse, batch, item.head)[token * problem.lse.stride[2]] *
                 static_cast<Acc>(Exp::unit);
@@ -145,8 +145,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         }
         if (group.thread % 2 == 0) {
           shared.delta[row] = delta;
-          shared.lse[row] =
-              lse == -INFINITY ? Acc(INFINITY) : lse;  // a row without keys, or without a query: P = 0
+          shared.lse[row] = lse;
         }
         group.sync();
       }
