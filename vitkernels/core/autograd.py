@@ -23,8 +23,7 @@ def plain_eager() -> bool:
         or _dispatch_modes()  # FlopCounterMode, FakeTensorMode, make_fx
         or _function_modes()
         or _functorch_active()
-        or _autocast_enabled("cpu")
-        or _autocast_enabled("cuda")
+        or _autocast_enabled()
         or _profiler_enabled()
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
@@ -53,7 +52,7 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _functorch_active = torch._C._are_functorch_transforms_active
-_autocast_enabled = torch.is_autocast_enabled
+_autocast_enabled = torch._C._is_any_autocast_enabled
 _profiler_enabled = torch.autograd._profiler_enabled
 _tracing_state = torch._C._get_tracing_state
 

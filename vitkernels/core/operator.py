@@ -99,13 +99,13 @@ class Operator:
             params = self._known[key] = (*inputs[len(tensors) :], name)
         if wants_grad and torch.is_grad_enabled():
             return self._apply_eager(params, *tensors)
-        if by_products or not self.backends[params[-1]].skips_by_products:
+        chosen = self.backends[params[-1]]
+        if by_products or not chosen.skips_by_products:
             return self.run_forward(*tensors, *params)
-        inputs = (*tensors, *params[:-1])
-        outputs: tuple[Any, ...] = (self.allocate[0](*inputs), *self._no_by_products)
-        if outputs[0].numel():
-            self.backends[params[-1]].load().forward(*outputs, *inputs)
-        return outputs
+        result = self.allocate[0](*tensors, *params[:-1])
+        if result.numel():
+            chosen.load().forward(result, *self._no_by_products, *tensors, *params[:-1])
+        return (result, *self._no_by_products)
 
     def choose(self, inputs: tuple[Any, ...], argument: str | None) -> str:
         """The backend for these inputs: the forced one, or the first of the order that fits."""

@@ -22,7 +22,12 @@ def forward(
     cuda: bool | None = None,
 ) -> None:
     """Fills out, and lse unless it is None. `module` and `cuda` let the tests run the CUDA kernels on the host."""
-    module = module or native.load()
+    if module is None:
+        module = native.load()
+        if native.lends and not q.is_cuda:  # spelled out: of a small window's call, the rest below is a tenth
+            threads = torch.get_num_threads()
+            module.window_attention_forward_cpu(threads, 0, out, lse, q, k, v, bias_table, *params)
+            return
     run = (
         module.window_attention_forward_cuda
         if (q.is_cuda if cuda is None else cuda)
