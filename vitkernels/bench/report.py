@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -160,6 +161,17 @@ def print_report(console: Console, rows: Sequence[Row], summary: Sequence[dict[s
         console.print(summary_table(summary))
 
 
+def without_paths(value: Any) -> Any:
+    """Facts of a machine less its absolute paths: results are kept and shared."""
+    if isinstance(value, dict):
+        cleaned = {key: without_paths(entry) for key, entry in value.items()}
+        return {key: entry for key, entry in cleaned.items() if entry is not _PATH}
+    return _PATH if isinstance(value, str) and os.path.isabs(value) else value
+
+
+_PATH = object()
+
+
 def document(
     rows: Sequence[Row],
     summary: Sequence[dict[str, Any]],
@@ -170,9 +182,9 @@ def document(
     return {
         "schema": SCHEMA,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": environment,
+        "environment": without_paths(environment),
         "peaks": peaks,
-        "settings": settings,
+        "settings": without_paths(settings),
         "summary": list(summary),
         "rows": [row.as_dict() for row in rows],
     }
