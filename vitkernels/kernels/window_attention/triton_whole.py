@@ -101,7 +101,7 @@ def backward_whole(
     delta is sum_m P dP, taken from the tile at hand, so that out need not be read. q and k are read a second
     time, from the cache, rather than kept in registers across the values.
 
-    local memory: up to 320 bytes: where rows are not dense (views of NCHW maps, over 16 tokens) every element
+    local memory: up to 448 bytes: where rows are not dense (views of NCHW maps, over 16 tokens) every element
     has a mask and a 64-bit offset of its own, beside four N x N tiles. Dense rows do not spill.
     """
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
