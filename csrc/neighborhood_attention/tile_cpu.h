@@ -118,16 +118,21 @@ struct Tile {
   }
   IntVec<T> pass(int shift) const { return bit_cast<IntVec<T>>(load(mask + shift * L)); }
 
-  // Adds the bias and masks; returns the largest logit of each lane.
+  // Adds the bias and masks; returns the largest logit of each lane, NaN where none is a number.
   Vec<T> finish_logits(T* s, int r, const T* bias) const {
     const Vec<T> nothing = broadcast(-static_cast<T>(__builtin_inff()));
-    Vec<T> top = nothing;
+    Vec<T> top = broadcast(static_cast<T>(__builtin_nanf("")));
     entries(s, r, [&](T* at, int entry, int shift) {
       Vec<T> value = load(at);
       if (bias) value += broadcast(bias[entry]);
-      if (mask) value = pass(shift) ? value : nothing;
+      if (mask) {
+        const IntVec<T> seen = pass(shift);
+        top = vmax(top, seen ? value : top);
+        value = seen ? value : nothing;
+      } else {
+        top = vmax(top, value);  // value where top is NaN still
+      }
       if (bias || mask) store(at, value);
-      top = vmax(value, top);
     });
     return top;
   }
@@ -168,10 +173,16 @@ struct Tile {
       if (!dl) return;
       T* to = d + (at - p);
       Vec<T> g = load(to);
-      if (mask) g = pass(shift) ? g : Vec<T>{};
-      if (mask) store(to, g);
+      if (mask) {
+        g = pass(shift) ? g : Vec<T>{};
+        store(to, g);
+      }
       run += value * g;
-      if (--left == 0) mean += run, run = Vec<T>{}, left = kRun;
+      if (--left == 0) {
+        mean += run;
+        run = Vec<T>{};
+        left = kRun;
+      }
     });
     if (!dl) return;
     mean += run;
