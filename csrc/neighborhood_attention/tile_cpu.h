@@ -36,7 +36,8 @@ struct Tile {
     using Bit = typename Bits<T>::type;
     for (int j = 0; j < shifts; ++j) {
       IntVec<T> pass = {};
-      for (int i = 0; i < lanes; ++i) pass[i] = static_cast<Bit>(low + j >= from[i] && low + j < to[i] ? -1 : 0);
+      for (int i = 0; i < lanes; ++i)
+        pass[i] = static_cast<Bit>(low + j >= from[i] && low + j < to[i] ? -1 : 0);
       store(memory + j * L, bit_cast<Vec<T>>(pass));
     }
   }
@@ -47,8 +48,8 @@ struct Tile {
     return row(s, r) + static_cast<ptrdiff_t>(key_row - first[r]) * shifts * L;
   }
 
-  // Calls visit(key row, first query row, query rows) for all rows of keys and the query rows that see them, at
-  // most `most` at a time.
+  // Calls visit(key row, first query row, query rows) for all rows of keys and the query rows that see them,
+  // at most `most` at a time.
   template <class Visit>
   __attribute__((always_inline)) void pairs(int most, Visit visit) const {
     for (int key = first[0], begin = 0, end = 0; key < last[rows - 1]; ++key) {
@@ -102,8 +103,8 @@ struct Tile {
     pairs(kRows, [&](int key, int r, int count) {
       T* from[kRows];
       pointers(from, s, r, count, key);
-      scatter_rows<T, kRows>(count, from, mask, a + r * a_row, a_row, b.channels, shifts, b.row(key) + x0 + low,
-                             b.pitch);
+      scatter_rows<T, kRows>(count, from, mask, a + r * a_row, a_row, b.channels, shifts,
+                             b.row(key) + x0 + low, b.pitch);
     });
   }
 
@@ -157,8 +158,8 @@ struct Tile {
     store(lse, top == nothing ? top : value);  // -inf, not NaN, where every logit is -inf
   }
 
-  // s <- e^(s - lse), and dl <- that times (dl - mean - rest), mean being the sum of s * dl. Two subtractions:
-  // where one key takes all, dl - mean is exactly 0.
+  // s <- e^(s - lse), and dl <- that times (dl - mean - rest), mean being the sum of s * dl. Two
+  // subtractions: where one key takes all, dl - mean is exactly 0.
   void probabilities(T* s, T* dl, int r, const T* bias, Vec<T> lse, Vec<T> rest) const {
     const int n = keys(r);
     T *p = row(s, r), *d = dl ? row(dl, r) : nullptr;

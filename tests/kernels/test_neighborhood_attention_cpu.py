@@ -132,7 +132,9 @@ class Problem:
 
 def named(case: tuple[Any, ...]) -> str:
     return "-".join(
-        "x".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in case if part is not None
+        "x".join(map(str, part)) if isinstance(part, tuple) else str(part)
+        for part in case
+        if part is not None
     )
 
 

@@ -168,7 +168,11 @@ def test_golden_values(name: str, backend: str) -> None:
     qkv = (inputs[letter] for letter in "qkv")
     out, lse = attend(*qkv, 3, dilation=2, scale=0.1, backend=backend, **options)
     loss = out.sum() + lse.sum() if name == "bias-lse" else out.sum()
-    got = {"out": out, "lse": lse, **dict(zip(inputs, torch.autograd.grad(loss, [*inputs.values()]), strict=True))}
+    got = {
+        "out": out,
+        "lse": lse,
+        **dict(zip(inputs, torch.autograd.grad(loss, [*inputs.values()]), strict=True)),
+    }
     for key, text in GOLDEN[name].items():
         want = torch.tensor([float(number) for number in text.split()], dtype=torch.float64)
         assert (got[key].detach().flatten() - want).abs().max() < 6e-7, key
