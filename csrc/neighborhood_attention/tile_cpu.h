@@ -158,12 +158,12 @@ struct Tile {
     store(lse, top == nothing ? top : value);  // -inf, not NaN, where every logit is -inf
   }
 
-  // s <- e^(s - lse), and dl <- that times (dl - mean - rest), mean being the sum of s * dl. Two
-  // subtractions: where one key takes all, dl - mean is exactly 0.
+  // s <- the probabilities, and dl <- those times (dl - mean - rest), mean being the sum of s * dl.
+  // Probabilities are e^(s - lse) made to sum to 1: lse is rounded, and its error would scale a whole row of
+  // them.
   void probabilities(T* s, T* dl, int r, const T* bias, Vec<T> lse, Vec<T> rest) const {
-    const int n = keys(r);
     T *p = row(s, r), *d = dl ? row(dl, r) : nullptr;
-    Vec<T> mean = {}, run = {};
+    Vec<T> sum = {}, mean = {}, sum_run = {}, mean_run = {};
     int left = kRun;
     entries(s, r, [&](T* at, int entry, int shift) {
       Vec<T> value = load(at);
@@ -171,23 +171,32 @@ struct Tile {
       value = exp_softmax<T>(value - lse);
       if (mask) value = pass(shift) ? value : Vec<T>{};
       store(at, value);
-      if (!dl) return;
-      T* to = d + (at - p);
-      Vec<T> g = load(to);
-      if (mask) {
-        g = pass(shift) ? g : Vec<T>{};
-        store(to, g);
+      sum_run += value;
+      if (dl) {
+        T* to = d + (at - p);
+        Vec<T> g = load(to);
+        if (mask) {
+          g = pass(shift) ? g : Vec<T>{};
+          store(to, g);
+        }
+        mean_run += value * g;
       }
-      run += value * g;
       if (--left == 0) {
-        mean += run;
-        run = Vec<T>{};
+        sum += sum_run;
+        mean += mean_run;
+        sum_run = mean_run = Vec<T>{};
         left = kRun;
       }
     });
-    if (!dl) return;
-    mean += run;
-    for (int i = 0; i < n; ++i) store(d + i * L, load(p + i * L) * ((load(d + i * L) - mean) - rest));
+    sum += sum_run;
+    // A lane beyond the last query has no probabilities.
+    const Vec<T> inverse = sum == T(0) ? Vec<T>{} : T(1) / sum;
+    mean = (mean + mean_run) * inverse;
+    for (int i = 0, n = keys(r); i < n; ++i) {
+      const Vec<T> value = load(p + i * L) * inverse;
+      store(p + i * L, value);
+      if (dl) store(d + i * L, value * ((load(d + i * L) - mean) - rest));
+    }
   }
 };
 
