@@ -156,7 +156,7 @@ SAMPLES = [
     Sample(
         "neighborhood_attention-dense-groups",
         ops.neighborhood_attention,
-        _neighborhood((4, 6), 1, 8, 8, (3, 5)),
-        {"kernel_size": (2, 3), "dilation": 2, "return_lse": True},
+        _neighborhood((4, 9), 1, 8, 8, (3, 5)),
+        {"kernel_size": (2, 3), "dilation": (2, 3), "return_lse": True},
     ),
 ]
