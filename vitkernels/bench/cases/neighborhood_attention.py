@@ -183,6 +183,29 @@ def prepare_flex(inputs: Inputs, training: bool) -> Function:
     return attention
 
 
+def prepare_full_scores(inputs: Inputs, training: bool) -> Function:
+    """Attention of all tokens to all, masked: what natten's eager FlexAttention amounts to on the CPU."""
+    if "return_lse" in inputs.options:
+        raise Unavailable("returns no lse")
+    kernel_size, dilation = inputs.options["kernel_size"], inputs.options["dilation"]
+    rank, device = len(kernel_size), inputs.grad_out.device
+    sizes = tuple(inputs.grad_out.shape[1 : 1 + rank])
+    token, entry, seen = indices(sizes, kernel_size, dilation, "is_causal" in inputs.options, device)
+    shape = (token.shape[0],) * 2
+    hidden = torch.ones(shape, dtype=torch.bool, device=device).scatter(1, token, ~seen)
+    entries = torch.zeros(shape, dtype=torch.int64, device=device).scatter(1, token, entry)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None = None) -> Tensor:
+        q, k, v = (t.flatten(1, rank).transpose(1, 2) for t in (q, k, v))
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if rpb is not None:
+            logits = logits + rpb.flatten(1)[:, entries]
+        out = logits.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+        return out.transpose(1, 2).reshape(inputs.grad_out.shape)
+
+    return attention
+
+
 def prepare_natten(inputs: Inputs, training: bool) -> Function:
     """natten's best backend; on the CPU that is eager FlexAttention, which forms the full score matrix."""
     try:
@@ -191,10 +214,8 @@ def prepare_natten(inputs: Inputs, training: bool) -> Function:
         raise Unavailable(f"natten: {error}") from error
     if "rpb" in inputs.tensors:
         raise Unavailable("natten has had no relative position bias since 0.20")
-    return _natten(natten, inputs)
-
-
-def _natten(natten: Any, inputs: Inputs) -> Function:
+    if training and not inputs.grad_out.is_cuda:
+        raise Unavailable("natten has no backward on the CPU")
     if "return_lse" in inputs.options:
         raise Unavailable("its lse has no gradient")
     rank = len(inputs.options["kernel_size"])
@@ -208,7 +229,11 @@ def _natten(natten: Any, inputs: Inputs) -> Function:
 
 
 def peers(device: torch.device) -> Sequence[Provider]:
-    return [Provider("flex", prepare_flex), Provider("natten", prepare_natten)]
+    return [
+        Provider("full-scores", prepare_full_scores),
+        Provider("flex", prepare_flex),
+        Provider("natten", prepare_natten),
+    ]
 
 
 def cost(problem: NeighborhoodProblem, batch: int, dtype: torch.dtype, mode: str) -> Cost:
