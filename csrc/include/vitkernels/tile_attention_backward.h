@@ -9,7 +9,8 @@
 //   Owner::queries  a query tile against its key tiles: grad_q = scale D k, the operator's sums over D
 //   Owner::keys     a key tile against its query tiles: grad_k = scale D^T q, grad_v = P^T grad_out
 //   Owner::values   grad_v alone, where the registers do not hold the sums of both
-//   Owner::both     one tile holds all queries and all keys: everything, every tensor read once.
+//   Owner::both     a query tile and the key tile that it alone meets (disjoint()): everything, every tensor
+//                   read once.
 // In the last, whole rows of P are at hand, so delta = sum(P * G) - grad_lse: out is not read, and its
 // rounding not inherited.
 #pragma once
@@ -90,7 +91,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
 
   for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
     const auto matrix = [&](const View& view, int channels) {
-      return Matrix<T>(view, batch, item.head, channels);
+      return Matrix<T, Map>(view, map, batch, item.head, channels);
+    };
+    const auto of_token = [&](const View& view, int token) {
+      return offset<Acc>(view, batch, item.head)[typename PositionsOf<Map>::type(view, map)(token)];
     };
     // What survives from tile to tile; Owner::both has one tile and keeps nothing.
     constexpr int KEPT = OWNER == Owner::both ? 1 : COLUMNS / 8;
@@ -124,7 +128,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
 
       if (new_queries) {
         const int row = group.thread / 2;
-        const int64_t token = query_token(row);
+        const int token = query_token(row);
         Acc delta = Acc(0);
         if (WITH_OUT && present(problem.grad_out)) {
           constexpr int WIDTH = 16 / sizeof(T);
@@ -138,10 +142,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         delta = warp_sum<2>(delta);
         Acc lse = INFINITY;  // without a query: P = 0
         if (token >= 0) {
-          lse = offset<Acc>(problem.lse, batch, item.head)[token * problem.lse.stride[2]] *
-                static_cast<Acc>(Exp::unit);
-          if (present(problem.grad_lse))
-            delta -= offset<Acc>(problem.grad_lse, batch, item.head)[token * problem.grad_lse.stride[2]];
+          lse = of_token(problem.lse, token) * static_cast<Acc>(Exp::unit);
+          if (present(problem.grad_lse)) delta -= of_token(problem.grad_lse, token);
         }
         if (group.thread % 2 == 0) {
           shared.delta[row] = delta;
@@ -321,7 +323,7 @@ template <class T, class Map>
 void backward(const Problem& problem, const Map& map, Stream stream) {
   constexpr bool PLAIN = std::is_floating_point_v<T>;
   const int rows = backward_rows<T>(problem, map);
-  const bool together = map.query_tiles(rows) == 1 && map.key_tiles(rows) == 1;
+  const bool together = disjoint(map, rows, 0);
   if constexpr (!std::is_same_v<T, double>) {
     if (rows == 64) {
       if (together) return backward_with<Engine<T, 64>, Owner::both, MAX_CHANNELS>(problem, map, stream);

@@ -1,0 +1,130 @@
+// The tokens of a map in tiles: which queries a tile holds, which keys it meets, and which queries meet a tile
+// of keys. All in group coordinates: dilation splits each axis into groups that never meet, and inside a group
+// it does not exist.
+#pragma once
+#include "neighborhood_attention.h"
+#include "vitkernels/divide.h"
+
+namespace vitkernels::neighborhood_attention {
+
+inline int bit_length(int value) {
+  int count = 0;
+  while (value >> count > 0) ++count;
+  return count;
+}
+
+struct Span {
+  int begin = 0, end = 0;
+  VK_HOST_DEVICE int length() const { return end - begin; }
+};
+
+// One side of the map. Token i is number i / dilation of group i % dilation; the first long_groups of the
+// groups have one token more than the others.
+struct Axis {
+  int kernel = 1;
+  int left = 0;    // of a window's keys, how many come before the query when no border is near
+  int lowest = 0;  // where a window may begin: windows that end at their query may hang over the border
+  bool causal = false;
+  Divisor dilation;
+  int short_length = 1;
+  int long_groups = 0;
+
+  Axis() = default;
+  Axis(int size, int kernel, int dilation, bool causal)
+      : kernel(kernel),
+        left(causal ? kernel - 1 : kernel / 2),
+        lowest(causal ? 1 - kernel : 0),
+        causal(causal),
+        dilation(dilation),
+        short_length(size / dilation),
+        long_groups(size % dilation) {}
+
+  int longest() const { return short_length + (long_groups > 0); }
+  VK_HOST_DEVICE int length(int group) const { return short_length + (group < long_groups); }
+
+  // A window is the `kernel` numbers from here on; those below 0 (causal only) have no key.
+  VK_HOST_DEVICE int window(int number, int length) const {
+    const int at_most = length - kernel, begin = number - left;
+    const int below = begin < at_most ? begin : at_most;
+    return below > lowest ? below : lowest;
+  }
+  VK_HOST_DEVICE Span keys_of(Span queries, int length) const {
+    const int begin = window(queries.begin, length);
+    return {begin > 0 ? begin : 0, window(queries.end - 1, length) + kernel};
+  }
+  VK_HOST_DEVICE Span queries_of(Span keys, int length) const {
+    const int first = keys.begin, last = keys.end - 1;
+    const int begin = first - (kernel - 1) + left, end = last + left + 1;
+    const bool to_start = !causal && first < kernel, to_end = !causal && last >= length - kernel;
+    return {to_start ? 0 : begin, to_end || end > length ? length : end};
+  }
+};
+
+// A group is cut into tiles of `height` x `width` tokens, their slots row by row; slots beyond are empty.
+struct Tiling {
+  int height = 1;
+  Divisor width;
+  Divisor tiles_y, tiles_x;  // of the longest group; in others the last may be empty
+
+  VK_HOST_DEVICE int per_group() const { return tiles_y.value() * tiles_x.value(); }
+};
+
+// Key tiles of `rows` slots that all tiles of a group meet, for `tiles` = (y, x) tiles of size (h, w).
+inline int64_t count_meetings(int rows, const Axis& y, const Axis& x, int tiles_y, int h, int tiles_x, int w) {
+  // The first tile, those between, and the last differ in their distance to the border.
+  const auto extents = [](const Axis& axis, int tiles, int size, int (&count)[3], int (&extent)[3]) {
+    const int n = axis.longest();
+    for (int i = 0; i < 3; ++i) {
+      count[i] = i == 0 ? 1 : i == 1 ? tiles - 2 : tiles > 1;
+      if (count[i] <= 0) {
+        count[i] = extent[i] = 0;
+        continue;
+      }
+      const int begin = (i == 2 ? tiles - 1 : i) * size, end = begin + size < n ? begin + size : n;
+      extent[i] = axis.keys_of({begin, end}, n).length();
+    }
+  };
+  int count_y[3], extent_y[3], count_x[3], extent_x[3];
+  extents(y, tiles_y, h, count_y, extent_y);
+  extents(x, tiles_x, w, count_x, extent_x);
+  int64_t meetings = 0;
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j < 3; ++j)
+      meetings += static_cast<int64_t>(count_y[i]) * count_x[j] *
+                  ((static_cast<int64_t>(extent_y[i]) * extent_x[j] + rows - 1) / rows);
+  }
+  return meetings;
+}
+
+// The shape of tiles with up to `rows` tokens that makes the least work: a tile of keys costs about as much
+// as loading and storing two tiles of queries. Equal tiles, so that none is nearly empty.
+inline Tiling choose_tiling(int rows, const Axis& y, const Axis& x) {
+  Tiling best;
+  int64_t least = -1;
+  const auto ceil_divide = [](int a, int b) { return (a + b - 1) / b; };
+  for (int h = 1; h <= rows && h <= y.longest(); ++h) {
+    const int widest = rows / h < x.longest() ? rows / h : x.longest();
+    const int tiles_y = ceil_divide(y.longest(), h), tiles_x = ceil_divide(x.longest(), widest);
+    const int height = ceil_divide(y.longest(), tiles_y), width = ceil_divide(x.longest(), tiles_x);
+    const int64_t cost = 2 * count_meetings(rows, y, x, tiles_y, height, tiles_x, width) +
+                         static_cast<int64_t>(tiles_y) * tiles_x;
+    if (least >= 0 && cost >= least) continue;
+    least = cost;
+    best.height = height;
+    best.width = Divisor(width);
+    best.tiles_y = Divisor(tiles_y);
+    best.tiles_x = Divisor(tiles_x);
+  }
+  return best;
+}
+
+// A rectangle of a group, its numbers counted row by row.
+struct Box {
+  Span y, x;
+  Reciprocal per_row;
+
+  VK_DEVICE Box(Span y, Span x) : y(y), x(x), per_row(x.length()) {}
+  VK_DEVICE int count() const { return y.length() * x.length(); }
+};
+
+}  // namespace vitkernels::neighborhood_attention
