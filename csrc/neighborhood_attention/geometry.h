@@ -118,13 +118,22 @@ inline Tiling choose_tiling(int rows, const Axis& y, const Axis& x) {
   return best;
 }
 
-// A rectangle of a group, its numbers counted row by row.
+// The keys (queries) that a tile of queries (keys) meets: a rectangle of its group.
 struct Box {
   Span y, x;
-  Reciprocal per_row;
+  VK_HOST_DEVICE int count() const { return y.length() * x.length(); }
+};
 
-  VK_DEVICE Box(Span y, Span x) : y(y), x(x), per_row(x.length()) {}
-  VK_DEVICE int count() const { return y.length() * x.length(); }
+// The tokens of a box, counted row by row: what the kernels keep in registers is these four numbers.
+struct Numbering {
+  int first;    // token
+  int per_row;  // what a step to the next row adds beyond one token for each column
+  int count;
+  Reciprocal width;
+
+  VK_DEVICE int token(int number, int per_column) const {
+    return number < count ? first + width.divide(number) * per_row + number * per_column : -1;
+  }
 };
 
 }  // namespace vitkernels::neighborhood_attention

@@ -79,12 +79,14 @@ struct NeighborhoodMap {
 
   VK_DEVICE int query(int rows, int tile, int slot) const {
     const Place p = place(rows, tile);
-    const Tiling& tiles = tiling(rows);
-    const int row = tiles.width.divide(slot);
-    const int number_y = p.y.begin + row, number_x = p.x.begin + slot - row * tiles.width.value();
-    return row < tiles.height && number_y < p.y.end && number_x < p.x.end ? token(p, number_y, number_x) : -1;
+    const Divisor& width = tiling(rows).width;
+    const int row = width.divide(slot), column = slot - row * width.value();
+    return row < p.y.length() && column < p.x.length()
+               ? token(p, p.y.begin, p.x.begin) + row * row_step() + column * x.dilation.value()
+               : -1;
   }
   VK_DEVICE int key(int rows, int tile, int slot) const { return query(rows, tile, slot); }
+  VK_DEVICE int row_step() const { return y.dilation.value() << x_bits; }
 
   // The keys that a tile of queries meets and the queries that meet a tile of keys, `rows` at a time.
   VK_DEVICE Box keys_of(const Place& p) const {
@@ -93,11 +95,10 @@ struct NeighborhoodMap {
   VK_DEVICE Box queries_of(const Place& p) const {
     return {y.queries_of(p.y, p.length_y), x.queries_of(p.x, p.length_x)};
   }
-  VK_DEVICE int in_box(const Place& p, const Box& box, int number) const {
-    const int row = box.per_row.divide(number);
-    return row < box.y.length()
-               ? token(p, box.y.begin + row, box.x.begin + number - row * box.x.length())
-               : -1;
+  VK_DEVICE Numbering numbering(const Place& p, const Box& box) const {
+    const int width = box.x.length();
+    return {token(p, box.y.begin, box.x.begin), row_step() - width * x.dilation.value(), box.count(),
+            Reciprocal(width)};
   }
   VK_DEVICE int key_tiles_of(int rows, int tile) const {
     const Place p = place(rows, tile);
@@ -109,11 +110,11 @@ struct NeighborhoodMap {
   }
   VK_DEVICE int key_of(int rows, int tile, int i, int slot) const {
     const Place p = place(rows, tile);
-    return in_box(p, keys_of(p), i * rows + slot);
+    return numbering(p, keys_of(p)).token(i * rows + slot, x.dilation.value());
   }
   VK_DEVICE int query_of(int rows, int tile, int i, int slot) const {
     const Place p = place(rows, tile);
-    return in_box(p, queries_of(p), i * rows + slot);
+    return numbering(p, queries_of(p)).token(i * rows + slot, x.dilation.value());
   }
 
   struct Positions {

@@ -77,11 +77,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   int meetings = 1;
   if constexpr (OWNER == Owner::queries) meetings = map.key_tiles_of(ROWS, item.tile);
   if constexpr (KEY_SIDE<OWNER>) meetings = map.query_tiles_of(ROWS, item.tile);
+  int tile = item.tile;  // forgotten from time to time, lest the map's geometry fill the registers
   const auto query = [&](int i, int slot) {
-    return KEY_SIDE<OWNER> ? map.query_of(ROWS, item.tile, i, slot) : map.query(ROWS, item.tile, slot);
+    return KEY_SIDE<OWNER> ? map.query_of(ROWS, tile, i, slot) : map.query(ROWS, tile, slot);
   };
   const auto key = [&](int i, int slot) {
-    return KEY_SIDE<OWNER> ? map.key(ROWS, item.tile, slot) : map.key_of(ROWS, item.tile, i, slot);
+    return KEY_SIDE<OWNER> ? map.key(ROWS, tile, slot) : map.key_of(ROWS, tile, i, slot);
   };
 
   map.stage(shared.table, item.head, group.thread, THREADS);
@@ -104,6 +105,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
     clear(second);
 
     for (int i = 0; i < meetings; ++i) {
+      forget(tile);
       const auto query_token = [&](int slot) { return query(i, slot); };
       const auto key_token = [&](int slot) { return key(i, slot); };
       const bool new_queries = KEY_SIDE<OWNER> || i == 0, new_keys = !KEY_SIDE<OWNER> || i == 0;
@@ -198,8 +200,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           Vec<Acc, 2>{{d[j][2], d[j][3]}}.store(row + 8 * LD_GRADIENT);
         }
         group.sync();
+        forget(tile);
         map.gradient(shared.sums, GradientTile<Acc>{shared.gradient, LD_GRADIENT, ROWS, shared.query_codes,
-                                                    shared.key_codes, item.tile, i, group.thread, THREADS});
+                                                    shared.key_codes, tile, i, group.thread, THREADS});
         group.sync();  // before p and d take over the memory
       }
       if (OWNER != Owner::queries)
@@ -259,6 +262,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       write_sums(shared.v + row0 * ld_value, ld_value, first, value_depth / 8, Acc(1), Acc(1));
     }
     group.sync();
+    forget(tile);
     const auto query_token = [&](int slot) { return query(0, slot); };
     const auto key_token = [&](int slot) { return key(0, slot); };
     if (!KEY_SIDE<OWNER> && present(problem.grad_q))

@@ -40,7 +40,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   const int value_blocks = round_up(problem.value_dim, 16) / 8;
   const int key_tiles = map.key_tiles_of(ROWS, item.tile);
   const Acc scale = static_cast<Acc>(problem.scale * Exp::unit);
-  const auto query = [&](int slot) { return map.query(ROWS, item.tile, slot); };
+  int tile = item.tile;  // forgotten from time to time, lest the map's geometry fill the registers
+  const auto query = [&](int slot) { return map.query(ROWS, tile, slot); };
   const auto matrix = [&](const View& view, int batch, int channels) {
     return Matrix<T, Map>(view, map, batch, item.head, channels);
   };
@@ -54,13 +55,17 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   }
 
   for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
+    forget(tile);
     load_tile(shared.q, shared.ld_head, matrix(problem.q, batch, problem.head_dim), group, query);
     Acc output[COLUMNS / 8][4];
     clear(output);
     Acc row_max[2] = {NOTHING, NOTHING}, row_sum[2] = {Acc(0), Acc(0)};  // row_sum: of this lane's columns
 
     for (int i = 0; i < key_tiles; ++i) {
-      const auto key = [&](int slot) { return map.key_of(ROWS, item.tile, i, slot); };
+      forget(tile);
+      forget(query_codes[0]);
+      forget(query_codes[1]);
+      const auto key = [&](int slot) { return map.key_of(ROWS, tile, i, slot); };
       load_tile(shared.k, shared.ld_head, matrix(problem.k, batch, problem.head_dim), group, key);
       cp_async_commit();
       load_tile(shared.v, shared.ld_value, matrix(problem.v, batch, problem.value_dim), group, key);
@@ -120,6 +125,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       group.sync();  // before the next tile, or the output, overwrites keys and values
     }
 
+    forget(tile);
     // The values' tile is free: the output goes through it, to be written along whichever dimension is dense.
     Acc factor[2];
     VK_UNROLL
