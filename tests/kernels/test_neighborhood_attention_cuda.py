@@ -358,8 +358,8 @@ def axes(size: int) -> list[tuple[int, int, bool]]:
     return [
         (kernel, dilation, causal)
         for dilation in range(1, size + 1)
-        for kernel in range(1, size // dilation + 1)
         for causal in (False, True)
+        for kernel in range(1, size // dilation + 1)
     ]
 
 
@@ -371,9 +371,9 @@ def assert_neighbors(sizes: tuple[int, ...], *of_axis: tuple[int, int, bool], dt
         assert torch.equal(seen, expected), case
 
 
-@pytest.mark.parametrize("size", range(1, 9))
-def test_every_neighborhood_of_short_axes(size: int) -> None:
-    for of_axis, dtype in itertools.product(axes(size), (F32, F16)):
+@pytest.mark.parametrize("size", range(1, 41))
+def test_every_neighborhood_of_an_axis(size: int) -> None:
+    for of_axis, dtype in zip(axes(size), itertools.cycle((F64, F16))):
         assert_neighbors((size,), of_axis, dtype=dtype)
 
 
