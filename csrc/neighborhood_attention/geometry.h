@@ -4,6 +4,7 @@
 #pragma once
 #include "neighborhood_attention.h"
 #include "vitkernels/divide.h"
+#include "vitkernels/tile_attention.h"
 
 namespace vitkernels::neighborhood_attention {
 
@@ -13,10 +14,11 @@ inline int bit_length(int value) {
   return count;
 }
 
-struct Span {
-  int begin = 0, end = 0;
-  VK_HOST_DEVICE int length() const { return end - begin; }
-};
+using tile_attention::Span;
+
+VK_HOST_DEVICE Span common(Span a, Span b) {
+  return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+}
 
 // One side of the map. Token i is number i / dilation of group i % dilation; the first long_groups of the
 // groups have one token more than the others.
@@ -69,35 +71,37 @@ struct Tiling {
   VK_HOST_DEVICE int per_group() const { return tiles_y.value() * tiles_x.value(); }
 };
 
-// Key tiles of `rows` slots that all tiles of a group meet, for `tiles` = (y, x) tiles of size (h, w).
-inline int64_t count_meetings(int rows, const Axis& y, const Axis& x, int tiles_y, int h, int tiles_x, int w) {
+// The work of a group cut into tiles_y x tiles_x tiles of size h x w, in about the time that a warp takes for
+// its 16 queries and 8 keys. Loading tiles of keys and of queries costs, too.
+inline int64_t tiling_cost(int rows, const Axis& y, const Axis& x, int tiles_y, int h, int tiles_x, int w) {
   // The first tile, those between, and the last differ in their distance to the border.
-  const auto extents = [](const Axis& axis, int tiles, int size, int (&count)[3], int (&extent)[3]) {
-    const int n = axis.longest();
-    for (int i = 0; i < 3; ++i) {
-      count[i] = i == 0 ? 1 : i == 1 ? tiles - 2 : tiles > 1;
-      if (count[i] <= 0) {
-        count[i] = extent[i] = 0;
-        continue;
+  struct Extents {
+    int count[3], keys[3];
+    Extents(const Axis& axis, int tiles, int size) {
+      const int n = axis.longest(), tile[3] = {0, 1, tiles - 1}, times[3] = {1, tiles - 2, tiles > 1};
+      for (int i = 0; i < 3; ++i) {
+        count[i] = times[i] > 0 ? times[i] : 0;
+        const int begin = tile[i] * size, end = begin + size < n ? begin + size : n;
+        keys[i] = count[i] > 0 ? axis.keys_of({begin, end}, n).length() : 0;
       }
-      const int begin = (i == 2 ? tiles - 1 : i) * size, end = begin + size < n ? begin + size : n;
-      extent[i] = axis.keys_of({begin, end}, n).length();
     }
   };
-  int count_y[3], extent_y[3], count_x[3], extent_x[3];
-  extents(y, tiles_y, h, count_y, extent_y);
-  extents(x, tiles_x, w, count_x, extent_x);
-  int64_t meetings = 0;
+  const Extents of_y(y, tiles_y, h), of_x(x, tiles_x, w);
+  const int strip = (15 + w - 1) / w + (16 % w != 0);  // rows of a tile that 16 queries lie in
+  int64_t cost = 0;
   for (int i = 0; i < 3; ++i) {
-    for (int j = 0; j < 3; ++j)
-      meetings += static_cast<int64_t>(count_y[i]) * count_x[j] *
-                  ((static_cast<int64_t>(extent_y[i]) * extent_x[j] + rows - 1) / rows);
+    const int strip_keys = strip + y.kernel - 1 < of_y.keys[i] ? strip + y.kernel - 1 : of_y.keys[i];
+    for (int j = 0; j < 3; ++j) {
+      const int64_t key_tiles = (static_cast<int64_t>(of_y.keys[i]) * of_x.keys[j] + rows - 1) / rows;
+      const int64_t blocks = (static_cast<int64_t>(strip_keys) * of_x.keys[j] + 7) / 8;
+      cost += static_cast<int64_t>(of_y.count[i]) * of_x.count[j] * (4 + 4 * key_tiles + blocks);
+    }
   }
-  return meetings;
+  return cost;
 }
 
-// The shape of tiles with up to `rows` tokens that makes the least work: a tile of keys costs about as much
-// as loading and storing two tiles of queries. Equal tiles, so that none is nearly empty.
+// The shape of tiles with up to `rows` tokens that makes the least work. Equal tiles, so that none is nearly
+// empty.
 inline Tiling choose_tiling(int rows, const Axis& y, const Axis& x) {
   Tiling best;
   int64_t least = -1;
@@ -106,8 +110,7 @@ inline Tiling choose_tiling(int rows, const Axis& y, const Axis& x) {
     const int widest = rows / h < x.longest() ? rows / h : x.longest();
     const int tiles_y = ceil_divide(y.longest(), h), tiles_x = ceil_divide(x.longest(), widest);
     const int height = ceil_divide(y.longest(), tiles_y), width = ceil_divide(x.longest(), tiles_x);
-    const int64_t cost = 2 * count_meetings(rows, y, x, tiles_y, height, tiles_x, width) +
-                         static_cast<int64_t>(tiles_y) * tiles_x;
+    const int64_t cost = tiling_cost(rows, y, x, tiles_y, height, tiles_x, width);
     if (least >= 0 && cost >= least) continue;
     least = cost;
     best.height = height;
@@ -122,6 +125,7 @@ inline Tiling choose_tiling(int rows, const Axis& y, const Axis& x) {
 struct Box {
   Span y, x;
   VK_HOST_DEVICE int count() const { return y.length() * x.length(); }
+  VK_HOST_DEVICE bool empty() const { return y.length() <= 0 || x.length() <= 0; }
 };
 
 // The tokens of a box, counted row by row: what the kernels keep in registers is these four numbers.

@@ -6,9 +6,9 @@
 // tensors once, 2 N K (3 d + 2 dv) FLOPs. At K = 49, d = dv = 32 in half precision these are 24.5 FLOPs a byte:
 // the bytes are the limit by a factor of eight.
 //
-// A tile of 7 x 8 queries at K = 7 x 7 meets 13 x 14 keys, which are packed into three tiles of 64, so that
-// 27 % of the pairs it computes count (a box of 8 x 8 tiles: 19 %). A group no larger than a tile (kernel *
-// dilation == size) is one tile of queries and one of keys, of which all pairs count.
+// A tile of 8 x 8 queries at K = 7 x 7 meets 14 x 14 keys, packed into four tiles of 64; each warp computes the
+// 112 keys that its two rows of queries have to do with, so that 41 % of the pairs count. A group no larger than
+// a tile (kernel * dilation == size) is one tile of queries and one of keys, of which all pairs count.
 #pragma once
 #include "geometry.h"
 #include "vitkernels/tile_attention_forward.h"
@@ -89,12 +89,14 @@ struct NeighborhoodMap {
   VK_DEVICE int row_step() const { return y.dilation.value() << x_bits; }
 
   // The keys that a tile of queries meets and the queries that meet a tile of keys, `rows` at a time.
-  VK_DEVICE Box keys_of(const Place& p) const {
-    return {y.keys_of(p.y, p.length_y), x.keys_of(p.x, p.length_x)};
+  VK_DEVICE Box keys_of(const Place& p, const Box& part) const {
+    return {y.keys_of(part.y, p.length_y), x.keys_of(part.x, p.length_x)};
   }
-  VK_DEVICE Box queries_of(const Place& p) const {
-    return {y.queries_of(p.y, p.length_y), x.queries_of(p.x, p.length_x)};
+  VK_DEVICE Box queries_of(const Place& p, const Box& part) const {
+    return {y.queries_of(part.y, p.length_y), x.queries_of(part.x, p.length_x)};
   }
+  VK_DEVICE Box keys_of(const Place& p) const { return keys_of(p, {p.y, p.x}); }
+  VK_DEVICE Box queries_of(const Place& p) const { return queries_of(p, {p.y, p.x}); }
   VK_DEVICE Numbering numbering(const Place& p, const Box& box) const {
     const int width = box.x.length();
     return {token(p, box.y.begin, box.x.begin), row_step() - width * x.dilation.value(), box.count(),
@@ -115,6 +117,44 @@ struct NeighborhoodMap {
   VK_DEVICE int query_of(int rows, int tile, int i, int slot) const {
     const Place p = place(rows, tile);
     return numbering(p, queries_of(p)).token(i * rows + slot, x.dilation.value());
+  }
+
+  // The tokens of 16 slots of a box that is numbered in rows of `width`: exact if they lie in one row, else
+  // whole rows.
+  template <class Width>
+  VK_DEVICE static Box strip(Box whole, const Width& width, int first) {
+    const int last = first + 15, begin = width.divide(first), end = width.divide(last);
+    const Span rows{whole.y.begin + begin, whole.y.begin + end + 1};
+    const Span columns{whole.x.begin + first - begin * width.value(),
+                       whole.x.begin + last - end * width.value() + 1};
+    return {common(rows, whole.y), begin == end ? common(columns, whole.x) : whole.x};
+  }
+  // The slots from that of `part`'s first token to that of its last, less `first`.
+  VK_DEVICE static Span slots(Box part, Box whole, int width, int first, int rows) {
+    if (part.empty()) return {0, 0};
+    const int begin = (part.y.begin - whole.y.begin) * width + part.x.begin - whole.x.begin - first;
+    const int end = (part.y.end - 1 - whole.y.begin) * width + part.x.end - whole.x.begin - first;
+    const Span span = common({begin, end}, {0, rows});
+    return span.length() > 0 ? span : Span{0, 0};
+  }
+  VK_DEVICE Span keys_seen(int rows, int tile, int i, int first) const {
+    const Place p = place(rows, tile);
+    const Box box = keys_of(p), part = strip({p.y, p.x}, tiling(rows).width, first);
+    if (part.empty()) return {0, 0};
+    return slots(keys_of(p, part), box, box.x.length(), i * rows, rows);
+  }
+  VK_DEVICE Span seen_by(int rows, int tile, int i, int first) const {
+    const Place p = place(rows, tile);
+    const Box box = queries_of(p), part = strip({p.y, p.x}, tiling(rows).width, first);
+    if (part.empty()) return {0, 0};
+    return slots(queries_of(p, part), box, box.x.length(), i * rows, rows);
+  }
+  VK_DEVICE Span keys_seen_of(int rows, int tile, int i, int first) const {
+    const Place p = place(rows, tile);
+    const Box box = queries_of(p), part = strip(box, Reciprocal(box.x.length()), i * rows + first);
+    if (part.empty()) return {0, 0};
+    const Box keys = keys_of(p, part);
+    return slots({common(keys.y, p.y), common(keys.x, p.x)}, {p.y, p.x}, tiling(rows).width.value(), 0, rows);
   }
 
   struct Positions {

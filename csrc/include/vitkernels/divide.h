@@ -30,12 +30,15 @@ class Divisor {
 // is at most 2^32.
 class Reciprocal {
  public:
-  VK_DEVICE explicit Reciprocal(int divisor) : factor_(0xffffffffu / static_cast<uint32_t>(divisor)) {}
+  VK_DEVICE explicit Reciprocal(int divisor)
+      : divisor_(divisor), factor_(0xffffffffu / static_cast<uint32_t>(divisor)) {}
   VK_DEVICE int divide(int n) const {
     return static_cast<int>((uint64_t{factor_} * (static_cast<uint32_t>(n) + 1)) >> 32);
   }
+  VK_DEVICE int value() const { return divisor_; }
 
  private:
+  int divisor_;
   uint32_t factor_;
 };
 

@@ -10,8 +10,7 @@
 //   key_tiles(rows), key(rows, tile, slot)                tiles of keys (backward)
 //   query_tiles_of(rows, tile), query_of(rows, tile, i, slot)   the query tiles that a key tile meets
 //   fits_small_tile()                                     no tile needs more than 16 queries and 16 keys
-//   disjoint(rows)                                        optional: query tiles share no key tile, see below
-//   Positions                                             optional: where a token lies in a tensor, see below
+//   Positions, disjoint(rows), keys_seen(..), ...         optional, see below
 // and WHAT a logit is:
 //   query_code(token), key_code(token)                    what logit() needs of a token, in 32 bits
 //   shared_elements(), stage(shared, head, thread, threads)     tables in shared memory, times unit
@@ -153,6 +152,35 @@ template <class Map>
 bool disjoint(const Map& map, int rows, ...) {
   return map.query_tiles(rows) == 1 && map.key_tiles(rows) == 1;
 }
+
+struct Span {
+  int begin = 0, end = 0;
+  VK_HOST_DEVICE int length() const { return end - begin; }
+};
+
+// A map whose tiles meet in few of their pairs may say which slots of one tile the 16 slots from `first` on of
+// the other have to do with; a warp skips the rest. Only tiles of more than 16 slots ask.
+//   keys_seen(rows, tile, i, first)      slots of key_of(.., i, ..) that slots of query(..) see
+//   keys_seen_of(rows, tile, i, first)   slots of key(..) that slots of query_of(.., i, ..) see
+//   seen_by(rows, tile, i, first)        slots of query_of(.., i, ..) that see slots of key(..)
+template <class Map, class = void>
+struct Strips {
+  static VK_DEVICE Span keys_seen(const Map&, int rows, int, int, int) { return {0, rows}; }
+  static VK_DEVICE Span keys_seen_of(const Map&, int rows, int, int, int) { return {0, rows}; }
+  static VK_DEVICE Span seen_by(const Map&, int rows, int, int, int) { return {0, rows}; }
+};
+template <class Map>
+struct Strips<Map, std::void_t<decltype(&Map::keys_seen)>> {
+  static VK_DEVICE Span keys_seen(const Map& map, int rows, int tile, int i, int first) {
+    return map.keys_seen(rows, tile, i, first);
+  }
+  static VK_DEVICE Span keys_seen_of(const Map& map, int rows, int tile, int i, int first) {
+    return map.keys_seen_of(rows, tile, i, first);
+  }
+  static VK_DEVICE Span seen_by(const Map& map, int rows, int tile, int i, int first) {
+    return map.seen_by(rows, tile, i, first);
+  }
+};
 
 // Chunks of the batch, a function of the sizes only. Enough items to fill a large device several times over;
 // beyond that a group walks over a chunk, which spares it the staging of tables and shortens the partial

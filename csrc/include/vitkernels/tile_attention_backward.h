@@ -108,6 +108,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       forget(tile);
       const auto query_token = [&](int slot) { return query(i, slot); };
       const auto key_token = [&](int slot) { return key(i, slot); };
+      Span seen{0, ROWS}, seen_by{0, ROWS};  // the keys of this warp's queries, the queries of its keys
+      if constexpr (ROWS > 16 && OWNER == Owner::queries)
+        seen = Strips<Map>::keys_seen(map, ROWS, tile, i, row0);
+      if constexpr (ROWS > 16 && KEY_SIDE<OWNER>) {
+        seen = Strips<Map>::keys_seen_of(map, ROWS, tile, i, row0);
+        seen_by = Strips<Map>::seen_by(map, ROWS, tile, i, row0);
+      }
       const bool new_queries = KEY_SIDE<OWNER> || i == 0, new_keys = !KEY_SIDE<OWNER> || i == 0;
       if (new_queries) {
         load_tile(shared.q, ld_head, matrix(problem.q, problem.head_dim), group, query_token);
@@ -156,12 +163,17 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
 
       Acc p[KEY_BLOCKS][4];
       clear(p);
-      Engine::multiply_rows(p, shared.q + row0 * ld_head, ld_head, shared.k, ld_head, head_depth);
+      Engine::multiply_rows(p, shared.q + row0 * ld_head, ld_head, shared.k, ld_head, head_depth, seen);
       const int codes[2] = {shared.query_codes[lane_row], shared.query_codes[lane_row + 8]};
       const Acc lse[2] = {shared.lse[lane_row], shared.lse[lane_row + 8]};
       Acc delta[2] = {shared.delta[lane_row], shared.delta[lane_row + 8]};
       VK_UNROLL
       for (int j = 0; j < KEY_BLOCKS; ++j) {
+        if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) {
+          VK_UNROLL
+          for (int c = 0; c < 4; ++c) p[j][c] = Acc(0);
+          continue;
+        }
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
           const int key_code = shared.key_codes[8 * j + lane_column + c % 2], r = c / 2;
@@ -175,7 +187,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       clear(d);
       if (WITH_D && present(problem.grad_out))
         Engine::multiply_rows(d, shared.grad_out + row0 * ld_value, ld_value, shared.v, ld_value,
-                              value_depth);
+                              value_depth, seen);
       if constexpr (OWNER == Owner::both) {
         VK_UNROLL
         for (int r = 0; r < 2; ++r) {
@@ -212,15 +224,16 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
 
       if constexpr (OWNER == Owner::queries) {
         Engine::template multiply<false>(first, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k, ld_head,
-                                         head_depth / 8);
+                                         head_depth / 8, seen);
       } else if constexpr (OWNER == Owner::keys) {
-        Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q, ld_head, head_depth / 8);
+        Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q, ld_head, head_depth / 8,
+                                        seen_by);
         if constexpr (TWO_SUMS)
           Engine::template multiply<true>(second, shared.p + row0, LD_PAIR, shared.grad_out, ld_value,
-                                          value_depth / 8);
+                                          value_depth / 8, seen_by);
       } else if constexpr (OWNER == Owner::values) {
         Engine::template multiply<true>(first, shared.p + row0, LD_PAIR, shared.grad_out, ld_value,
-                                        value_depth / 8);
+                                        value_depth / 8, seen_by);
       } else {
         // Each result replaces, some channels at a time, an operand that has been read for the last time:
         // grad_v takes the place of v, grad_q and grad_k those of the same channels of q and k.
@@ -230,7 +243,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
             Acc grad_v[8][4];
             clear(grad_v);
             Engine::template multiply<true>(grad_v, shared.p + row0, LD_PAIR, shared.grad_out + c, ld_value,
-                                            blocks);
+                                            blocks, seen_by);
             write_sums(shared.v + row0 * ld_value + c, ld_value, grad_v, blocks, Acc(1), Acc(1));
           }
         }
@@ -241,9 +254,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           clear(grad_k);
           if (present(problem.grad_q))
             Engine::template multiply<false>(grad_q, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k + c,
-                                             ld_head, blocks);
+                                             ld_head, blocks, seen);
           if (present(problem.grad_k))
-            Engine::template multiply<true>(grad_k, shared.d + row0, LD_PAIR, shared.q + c, ld_head, blocks);
+            Engine::template multiply<true>(grad_k, shared.d + row0, LD_PAIR, shared.q + c, ld_head, blocks,
+                                            seen_by);
           group.sync();
           write_sums(shared.q + row0 * ld_head + c, ld_head, grad_q, blocks, scale, scale);
           write_sums(shared.k + row0 * ld_head + c, ld_head, grad_k, blocks, scale, scale);

@@ -66,6 +66,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       forget(query_codes[0]);
       forget(query_codes[1]);
       const auto key = [&](int slot) { return map.key_of(ROWS, tile, i, slot); };
+      Span seen{0, ROWS};
+      if constexpr (ROWS > 16) seen = Strips<Map>::keys_seen(map, ROWS, tile, i, group.first_row);
       load_tile(shared.k, shared.ld_head, matrix(problem.k, batch, problem.head_dim), group, key);
       cp_async_commit();
       load_tile(shared.v, shared.ld_value, matrix(problem.v, batch, problem.value_dim), group, key);
@@ -80,11 +82,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       Acc p[KEY_BLOCKS][4];
       clear(p);
       Engine::multiply_rows(p, shared.q + group.first_row * shared.ld_head, shared.ld_head, shared.k,
-                            shared.ld_head, depth);
+                            shared.ld_head, depth, seen);
 
       Acc tile_max[2] = {NOTHING, NOTHING};
       VK_UNROLL
       for (int j = 0; j < KEY_BLOCKS; ++j) {
+        if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) continue;
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
           const int key_code = shared.key_codes[8 * j + lane_column + c % 2];
@@ -111,6 +114,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       }
       VK_UNROLL
       for (int j = 0; j < KEY_BLOCKS; ++j) {
+        if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) {
+          VK_UNROLL
+          for (int c = 0; c < 4; ++c) p[j][c] = Acc(0);
+          continue;
+        }
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
           p[j][c] = Exp::exp(p[j][c] - guard[c / 2]);
@@ -121,7 +129,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       cp_async_wait<0>();
       group.sync();
       Engine::multiply_registers(output, p, shared.scratch + group.first_row * (Engine::SCRATCH / ROWS),
-                                 shared.v, shared.ld_value, value_blocks);
+                                 shared.v, shared.ld_value, value_blocks, seen);
       group.sync();  // before the next tile, or the output, overwrites keys and values
     }
 
