@@ -8,7 +8,7 @@ import torch
 
 
 class Layout(NamedTuple):
-    """How a tensor, [batch, heads, tokens, channels] by default, lies in memory."""
+    """How a tensor, by default [batch, heads, tokens, channels], lies in memory."""
 
     order: tuple[int, ...] = (0, 1, 2, 3)  # of the dimensions, outermost first
     padding: int = 0  # elements added to the innermost
@@ -36,7 +36,7 @@ class Guarded:
     def __call__(
         self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout = "dense"
     ) -> torch.Tensor:
-        """A tensor of NaN, dense unless the layout is for as many dimensions."""
+        """A tensor of NaN, dense where the layout is for another number of dimensions."""
         chosen = LAYOUTS[layout] if isinstance(layout, str) else layout
         order, padding, step, before = chosen
         if len(shape) != len(order):

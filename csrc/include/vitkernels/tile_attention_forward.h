@@ -40,10 +40,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   const int value_blocks = round_up(problem.value_dim, 16) / 8;
   const int key_tiles = map.key_tiles_of(ROWS, item.tile);
   const Acc scale = static_cast<Acc>(problem.scale * Exp::unit);
-  int tile = item.tile;  // forgotten from time to time, lest the map's geometry fill the registers
+  // Forgotten from time to time, lest what follows from them (a map's geometry, addresses) fill the registers.
+  int tile = item.tile, head = item.head;
   const auto query = [&](int slot) { return map.query(ROWS, tile, slot); };
   const auto matrix = [&](const View& view, int batch, int channels) {
-    return Matrix<T, Map>(view, map, batch, item.head, channels);
+    return Matrix<T, Map>(view, map, batch, head, channels);
   };
 
   map.stage(shared.table, item.head, group.thread, Group<ROWS>::THREADS);
@@ -63,6 +64,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
 
     for (int i = 0; i < key_tiles; ++i) {
       forget(tile);
+      forget(head);
       forget(query_codes[0]);
       forget(query_codes[1]);
       const auto key = [&](int slot) { return map.key_of(ROWS, tile, i, slot); };
