@@ -1,6 +1,6 @@
-// The tokens of a map in tiles: which queries a tile holds, which keys it meets, and which queries meet a tile
-// of keys. All in group coordinates: dilation splits each axis into groups that never meet, and inside a group
-// it does not exist.
+// The tokens of a map in tiles: which queries a tile holds, which keys it meets, which queries meet a tile
+// of keys. All in group coordinates: dilation splits each axis into groups that never meet, and inside a
+// group it does not exist.
 #pragma once
 #include "neighborhood_attention.h"
 #include "vitkernels/divide.h"

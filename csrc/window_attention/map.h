@@ -61,8 +61,8 @@ struct WindowMap {
     for (int e = thread; e < signed_entries(); e += threads)
       table[e] = tile_attention::read_table<T>(*this, bias_table, head, table_entry(e));
   }
-  // The global table's entry that signed entry e reads, and the signed entries that an entry is read by: up to
-  // four, an entry for (|dy|, |dx|) being mirrored.
+  // The global table's entry that signed entry e reads, and the signed entries that read an entry: up to
+  // four, one for (|dy|, |dx|) being mirrored.
   static constexpr int SOURCES = 4;
   VK_HOST_DEVICE int table_entry(int e) const {
     if (signed_bias) return e;

@@ -2,204 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import twin
-from guarded import Guarded, Layout
-from tolerance import FORWARD, GRADIENT, assert_close_to_truth
-
-from vitkernels.kernels.neighborhood_attention import native, reference
-
-F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+from neighborhood_twin import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    Case,
+    Inputs,
+    Memory,
+    Results,
+    check,
+    line,
+    make_inputs,
+    run_kernels,
+    square,
+)
 
 pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
-
-# How [batch, *map, heads, channels] lies in memory; "cropped" is a map inside a larger one, its rows apart.
-LAYOUTS = {
-    4: {"packed": Layout((0, 1, 2, 3), padding=16), "heads_first": Layout((0, 2, 1, 3), before=65)},
-    5: {"packed": Layout((0, 1, 2, 3, 4), padding=16), "heads_first": Layout((0, 3, 1, 2, 4), before=65)},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    sizes: tuple[int, ...] = (5, 7)
-    kernel: tuple[int, ...] = (3, 3)
-    dilation: tuple[int, ...] = (1, 1)
-    causal: tuple[bool, ...] = (False, False)
-    d: int = 16
-    dv: int = 16
-    dtype: torch.dtype = F16
-    rpb: torch.dtype | None = None
-    batch: int = 1
-    heads: int = 1
-    layout: str = "dense"
-    grad_out: bool = True
-    grad_lse: bool = True
-    missing: tuple[str, ...] = ()  # gradients that are not wanted
-
-    def __str__(self) -> str:
-        def text(values: tuple[int, ...]) -> str:
-            return "x".join(map(str, values))
-
-        causal = "".join("c" if c else "n" for c in self.causal) if any(self.causal) else ""
-        bias = {None: "", self.dtype: "rpb"}.get(self.rpb, "wide-rpb")
-        parts = (
-            text(self.sizes),
-            f"k{text(self.kernel)}",
-            f"dil{text(self.dilation)}",
-            *(causal, f"d{self.d}", f"dv{self.dv}", str(self.dtype).removeprefix("torch."), bias, self.layout),
-        )
-        return "-".join(filter(None, parts))
-
-    @property
-    def params(self) -> tuple[Any, ...]:
-        return self.kernel, (1,) * len(self.sizes), self.dilation, self.causal, self.d**-0.5
-
-    @property
-    def tokens(self) -> int:
-        return torch.Size(self.sizes).numel()
-
-
-def line(size: int, kernel: int, dilation: int = 1, causal: bool = False, **rest: Any) -> Case:
-    return Case((size,), (kernel,), (dilation,), (causal,), **rest)
-
-
-def square(sizes: tuple[int, int], kernel: int, dilation: int = 1, **rest: Any) -> Case:
-    return Case(sizes, (kernel, kernel), (dilation, dilation), **rest)
-
-
-@dataclass
-class Memory:
-    """Tensors between guard bands, in the case's layout."""
-
-    case: Case
-    guarded: Guarded = field(default_factory=Guarded)
-    surroundings: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if len(shape) < len(self.case.sizes) + 3 or self.case.layout == "dense":
-            return self.guarded(shape, dtype)
-        if self.case.layout != "cropped":
-            return self.guarded(shape, dtype, LAYOUTS[len(shape)][self.case.layout])
-        batch, *sizes, heads, width = shape
-        larger = self.guarded((batch, *(size + 3 for size in sizes), heads, width), dtype)
-        crop = (slice(None), *(slice(2, 2 + size) for size in sizes))
-        outside = torch.ones_like(larger, dtype=torch.bool)
-        outside[crop] = False
-        self.surroundings.append((larger, outside))
-        return larger[crop]
-
-    def random(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return self(shape, dtype).copy_(torch.randn(shape, dtype=torch.promote_types(dtype, F32)))
-
-    def check(self) -> None:
-        self.guarded.check()
-        for larger, outside in self.surroundings:
-            assert larger[outside].isnan().all(), "a kernel wrote outside a map"
-
-
-@dataclass
-class Inputs:
-    tensors: dict[str, torch.Tensor | None]
-    grad_out: torch.Tensor | None
-    grad_lse: torch.Tensor | None
-
-
-def accumulate(dtype: torch.dtype) -> torch.dtype:
-    return F64 if dtype == F64 else F32
-
-
-def make_inputs(case: Case, memory: Memory) -> Inputs:
-    rows = (case.batch, *case.sizes, case.heads)
-    entries = tuple(2 * kernel - 1 for kernel in case.kernel)
-    tensors = {
-        "q": memory.random((*rows, case.d), case.dtype),
-        "k": memory.random((*rows, case.d), case.dtype),
-        "v": memory.random((*rows, case.dv), case.dtype),
-        "rpb": None if case.rpb is None else memory.random((case.heads, *entries), case.rpb),
-    }
-    return Inputs(
-        tensors,
-        memory.random((*rows, case.dv), case.dtype) if case.grad_out else None,
-        memory.random(rows, accumulate(case.dtype)) if case.grad_lse else None,
-    )
-
-
-def run_kernels(case: Case, inputs: Inputs, memory: Memory) -> dict[str, torch.Tensor]:
-    module = twin.load()
-    rows = (case.batch, *case.sizes, case.heads)
-    out = memory((*rows, case.dv), case.dtype)
-    lse = memory(rows, accumulate(case.dtype))
-    arguments: list[Any] = list(inputs.tensors.values())
-    native.forward(out, lse, *arguments, *case.params, module=module, cuda=True)
-    grads: dict[str, Any] = {
-        f"grad_{name}": None
-        if tensor is None or name in case.missing
-        else memory(tuple(tensor.shape), tensor.dtype)
-        for name, tensor in inputs.tensors.items()
-    }
-    native.backward(
-        *grads.values(),
-        *(inputs.grad_out, inputs.grad_lse, out, lse),
-        *arguments,
-        *case.params,
-        module=module,
-        cuda=True,
-    )
-    return {"out": out, "lse": lse, **{name: grad for name, grad in grads.items() if grad is not None}}
-
-
-def run_reference(case: Case, inputs: Inputs, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_()
-
-    leaves = {name: leaf(tensor) for name, tensor in inputs.tensors.items()}
-    arguments: list[Any] = list(leaves.values())
-    out, lse = reference.forward(*arguments, *case.params)
-    pairs = [(out, inputs.grad_out), (lse, inputs.grad_lse)]
-    pairs = [(result, grad.to(result.dtype)) for result, grad in pairs if grad is not None]
-    torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])
-    results = {"out": out.detach(), "lse": lse.detach()}
-    for name, tensor in leaves.items():
-        if tensor is not None and name not in case.missing:
-            results[f"grad_{name}"] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-    return results
-
-
-def compare(
-    case: Case, got: dict[str, torch.Tensor], baseline: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]
-) -> None:
-    assert set(got) == set(truth)
-    for name, expected in truth.items():
-        if not expected.any():
-            assert not got[name].any(), f"{name} must be zero"
-            continue
-        assert_close_to_truth(
-            f"{case} {name}",
-            got[name],
-            baseline[name],
-            expected,
-            factor=GRADIENT if name.startswith("grad") else FORWARD,
-            reduced=case.batch * case.tokens if name == "grad_rpb" else 1,
-            dtype=case.dtype,  # lse and a wide table's gradient inherit the roundings of the tensors
-        )
-
-
-def check(case: Case, seed: int = 0) -> None:
-    torch.manual_seed(seed)
-    memory = Memory(case)
-    inputs = make_inputs(case, memory)
-    twin.load().set_seed(seed)
-    got = run_kernels(case, inputs, memory)
-    memory.check()
-    compare(case, got, run_reference(case, inputs, None), run_reference(case, inputs, F64))
-
 
 GOLDEN_RPB = (-0.2, -0.1, 0.0, 0.1, 0.2)
 GOLDEN = {  # the specification's vectors A, B and C: (causal, rpb, grad_lse), then the results
@@ -333,71 +159,11 @@ def test_absent_gradients(case: Case, change: dict[str, Any]) -> None:
     check(replace(case, d=8, dtype=BF16, rpb=BF16, **change))
 
 
-def seen_by_kernels(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which token sees which, [tokens, tokens], by the forward and by the gradient of the values."""
-    rows, tokens = (1, *case.sizes, 1), case.tokens
-    one_hot = torch.eye(tokens, dtype=case.dtype).view(*rows, tokens)
-    zeros = torch.zeros(*rows, case.d, dtype=case.dtype)
-    inputs = Inputs({"q": zeros, "k": zeros, "v": one_hot, "rpb": None}, one_hot, None)
-    case = replace(case, dv=tokens, missing=("q", "k", "rpb"))
-    results = run_kernels(case, inputs, Memory(case))
-    forward, backward = (results[name].view(tokens, tokens) > 0 for name in ("out", "grad_v"))
-    return forward, backward.T
-
-
-def seen_by_rule(case: Case) -> torch.Tensor:
-    token, _, seen = reference.neighbors(case.sizes, *case.params[:4])
-    matrix = torch.zeros(case.tokens, case.tokens, dtype=torch.bool)
-    for key, valid in zip(token.T, seen.T, strict=True):
-        matrix[torch.arange(case.tokens)[valid], key[valid]] = True
-    return matrix
-
-
-def axes(size: int) -> list[tuple[int, int, bool]]:
-    """Every (kernel, dilation, causal) of an axis."""
-    return [
-        (kernel, dilation, causal)
-        for dilation in range(1, size + 1)
-        for causal in (False, True)
-        for kernel in range(1, size // dilation + 1)
-    ]
-
-
-def assert_neighbors(sizes: tuple[int, ...], *of_axis: tuple[int, int, bool], dtype: torch.dtype) -> None:
-    kernel, dilation, causal = zip(*of_axis, strict=True)
-    case = Case(sizes, kernel, dilation, causal, d=8, dtype=dtype)
-    expected = seen_by_rule(case)
-    for seen in seen_by_kernels(case):
-        assert torch.equal(seen, expected), case
-
-
-@pytest.mark.parametrize("size", range(1, 41))
-def test_every_neighborhood_of_an_axis(size: int) -> None:
-    for of_axis, dtype in zip(axes(size), itertools.cycle((F64, F16))):
-        assert_neighbors((size,), of_axis, dtype=dtype)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_neighborhoods_of_random_maps(seed: int) -> None:
-    """Two axes at a time, of up to 40 tokens, in maps of as many tokens as the values have channels."""
-    pick = torch.Generator().manual_seed(seed)
-
-    def choose(options: Any) -> Any:
-        return options[int(torch.randint(len(options), (), generator=pick))]
-
-    for _ in range(4):
-        height = choose(range(1, 41))
-        width = choose(range(1, min(40, 128 // height) + 1))
-        assert_neighbors(
-            (height, width), choose(axes(height)), choose(axes(width)), dtype=choose((F64, F32, F16))
-        )
-
-
 def assert_no_schedule_changes_a_bit(case: Case) -> None:
     """A missing barrier shows as a result that depends on the order in which the fibers run."""
     memory = Memory(case)
     inputs = make_inputs(case, memory)
-    first: dict[str, torch.Tensor] = {}
+    first: Results = {}
     for seed in twin.SEEDS:
         twin.load().set_seed(seed)
         results = run_kernels(case, inputs, Memory(case))
@@ -427,83 +193,6 @@ def test_walks_over_chunks_of_the_batch() -> None:
     """More maps than work items: groups of threads take several in turn, and their partial sums meet."""
     check(line(2, 2, dtype=F16, rpb=F16, d=8, dv=8, batch=4099))
     check(line(18, 3, dtype=F16, rpb=F16, d=8, dv=8, batch=1027))
-
-
-Rule = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
-
-
-def _clamp(start: torch.Tensor, last: Any) -> torch.Tensor:
-    return torch.minimum(start.clamp(min=0), torch.as_tensor(last))
-
-
-# The first key of a window: of the query's number in its group, the group's length, the kernel, size / dilation.
-RIGHT_RULE: Rule = lambda number, length, kernel, _: _clamp(number - kernel // 2, length - kernel)  # noqa: E731
-WRONG_RULES: dict[str, Rule] = {
-    "truncated": lambda number, length, kernel, _: number - kernel // 2,
-    "mirrored": lambda number, length, kernel, _: _clamp(number - (kernel - 1) // 2, length - kernel),
-    "shortest_group": lambda number, length, kernel, short: _clamp(number - kernel // 2, short - kernel),
-    "late": lambda number, length, kernel, _: _clamp(number - kernel // 2 + 1, length - kernel),
-}
-
-
-def run_dense(case: Case, inputs: Inputs, start_of: Rule, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Attention with a mask of all pairs of tokens, whose windows begin where `start_of` says."""
-    seen = torch.ones(1, 1, dtype=torch.bool)
-    entry = torch.zeros(1, 1, dtype=torch.int64)
-    for size, kernel, dilation in zip(case.sizes, case.kernel, case.dilation, strict=True):
-        group, number = torch.arange(size) % dilation, torch.arange(size) // dilation
-        length = size // dilation + (group < size % dilation)
-        start = start_of(number, length, kernel, size // dilation)[:, None]
-        inside = (group[:, None] == group) & (number >= start) & (number < start + kernel)
-        seen = torch.kron(seen.int(), inside.int()).bool()
-        offset = (number - number[:, None] + kernel - 1).clamp(0, 2 * kernel - 2)
-        entry = (entry[:, None, :, None] * (2 * kernel - 1) + offset[None, :, None, :]).reshape(seen.shape)
-
-    def leaf(name: str) -> torch.Tensor:
-        tensor = inputs.tensors[name]
-        assert tensor is not None
-        return tensor.to(dtype or tensor.dtype).clone().requires_grad_()
-
-    leaves = {name: leaf(name) for name in inputs.tensors}
-    q, k, v = (leaves[name].flatten(1, -3).transpose(1, 2) for name in "qkv")
-    logits = (q @ k.mT) * case.params[-1] + leaves["rpb"].flatten(1)[:, entry]
-    logits = logits.masked_fill(~seen, float("-inf"))
-    out = (logits.softmax(-1) @ v).transpose(1, 2).reshape(leaves["v"].shape)
-    lse = logits.to(accumulate(logits.dtype)).logsumexp(-1).transpose(1, 2).reshape(out.shape[:-1])
-    assert inputs.grad_out is not None
-    assert inputs.grad_lse is not None
-    torch.autograd.backward([out, lse], [inputs.grad_out.to(out.dtype), inputs.grad_lse.to(lse.dtype)])
-    grads = {f"grad_{name}": tensor.grad for name, tensor in leaves.items() if tensor.grad is not None}
-    return {"out": out.detach(), "lse": lse.detach(), **grads}
-
-
-@pytest.mark.parametrize("wrong", WRONG_RULES)
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_a_wrong_map_is_noticed(wrong: str, dtype: torch.dtype) -> None:
-    """The tolerance has teeth: no result of the kernels passes for that of another border rule."""
-    case = square((11, 9), 4, 2, dtype=dtype, rpb=dtype)
-    inputs = make_inputs(case, Memory(case))
-    got = run_kernels(case, inputs, Memory(case))
-    compare(case, got, run_dense(case, inputs, RIGHT_RULE, None), run_dense(case, inputs, RIGHT_RULE, F64))
-    rule = WRONG_RULES[wrong]
-    baseline, truth = run_dense(case, inputs, rule, None), run_dense(case, inputs, rule, F64)
-    for name in truth:
-        with pytest.raises(AssertionError, match="exceeds"):
-            assert_close_to_truth(
-                name, got[name], baseline[name], truth[name], factor=GRADIENT, reduced=case.tokens
-            )
-
-
-def test_a_wrong_bias_entry_is_noticed() -> None:
-    case = square((6, 7), 3, dtype=F16, rpb=F16)
-    inputs = make_inputs(case, Memory(case))
-    got = run_kernels(case, inputs, Memory(case))
-    assert inputs.tensors["rpb"] is not None
-    inputs.tensors["rpb"] = inputs.tensors["rpb"].flip(1)
-    baseline, truth = run_reference(case, inputs, None), run_reference(case, inputs, F64)
-    for name in truth:
-        with pytest.raises(AssertionError, match="exceeds"):
-            assert_close_to_truth(name, got[name], baseline[name], truth[name], factor=GRADIENT)
 
 
 @pytest.mark.parametrize(

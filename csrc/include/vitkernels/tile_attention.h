@@ -158,8 +158,8 @@ struct Span {
   VK_HOST_DEVICE int length() const { return end - begin; }
 };
 
-// A map whose tiles meet in few of their pairs may say which slots of one tile the 16 slots from `first` on of
-// the other have to do with; a warp skips the rest. Only tiles of more than 16 slots ask.
+// A map whose tiles meet in few of their pairs may say which slots of one tile the 16 slots from `first` on
+// of the other have to do with; a warp skips the rest. Only tiles of more than 16 slots ask.
 //   keys_seen(rows, tile, i, first)      slots of key_of(.., i, ..) that slots of query(..) see
 //   keys_seen_of(rows, tile, i, first)   slots of key(..) that slots of query_of(.., i, ..) see
 //   seen_by(rows, tile, i, first)        slots of query_of(.., i, ..) that see slots of key(..)

@@ -14,8 +14,8 @@ struct TensorCores {
   static constexpr int ROWS = ROWS_;
   static constexpr int SCRATCH = 0;  // elements a group needs for multiply_registers
 
-  // sums += a b^T over `depth` channels (a multiple of 16): a is [16][lda], b is [8 TILES][ldb], of which only
-  // the rows in `wanted` count.
+  // sums += a b^T over `depth` channels (a multiple of 16): a is [16][lda], b is [8 TILES][ldb], of which
+  // only the rows in `wanted` count.
   template <int TILES>
   static VK_DEVICE void multiply_rows(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb,
                                       int depth, Span wanted) {

@@ -40,7 +40,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   const int value_blocks = round_up(problem.value_dim, 16) / 8;
   const int key_tiles = map.key_tiles_of(ROWS, item.tile);
   const Acc scale = static_cast<Acc>(problem.scale * Exp::unit);
-  // Forgotten from time to time, lest what follows from them (a map's geometry, addresses) fill the registers.
+  // Forgotten from time to time, lest what follows from them (geometry, addresses) fill the registers.
   int tile = item.tile, head = item.head;
   const auto query = [&](int slot) { return map.query(ROWS, tile, slot); };
   const auto matrix = [&](const View& view, int batch, int channels) {

@@ -53,7 +53,8 @@ struct Walk {
 // Rows token(slot) of `source`, zeros where there is no token, no channel, or no tensor. Asynchronous where
 // it can be: call cp_async_commit() after it.
 template <int ROWS, class T, class Map, class Token>
-VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T, Map>& source, const Group<ROWS>& group, Token token) {
+VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T, Map>& source, const Group<ROWS>& group,
+                         Token token) {
   constexpr int WIDTH = 16 / sizeof(T);
   const int chunks = round_up(source.channels, 16) / WIDTH;
   const bool present = source.data != nullptr;

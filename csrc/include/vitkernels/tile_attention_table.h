@@ -3,8 +3,8 @@
 //   wide_table                      whether the table is of type Acc rather than T
 //   table_entries()                 of one head
 //   table_offset(view, entry)       where an entry lies in one head of a tensor of the table's shape
-//   source(entry, i)                the i-th (of at most SOURCES) of its gradient()'s elements that make up the
-//                                   gradient of an entry, or -1
+//   source(entry, i)                the i-th, of at most SOURCES, of the elements of gradient() that make up
+//                                   an entry's gradient, or -1
 #pragma once
 #include "vitkernels/tile_attention_backward.h"
 
