@@ -15,6 +15,9 @@ void bind(py::module_& module);
 namespace vitkernels::neighborhood_attention {
 void bind(py::module_& module);
 }
+namespace vitkernels::cascaded_group_attention {
+void bind(py::module_& module);
+}
 
 namespace {
 
@@ -126,4 +129,5 @@ PYBIND11_MODULE(_native, module) {
 
   vitkernels::window_attention::bind(module);
   vitkernels::neighborhood_attention::bind(module);
+  vitkernels::cascaded_group_attention::bind(module);
 }
