@@ -330,31 +330,23 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
             ld_n = layout.ld_n;
   const float scale = static_cast<float>(params.scale);
   const BiasCodes codes(params.window_h, params.window_w);
-  float* sums = all_sums + block_x() * places.elements;
   const View &weight = params.qkv_weight, &bias = params.qkv_bias;
   const auto weights = [&](int head) {
     const int64_t skipped = head * weight.stride[0] * static_cast<int64_t>(problem.wide_weights ? 4 : sizeof(T));
     return Weights{static_cast<const char*>(weight.data) + skipped, weight.stride[1], weight.stride[2], outputs, width,
                    problem.wide_weights};
   };
-  const auto x_channels = Channels::of<T>(params.x);
-  const auto grad_x_channels = Channels::of<T>(params.grad_x);
-  const auto grad_out_channels = Channels::of<T>(params.grad_out);
-  const bool heads_aligned = params.heads.stride[2] == 1 && params.heads.stride[0] % 8 == 0 &&
-                             params.heads.stride[1] % 8 == 0 && reinterpret_cast<uintptr_t>(params.heads.data) % 16 == 0;
-  const Channels head_channels{params.heads.stride[2], heads_aligned}, dense{1, true};
-
   for (int slot = thread_x(); slot < KEYS; slot += block_dim_x())
     key_codes[slot] = slot < tokens ? codes.code(slot) : INVALID;
   // Rows without a token stay zero throughout. The convolutions leave them alone, so that theirs are set here.
   for (int i = thread_x(); i < rows * ld_y / 8; i += block_dim_x()) zeros<T>().store(grad_y + 8 * i);
   for (int i = thread_x(); i < rows * ld_k / 8; i += block_dim_x()) zeros<T>().store(q + 8 * i);
 
-  const int64_t groups = (problem.windows + layout.count - 1) / layout.count;
-  for (int64_t group = block_x(); group < groups; group += grid_x()) {
-    const int64_t first_window = group * layout.count;
-    const auto window_of = [&](int row) { return first_window + row / KEYS; };
-    const auto exists = [&](int row) { return row % KEYS < tokens && window_of(row) < problem.windows; };
+  const int windows = static_cast<int>(problem.windows);
+  const int step = grid_x() * layout.count;
+  for (int first_window = block_x() * layout.count; first_window < windows; first_window += step) {
+    const auto window_of = [&](int row) -> int64_t { return first_window + row / KEYS; };
+    const auto exists = [&](int row) { return row % KEYS < tokens && first_window + row / KEYS < windows; };
     for (int row = thread_x(); row < rows; row += block_dim_x()) {
       const auto offset = [&](const View& map) {
         return present(map) && exists(row) ? problem.offset(map, window_of(row), row % KEYS) : -1;
@@ -371,6 +363,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
       codes.stage<T>(table, problem, head);
       stage_taps<T>(taps, problem, head, false);
       stage_taps<T>(reversed_taps, problem, head, true);
+      const auto x_channels = Channels::of<T>(params.x), head_channels = Channels::of_heads<T>(params.heads);
       const Walk walk(rows, width, params.x);
       VK_NO_UNROLL
       for (int i = thread_x(); i < walk.visits(); i += block_dim_x()) {
@@ -396,7 +389,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
         auto values = zeros<T>();
         if (exists(row)) {
           const int64_t token = window_of(row) * tokens + row % KEYS;
-          values = dense.load(all_grad_z + token * params.channels + head * width + channel);
+          values = Vec<T, 8>::load(all_grad_z + token * params.channels + head * width + channel);
           if (head + 1 < params.num_heads) {
             const auto passed = Vec<T, 8>::load(grad_o + row * ld_d + channel);
             VK_UNROLL
@@ -439,7 +432,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
       const bool passes = head > 0 || present(params.grad_x);
       if (passes) product.template start<false>(weights(head));
       convolve(grad_q, ld_k, grad_y, ld_y, reversed_taps, problem, head, layout.count, KEYS);
-      add_window_sums(problem, places, sums, group == block_x(), head, entry_sums, y, ld_y, grad_q, ld_k, layout.count,
+      add_window_sums(problem, places, all_sums + block_x() * places.elements, first_window == block_x() * layout.count, head, entry_sums, y, ld_y, grad_q, ld_k, layout.count,
                       KEYS);
       sync_block();
       VK_NO_UNROLL
@@ -460,6 +453,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
       }
       sync_block();
       if (!present(params.grad_x)) continue;
+      const auto grad_x_channels = Channels::of<T>(params.grad_x), grad_out_channels = Channels::of<T>(params.grad_out);
       const Walk target_walk(rows, width, params.grad_x);
       VK_NO_UNROLL
       for (int i = thread_x(); i < target_walk.visits(); i += block_dim_x()) {

@@ -180,11 +180,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem proble
   }
   cp_async_commit();
 
-  const bool heads_vectorized = present(params.heads) && reinterpret_cast<uintptr_t>(params.heads.data) % 16 == 0 &&
-                                params.heads.stride[0] % 8 == 0 && params.heads.stride[1] % 8 == 0 &&
-                                params.heads.stride[2] == 1;
-  const Channels head_channels{params.heads.stride[2], heads_vectorized};
-
   VK_NO_UNROLL
   for (int head = 0; head < params.num_heads; ++head) {
     const View& bias = params.qkv_bias;
@@ -217,6 +212,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem proble
     }
     sync_block();
 
+    const auto head_channels = Channels::of_heads<T>(params.heads);
     VK_NO_UNROLL
     for (int i = thread_x(); i < used * (d / 8); i += block_dim_x()) {
       const int row = i / (d / 8), channel = head * d + i % (d / 8) * 8;

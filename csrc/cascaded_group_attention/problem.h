@@ -26,7 +26,10 @@ struct Problem {
         value_dim(p.value_dim()),
         qkv_rows(p.qkv_rows()),
         wide_weights(p.weight_dtype != p.dtype),
-        wide_table(p.table_dtype != p.dtype) {}
+        wide_table(p.table_dtype != p.dtype) {
+    if (windows > 0x3fffffff)  // so that 32 bits count windows, and a stride beyond them
+      throw std::runtime_error("cascaded group attention: more than 2^30 windows");
+  }
 
   // Where channel 0 of a token lies in a map [batch, channels, height, width]; -1 for a padded position.
   VK_DEVICE int64_t offset(const View& map, int64_t window, int token) const {

@@ -155,6 +155,13 @@ struct Channels {
                          reinterpret_cast<uintptr_t>(map.data) % (8 * sizeof(T)) == 0;
     return {map.stride[1], map.stride[1] == 1 && aligned};
   }
+  // Of `heads`, [windows, tokens, channels].
+  template <class T>
+  VK_DEVICE static Channels of_heads(const View& heads) {
+    const bool aligned = heads.stride[0] % 8 == 0 && heads.stride[1] % 8 == 0 &&
+                         reinterpret_cast<uintptr_t>(heads.data) % (8 * sizeof(T)) == 0;
+    return {heads.stride[2], heads.stride[2] == 1 && aligned};
+  }
   template <class T>
   VK_DEVICE Vec<T, 8> load(const T* source) const {
     if (vectorized) return Vec<T, 8>::load(source);
