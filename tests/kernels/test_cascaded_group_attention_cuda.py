@@ -189,3 +189,203 @@ def check(case: Case, seed: int = 0) -> None:
             reduced=terms(case, name),
             dtype=case.dtype,  # the gradients of wider weights inherit the roundings of the map
         )
+
+
+# (channels, window side, kernels) of the stages of EfficientViT M0 to M5, each once.
+STAGES = [
+    (64, 7, "5555"),
+    (128, 7, "5555"),
+    (192, 4, "5555"),
+    (128, 7, "75"),
+    (144, 7, "753"),
+    (192, 4, "753"),
+    (128, 7, "7533"),
+    (192, 7, "753"),
+    (224, 4, "75"),
+    (240, 7, "555"),
+    (320, 4, "5555"),
+    (256, 7, "7533"),
+    (384, 4, "7533"),
+    (288, 7, "753"),
+]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=str)
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_stages_of_the_models(stage: tuple[int, int, str], dtype: torch.dtype) -> None:
+    channels, side, kernels = stage
+    odd = STAGES.index(stage) % 2
+    layout = ("nchw", "channels_last")[odd]
+    case = Case(channels, tuple(map(int, kernels)), (side, side), (side, side), dtype, layout=layout)
+    # Every stage forward in all three; backward in fp32 and one of the halves.
+    if dtype != F32 and odd == (dtype == F16):
+        case = replace(case, with_heads=False)
+    check(case)
+
+
+def _cases() -> Iterator[Case]:
+    for dtype in (F64, F32, F16, BF16):
+        yield Case(32, (3, 5), (3, 5), (13, 5), dtype, layout="nchw")  # padded below
+        yield Case(48, (5,), (7, 7), (8, 8), dtype, kernel_max=7, residual=False)  # padded on both sides
+        yield Case(64, (3, 1, 3, 7), (2, 3), (1, 1), dtype)  # one token, the rest padding
+        yield Case(14, (3, 5), (3, 2), (4, 5), dtype, key_dim=3, batch=2)  # nothing is a multiple of anything
+        yield Case(33, (1, 3, 1), (1, 1), (2, 3), dtype, key_dim=4)
+    for dtype in (F32, F16):
+        yield Case(32, (3,), (12, 12), (12, 12), dtype)  # the largest of the models' windows
+        yield Case(16, (9,), (13, 12), (13, 12), dtype)  # beyond the tensor-core kernels
+        yield Case(64, (3, 3), (4, 4), (4, 8), dtype, key_dim=32)
+        yield Case(32, (5, 5), (1, 16), (2, 40), dtype, layout="nchw")  # windows of one row
+        yield Case(32, (3, 3), (6, 6), (6, 6), dtype)
+        yield Case(32, (5, 3), (8, 8), (8, 8), dtype, layout="nchw")  # no row without a token
+    yield Case(32, (3, 3), (4, 4), (5, 4), F16, weight_dtype=F32, table_dtype=F32)
+    yield Case(32, (3, 3), (3, 3), (5, 4), BF16, weight_dtype=F32, layout="nchw")
+    yield Case(32, (3, 3), (3, 3), (5, 4), BF16, table_dtype=F32)
+    yield Case(20, (3, 3), (3, 3), (5, 4), F16, weight_dtype=F32)
+
+
+@pytest.mark.parametrize("case", list(_cases()), ids=str)
+def test_matches_reference(case: Case) -> None:
+    check(case)
+    if case.dtype in (F16, BF16):
+        check(replace(case, with_heads=False))  # heads of any sign, and as an inference call leaves them out
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("nchw", "channels_last")])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_reads_and_writes_any_strides(dtype: torch.dtype, layout: str) -> None:
+    check(Case(32, (5, 3), (4, 3), (5, 7), dtype, batch=2, layout=layout))
+    check(Case(32, (5, 3), (7, 7), (7, 7), dtype, layout=layout))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grad_out": False},
+        {"grad_out": False, "grad_heads": True},
+        {"grad_heads": True},
+        {"missing": ("x",)},
+        {"missing": WEIGHTS},
+        {"missing": ("qkv_weight", "qkv_bias", "dw_weight")},
+        {"missing": ("x", *WEIGHTS[:5])},
+        {"missing": ("qkv_weight", "dw_bias", "attn_bias", "proj_weight", "proj_bias")},
+        {"missing": ("x", *WEIGHTS)},
+    ],
+    ids=str,
+)
+def test_absent_gradients(change: dict[str, Any], dtype: torch.dtype) -> None:
+    check(replace(Case(32, (3, 3), (3, 3), (3, 4), dtype), **change))
+
+
+def test_several_windows_share_a_block() -> None:
+    """More windows than a large device takes at once: blocks hold several, and the last one fewer."""
+    check(Case(16, (3,), (2, 2), (62, 73), F16, with_heads=False))
+    check(Case(16, (3,), (1, 3), (23, 73), BF16, with_heads=False, layout="nchw"))
+    check(Case(16, (3,), (7, 7), (7, 7 * 530), F16, with_heads=False))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_blocks_walk_over_windows(dtype: torch.dtype) -> None:
+    """More windows than blocks of the backward: a block adds up its own sums, and chunks of tokens are many."""
+    check(Case(16, (3,), (1, 2), (2 * 27, 41), dtype))
+
+
+def test_windows_do_not_see_each_other() -> None:
+    """NaN in one window, next to others in a block, reaches no other."""
+    case = Case(16, (3,), (2, 2), (48, 48), F16, with_heads=False)
+    inputs = make_inputs(case, Guarded())
+    clean = run_kernels(case, inputs, Guarded())["out"].clone()
+    inputs.tensors["x"][0, :, 20:22, 30:32] = float("nan")
+    out = run_kernels(case, inputs, Guarded())["out"]
+    assert out[0, :, 20:22, 30:32].isnan().all()
+    clean[0, :, 20:22, 30:32] = out[0, :, 20:22, 30:32]
+    assert torch.equal(out.nan_to_num(7.0), clean.nan_to_num(7.0))
+
+
+def test_a_window_that_outgrows_shared_memory() -> None:
+    """What lies between the steps then lies in a workspace, which the forward asks for."""
+    check(Case(96, (3, 3), (12, 12), (12, 12), F64, with_heads=False))
+    check(Case(288, (3, 3, 3), (12, 12), (12, 12), F16, with_heads=False))
+
+
+def assert_no_schedule_changes_a_bit(case: Case, seeds: Sequence[int]) -> None:
+    """A missing barrier shows as a result that depends on the order in which the fibers run."""
+    guarded = Guarded()
+    inputs = make_inputs(case, guarded)
+    first: dict[str, torch.Tensor] = {}
+    for seed in seeds:
+        twin.load().set_seed(seed)
+        results = run_kernels(case, inputs, Guarded())
+        first = first or results
+        for name, tensor in first.items():
+            assert torch.equal(results[name], tensor), f"{name}, seed {seed}"
+    guarded.check()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(32, (3, 5), (4, 4), (4, 5), F16, layout="nchw"),
+        Case(48, (5, 3, 3), (7, 7), (7, 7), BF16),
+        Case(160, (3, 3), (4, 4), (4, 4), F16),  # more columns than a tile of weights has
+        Case(32, (3, 5), (3, 4), (3, 5), F32),
+        Case(32, (3, 5), (3, 4), (3, 5), F64, layout="nchw"),
+        Case(32, (3,), (12, 12), (12, 12), F16, with_heads=False),
+        Case(20, (3, 5), (3, 4), (3, 4), F16),
+    ],
+    ids=str,
+)
+def test_no_schedule_changes_a_bit(case: Case) -> None:
+    assert_no_schedule_changes_a_bit(case, twin.SEEDS)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_no_schedule_changes_a_walk_over_windows(dtype: torch.dtype) -> None:
+    case = Case(16, (3,), (1, 2), (27, 41), dtype)
+    assert_no_schedule_changes_a_bit(case, twin.SEEDS[: max(2, len(twin.SEEDS) // 8)])
+
+
+def _wrong(case: Case, inputs: Inputs, mistake: str) -> dict[str, torch.Tensor]:
+    """What a kernel with this mistake would give, from the reference in the dtype under test."""
+    if mistake == "transposed window":
+        return run_reference(replace(case, window=case.window[::-1]), inputs, None)
+    tensors = dict(inputs.tensors)
+    if mistake == "one tap off":
+        tensors["dw_weight"] = tensors["dw_weight"].roll(1, -1)
+    elif mistake == "no cascade":
+        tensors["x"] = tensors["x"].clone()
+        tensors["x"][:, case.channels // 2 :] += 0.05
+    elif mistake == "bias of another offset":
+        tensors["attn_bias"] = tensors["attn_bias"].roll(1, -1)
+    return run_reference(case, replace(inputs, tensors=tensors), None)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize(
+    "mistake", ["transposed window", "one tap off", "no cascade", "bias of another offset"]
+)
+def test_mistakes_are_noticed(mistake: str, dtype: torch.dtype) -> None:
+    """The tolerance has teeth, forward and backward."""
+    case = Case(32, (3, 3), (3, 5), (15, 15), dtype, clear_signs=False)
+    inputs = make_inputs(case, Guarded())
+    got = _wrong(case, inputs, mistake)
+    baseline, truth = run_reference(case, inputs, None), run_reference(case, inputs, F64)
+    for name in ("out", "grad_x", "grad_qkv_weight"):
+        with pytest.raises(AssertionError, match="exceeds"):
+            assert_close_to_truth(name, got[name], baseline[name], truth[name], factor=GRADIENT, dtype=dtype)
+
+
+def test_sanitizers_find_nothing() -> None:
+    """Address and undefined-behaviour sanitizers over each path, forward and backward."""
+    done = twin.run_sanitized(
+        "import torch\n"
+        "import twin as builder\n"
+        "builder.load = lambda: twin\n"
+        "import kernels.test_cascaded_group_attention_cuda as tests\n"
+        "for dtype in (torch.float32, torch.float16):\n"
+        "    for window in ((3, 3), (7, 7)):\n"
+        "        tests.check(tests.Case(32, (5, 3), window, (4, 8), dtype, layout='nchw'))\n"
+        "    tests.check(tests.Case(14, (3, 5), (3, 2), (4, 5), dtype, key_dim=3))\n"
+        "tests.check(tests.Case(32, (3,), (12, 12), (12, 12), torch.bfloat16, with_heads=False))\n"
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
