@@ -101,7 +101,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
             ld_n = layout.ld_n;
   const Acc scale = static_cast<Acc>(params.scale);
   const auto* x = static_cast<const T*>(params.x.data);
-  const auto* heads = static_cast<const T*>(params.heads.data);
   const View &qkv_weight = params.qkv_weight, &proj_weight = params.proj_weight;
   Acc* sums = all_sums + block_x() * places.elements;
 

@@ -27,7 +27,8 @@ constexpr int PROJ_ROWS = 64;
 
 struct ProjLayout {
   int ld;
-  int offsets, grad_out;
+  int offsets, heads_offsets, grad_heads_offsets;  // of each row
+  int grad_out;
   ProductTile tile;
   int64_t bytes;
 
@@ -35,6 +36,8 @@ struct ProjLayout {
     Carver carver;
     tile = ProductTile::choose(PROJ_ROWS, WARPS, problem.params.channels, 32);
     offsets = carver.take<int64_t>(PROJ_ROWS);
+    heads_offsets = carver.take<int64_t>(PROJ_ROWS);
+    grad_heads_offsets = carver.take<int64_t>(PROJ_ROWS);
     grad_out = carver.take<half_t>(PROJ_ROWS * ld);
     tile.buffers = carver.take<half_t>(2 * tile.elements);
     bytes = carver.used();
@@ -47,7 +50,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
     backward_projection_kernel(Problem problem, ProjLayout layout, T* grad_z) {
   const Params& params = problem.params;
   char* shared = shared_memory();
-  auto* offsets = reinterpret_cast<int64_t*>(shared + layout.offsets);
+ auto* offsets = reinterpret_cast<int64_t*>(shared + layout.offsets);
+  auto* heads_offsets = reinterpret_cast<int64_t*>(shared + layout.heads_offsets);
+  auto* grad_heads_offsets = reinterpret_cast<int64_t*>(shared + layout.grad_heads_offsets);
   T* grad_out = reinterpret_cast<T*>(shared + layout.grad_out);
   const int channels = params.channels, tokens = problem.tokens;
   const int64_t first_row = static_cast<int64_t>(block_x()) * PROJ_ROWS, all = problem.windows * tokens;
@@ -58,9 +63,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
   product.template start<false>(weights);
   if (thread_x() < PROJ_ROWS) {
     const int64_t row = first_row + thread_x(), window = row / tokens;
-    offsets[thread_x()] = present(params.grad_out) && row < all
-                              ? problem.offset(params.grad_out, window, static_cast<int>(row - window * tokens))
-                              : -1;
+    const int token = static_cast<int>(row - window * tokens);
+    offsets[thread_x()] =
+        present(params.grad_out) && row < all ? problem.offset(params.grad_out, window, token) : -1;
+    heads_offsets[thread_x()] = Problem::heads_offset(params.heads, window, token);
+    grad_heads_offsets[thread_x()] = Problem::heads_offset(params.grad_heads, window, token);
   }
   sync_block();
   const auto source_channels = Channels::of<T>(params.grad_out);
@@ -73,22 +80,20 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
   }
   product.template run<false>(
       grad_out, layout.ld, PROJ_ROWS, weights,
-      [&](int local_row, int n, int offset, float first, float second) {
-        const int64_t row = first_row + local_row;
-        if (row >= all) return;
-        const int64_t window = row / tokens;
-        const int token = static_cast<int>(row - window * tokens), column = n + offset;
-        const auto value = [&](const View& view, int c) {
-          return to_float(static_cast<const T*>(
-              view.data)[Problem::heads_offset(view, window, token) + (column + c) * view.stride[2]]);
+      [&](int row, int n, int offset, float first, float second) {
+        if (first_row + row >= all) return;
+        const int column = n + offset;
+        const auto value = [&](const View& view, int64_t of_row, int c) {
+          return to_float(static_cast<const T*>(view.data)[of_row + (column + c) * view.stride[2]]);
         };
-        if (!(value(params.heads, 0) > 0.0f)) first = 0.0f;
-        if (!(value(params.heads, 1) > 0.0f)) second = 0.0f;
+        if (!(value(params.heads, heads_offsets[row], 0) > 0.0f)) first = 0.0f;
+        if (!(value(params.heads, heads_offsets[row], 1) > 0.0f)) second = 0.0f;
         if (present(params.grad_heads)) {
-          first += value(params.grad_heads, 0);
-          second += value(params.grad_heads, 1);
+          first += value(params.grad_heads, grad_heads_offsets[row], 0);
+          second += value(params.grad_heads, grad_heads_offsets[row], 1);
         }
-        Vec<T, 2>{{from_float<T>(first), from_float<T>(second)}}.store(grad_z + row * channels + column);
+        Vec<T, 2>{{from_float<T>(first), from_float<T>(second)}}.store(grad_z + (first_row + row) * channels +
+                                                                        column);
       },
       [](int, int) {});
 }
@@ -187,7 +192,7 @@ VK_DEVICE void probabilities(const Problem& problem, const T* q, int ld_q, const
   for (int j = 0; j < KEYS / 8; ++j) {
     VK_UNROLL
     for (int c = 0; c < 4; ++c) {
-      p[j][c] = Exp::exp(p[j][c] - row_max[c / 2]);
+      p[j][c] = 8 * j < tokens ? Exp::exp(p[j][c] - row_max[c / 2]) : 0.0f;
       row_sum[c / 2] += p[j][c];
     }
   }

@@ -12,8 +12,10 @@
 //   rows      The products see the windows' tokens packed (2 windows of 49 are 98 rows, 7 tiles of 16, where
 //             one by one they would be 8); only the attention pads each window to whole tiles.
 //   weights   All of them pass through each block once, from L2 (18 to 390 KB): the more windows share them
-//             the better. Windows are added while a block stays below 72 KB, so that an H100 holds three and
-//             an A100 two, and while the grid still covers a large device twice.
+//             the better, as long as the grid still covers a large device twice. Windows are added while a block
+//             stays below 72 KB, so that an H100 holds three and an A100 two; beyond that only where a window's
+//             share of the weights still outweighs its x and out, up to what every device has (stage 3: four
+//             images of 16 tokens are 96 KB and read 97 KB of weights each).
 //   banks     A row of Z, q, k, v is a multiple of 32 bytes plus 16: ldmatrix is free of conflicts.
 #include "tensor.h"
 #include "plain.h"
@@ -46,7 +48,7 @@ struct Layout {
     ld_z = leading_dimension<half_t>(p.channels);
     ld_y = leading_dimension<half_t>(problem.qkv_rows);
     ld_q = leading_dimension<half_t>(p.key_dim);
-    const int y_elements = count * keys * ld_y, out_elements = rows * (tile.columns + 8);
+    const int y_elements = count * keys * ld_y, out_elements = rows * (tile.columns() + 8);
     Carver carver;
     x_offsets = carver.take<int64_t>(rows);
     out_offsets = carver.take<int64_t>(rows);
@@ -94,7 +96,7 @@ VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, 
   for (int j = 0; j < KEYS / 8; ++j) {
     VK_UNROLL
     for (int c = 0; c < 4; ++c) {
-      p[j][c] = Exp::exp(p[j][c] - row_max[c / 2]);
+      p[j][c] = 8 * j < tokens ? Exp::exp(p[j][c] - row_max[c / 2]) : 0.0f;  // 49 keys: 7 of 8 blocks
       row_sum[c / 2] += p[j][c];
     }
   }
@@ -236,7 +238,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem proble
     }
   }
 
-  const int ld_out = layout.tile.columns + 8;
+  const int ld_out = layout.tile.columns() + 8;
   const auto out_channels = Channels::of<T>(params.out);
   const View& bias = params.proj_bias;
   product.template run<true>(
@@ -267,25 +269,19 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem proble
       });
 }
 
-// The windows of a block; 0 when not even one fits.
+// The windows of a block, 0 when not even one fits, and the depth of the tiles of weights.
 int fitting_windows(const Problem& problem, int* depth) {
   constexpr int64_t COMFORTABLE = 72 * 1024;
-  const int64_t spread = problem.windows / (2 * 132);
+  const int64_t spread = problem.windows / (2 * 132), channels = problem.params.channels;
+  const int64_t weights = channels * (channels + problem.qkv_rows), activations = 2 * problem.tokens * channels;
   int best = 0;
-  *depth = 64;
   for (int count = 1; count == 1 || (count <= spread && count * problem.tokens <= 128); ++count) {
-    if (Layout(problem, count, 64).bytes <= COMFORTABLE) {
-      best = count;
-    } else if (Layout(problem, count, 32).bytes <= COMFORTABLE) {
-      best = count;
-      *depth = 32;
-    } else {
-      break;
-    }
-  }
-  if (best == 0 && Layout(problem, 1, 32).bytes <= tile_attention::SHARED_LIMIT) {
-    best = 1;
-    *depth = 32;
+    const bool heavy = count == 1 || weights / (count - 1) > activations;
+    const int64_t limit = heavy ? tile_attention::SHARED_LIMIT : COMFORTABLE;
+    const int deepest = Layout(problem, count, 64).bytes <= limit ? 64 : 32;
+    if (Layout(problem, count, deepest).bytes > limit) break;
+    best = count;
+    *depth = deepest;
   }
   return best;
 }

@@ -75,12 +75,13 @@ VK_DEVICE void stage_taps(float* taps, const Problem& problem, int head, bool re
   }
 }
 
-// Depthwise convolution inside `count` windows of `pitch` rows each, zero-padded. A thread makes eight
-// neighbours of a row for two channels: their inputs are read once a tap row instead of once a tap.
+// Depthwise convolution inside `count` windows of `pitch` rows each, zero-padded. A thread makes four
+// neighbours of a row for two channels: their inputs are read once a tap row instead of once a tap. Four divide the
+// windows of 4 and nearly those of 7 and 8; eight would leave half of the threads without work.
 template <class T, int HALF>
 VK_DEVICE void convolve(const T* in, int ld_in, T* out, int ld_out, const float* taps, const Problem& problem,
                         int count, int pitch) {
-  constexpr int SIZE = 2 * HALF + 1, RUN = 8;
+  constexpr int SIZE = 2 * HALF + 1, RUN = 4;
   const int window_h = problem.params.window_h, window_w = problem.params.window_w;
   const int channels = problem.params.key_dim, pairs = channels / 2, runs = (window_w + RUN - 1) / RUN;
   VK_NO_UNROLL

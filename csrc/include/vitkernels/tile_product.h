@@ -20,19 +20,23 @@ struct Weights {
 constexpr int PRODUCT_COLUMNS = 32;  // of a warp's sums; its rows are as many
 
 struct ProductTile {
-  int columns = 0;  // a multiple of PRODUCT_COLUMNS
-  int depth = 0;    // 32 or 64
+  int column_bits = 0, depth_bits = 0;  // powers of two, so that a thread finds its share without a division
   int elements = 0;
   int buffers = 0;  // byte offset of the two
 
-  // The widest tile for which every warp has a block of sums of its own, or less where less exists.
+  VK_HOST_DEVICE int columns() const { return 1 << column_bits; }
+  VK_HOST_DEVICE int depth() const { return 1 << depth_bits; }
+
+  // The widest tile for which every warp has a block of sums of its own, or less where less exists; its depth is
+  // 32 or 64.
   static ProductTile choose(int rows, int warps, int widest, int depth) {
     ProductTile tile;
-    const int row_blocks = (rows + 31) / 32, column_blocks = warps / row_blocks;
-    tile.columns = PRODUCT_COLUMNS * (column_blocks < 1 ? 1 : column_blocks);
-    if (tile.columns > round_up(widest, PRODUCT_COLUMNS)) tile.columns = round_up(widest, PRODUCT_COLUMNS);
-    tile.depth = depth;
-    const int by_rows = tile.columns * (depth + 8), by_columns = depth * (tile.columns + 8);
+    const int row_blocks = (rows + 31) / 32;
+    tile.column_bits = 5;
+    while ((2 << tile.column_bits) / PRODUCT_COLUMNS * row_blocks <= warps && tile.columns() < widest)
+      ++tile.column_bits;
+    tile.depth_bits = depth == 64 ? 6 : 5;
+    const int by_rows = tile.columns() * (depth + 8), by_columns = depth * (tile.columns() + 8);
     tile.elements = by_rows > by_columns ? by_rows : by_columns;
     return tile;
   }
@@ -62,23 +66,23 @@ class Product {
     const int row = warp_id() % row_blocks * 32, column = warp_id() / row_blocks * PRODUCT_COLUMNS;
     const bool second = row + 16 < rows;
     VK_NO_UNROLL
-    for (int n = 0; n < count; n += tile_.columns) {
-      const int here = count - n < tile_.columns ? count - n : tile_.columns;
+    for (int n = 0; n < count; n += tile_.columns()) {
+      const int here = count - n < tile_.columns() ? count - n : tile_.columns();
       const int blocks = (here - column) / 8;  // of this warp, none when not positive
       float sums[2][4][4];
       clear(sums[0]);
       clear(sums[1]);
       VK_NO_UNROLL
-      for (int k = 0; k < depth; k += tile_.depth) {
+      for (int k = 0; k < depth; k += tile_.depth()) {
         cp_async_wait<0>();
         sync_block();  // the tile is there for all, and all are done with the other buffer
-        const int next_k = k + tile_.depth < depth ? k + tile_.depth : 0;
-        const int next_n = next_k == 0 ? n + tile_.columns : n;
+        const int next_k = k + tile_.depth() < depth ? k + tile_.depth() : 0;
+        const int next_n = next_k == 0 ? n + tile_.columns() : n;
         if (next_n < count) {
           stage<BY_ROWS>(w, next_n, next_k, turn_ + 1);
           cp_async_commit();
         }
-        const int steps = depth - k < tile_.depth ? depth - k : tile_.depth;
+        const int steps = depth - k < tile_.depth() ? depth - k : tile_.depth();
         const T* tile = buffers_ + (turn_ & 1) * tile_.elements;
         if (blocks > 0) multiply<BY_ROWS>(sums, a + row * lda + k, lda, tile, column, steps, blocks, second);
         ++turn_;
@@ -104,7 +108,7 @@ class Product {
   template <bool BY_ROWS>
   VK_DEVICE void multiply(float (&sums)[2][4][4], const T* a, int lda, const T* tile, int column, int steps,
                           int blocks, bool second) const {
-    const int lane = lane_id(), ld = (BY_ROWS ? tile_.depth : tile_.columns) + 8;
+    const int lane = lane_id(), ld = (BY_ROWS ? tile_.depth() : tile_.columns()) + 8;
     a += (lane & 15) * lda + (lane >> 4) * 8;
     tile += BY_ROWS ? (column + (lane & 7) + (lane >> 4) * 8) * ld + ((lane >> 3) & 1) * 8
                     : (lane & 15) * ld + column + (lane >> 4) * 8;
@@ -135,20 +139,19 @@ class Product {
   // n columns of w from n, k values from k, in the order in which they lie in w.
   template <bool BY_ROWS>
   VK_DEVICE void stage(const Weights& w, int n, int k, int turn) const {
-    const int ld = (BY_ROWS ? tile_.depth : tile_.columns) + 8;
+    const int bits = (BY_ROWS ? tile_.depth_bits : tile_.column_bits) - 3, ld = (8 << bits) + 8;
     const int first_row = BY_ROWS ? n : k, first_column = BY_ROWS ? k : n;
-    const int tile_rows = BY_ROWS ? tile_.columns : tile_.depth;
+    const int tile_rows = BY_ROWS ? tile_.columns() : tile_.depth();
     const int rows = w.rows - first_row < tile_rows ? w.rows - first_row : tile_rows;
-    const int chunks = (ld - 8) / 8;
-    T* tile = buffers_ + (turn & 1) * tile_.elements;
+    const int column = (thread_x() & ((1 << bits) - 1)) * 8;
+    if (first_column + column >= w.columns) return;
     const bool vectorized = !w.wide && w.column_stride == 1 && w.row_stride % 8 == 0 &&
                             reinterpret_cast<uintptr_t>(w.data) % 16 == 0;
+    const int first = thread_x() >> bits, step = block_dim_x() >> bits;
+    int64_t source = (first_row + first) * w.row_stride + (first_column + column) * w.column_stride;
+    T* target = buffers_ + (turn & 1) * tile_.elements + first * ld + column;
     VK_NO_UNROLL
-    for (int i = thread_x(); i < rows * chunks; i += block_dim_x()) {
-      const int row = i / chunks, column = i % chunks * 8;
-      if (first_column + column >= w.columns) continue;
-      const int64_t source = (first_row + row) * w.row_stride + (first_column + column) * w.column_stride;
-      T* target = tile + row * ld + column;
+    for (int row = first; row < rows; row += step, source += step * w.row_stride, target += step * ld) {
       if (vectorized) {
         cp_async16(target, static_cast<const T*>(w.data) + source);
         continue;
