@@ -1,8 +1,8 @@
 // The window kernel of the backward on the plain path.
 //
-// Floor per window: 2 h (2 (2k + d) d N + 2 k N^2 + 3 d N^2 + k N^2 ...) FLOPs, about twice the forward's, on the CUDA
-// cores, plus the recomputation of q~, k, v and P. What lies between the steps outgrows shared memory in the later
-// stages and then lives in L2, see PlainSlots.
+// Floor per window: 2 h (2 (2k + d) d N + 2 k N^2 + 3 d N^2 + k N^2 ...) FLOPs, about twice the forward's, on
+// the CUDA cores, plus the recomputation of q~, k, v and P. What lies between the steps outgrows shared
+// memory in the later stages and then lives in L2, see PlainSlots.
 #include "backward.h"
 
 namespace vitkernels::cascaded_group_attention {
@@ -41,13 +41,15 @@ struct Layout {
   }
 };
 
-// The sums of d over all pairs at each offset, and the gradients of the live taps and biases; dead taps get zeros. Each
-// element has one thread, which adds to what the block's earlier windows left.
+// The sums of d over all pairs at each offset, and the gradients of the live taps and biases; dead taps get
+// zeros. Each element has one thread, which adds to what the block's earlier windows left.
 template <class Acc>
-VK_DEVICE void add_window_sums(const Problem& problem, const WindowSums& places, Acc* sums, bool first, int head,
-                               const Acc* d, int ld_d, const Acc* y, int ld_y, const Acc* grad_q, int ld_q) {
+VK_DEVICE void add_window_sums(const Problem& problem, const WindowSums& places, Acc* sums, bool first,
+                               int head, const Acc* d, int ld_d, const Acc* y, int ld_y, const Acc* grad_q,
+                               int ld_q) {
   const Params& params = problem.params;
-  const int window_h = params.window_h, window_w = params.window_w, k = params.key_dim, side = params.kernel_max;
+  const int window_h = params.window_h, window_w = params.window_w, k = params.key_dim,
+            side = params.kernel_max;
   const auto add = [&](int64_t at, Acc value) { sums[at] = first ? value : sums[at] + value; };
   for (int entry = thread_x(); entry < problem.tokens; entry += block_dim_x()) {
     const int dy = entry / window_w, dx = entry % window_w;
@@ -87,8 +89,8 @@ VK_DEVICE void add_window_sums(const Problem& problem, const WindowSums& places,
 
 template <class T>
 VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
-    backward_windows_plain_kernel(Problem problem, Layout layout, PlainSlots slots, WindowSums places, void* slot_memory,
-                                  T* all_grad_y, accumulate_t<T>* all_sums) {
+    backward_windows_plain_kernel(Problem problem, Layout layout, PlainSlots slots, WindowSums places,
+                                  void* slot_memory, T* all_grad_y, accumulate_t<T>* all_sums) {
   using Acc = accumulate_t<T>;
   const Params& params = problem.params;
   char* base = slots.base(slot_memory);
@@ -96,9 +98,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
   Acc *grad_out = at(layout.grad_out), *grad_z = at(layout.grad_z), *u = at(layout.u), *y = at(layout.y),
       *q = at(layout.q), *p = at(layout.p), *grad_o = at(layout.grad_o), *grad_q = at(layout.grad_q),
       *grad_y = at(layout.grad_y), *d = at(layout.d);
-  const int tokens = problem.tokens, channels = params.channels, width = problem.value_dim, k = params.key_dim;
-  const int rows = problem.qkv_rows, ld_c = layout.ld_c, ld_d = layout.ld_d, ld_y = layout.ld_y, ld_k = layout.ld_k,
-            ld_n = layout.ld_n;
+  const int tokens = problem.tokens, channels = params.channels, width = problem.value_dim,
+            k = params.key_dim;
+  const int rows = problem.qkv_rows, ld_c = layout.ld_c, ld_d = layout.ld_d, ld_y = layout.ld_y,
+            ld_k = layout.ld_k, ld_n = layout.ld_n;
   const Acc scale = static_cast<Acc>(params.scale);
   const auto* x = static_cast<const T*>(params.x.data);
   const View &qkv_weight = params.qkv_weight, &proj_weight = params.proj_weight;
@@ -106,8 +109,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
 
   for (int64_t window = block_x(); window < problem.windows; window += grid_x()) {
     const auto head_value = [&](const View& view, int token, int channel) {
-      return to_accumulate(static_cast<const T*>(view.data)[Problem::heads_offset(view, window, token) +
-                                                             channel * view.stride[2]]);
+      return to_accumulate(static_cast<const T*>(
+          view.data)[Problem::heads_offset(view, window, token) + channel * view.stride[2]]);
     };
     for (int i = thread_x(); i < tokens * channels; i += block_dim_x()) {
       const int token = i % tokens, channel = i / tokens;
@@ -124,7 +127,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
         tokens, channels, present(params.grad_out) ? channels : 0,
         [&](int row, int o) { return grad_out[row * ld_c + o]; },
         [&](int o, int column) {
-          return read<T>(proj_weight, problem.wide_weights, o * proj_weight.stride[0] + column * proj_weight.stride[1]);
+          return read<T>(proj_weight, problem.wide_weights,
+                         o * proj_weight.stride[0] + column * proj_weight.stride[1]);
         },
         [&](int row, int column, Acc sum) {
           if (!(head_value(params.heads, row, column) > Acc(0))) sum = Acc(0);
@@ -184,12 +188,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
         all_grad_y[((window * tokens + token) * params.num_heads + head) * rows + row] =
             from_accumulate<T>(grad_y[token * ld_y + row]);
       }
-      // grad_o is through; the gradient of the head's input takes its place, as part of the next one's output.
+      // grad_o is through; the gradient of the head's input takes its place, as part of the next one's
+      // output.
       block_product<Acc>(
           tokens, width, rows, [&](int n, int o) { return grad_y[n * ld_y + o]; },
           [&](int o, int column) {
-            return read<T>(qkv_weight, problem.wide_weights,
-                           head * qkv_weight.stride[0] + o * qkv_weight.stride[1] + column * qkv_weight.stride[2]);
+            return read<T>(
+                qkv_weight, problem.wide_weights,
+                head * qkv_weight.stride[0] + o * qkv_weight.stride[1] + column * qkv_weight.stride[2]);
           },
           [&](int n, int column, Acc sum) {
             grad_o[n * ld_d + column] = sum;
@@ -197,7 +203,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
             if (offset < 0) return;
             const int channel = head * width + column;
             if (params.residual) sum += grad_out[n * ld_c + channel];
-            static_cast<T*>(params.grad_x.data)[offset + channel * params.grad_x.stride[1]] = from_accumulate<T>(sum);
+            static_cast<T*>(params.grad_x.data)[offset + channel * params.grad_x.stride[1]] =
+                from_accumulate<T>(sum);
           });
       sync_block();
     }
@@ -216,8 +223,8 @@ void backward_windows_plain(const Problem& problem, const Workspace& workspace, 
   const auto layout = Layout::of<accumulate_t<T>>(problem);
   const PlainSlots slots(layout.bytes, problem.windows);
   char* base = static_cast<char*>(problem.params.workspace);
-  launch(backward_windows_plain_kernel<T>, Dim3{slots.blocks}, THREADS, slots.shared_bytes(), stream, problem, layout,
-         slots, WindowSums(problem), static_cast<void*>(base + workspace.slots),
+  launch(backward_windows_plain_kernel<T>, Dim3{slots.blocks}, THREADS, slots.shared_bytes(), stream, problem,
+         layout, slots, WindowSums(problem), static_cast<void*>(base + workspace.slots),
          reinterpret_cast<T*>(base + workspace.grad_y),
          reinterpret_cast<accumulate_t<T>*>(base + workspace.window_sums));
 }

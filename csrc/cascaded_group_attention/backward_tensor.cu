@@ -1,16 +1,15 @@
-// The window kernels of the backward on tensor cores.
+// The window kernel of the backward on tensor cores.
 //
-// Floor per window: with the recomputation about three forwards, 6 (h ((2k + d) d N + k N^2 + d N^2) + C^2 N) FLOPs;
-// bytes: x, grad_out, heads and grad_x once, grad_z and grad_y to the workspace and back. Bound by neither: between
-// its barriers a block has too little work of one kind, so what counts is a second block on the SM.
+// Floor per window: with the recomputation about three forwards, 6 (h ((2k + d) d N + k N^2 + d N^2) + C^2 N)
+// FLOPs; bytes: x, grad_out, heads and grad_x once, grad_z and grad_y to the workspace and back. Bound by
+// neither: between its barriers a block has too little work of one kind, so what counts is a second block on
+// the SM.
 //
-// Two kernels. The projection's gradient needs all channels of a token at once and no other token, the rest all tokens
-// of a window and one head's channels: together they would not fit shared memory in the later stages.
-// In the window kernel every window takes KEYS rows, zero from its last token on, so that products over tokens need
-// no mask. U, q~ k v, q, grad_o, grad_y and grad_q of one head fit 90 KB up to 96 channels a head; the weights' tiles
-// take turns with P and D, the gradient of the logits.
-#include "backward.h"
-#include "tensor.h"
+// Every window takes KEYS rows, zero from its last token on, so that products over tokens need no mask. U, q~
+// k v, q, grad_o, grad_y and grad_q of one head fit 90 KB up to 96 channels a head; the weights' tiles take
+// turns with P and D, the gradient of the logits. What the projection passes down is there already, see
+// backward_projection.cu.
+#include "window_sums.h"
 
 namespace vitkernels::cascaded_group_attention {
 namespace {
@@ -23,80 +22,6 @@ using tile_attention::TensorCores;
 using tile_attention::Weights;
 
 constexpr int WARPS = THREADS / 32;
-constexpr int PROJ_ROWS = 64;
-
-struct ProjLayout {
-  int ld;
-  int offsets, heads_offsets, grad_heads_offsets;  // of each row
-  int grad_out;
-  ProductTile tile;
-  int64_t bytes;
-
-  explicit ProjLayout(const Problem& problem) : ld(leading_dimension<half_t>(problem.params.channels)) {
-    Carver carver;
-    tile = ProductTile::choose(PROJ_ROWS, WARPS, problem.params.channels, 32);
-    offsets = carver.take<int64_t>(PROJ_ROWS);
-    heads_offsets = carver.take<int64_t>(PROJ_ROWS);
-    grad_heads_offsets = carver.take<int64_t>(PROJ_ROWS);
-    grad_out = carver.take<half_t>(PROJ_ROWS * ld);
-    tile.buffers = carver.take<half_t>(2 * tile.elements);
-    bytes = carver.used();
-  }
-};
-
-// grad_z = (W_proj^T grad_out where heads > 0) + grad_heads, for 64 tokens.
-template <class T>
-VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
-    backward_projection_kernel(Problem problem, ProjLayout layout, T* grad_z) {
-  const Params& params = problem.params;
-  char* shared = shared_memory();
- auto* offsets = reinterpret_cast<int64_t*>(shared + layout.offsets);
-  auto* heads_offsets = reinterpret_cast<int64_t*>(shared + layout.heads_offsets);
-  auto* grad_heads_offsets = reinterpret_cast<int64_t*>(shared + layout.grad_heads_offsets);
-  T* grad_out = reinterpret_cast<T*>(shared + layout.grad_out);
-  const int channels = params.channels, tokens = problem.tokens;
-  const int64_t first_row = static_cast<int64_t>(block_x()) * PROJ_ROWS, all = problem.windows * tokens;
-  const Weights weights{params.proj_weight.data, params.proj_weight.stride[0], params.proj_weight.stride[1],
-                        channels, channels, problem.wide_weights};
-  Product<T> product(layout.tile, shared);
-
-  product.template start<false>(weights);
-  if (thread_x() < PROJ_ROWS) {
-    const int64_t row = first_row + thread_x(), window = row / tokens;
-    const int token = static_cast<int>(row - window * tokens);
-    offsets[thread_x()] =
-        present(params.grad_out) && row < all ? problem.offset(params.grad_out, window, token) : -1;
-    heads_offsets[thread_x()] = Problem::heads_offset(params.heads, window, token);
-    grad_heads_offsets[thread_x()] = Problem::heads_offset(params.grad_heads, window, token);
-  }
-  sync_block();
-  const auto source_channels = Channels::of<T>(params.grad_out);
-  const Walk walk(PROJ_ROWS, channels, params.grad_out);
-  VK_NO_UNROLL
-  for (int i = thread_x(); i < walk.visits(); i += block_dim_x()) {
-    const int row = walk.row(i), channel = walk.channel(i);
-    const auto* source = static_cast<const T*>(params.grad_out.data) + offsets[row] + channel * source_channels.stride;
-    (offsets[row] < 0 ? zeros<T>() : source_channels.load(source)).store(grad_out + row * layout.ld + channel);
-  }
-  product.template run<false>(
-      grad_out, layout.ld, PROJ_ROWS, weights,
-      [&](int row, int n, int offset, float first, float second) {
-        if (first_row + row >= all) return;
-        const int column = n + offset;
-        const auto value = [&](const View& view, int64_t of_row, int c) {
-          return to_float(static_cast<const T*>(view.data)[of_row + (column + c) * view.stride[2]]);
-        };
-        if (!(value(params.heads, heads_offsets[row], 0) > 0.0f)) first = 0.0f;
-        if (!(value(params.heads, heads_offsets[row], 1) > 0.0f)) second = 0.0f;
-        if (present(params.grad_heads)) {
-          first += value(params.grad_heads, grad_heads_offsets[row], 0);
-          second += value(params.grad_heads, grad_heads_offsets[row], 1);
-        }
-        Vec<T, 2>{{from_float<T>(first), from_float<T>(second)}}.store(grad_z + (first_row + row) * channels +
-                                                                        column);
-      },
-      [](int, int) {});
-}
 
 struct WindowLayout {
   int count;  // windows at a time
@@ -151,7 +76,7 @@ int64_t window_blocks(const Problem& problem, int count) {
 
 // The windows that a block takes at a time; 0 when not one fits.
 int fitting_windows(const Problem& problem) {
-  if (!suits_tensor_cores(problem.params) || problem.tokens > 64 || ProjLayout(problem).bytes > SHARED_LIMIT) return 0;
+  if (!suits_tensor_cores(problem.params) || problem.tokens > 64 || !projection_fits(problem)) return 0;
   const int rows = key_rows(problem.tokens);
   for (int count = 64 / rows; count >= 1; --count) {
     if (WindowLayout(problem, count).bytes <= SHARED_LIMIT) return count;
@@ -159,47 +84,18 @@ int fitting_windows(const Problem& problem) {
   return 0;
 }
 
-// One warp: P and D = P * (grad_o v^T - delta) for 16 queries of a window, zero where there is no query or no key.
-// Whole rows of P are at hand, so delta is the sum of P * (grad_o v^T), and the heads' rounding is not inherited.
+// One warp: P and D = P * (grad_o v^T - delta) for 16 queries of a window, zero where there is no query or no
+// key. Whole rows of P are at hand, so delta is the sum of P * (grad_o v^T), and the heads' rounding is not
+// inherited.
 template <class T, int KEYS>
 VK_DEVICE void probabilities(const Problem& problem, const T* q, int ld_q, const T* k, const T* v, int ld_y,
-                             const T* grad_o, int ld_o, const int* key_codes, const float* table, T* p_tile, T* d_tile,
-                             int ld, int first_query) {
+                             const T* grad_o, int ld_o, const int* key_codes, const float* table, T* p_tile,
+                             T* d_tile, int ld, int first_query) {
   using Engine = TensorCores<T, KEYS>;
-  using Exp = Exponential<T>;
-  constexpr float NOTHING = -INFINITY;
-  const int row = first_query + lane_id() / 4, column = lane_id() % 4 * 2, tokens = problem.tokens;
-  const BiasCodes codes(problem.params.window_h, problem.params.window_w);
-  float p[KEYS / 8][4];
-  tile_attention::clear(p);
-  Engine::multiply_rows(p, q + first_query * ld_q, ld_q, k, ld_y, problem.params.key_dim);
-  const float scale = static_cast<float>(problem.params.scale * Exp::unit);
-  const float* entries[2] = {table + codes.center + codes.code(row < tokens ? row : 0),
-                             table + codes.center + codes.code(row + 8 < tokens ? row + 8 : 0)};
-  float row_max[2] = {NOTHING, NOTHING}, row_sum[2] = {0.0f, 0.0f};
-  VK_UNROLL
-  for (int j = 0; j < KEYS / 8; ++j) {
-    VK_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      const int key = key_codes[8 * j + column + c % 2];
-      p[j][c] = key == INVALID ? NOTHING : p[j][c] * scale + entries[c / 2][-key];
-      row_max[c / 2] = p[j][c] > row_max[c / 2] ? p[j][c] : row_max[c / 2];
-    }
-  }
-  VK_UNROLL
-  for (int r = 0; r < 2; ++r) row_max[r] = warp_max<4>(row_max[r]);
-  VK_UNROLL
-  for (int j = 0; j < KEYS / 8; ++j) {
-    VK_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      p[j][c] = 8 * j < tokens ? Exp::exp(p[j][c] - row_max[c / 2]) : 0.0f;
-      row_sum[c / 2] += p[j][c];
-    }
-  }
+  const int row = first_query + lane_id() / 4, tokens = problem.tokens;
+  float p[KEYS / 8][4], factor[2];
+  softmax<T, KEYS>(p, factor, problem, q, ld_q, k, ld_y, key_codes, table, first_query);
   const bool real[2] = {row < tokens, row + 8 < tokens};
-  float factor[2];
-  VK_UNROLL
-  for (int r = 0; r < 2; ++r) factor[r] = 1.0f / warp_sum<4>(row_sum[r]);
   VK_UNROLL
   for (int j = 0; j < KEYS / 8; ++j) {
     VK_UNROLL
@@ -226,11 +122,11 @@ VK_DEVICE void probabilities(const Problem& problem, const T* q, int ld_q, const
   tile_attention::write_sums(d_tile + first_query * ld, ld, d, KEYS / 8, 1.0f, 1.0f);
 }
 
-// out = factor a b over the KEYS rows of each window (a transposed or not), 16 rows by 32 columns a warp; `first_task`
-// staggers several products over the warps. Returns the tasks.
+// out = factor a b over the KEYS rows of each window (a transposed or not), 16 rows by 32 columns a warp;
+// `first_task` staggers several products over the warps. Returns the tasks.
 template <class T, int KEYS, bool TRANSPOSED>
-VK_DEVICE int multiply_windows(const T* a, int lda, const T* b, int ldb, T* out, int ld_out, int columns, float factor,
-                               int count, int first_task) {
+VK_DEVICE int multiply_windows(const T* a, int lda, const T* b, int ldb, T* out, int ld_out, int columns,
+                               float factor, int count, int first_task) {
   constexpr int TILES = KEYS / 16;
   const int groups = (columns + 31) / 32, tasks = count * TILES * groups;
   int task = (warp_id() - first_task % WARPS + WARPS) % WARPS;
@@ -241,81 +137,18 @@ VK_DEVICE int multiply_windows(const T* a, int lda, const T* b, int ldb, T* out,
     float sums[4][4];
     tile_attention::clear(sums);
     TensorCores<T, KEYS>::template multiply<TRANSPOSED>(
-        sums, a + base * lda + (TRANSPOSED ? 16 * tile : 16 * tile * lda), lda, b + base * ldb + column, ldb, blocks);
-    tile_attention::write_sums(out + (base + 16 * tile) * ld_out + column, ld_out, sums, blocks, factor, factor);
+        sums, a + base * lda + (TRANSPOSED ? 16 * tile : 16 * tile * lda), lda, b + base * ldb + column, ldb,
+        blocks);
+    tile_attention::write_sums(out + (base + 16 * tile) * ld_out + column, ld_out, sums, blocks, factor,
+                               factor);
   }
   return tasks;
 }
 
-// The sums of D at each signed offset, over the windows at hand; a thread an entry.
-template <class T>
-VK_DEVICE void sum_entries(const Problem& problem, const T* d, int ld, int count, int keys, float* entry_sums) {
-  const int window_h = problem.params.window_h, window_w = problem.params.window_w;
-  const BiasCodes codes(window_h, window_w);
-  VK_NO_UNROLL
-  for (int e = thread_x(); e < codes.entries; e += block_dim_x()) {
-    const int dy = e / codes.pitch - (window_h - 1), dx = e % codes.pitch - (window_w - 1);
-    float sum = 0.0f;
-    for (int window = 0; window < count; ++window) {
-      for (int y = dy > 0 ? dy : 0; y < window_h + (dy < 0 ? dy : 0); ++y) {
-        for (int x = dx > 0 ? dx : 0; x < window_w + (dx < 0 ? dx : 0); ++x) {
-          const int query = y * window_w + x;
-          sum += to_float(d[(window * keys + query) * ld + query - dy * window_w - dx]);
-        }
-      }
-    }
-    entry_sums[e] = sum;
-  }
-}
-
-// Adds a head's share to the block's sums. Each element has one thread; dead taps get zeros.
-template <class T>
-VK_DEVICE void add_window_sums(const Problem& problem, const WindowSums& places, float* sums, bool first, int head,
-                               const float* entry_sums, const T* y, int ld_y, const T* grad_q, int ld_q, int count,
-                               int keys) {
-  const Params& params = problem.params;
-  const int window_h = params.window_h, window_w = params.window_w, k = params.key_dim, side = params.kernel_max;
-  const BiasCodes codes(window_h, window_w);
-  const auto add = [&](int64_t at, float value) { sums[at] = first ? value : sums[at] + value; };
-  VK_NO_UNROLL
-  for (int entry = thread_x(); entry < problem.tokens; entry += block_dim_x()) {
-    const int dy = entry / window_w, dx = entry % window_w;
-    float sum = 0.0f;
-    for (int flip_y = 0; flip_y < (dy > 0 ? 2 : 1); ++flip_y) {
-      for (int flip_x = 0; flip_x < (dx > 0 ? 2 : 1); ++flip_x)
-        sum += entry_sums[codes.center + (flip_y ? -dy : dy) * codes.pitch + (flip_x ? -dx : dx)];
-    }
-    add(places.tables + head * problem.tokens + entry, sum);
-  }
-  const int size = params.kernel_sizes[head], dead = (side - size) / 2, half = size / 2;
-  VK_NO_UNROLL
-  for (int i = thread_x(); i < k * side * side; i += block_dim_x()) {
-    const int channel = i % k, tap = i / k, ky = tap / side - dead - half, kx = tap % side - dead - half;
-    float sum = 0.0f;
-    if (ky >= -half && ky <= half && kx >= -half && kx <= half) {
-      for (int window = 0; window < count; ++window) {
-        for (int row = ky < 0 ? -ky : 0; row < window_h - (ky > 0 ? ky : 0); ++row) {
-          const int base = window * keys + row * window_w;
-          for (int column = kx < 0 ? -kx : 0; column < window_w - (kx > 0 ? kx : 0); ++column)
-            sum += to_float(grad_q[(base + column) * ld_q + channel]) *
-                   to_float(y[(base + ky * window_w + column + kx) * ld_y + channel]);
-        }
-      }
-    }
-    add(places.taps + (static_cast<int64_t>(head) * k + channel) * side * side + tap, sum);
-  }
-  VK_NO_UNROLL
-  for (int channel = thread_x(); channel < k; channel += block_dim_x()) {
-    float sum = 0.0f;
-    for (int row = 0; row < count * keys; ++row) sum += to_float(grad_q[row * ld_q + channel]);
-    add(places.biases + head * k + channel, sum);
-  }
-}
-
 template <class T, int KEYS>
 VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
-    backward_windows_tensor_kernel(Problem problem, WindowLayout layout, WindowSums places, const T* all_grad_z,
-                                   T* all_grad_y, float* all_sums) {
+    backward_windows_tensor_kernel(Problem problem, WindowLayout layout, WindowSums places,
+                                   const T* all_grad_z, T* all_grad_y, float* all_sums) {
   const Params& params = problem.params;
   char* shared = shared_memory();
   const auto tile = [&](int offset) { return reinterpret_cast<T*>(shared + offset); };
@@ -331,19 +164,25 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
   Product<T> product(layout.tile, shared);
 
   const int tokens = problem.tokens, width = problem.value_dim, k = params.key_dim, rows = layout.rows;
-  const int outputs = problem.qkv_rows, chunks = width / 8, ld_d = layout.ld_d, ld_y = layout.ld_y, ld_k = layout.ld_k,
-            ld_n = layout.ld_n;
+  const int outputs = problem.qkv_rows, chunks = width / 8, ld_d = layout.ld_d, ld_y = layout.ld_y,
+            ld_k = layout.ld_k, ld_n = layout.ld_n;
   const float scale = static_cast<float>(params.scale);
   const BiasCodes codes(params.window_h, params.window_w);
   const View &weight = params.qkv_weight, &bias = params.qkv_bias;
   const auto weights = [&](int head) {
-    const int64_t skipped = head * weight.stride[0] * static_cast<int64_t>(problem.wide_weights ? 4 : sizeof(T));
-    return Weights{static_cast<const char*>(weight.data) + skipped, weight.stride[1], weight.stride[2], outputs, width,
+    const int64_t skipped =
+        head * weight.stride[0] * static_cast<int64_t>(problem.wide_weights ? 4 : sizeof(T));
+    return Weights{static_cast<const char*>(weight.data) + skipped,
+                   weight.stride[1],
+                   weight.stride[2],
+                   outputs,
+                   width,
                    problem.wide_weights};
   };
   for (int slot = thread_x(); slot < KEYS; slot += block_dim_x())
     key_codes[slot] = slot < tokens ? codes.code(slot) : INVALID;
-  // Rows without a token stay zero throughout. The convolutions leave them alone, so that theirs are set here.
+  // Rows without a token stay zero throughout. The convolutions leave them alone, so that theirs are set
+  // here.
   for (int i = thread_x(); i < rows * ld_y / 8; i += block_dim_x()) zeros<T>().store(grad_y + 8 * i);
   for (int i = thread_x(); i < rows * ld_k / 8; i += block_dim_x()) zeros<T>().store(q + 8 * i);
 
@@ -376,7 +215,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
         const int64_t offset = x_offsets[row];
         auto values = zeros<T>();
         if (offset >= 0)
-          values = x_channels.load(static_cast<const T*>(params.x.data) + offset + channel * x_channels.stride);
+          values =
+              x_channels.load(static_cast<const T*>(params.x.data) + offset + channel * x_channels.stride);
         if (head > 0 && exists(row)) {
           const auto* source = static_cast<const T*>(params.heads.data) +
                                Problem::heads_offset(params.heads, window_of(row), row % KEYS) +
@@ -423,13 +263,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
         const int base = task / TILES * KEYS;
         const T* window_y = y + base * ld_y;
         probabilities<T, KEYS>(problem, q + base * ld_k, ld_k, window_y + k, window_y + 2 * k, ld_y,
-                               grad_o + base * ld_d, ld_d, key_codes, table, p + base * ld_n, d + base * ld_n, ld_n,
-                               task % TILES * 16);
+                               grad_o + base * ld_d, ld_d, key_codes, table, p + base * ld_n, d + base * ld_n,
+                               ld_n, task % TILES * 16);
       }
       sync_block();
       int tasks = multiply_windows<T, KEYS, true>(p, ld_n, grad_o, ld_d, grad_y + 2 * k, ld_y, width, 1.0f,
                                                   layout.count, 0);
-      tasks += multiply_windows<T, KEYS, true>(d, ld_n, q, ld_k, grad_y + k, ld_y, k, scale, layout.count, tasks);
+      tasks +=
+          multiply_windows<T, KEYS, true>(d, ld_n, q, ld_k, grad_y + k, ld_y, k, scale, layout.count, tasks);
       multiply_windows<T, KEYS, false>(d, ld_n, y + k, ld_y, grad_q, ld_k, k, scale, layout.count, tasks);
       sum_entries(problem, d, ld_n, layout.count, KEYS, entry_sums);
       sync_block();
@@ -437,8 +278,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
       const bool passes = head > 0 || present(params.grad_x);
       if (passes) product.template start<false>(weights(head));
       convolve(grad_q, ld_k, grad_y, ld_y, reversed_taps, problem, head, layout.count, KEYS);
-      add_window_sums(problem, places, all_sums + block_x() * places.elements, first_window == block_x() * layout.count, head, entry_sums, y, ld_y, grad_q, ld_k, layout.count,
-                      KEYS);
+      add_window_sums(problem, places, all_sums + block_x() * places.elements,
+                      first_window == block_x() * layout.count, head, entry_sums, y, ld_y, grad_q, ld_k,
+                      layout.count, KEYS);
       sync_block();
       VK_NO_UNROLL
       for (int i = thread_x(); i < rows * (outputs / 8); i += block_dim_x()) {
@@ -452,13 +294,15 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
         product.template run<false>(
             grad_y, ld_y, rows, weights(head),
             [&](int row, int n, int offset, float first, float second) {
-              Vec<T, 2>{{from_float<T>(first), from_float<T>(second)}}.store(grad_o + row * ld_d + n + offset);
+              Vec<T, 2>{{from_float<T>(first), from_float<T>(second)}}.store(grad_o + row * ld_d + n +
+                                                                             offset);
             },
             [](int, int) {});
       }
       sync_block();
       if (!present(params.grad_x)) continue;
-      const auto grad_x_channels = Channels::of<T>(params.grad_x), grad_out_channels = Channels::of<T>(params.grad_out);
+      const auto grad_x_channels = Channels::of<T>(params.grad_x),
+                 grad_out_channels = Channels::of<T>(params.grad_out);
       const Walk target_walk(rows, width, params.grad_x);
       VK_NO_UNROLL
       for (int i = thread_x(); i < target_walk.visits(); i += block_dim_x()) {
@@ -466,13 +310,15 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
         if (grad_x_offsets[row] < 0) continue;
         auto values = Vec<T, 8>::load(grad_o + row * ld_d + target_walk.channel(i));
         if (params.residual && present(params.grad_out)) {
-          const auto skipped = grad_out_channels.load(static_cast<const T*>(params.grad_out.data) +
-                                                      grad_out_offsets[row] + channel * grad_out_channels.stride);
+          const auto skipped =
+              grad_out_channels.load(static_cast<const T*>(params.grad_out.data) + grad_out_offsets[row] +
+                                     channel * grad_out_channels.stride);
           VK_UNROLL
           for (int e = 0; e < 8; ++e) values[e] = from_float<T>(to_float(skipped[e]) + to_float(values[e]));
         }
         grad_x_channels.store(
-            static_cast<T*>(params.grad_x.data) + grad_x_offsets[row] + channel * grad_x_channels.stride, values);
+            static_cast<T*>(params.grad_x.data) + grad_x_offsets[row] + channel * grad_x_channels.stride,
+            values);
       }
       sync_block();  // before the next head changes grad_o
     }
@@ -489,22 +335,21 @@ int64_t backward_blocks_tensor(const Problem& problem) {
 
 template <class T>
 void backward_windows_tensor(const Problem& problem, const Workspace& workspace, Stream stream) {
-  const ProjLayout proj(problem);
   const WindowLayout layout(problem, fitting_windows(problem));
   char* base = static_cast<char*>(problem.params.workspace);
-  T *grad_z = reinterpret_cast<T*>(base + workspace.grad_z), *grad_y = reinterpret_cast<T*>(base + workspace.grad_y);
+  T *grad_z = reinterpret_cast<T*>(base + workspace.grad_z),
+    *grad_y = reinterpret_cast<T*>(base + workspace.grad_y);
   auto* sums = reinterpret_cast<float*>(base + workspace.window_sums);
-  launch(backward_projection_kernel<T>, Dim3{(problem.windows * problem.tokens + PROJ_ROWS - 1) / PROJ_ROWS}, THREADS,
-         static_cast<size_t>(proj.bytes), stream, problem, proj, grad_z);
+  backward_projection<T>(problem, grad_z, stream);
   const Dim3 grid{workspace.blocks};
   const auto bytes = static_cast<size_t>(layout.bytes);
   const WindowSums places(problem);
   if (key_rows(problem.tokens) == 16) {
-    launch(backward_windows_tensor_kernel<T, 16>, grid, THREADS, bytes, stream, problem, layout, places, grad_z, grad_y,
-           sums);
+    launch(backward_windows_tensor_kernel<T, 16>, grid, THREADS, bytes, stream, problem, layout, places,
+           grad_z, grad_y, sums);
   } else {
-    launch(backward_windows_tensor_kernel<T, 64>, grid, THREADS, bytes, stream, problem, layout, places, grad_z, grad_y,
-           sums);
+    launch(backward_windows_tensor_kernel<T, 64>, grid, THREADS, bytes, stream, problem, layout, places,
+           grad_z, grad_y, sums);
   }
 }
 

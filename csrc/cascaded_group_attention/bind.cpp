@@ -1,7 +1,8 @@
+#include "vitkernels/bind.h"
+
 #include <stdexcept>
 
 #include "cascaded_group_attention.h"
-#include "vitkernels/bind.h"
 #if VITKERNELS_WITH_CUDA
 #include "vitkernels/runtime.h"
 #endif
@@ -45,8 +46,8 @@ Params make_params(const Argument& x, const Argument& qkv_weight, const Argument
   return p;
 }
 
-// The argument lists, once for every processor: use(params, lead...) does the work, `lead` being the types of the
-// arguments before the tensors; the first of them is a device index or a number of threads.
+// The argument lists, once for every processor: use(params, lead...) does the work, `lead` being the types of
+// the arguments before the tensors; the first of them is a device index or a number of threads.
 template <class... Lead, class Use>
 auto forward_arguments(Use use) {
   return [use](Lead... lead, const Argument& out, const Argument& heads, const Argument& x,

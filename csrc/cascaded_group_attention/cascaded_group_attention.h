@@ -42,8 +42,8 @@ struct Params {
 };
 
 // Launch on the stream; nothing is allocated and nothing synchronises. Throw std::runtime_error when
-// the launch is refused. The forward seldom needs a workspace (windows too large for shared memory): where it does
-// and has none, it returns the bytes that it lacks and has done nothing; else 0.
+// the launch is refused. The forward seldom needs a workspace (windows too large for shared memory): where it
+// does and has none, it returns the bytes that it lacks and has done nothing; else 0.
 int64_t forward_cuda(const Params& params, Stream stream);
 void backward_cuda(const Params& params, Stream stream);
 int64_t backward_workspace_cuda(const Params& params);

@@ -1,24 +1,24 @@
 // Forward of cascaded group attention: the whole mixer in one launch.
 //
 // Floor per window of N tokens: 2 N C sizeof(T) bytes (x in, out out; the weights stay in L2), and
-// 2 (h ((2k + d) d N + k N^2 + d N^2) + k N sum kappa^2 + C^2 N) FLOPs: 118 to 267 FLOPs a byte at the models'
-// shapes, the ridge of an H200, so neither may be wasted. Off the tensor cores: h N^2 exponentials and
-// k N sum kappa^2 multiply-adds of the depthwise convolution.
+// 2 (h ((2k + d) d N + k N^2 + d N^2) + k N sum kappa^2 + C^2 N) FLOPs: 118 to 267 FLOPs a byte at the
+// models' shapes, the ridge of an H200, so neither may be wasted. Off the tensor cores: h N^2 exponentials
+// and k N sum kappa^2 multiply-adds of the depthwise convolution.
 //
-// A block holds one or more windows and never leaves shared memory between x and out. One buffer Z [tokens][C]
-// carries everything: head i's share of x, its input U_i = X_i + O_(i-1), its output O_i, and relu(O_i) for
-// the projection take turns in the same columns. Heads run one after another (each needs the one before);
-// parallel are the tiles of a product, the windows of a block, and two or more blocks on an SM.
+// A block holds one or more windows and never leaves shared memory between x and out. One buffer Z
+// [tokens][C] carries everything: head i's share of x, its input U_i = X_i + O_(i-1), its output O_i, and
+// relu(O_i) for the projection take turns in the same columns. Heads run one after another (each needs the
+// one before); parallel are the tiles of a product, the windows of a block, and two or more blocks on an SM.
 //   rows      The products see the windows' tokens packed (2 windows of 49 are 98 rows, 7 tiles of 16, where
 //             one by one they would be 8); only the attention pads each window to whole tiles.
 //   weights   All of them pass through each block once, from L2 (18 to 390 KB): the more windows share them
-//             the better, as long as the grid still covers a large device twice. Windows are added while a block
-//             stays below 72 KB, so that an H100 holds three and an A100 two; beyond that only where a window's
-//             share of the weights still outweighs its x and out, up to what every device has (stage 3: four
-//             images of 16 tokens are 96 KB and read 97 KB of weights each).
+//             the better, as long as the grid still covers a large device twice. Windows are added while a
+//             block stays below 72 KB, so that an H100 holds three and an A100 two; beyond that only where a
+//             window's share of the weights still outweighs its x and out, up to what every device has (stage
+//             3: four images of 16 tokens are 96 KB and read 97 KB of weights each).
 //   banks     A row of Z, q, k, v is a multiple of 32 bytes plus 16: ldmatrix is free of conflicts.
-#include "tensor.h"
 #include "plain.h"
+#include "tensor.h"
 
 namespace vitkernels::cascaded_group_attention {
 namespace {
@@ -33,16 +33,17 @@ struct Layout {
   int count;  // windows of a block
   int rows;   // their tokens, rounded up to 16
   int ld_z, ld_y, ld_q;
-  int z, y, q;                  // y: q~, k, v; later a block of columns of the projection
-  int x_offsets, out_offsets;   // of each row in the maps, -1 for none
-  int y_rows;                   // of each row in y, -1 for none
+  int z, y, q;                 // y: q~, k, v; later a block of columns of the projection
+  int x_offsets, out_offsets;  // of each row in the maps, -1 for none
+  int y_rows;                  // of each row in y, -1 for none
   int key_codes, table, taps;
   ProductTile tile;
   int64_t bytes;
 
   Layout(const Problem& problem, int count, int depth) : count(count) {
     const Params& p = problem.params;
-    const int keys = key_rows(problem.tokens), widest = p.channels > problem.qkv_rows ? p.channels : problem.qkv_rows;
+    const int keys = key_rows(problem.tokens),
+              widest = p.channels > problem.qkv_rows ? p.channels : problem.qkv_rows;
     rows = round_up(count * problem.tokens, 16);
     tile = ProductTile::choose(rows, THREADS / 32, widest, depth);
     ld_z = leading_dimension<half_t>(p.channels);
@@ -69,41 +70,9 @@ template <class T, int KEYS>
 VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, const T* v, int ld_y, T* out,
                       int ld_out, const int* key_codes, const float* table, int first_query) {
   using Engine = TensorCores<T, KEYS>;
-  using Exp = Exponential<T>;
-  constexpr float NOTHING = -INFINITY;
   const int row = first_query + lane_id() / 4, column = lane_id() % 4 * 2, tokens = problem.tokens;
-  const BiasCodes codes(problem.params.window_h, problem.params.window_w);
-
-  float p[KEYS / 8][4];
-  tile_attention::clear(p);
-  Engine::multiply_rows(p, q + first_query * ld_q, ld_q, k, ld_y, problem.params.key_dim);
-  const float scale = static_cast<float>(problem.params.scale * Exp::unit);
-  const float* entries[2] = {table + codes.center + codes.code(row < tokens ? row : 0),
-                             table + codes.center + codes.code(row + 8 < tokens ? row + 8 : 0)};
-  float row_max[2] = {NOTHING, NOTHING}, row_sum[2] = {0.0f, 0.0f};
-  VK_UNROLL
-  for (int j = 0; j < KEYS / 8; ++j) {
-    VK_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      const int key = key_codes[8 * j + column + c % 2];
-      p[j][c] = key == INVALID ? NOTHING : p[j][c] * scale + entries[c / 2][-key];
-      row_max[c / 2] = p[j][c] > row_max[c / 2] ? p[j][c] : row_max[c / 2];
-    }
-  }
-  VK_UNROLL
-  for (int r = 0; r < 2; ++r) row_max[r] = warp_max<4>(row_max[r]);
-  VK_UNROLL
-  for (int j = 0; j < KEYS / 8; ++j) {
-    VK_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      p[j][c] = 8 * j < tokens ? Exp::exp(p[j][c] - row_max[c / 2]) : 0.0f;  // 49 keys: 7 of 8 blocks
-      row_sum[c / 2] += p[j][c];
-    }
-  }
-  float factor[2];
-  VK_UNROLL
-  for (int r = 0; r < 2; ++r) factor[r] = 1.0f / warp_sum<4>(row_sum[r]);
-
+  float p[KEYS / 8][4], factor[2];
+  softmax<T, KEYS>(p, factor, problem, q, ld_q, k, ld_y, key_codes, table, first_query);
   VK_NO_UNROLL
   for (int channel = 0; channel < problem.value_dim; channel += 32) {
     const int blocks = problem.value_dim - channel < 32 ? 2 : 4;
@@ -143,12 +112,18 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem proble
   const BiasCodes codes(params.window_h, params.window_w);
   const auto qkv_weights = [&](int head) {
     const View& view = params.qkv_weight;
-    const int64_t skipped = head * view.stride[0] * static_cast<int64_t>(problem.wide_weights ? 4 : sizeof(T));
-    return Weights{static_cast<const char*>(view.data) + skipped, view.stride[1], view.stride[2], problem.qkv_rows, d,
+    const int64_t skipped =
+        head * view.stride[0] * static_cast<int64_t>(problem.wide_weights ? 4 : sizeof(T));
+    return Weights{static_cast<const char*>(view.data) + skipped,
+                   view.stride[1],
+                   view.stride[2],
+                   problem.qkv_rows,
+                   d,
                    problem.wide_weights};
   };
-  const Weights proj_weights{params.proj_weight.data, params.proj_weight.stride[0], params.proj_weight.stride[1],
-                             params.channels, params.channels, problem.wide_weights};
+  const Weights proj_weights{
+      params.proj_weight.data, params.proj_weight.stride[0], params.proj_weight.stride[1], params.channels,
+      params.channels,         problem.wide_weights};
 
   product.template start<true>(qkv_weights(0));
   for (int row = thread_x(); row < layout.rows; row += block_dim_x()) {
@@ -162,7 +137,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem proble
     key_codes[slot] = slot < tokens ? codes.code(slot) : INVALID;
   for (int i = thread_x(); i < layout.count * (KEYS - tokens) * layout.ld_y / 8; i += block_dim_x()) {
     const int row = i * 8 / layout.ld_y, column = i * 8 % layout.ld_y;
-    zeros<T>().store(y + (row / (KEYS - tokens) * KEYS + tokens + row % (KEYS - tokens)) * layout.ld_y + column);
+    zeros<T>().store(y + (row / (KEYS - tokens) * KEYS + tokens + row % (KEYS - tokens)) * layout.ld_y +
+                     column);
   }
   sync_block();
 
@@ -172,7 +148,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem proble
   for (int i = thread_x(); i < x_walk.visits(); i += block_dim_x()) {
     const int row = x_walk.row(i), channel = x_walk.channel(i);
     const int64_t offset = x_offsets[row];
-    const T* source = static_cast<const T*>(params.x.data) + (offset < 0 ? 0 : offset) + channel * x_channels.stride;
+    const T* source =
+        static_cast<const T*>(params.x.data) + (offset < 0 ? 0 : offset) + channel * x_channels.stride;
     T* target = z + row * layout.ld_z + channel;
     if (x_channels.vectorized) {
       cp_async16(target, source, offset >= 0);
@@ -193,7 +170,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem proble
           const int64_t at = head * bias.stride[0] + column * bias.stride[1];
           first += read<T>(bias, problem.wide_weights, at);
           second += read<T>(bias, problem.wide_weights, at + bias.stride[1]);
-          Vec<T, 2>{{from_float<T>(first), from_float<T>(second)}}.store(y + y_rows[row] * layout.ld_y + column);
+          Vec<T, 2>{{from_float<T>(first), from_float<T>(second)}}.store(y + y_rows[row] * layout.ld_y +
+                                                                         column);
         },
         [](int, int) {});
     // The next weights travel during the rest of this head.
@@ -209,8 +187,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem proble
     for (int task = warp_id(); task < layout.count * query_tiles; task += block_dim_x() / 32) {
       const int window = task / query_tiles, tile = task % query_tiles;
       const T* rows = y + window * KEYS * layout.ld_y;
-      attend<T, KEYS>(problem, q + window * KEYS * layout.ld_q, layout.ld_q, rows + k, rows + 2 * k, layout.ld_y,
-                      z + window * tokens * layout.ld_z + head * d, layout.ld_z, key_codes, table, 16 * tile);
+      attend<T, KEYS>(problem, q + window * KEYS * layout.ld_q, layout.ld_q, rows + k, rows + 2 * k,
+                      layout.ld_y, z + window * tokens * layout.ld_z + head * d, layout.ld_z, key_codes,
+                      table, 16 * tile);
     }
     sync_block();
 
@@ -273,7 +252,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem proble
 int fitting_windows(const Problem& problem, int* depth) {
   constexpr int64_t COMFORTABLE = 72 * 1024;
   const int64_t spread = problem.windows / (2 * 132), channels = problem.params.channels;
-  const int64_t weights = channels * (channels + problem.qkv_rows), activations = 2 * problem.tokens * channels;
+  const int64_t weights = channels * (channels + problem.qkv_rows),
+                activations = 2 * problem.tokens * channels;
   int best = 0;
   for (int count = 1; count == 1 || (count <= spread && count * problem.tokens <= 128); ++count) {
     const bool heavy = count == 1 || weights / (count - 1) > activations;

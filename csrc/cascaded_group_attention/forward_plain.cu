@@ -1,4 +1,5 @@
-// Forward of the plain path, in one launch. The bounds are those of forward.cu with the rate of the CUDA cores.
+// Forward of the plain path, in one launch. The bounds are those of forward.cu with the rate of the CUDA
+// cores.
 #include "plain.h"
 
 namespace vitkernels::cascaded_group_attention {
@@ -47,7 +48,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
     for (int i = thread_x(); i < tokens * channels; i += block_dim_x()) {
       const int token = i % tokens, channel = i / tokens;
       const int64_t offset = problem.offset(params.x, window, token);
-      z[token * ld_z + channel] = offset < 0 ? Acc(0) : to_accumulate(x[offset + channel * params.x.stride[1]]);
+      z[token * ld_z + channel] =
+          offset < 0 ? Acc(0) : to_accumulate(x[offset + channel * params.x.stride[1]]);
     }
     sync_block();
     for (int head = 0; head < params.num_heads; ++head) {
@@ -67,8 +69,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
         Acc* here = u + token * ld_z + channel;
         const Acc output = *here;
         if (heads != nullptr)
-          heads[Problem::heads_offset(params.heads, window, token) + (head * d + channel) * params.heads.stride[2]] =
-              from_accumulate<T>(output);
+          heads[Problem::heads_offset(params.heads, window, token) +
+                (head * d + channel) * params.heads.stride[2]] = from_accumulate<T>(output);
         if (head + 1 < params.num_heads) here[d] = rounded<T>(output + here[d]);
         *here = relu(output);
       }
@@ -101,7 +103,8 @@ int64_t forward_plain(const Problem& problem, Stream stream) {
   const auto layout = Layout::of<accumulate_t<T>>(problem);
   const PlainSlots slots(layout.bytes, problem.windows);
   if (slots.workspace() > 0 && problem.params.workspace == nullptr) return slots.workspace();
-  launch(forward_plain_kernel<T>, Dim3{slots.blocks}, THREADS, slots.shared_bytes(), stream, problem, layout, slots);
+  launch(forward_plain_kernel<T>, Dim3{slots.blocks}, THREADS, slots.shared_bytes(), stream, problem, layout,
+         slots);
   return 0;
 }
 

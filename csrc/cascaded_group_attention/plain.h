@@ -1,9 +1,9 @@
-// The plain path: fused multiply-adds in any type, for any size. fp32 and fp64 take it, and half precision where
-// the tensor-core kernels do not fit.
+// The plain path: fused multiply-adds in any type, for any size. fp32 and fp64 take it, and half precision
+// where the tensor-core kernels do not fit.
 //
-// A block works on one window at a time. What lies between the steps (q~, k, v, P, ...) is in shared memory when
-// a window's share fits, else in the block's slot of a workspace, which stays in L2: the pointers are generic,
-// the code is one. Everything there is of type Acc, rounded to T where PyTorch would store a T.
+// A block works on one window at a time. What lies between the steps (q~, k, v, P, ...) is in shared memory
+// when a window's share fits, else in the block's slot of a workspace, which stays in L2: the pointers are
+// generic, the code is one. Everything there is of type Acc, rounded to T where PyTorch would store a T.
 #pragma once
 #include "problem.h"
 
@@ -37,8 +37,8 @@ VK_HOST_DEVICE int plain_pitch(int columns) {
   return columns | 1;
 }
 
-// out(row, column, sum over depth of a(row, k) b(k, column)) for all rows and columns; 4 x 4 sums a thread, its
-// neighbours being the next rows, which find the same b. No barrier, neither before nor after.
+// out(row, column, sum over depth of a(row, k) b(k, column)) for all rows and columns; 4 x 4 sums a thread,
+// its neighbours being the next rows, which find the same b. No barrier, neither before nor after.
 template <class Acc, class A, class B, class Out>
 VK_DEVICE void block_product(int rows, int columns, int depth, A a, B b, Out out) {
   constexpr int SIDE = 4;
@@ -94,10 +94,11 @@ VK_DEVICE void plain_qkv(const Problem& problem, int head, const Acc* u, int ld_
       });
 }
 
-// out(token, channel, sum over the live taps of tap * in(neighbour)), with the taps reversed for the transposed
-// convolution.
+// out(token, channel, sum over the live taps of tap * in(neighbour)), with the taps reversed for the
+// transposed convolution.
 template <class T, class Acc, class Out>
-VK_DEVICE void plain_convolve(const Problem& problem, int head, bool reversed, const Acc* in, int ld_in, Out out) {
+VK_DEVICE void plain_convolve(const Problem& problem, int head, bool reversed, const Acc* in, int ld_in,
+                              Out out) {
   const View& weight = problem.params.dw_weight;
   const int size = problem.params.kernel_sizes[head], dead = (problem.params.kernel_max - size) / 2;
   const int window_w = problem.params.window_w, window_h = problem.params.window_h;
@@ -135,8 +136,8 @@ VK_DEVICE void plain_queries(const Problem& problem, int head, const Acc* y, int
 
 // p [tokens][ld_p], the probabilities. Barriers inside.
 template <class T, class Acc>
-VK_DEVICE void plain_softmax(const Problem& problem, int head, const Acc* q, int ld_q, const Acc* y, int ld_y, Acc* p,
-                             int ld_p) {
+VK_DEVICE void plain_softmax(const Problem& problem, int head, const Acc* q, int ld_q, const Acc* y, int ld_y,
+                             Acc* p, int ld_p) {
   using Exp = Exponential<T>;
   const int k = problem.params.key_dim, tokens = problem.tokens;
   const Acc scale = static_cast<Acc>(problem.params.scale * Exp::unit);
@@ -146,7 +147,8 @@ VK_DEVICE void plain_softmax(const Problem& problem, int head, const Acc* q, int
       [&](int c, int column) { return y[column * ld_y + k + c]; },
       [&](int row, int column, Acc sum) {
         const int64_t at = head * table.stride[0] + problem.bias_index(row, column) * table.stride[1];
-        p[row * ld_p + column] = sum * scale + read<T>(table, problem.wide_table, at) * static_cast<Acc>(Exp::unit);
+        p[row * ld_p + column] =
+            sum * scale + read<T>(table, problem.wide_table, at) * static_cast<Acc>(Exp::unit);
       });
   sync_block();
   for (int row = warp_id(); row < tokens; row += block_dim_x() / 32) {

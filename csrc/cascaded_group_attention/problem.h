@@ -36,8 +36,10 @@ struct Problem {
     if (window >= windows) return -1;
     const int64_t image = window / windows_per_image;
     const int place = static_cast<int>(window - image * windows_per_image);
-    const int64_t y = static_cast<int64_t>(place / window_columns) * params.window_h + token / params.window_w;
-    const int64_t x = static_cast<int64_t>(place % window_columns) * params.window_w + token % params.window_w;
+    const int64_t y =
+        static_cast<int64_t>(place / window_columns) * params.window_h + token / params.window_w;
+    const int64_t x =
+        static_cast<int64_t>(place % window_columns) * params.window_w + token % params.window_w;
     if (y >= params.height || x >= params.width) return -1;
     return image * map.stride[0] + y * map.stride[2] + x * map.stride[3];
   }

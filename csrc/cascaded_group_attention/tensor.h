@@ -11,8 +11,9 @@ namespace vitkernels::cascaded_group_attention {
 using tile_attention::INVALID;
 using tile_attention::leading_dimension;
 
-constexpr int MAX_TOKENS = 144;  // of a window on tensor cores: a row of logits lives in the registers of 4 lanes
-constexpr int MAX_KERNEL = 7;    // of the depthwise convolution: its row of inputs too
+constexpr int MAX_TOKENS =
+    144;  // of a window on tensor cores: a row of logits lives in the registers of 4 lanes
+constexpr int MAX_KERNEL = 7;  // of the depthwise convolution: its row of inputs too
 
 inline int key_rows(int tokens) {
   return tokens <= 16 ? 16 : tokens <= 64 ? 64 : MAX_TOKENS;
@@ -76,8 +77,8 @@ VK_DEVICE void stage_taps(float* taps, const Problem& problem, int head, bool re
 }
 
 // Depthwise convolution inside `count` windows of `pitch` rows each, zero-padded. A thread makes four
-// neighbours of a row for two channels: their inputs are read once a tap row instead of once a tap. Four divide the
-// windows of 4 and nearly those of 7 and 8; eight would leave half of the threads without work.
+// neighbours of a row for two channels: their inputs are read once a tap row instead of once a tap. Four
+// divide the windows of 4 and nearly those of 7 and 8; eight would leave half of the threads without work.
 template <class T, int HALF>
 VK_DEVICE void convolve(const T* in, int ld_in, T* out, int ld_out, const float* taps, const Problem& problem,
                         int count, int pitch) {
@@ -143,6 +144,46 @@ VK_DEVICE void convolve(const T* in, int ld_in, T* out, int ld_out, const float*
     default:
       return convolve<T, 3>(in, ld_in, out, ld_out, taps, problem, count, pitch);
   }
+}
+
+// One warp: the logits of 16 queries of a window against its keys, and their exponentials in p, -inf and 0
+// where there is no key. A row times its factor is a row of probabilities.
+template <class T, int KEYS>
+VK_DEVICE void softmax(float (&p)[KEYS / 8][4], float (&factor)[2], const Problem& problem, const T* q,
+                       int ld_q, const T* k, int ld_k, const int* key_codes, const float* table,
+                       int first_query) {
+  using Exp = Exponential<T>;
+  constexpr float NOTHING = -INFINITY;
+  const int row = first_query + lane_id() / 4, column = lane_id() % 4 * 2, tokens = problem.tokens;
+  const BiasCodes codes(problem.params.window_h, problem.params.window_w);
+  tile_attention::clear(p);
+  tile_attention::TensorCores<T, KEYS>::multiply_rows(p, q + first_query * ld_q, ld_q, k, ld_k,
+                                                      problem.params.key_dim);
+  const float scale = static_cast<float>(problem.params.scale * Exp::unit);
+  const float* entries[2] = {table + codes.center + codes.code(row < tokens ? row : 0),
+                             table + codes.center + codes.code(row + 8 < tokens ? row + 8 : 0)};
+  float row_max[2] = {NOTHING, NOTHING}, row_sum[2] = {0.0f, 0.0f};
+  VK_UNROLL
+  for (int j = 0; j < KEYS / 8; ++j) {
+    VK_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      const int key = key_codes[8 * j + column + c % 2];
+      p[j][c] = key == INVALID ? NOTHING : p[j][c] * scale + entries[c / 2][-key];
+      row_max[c / 2] = p[j][c] > row_max[c / 2] ? p[j][c] : row_max[c / 2];
+    }
+  }
+  VK_UNROLL
+  for (int r = 0; r < 2; ++r) row_max[r] = warp_max<4>(row_max[r]);
+  VK_UNROLL
+  for (int j = 0; j < KEYS / 8; ++j) {
+    VK_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      p[j][c] = 8 * j < tokens ? Exp::exp(p[j][c] - row_max[c / 2]) : 0.0f;  // 49 keys: 7 of 8 blocks
+      row_sum[c / 2] += p[j][c];
+    }
+  }
+  VK_UNROLL
+  for (int r = 0; r < 2; ++r) factor[r] = 1.0f / warp_sum<4>(row_sum[r]);
 }
 
 // How eight channels of a token move between a map and shared memory.

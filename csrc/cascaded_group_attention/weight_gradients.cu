@@ -1,9 +1,10 @@
 // The gradients of the two large weights and of their biases, as partial sums over chunks of tokens.
 //
-// grad W_i = grad_y_i^T U_i and grad W_proj = grad_out^T relu(heads), both [outputs][inputs] sums over the tokens of all
-// windows. Floor: 2 (h (2k + d) d + C^2) FLOPs a token, and one read of grad_y, x, grad_out and heads, which the tiles of
-// outputs share through L2. A block owns 64 x 64 sums and walks over a chunk of tokens, 64 at a time; U_i and
-// relu(heads) are made on the way into shared memory. The biases' gradients are column sums of the left tile.
+// grad W_i = grad_y_i^T U_i and grad W_proj = grad_out^T relu(heads), both [outputs][inputs] sums over the
+// tokens of all windows. Floor: 2 (h (2k + d) d + C^2) FLOPs a token, and one read of grad_y, x, grad_out and
+// heads, which the tiles of outputs share through L2. A block owns 64 x 64 sums and walks over a chunk of
+// tokens, 64 at a time; U_i and relu(heads) are made on the way into shared memory. The biases' gradients are
+// column sums of the left tile.
 #include "backward.h"
 
 namespace vitkernels::cascaded_group_attention {
@@ -52,7 +53,8 @@ struct Rows {
         stride(view.stride[channel_dimension]),
         channels(channels) {
     vectorized = stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-    for (int i = 0; i < 4; ++i) vectorized = vectorized && (i == channel_dimension || view.stride[i] % WIDTH<T> == 0);
+    for (int i = 0; i < 4; ++i)
+      vectorized = vectorized && (i == channel_dimension || view.stride[i] % WIDTH<T> == 0);
   }
   VK_DEVICE Vec<T, WIDTH<T>> load(int64_t offset, int channel) const {
     const int left = offset < 0 ? 0 : channels - channel;
@@ -78,7 +80,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
   const int rows_of = is_qkv ? tasks.qkv_rows : tasks.proj_side;
   const int column0 = task % columns_of * SIDE, row0 = task / columns_of % rows_of * SIDE;
   const int head = task / columns_of / rows_of;
-  const int outputs = is_qkv ? problem.qkv_rows : params.channels, inputs = is_qkv ? problem.value_dim : params.channels;
+  const int outputs = is_qkv ? problem.qkv_rows : params.channels,
+            inputs = is_qkv ? problem.value_dim : params.channels;
   const int64_t tokens = problem.tokens, all = problem.windows * tokens;
   const int64_t begin = static_cast<int64_t>(block_y()) * rows_per_chunk;
   const int64_t end = begin + rows_per_chunk < all ? begin + rows_per_chunk : all;
@@ -87,7 +90,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
                                    : Rows<T>(params.grad_out, 1, row0, outputs - row0);
   const Rows<T> right_rows = is_qkv ? Rows<T>(params.x, 1, head * inputs + column0, inputs - column0)
                                     : Rows<T>(params.heads, 2, column0, inputs - column0);
-  const Rows<T> previous_rows(params.heads, 2, head > 0 ? (head - 1) * inputs + column0 : 0, inputs - column0);
+  const Rows<T> previous_rows(params.heads, 2, head > 0 ? (head - 1) * inputs + column0 : 0,
+                              inputs - column0);
   const bool cascades = is_qkv && head > 0;
 
   Acc sums[4][4];
@@ -101,11 +105,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
       const int token = static_cast<int>(row - window * tokens);
       const bool real = row < end;
       const int64_t in_heads = Problem::heads_offset(params.heads, window, token);
-      left_offsets[thread_x()] =
-          !real                      ? -1
-          : is_qkv                   ? row * grad_y.stride[0]
-          : present(params.grad_out) ? problem.offset(params.grad_out, window, token)
-                                     : -1;
+      left_offsets[thread_x()] = !real                      ? -1
+                                 : is_qkv                   ? row * grad_y.stride[0]
+                                 : present(params.grad_out) ? problem.offset(params.grad_out, window, token)
+                                                            : -1;
       right_offsets[thread_x()] = !real ? -1 : is_qkv ? problem.offset(params.x, window, token) : in_heads;
       previous_offsets[thread_x()] = real ? in_heads : -1;
     }
@@ -141,7 +144,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
   }
 
   Acc* target = all_sums + block_y() * places.elements;
-  Acc* weight = target + (is_qkv ? places.qkv_weight + static_cast<int64_t>(head) * outputs * inputs : places.proj_weight);
+  Acc* weight = target + (is_qkv ? places.qkv_weight + static_cast<int64_t>(head) * outputs * inputs
+                                 : places.proj_weight);
   VK_UNROLL
   for (int j = 0; j < 4; ++j) {
     VK_UNROLL
@@ -166,8 +170,8 @@ void weight_sums(const Problem& problem, const Workspace& workspace, Stream stre
   grad_y.stride[0] = static_cast<int64_t>(problem.params.num_heads) * problem.qkv_rows;
   grad_y.stride[1] = 1;
   const size_t bytes = 3 * SIDE * sizeof(int64_t) + 2 * SIDE * LD<T> * sizeof(T);
-  launch(weight_sums_kernel<T>, Dim3{tasks.qkv + tasks.proj, workspace.chunks}, THREADS, bytes, stream, problem, tasks,
-         WeightSums(problem), grad_y, workspace.rows_per_chunk,
+  launch(weight_sums_kernel<T>, Dim3{tasks.qkv + tasks.proj, workspace.chunks}, THREADS, bytes, stream,
+         problem, tasks, WeightSums(problem), grad_y, workspace.rows_per_chunk,
          reinterpret_cast<accumulate_t<T>*>(base + workspace.weight_sums));
 }
 

@@ -286,7 +286,7 @@ def test_several_windows_share_a_block() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_blocks_walk_over_windows(dtype: torch.dtype) -> None:
-    """More windows than blocks of the backward: a block adds up its own sums, and chunks of tokens are many."""
+    """More windows than blocks of the backward: each adds up its own sums, over several chunks of tokens."""
     check(Case(16, (3,), (1, 2), (2 * 27, 41), dtype))
 
 

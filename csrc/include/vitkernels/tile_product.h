@@ -1,9 +1,11 @@
-// A block's product of a matrix in shared memory with one that streams in from global memory, on tensor cores.
+// A block's product of a matrix in shared memory with one that streams in from global memory, on tensor
+// cores.
 //
-// out[m][n] = sum_k a[m][k] w[n][k] (BY_ROWS: a layer's forward, w being its weight), or sum_k a[m][k] w[k][n]
-// (its backward). a stays where it is; w arrives in tiles of `columns` n by `depth` k through two buffers, the
-// next tile by cp.async while the current one is multiplied: one barrier a tile. A warp owns 32 x 32 sums, so
-// that four ldmatrix feed eight mma: the two pipes are balanced, and each fragment of w serves two of a.
+// out[m][n] = sum_k a[m][k] w[n][k] (BY_ROWS: a layer's forward, w being its weight), or sum_k a[m][k]
+// w[k][n] (its backward). a stays where it is; w arrives in tiles of `columns` n by `depth` k through two
+// buffers, the next tile by cp.async while the current one is multiplied: one barrier a tile. A warp owns 32
+// x 32 sums, so that four ldmatrix feed eight mma: the two pipes are balanced, and each fragment of w serves
+// two of a.
 #pragma once
 #include "vitkernels/tile_attention_engine.h"
 
@@ -27,8 +29,8 @@ struct ProductTile {
   VK_HOST_DEVICE int columns() const { return 1 << column_bits; }
   VK_HOST_DEVICE int depth() const { return 1 << depth_bits; }
 
-  // The widest tile for which every warp has a block of sums of its own, or less where less exists; its depth is
-  // 32 or 64.
+  // The widest tile for which every warp has a block of sums of its own, or less where less exists; its depth
+  // is 32 or 64.
   static ProductTile choose(int rows, int warps, int widest, int depth) {
     ProductTile tile;
     const int row_blocks = (rows + 31) / 32;
@@ -55,10 +57,10 @@ class Product {
     cp_async_commit();
   }
 
-  // Multiplies: a is [rows][lda], rows a multiple of 16 and at most 32 x warps. Begins with a barrier, so a may
-  // have been written just before. Each warp hands its sums, two neighbours at a time, to store(row, n, column,
-  // first, second), theirs being columns n + column and the next; when the block of columns from n on is
-  // through, all threads call after(n, columns), which has to begin with a barrier if it needs one.
+  // Multiplies: a is [rows][lda], rows a multiple of 16 and at most 32 x warps. Begins with a barrier, so a
+  // may have been written just before. Each warp hands its sums, two neighbours at a time, to store(row, n,
+  // column, first, second), theirs being columns n + column and the next; when the block of columns from n on
+  // is through, all threads call after(n, columns), which has to begin with a barrier if it needs one.
   template <bool BY_ROWS, class Store, class After>
   VK_DEVICE void run(const T* a, int lda, int rows, const Weights& w, Store store, After after) {
     const int count = BY_ROWS ? w.rows : w.columns, depth = BY_ROWS ? w.columns : w.rows;
@@ -160,8 +162,8 @@ class Product {
       VK_UNROLL
       for (int e = 0; e < 8; ++e) {
         const int64_t at = source + e * w.column_stride;
-        values[e] = w.wide ? from_float<T>(static_cast<const float*>(w.data)[at])
-                           : static_cast<const T*>(w.data)[at];
+        values[e] =
+            w.wide ? from_float<T>(static_cast<const float*>(w.data)[at]) : static_cast<const T*>(w.data)[at];
       }
       values.store(target);
     }
