@@ -12,7 +12,7 @@ import twin
 from guarded import Guarded, Layout
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
-from vitkernels.kernels.cascaded_group_attention import native, reference
+from vitkernels.kernels.cascaded_group_attention import _cuda_limits, native, reference
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 WEIGHTS = (
@@ -306,6 +306,19 @@ def test_a_window_that_outgrows_shared_memory() -> None:
     """What lies between the steps then lies in a workspace, which the forward asks for."""
     check(Case(96, (3, 3), (12, 12), (12, 12), F64, with_heads=False))
     check(Case(288, (3, 3, 3), (12, 12), (12, 12), F16, with_heads=False))
+
+
+def test_limits_name_what_does_not_fit() -> None:
+    def reasons(case: Case) -> list[str]:
+        heads, k, d = len(case.kernels), case.key_dim, case.channels // len(case.kernels)
+        shapes = ((1, case.channels, *case.size), (heads, 2 * k + d, d), (), (heads, k, 3, 3), (), (), (), ())
+        tensors = [torch.empty(shape, dtype=case.dtype, device="meta") for shape in shapes]
+        return _cuda_limits(*tensors, *case.params)
+
+    assert reasons(Case(384, (3,) * 4, (12, 12), (12, 12))) == []
+    assert reasons(Case(33, (3,) * 3, (64, 64), (64, 64), F64)) == []
+    assert "below 2 GB" in reasons(Case(64, (3, 3), (128, 128), (128, 128), F32))[0]
+    assert "up to 16 heads, got 17" in reasons(Case(34, (3,) * 17))[0]
 
 
 def assert_no_schedule_changes_a_bit(case: Case, seeds: Sequence[int]) -> None:
