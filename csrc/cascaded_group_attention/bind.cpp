@@ -1,7 +1,8 @@
+#include "vitkernels/bind.h"
+
 #include <stdexcept>
 
 #include "cascaded_group_attention.h"
-#include "vitkernels/bind.h"
 #if VITKERNELS_WITH_CUDA
 #include "vitkernels/runtime.h"
 #endif

@@ -1,7 +1,7 @@
 // Small matrices on the CPU: scratch, the one matrix product, and the way in and out of strided tensors.
 //
-// The product is C[r][l] = start[r] + add[r][l] + sum_k A(r, k) * B[k][l]. A is read in place, one broadcast scalar at a
-// time and with any strides; B and C are scratch with l in the vector lanes.
+// The product is C[r][l] = start[r] + add[r][l] + sum_k A(r, k) * B[k][l]. A is read in place, one broadcast
+// scalar at a time and with any strides; B and C are scratch with l in the vector lanes.
 #pragma once
 #include "vitkernels/simd.h"
 
