@@ -1,8 +1,8 @@
 // The window kernel of the backward on the plain path.
 //
-// Floor per window: 2 h (2 (2k + d) d N + 2 k N^2 + 3 d N^2 + k N^2 ...) FLOPs, about twice the forward's, on
-// the CUDA cores, plus the recomputation of q~, k, v and P. What lies between the steps outgrows shared
-// memory in the later stages and then lives in L2, see PlainSlots.
+// Floor per window: 2 (h (2 (2k + d) d N + 3 k N^2 + 2 d N^2) + C^2 N) FLOPs on the CUDA cores, q~, k, v and
+// P recomputed. What lies between the steps outgrows shared memory in the later stages and then lives in L2,
+// see PlainSlots.
 #include "backward.h"
 
 namespace vitkernels::cascaded_group_attention {

@@ -1,9 +1,8 @@
 // The window kernel of the backward on tensor cores.
 //
-// Floor per window: with the recomputation about three forwards, 6 (h ((2k + d) d N + k N^2 + d N^2) + C^2 N)
-// FLOPs; bytes: x, grad_out, heads and grad_x once, grad_z and grad_y to the workspace and back. Bound by
-// neither: between its barriers a block has too little work of one kind, so what counts is a second block on
-// the SM.
+// Floor per window: 2 h (2 (2k + d) d N + 3 k N^2 + 2 d N^2) FLOPs, q~, k, v and P recomputed; bytes: x,
+// heads, grad_z and grad_x, C elements a token each, and grad_y, h (2k + d). Bound by neither: between its
+// barriers a block has too little work of one kind, so what counts is a second block on the SM.
 //
 // Every window takes KEYS rows, zero from its last token on, so that products over tokens need no mask. U, q~
 // k v, q, grad_o, grad_y and grad_q of one head fit 90 KB up to 96 channels a head; the weights' tiles take

@@ -119,16 +119,17 @@ static void token_dots(T* dst, const T* x, int step, const T* m, ptrdiff_t chann
 template <class T>
 struct ForwardTile {
   int keys, width, odd, head_dim, value_dim;
-  const T* q;     // [head_dim][width], times scale
+  const T* q;     // [head_dim][q_row], times scale
   const T* bias;  // [keys][width]; null: none
   T* s;           // [keys][width]
   T* out;         // [value_dim][width]
   T *inverse, *lse;
   T* row;  // [keys], rounded up
+  int q_row = width;
 
   void run(Matrix<const T> k, Matrix<const T> v) const {
     const int vecs = width / kLanes<T> - (odd ? 1 : 0);
-    multiply<T>(vecs, {keys, head_dim, k.data, k.token, k.channel, q, width, bias, width, s, width});
+    multiply<T>(vecs, {keys, head_dim, k.data, k.token, k.channel, q, q_row, bias, width, s, width});
     softmax<T>(s, width, vecs, keys, inverse, lse);
     multiply<T>(vecs, {value_dim, keys, v.data, v.channel, v.token, s, width, nullptr, 0, out, width});
     for (int i = 0; i < odd; ++i) run_odd(k, v, vecs * kLanes<T> + i);
@@ -136,7 +137,7 @@ struct ForwardTile {
 
   void run_odd(Matrix<const T> k, Matrix<const T> v, int lane) const {
     const int padded = round_up_lanes<T>(keys);
-    token_dots<T>(row, q + lane, width, k.data, k.channel, head_dim, keys);
+    token_dots<T>(row, q + lane, q_row, k.data, k.channel, head_dim, keys);
     for (int i = 0; i < keys && bias; ++i) row[i] += bias[static_cast<ptrdiff_t>(i) * width + lane];
     T top = row[0];
     for (int i = 1; i < keys; ++i) top = row[i] > top ? row[i] : top;
@@ -157,14 +158,15 @@ struct ForwardTile {
 // ---- backward
 
 // One tile of keys: probabilities p and logit gradients dl, [queries][width]; row r is a query. The logits
-// are those of the forward pass to the last bit: the same factors, summed in the same order.
+// are those of the forward pass to the last bit: the same factors, summed in the same order. Without lse the
+// tile has all keys and none is odd, and the softmax is taken along the rows.
 template <class T>
 struct BackwardTile {
   int queries, width, lanes, odd, head_dim, value_dim;
   const T* k;         // [head_dim][width]
   const T* v;         // [value_dim][width]
   const T* bias;      // [queries][width]; null: none
-  const T* lse;       // [queries]
+  const T* lse;       // [queries]; null: see above
   const T* delta;     // [queries]: sum_m p * dp - grad_lse; when `whole`, - grad_lse alone
   bool whole;         // this tile has all keys, so it finds sum_m p * dp itself
   T *p, *dl;          // [queries][width]
@@ -192,10 +194,11 @@ struct BackwardTile {
     const int computed = vecs * kLanes<T>;
     for (int r = 0; r < queries; ++r) {
       T *pr = p + static_cast<ptrdiff_t>(r) * width, *dr = dl + static_cast<ptrdiff_t>(r) * width;
-      const Vec<T> shift = broadcast(lse[r]);
+      if (!lse) softmax_row(pr, computed, unused);
+      const Vec<T> shift = lse ? broadcast(lse[r]) : Vec<T>{};
       Vec<T> sum = {};
       for (int i = 0; i < computed; i += kLanes<T>) {
-        Vec<T> e = exp_softmax<T>(load(pr + i) - shift);
+        Vec<T> e = lse ? exp_softmax<T>(load(pr + i) - shift) : load(pr + i);
         if (i + kLanes<T> == computed) e = unused ? Vec<T>{} : e;
         store(pr + i, e);
         sum += e * load(dr + i);
@@ -213,6 +216,27 @@ struct BackwardTile {
         dr[computed + i] = d;
       }
     }
+  }
+
+  // row <- e^(row - max) / sum of that; lanes that are `unused` in the last vector take no part.
+  static void softmax_row(T* row, int count, IntVec<T> unused) {
+    const int last = count - kLanes<T>;
+    const Vec<T> nothing = broadcast(-static_cast<T>(__builtin_inff()));
+    store(row + last, unused ? nothing : load(row + last));
+    Vec<T> top = load(row);
+    for (int i = kLanes<T>; i < count; i += kLanes<T>) top = vmax(load(row + i), top);
+    T tops[kLanes<T>];
+    store(tops, top);
+    T highest = tops[0];
+    for (int i = 1; i < kLanes<T>; ++i) highest = tops[i] > highest ? tops[i] : highest;
+    Vec<T> sum = {};
+    for (int i = 0; i < count; i += kLanes<T>) {
+      const Vec<T> e = exp_softmax<T>(load(row + i) - highest);
+      store(row + i, e);
+      sum += e;
+    }
+    const Vec<T> inverse = broadcast(1 / across<T>(sum));
+    for (int i = 0; i < count; i += kLanes<T>) store(row + i, load(row + i) * inverse);
   }
 
   // to[channel][lane] = sum over queries of m[query][channel] * p (or dl)[query][lane]
