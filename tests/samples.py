@@ -179,8 +179,8 @@ SAMPLES = [
     Sample(
         "cascaded_group_attention-windows",
         ops.cascaded_group_attention,
-        _cascade(2, 5, 3, (4, 7), 6, 3),  # padded right to 4 x 9
-        {"window_size": (2, 3), "kernel_sizes": (3, 1), "residual": True},
+        _cascade(2, 5, 3, (4, 7), 8, 3),  # padded right to 4 x 8
+        {"window_size": (2, 4), "kernel_sizes": (3, 1), "residual": True},
         bad=[
             ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
             ({"x": _image[0]}, ValueError, "argument `x`: expected shape"),
@@ -195,7 +195,7 @@ SAMPLES = [
             ({"dw_weight": _floats(0, 3, 3, 3)}, ValueError, "argument `dw_weight`: expected at least one"),
             ({"dw_bias": _floats(2)}, ValueError, "argument `dw_bias`: expected shape"),
             ({"attn_bias": _floats(2, 9)}, ValueError, "argument `attn_bias`: expected shape"),
-            ({"attn_bias": _floats(2, 6).half()}, TypeError, "argument `attn_bias`: expected dtype float32"),
+            ({"attn_bias": _floats(2, 8).half()}, TypeError, "argument `attn_bias`: expected dtype float32"),
             ({"proj_weight": _floats(10, 5)}, ValueError, "argument `proj_weight`: expected shape"),
             ({"proj_bias": _floats(10).to("meta")}, ValueError, "argument `proj_bias`: expected device cpu"),
             ({"window_size": (2, 0)}, ValueError, "argument `window_size`: expected 2 positive ints"),
