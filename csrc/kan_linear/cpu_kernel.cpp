@@ -47,7 +47,7 @@ Cut cut(const Params& p, int threads) {
   }
   c.rows = ceil_div(c.rows, kLanes<float>) * kLanes<float>;
   c.row_blocks = (p.rows + c.rows - 1) / c.rows;
-  const int most = ceil_div(kBlock, p.grids);
+  const int most = ceil_div(128, p.grids);
   int items = ceil_div(p.channels, most);
   items = ceil_div(items, threads) * threads;
   c.channels = ceil_div(p.channels, items);

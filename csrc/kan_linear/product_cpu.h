@@ -14,6 +14,8 @@ constexpr int kBlock = 128;  // rows of x at a time
 
 template <class T, int V, int R>
 VITKERNELS_INLINE void multiply_group(const Product<T>& p) {
+  // What is added to comes from L3 at worst, and is asked for only after the sums.
+  for (int r = 0; p.add && r < p.rows; ++r) __builtin_prefetch(p.add + r * p.add_row);
   multiply_rows<T, V, R>(p, p.rows, 0, 0);
 }
 
