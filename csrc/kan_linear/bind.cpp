@@ -76,6 +76,36 @@ void bind(py::module_& module) {
   module.def("kan_linear_backward_cpu",
              backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
 #endif
+#if VITKERNELS_WITH_CUDA
+  module.def("kan_linear_forward_cuda", forward_with([](const Params& p, int device, Stream stream) {
+               ScopedDevice scope(device);
+               forward_cuda(p, stream);
+             }));
+  module.def("kan_linear_backward_cuda", backward_with([](const Params& p, int device, Stream stream) {
+               ScopedDevice scope(device);
+               backward_cuda(p, stream);
+             }));
+  module.def("kan_linear_forward_workspace_cuda",
+             [](const Argument& y, const Argument& mean, const Argument& rstd, const Argument& x,
+                const Argument& weight, const Argument& ln_weight, const Argument& ln_bias, const Argument& grid,
+                double inv_denominator, double eps) {
+               return forward_workspace_cuda(
+                   make_params(inv_denominator, eps, x, weight, ln_weight, ln_bias, grid, y, mean, rstd));
+             });
+  module.def("kan_linear_backward_workspace_cuda",
+             [](const Argument& grad_x, const Argument& grad_weight, const Argument& grad_ln_weight,
+                const Argument& grad_ln_bias, const Argument& grad_grid, const Argument&, const Argument& mean,
+                const Argument& rstd, const Argument& x, const Argument& weight, const Argument& ln_weight,
+                const Argument& ln_bias, const Argument& grid, double inv_denominator, double eps) {
+               Params p = make_params(inv_denominator, eps, x, weight, ln_weight, ln_bias, grid, {}, mean, rstd);
+               p.grad_x = grad_x.view;
+               p.grad_weight = grad_weight.view;
+               p.grad_ln_weight = grad_ln_weight.view;
+               p.grad_ln_bias = grad_ln_bias.view;
+               p.grad_grid = grad_grid.view;
+               return backward_workspace_cuda(p);
+             });
+#endif
 }
 
 }  // namespace vitkernels::kan_linear

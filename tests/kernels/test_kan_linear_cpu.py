@@ -70,13 +70,12 @@ def test_threads_change_no_bit(threads):
         assert torch.equal(got[name], tensor), name
 
 
-@pytest.mark.parametrize("spread", [8.0, 1e4])
+@pytest.mark.parametrize("spread", [8.0, 100.0])
 def test_far_from_the_grid(spread):
-    """|u| up to 30, where a few functions still rise, and up to 1e4, where all are 0."""
+    """|u| up to 30 and 400, where a few functions still rise, and at 1e4, where all are 0."""
     tensors, grad_y = inputs(64, 24, 20, spread=spread), torch.randn(64, 20)
     check(launch(native, tensors, grad_y), tensors, grad_y)
     tensors["ln_bias"] += 1e4
-    tensors["ln_weight"] /= spread
     got = launch(native, tensors, grad_y)
     assert all(torch.isfinite(t).all() for t in got.values())
     assert got["y"].abs().max() < 1e-12

@@ -130,6 +130,11 @@ def _flops(x: Any, weight: Any, *_: Any, mask: list[bool] | None) -> int:
     return product * ((grad_x or any(grad_others)) + grad_weight)
 
 
+def _grid_limits(x: Any, weight: Any, ln_weight: Any, ln_bias: Any, grid: Any, *_: Any) -> list[str]:
+    points = grid.shape[0]
+    return [f"takes grids of up to 64 points, got {points}"] if points > 64 else []
+
+
 _NATIVE = "vitkernels.kernels.kan_linear.native"
 
 operator = Operator(
@@ -140,7 +145,16 @@ operator = Operator(
     check=_check,
     allocate=(_allocate_y, _allocate_row, _allocate_row),
     reference=reference.forward,
-    backends=(Backend("cpu", _NATIVE, skips_by_products=True),),
-    order={"cpu": ("cpu",)},
+    backends=(
+        Backend("cuda", _NATIVE, limits=_grid_limits, skips_by_products=True),
+        Backend(
+            "triton",
+            "vitkernels.kernels.kan_linear.triton",
+            dtypes=(torch.float32, torch.float16, torch.bfloat16),
+            limits=_grid_limits,
+        ),
+        Backend("cpu", _NATIVE, skips_by_products=True),
+    ),
+    order={"cuda": ("cuda", "triton"), "cpu": ("cpu",)},
     flops=_flops,
 )
