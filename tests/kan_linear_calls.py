@@ -28,7 +28,9 @@ def inputs(
     small = torch.float64 if dtype is torch.float64 else torch.float32
     return {
         "x": (2 * torch.randn(rows, channels) + 0.5).to(dtype),
-        "weight": (torch.randn(outputs, channels * grids) / (channels * grids) ** 0.5).to(weight_dtype or dtype),
+        "weight": (torch.randn(outputs, channels * grids) / (channels * grids) ** 0.5).to(
+            weight_dtype or dtype
+        ),
         "ln_weight": spread * (1 + 0.2 * torch.randn(channels, dtype=small)),
         "ln_bias": 0.2 * torch.randn(channels, dtype=small),
         "grid": torch.linspace(-2, 2, grids, dtype=small) if grids > 1 else torch.zeros(1, dtype=small),
@@ -42,7 +44,10 @@ def results(
     leaves = [t.detach().requires_grad_() for t in tensors.values()]
     y = function(*leaves, *params)
     y = y[0] if isinstance(y, tuple) else y
-    return {"y": y.detach(), **dict(zip(NAMES, torch.autograd.grad(y, leaves, grad_y.to(y.dtype)), strict=True))}
+    return {
+        "y": y.detach(),
+        **dict(zip(NAMES, torch.autograd.grad(y, leaves, grad_y.to(y.dtype)), strict=True)),
+    }
 
 
 def launch(
@@ -71,7 +76,7 @@ def check(
     grad_y: torch.Tensor,
     params: tuple[float, float] = PARAMS,
 ) -> None:
-    """Holds y and every gradient to the rule. Of the gradients only those of the norm and the grid are sums over rows."""
+    """Holds y and every gradient to the rule. Only those of the norm and the grid sum over rows beyond the products."""
     baseline = results(reference.forward, tensors, grad_y, params)
     wide = {name: t.double() for name, t in tensors.items()}
     truth = results(reference.forward, wide, grad_y.to(tensors["weight"].dtype).double(), params)

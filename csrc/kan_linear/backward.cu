@@ -1,8 +1,10 @@
-// Backward. dPhi = dY W of a tile of rows and a slice of channels stays on the chip and is contracted with phi' over
-// the grid: du, and partial sums for the norm's parameters and the grid. Then the norm's backward by rows, and
-// dW = dY^T Phi with Phi made again. Partial sums are added in a fixed order; there are no float atomics.
+// Backward. dPhi = dY W of a tile of rows and a slice of channels stays on the chip and is contracted with
+// phi' over the grid: du, and partial sums for the norm's parameters and the grid. Then the norm's backward
+// by rows, and dW = dY^T Phi with Phi made again. Partial sums are added in a fixed order; there are no float
+// atomics.
 //
-// Floor: twice the forward's FLOPs, and its special functions for dW; dY crosses L2 once for each slice of channels.
+// Floor: twice the forward's FLOPs, and its special functions for dW; dY crosses L2 once for each slice of
+// channels.
 #include "tiles.h"
 
 namespace vitkernels::kan_linear {
@@ -14,9 +16,9 @@ constexpr int64_t WEIGHT_BLOCKS = 512, PARTIAL_BYTES = int64_t{64} << 20;
 
 template <class Acc>
 struct UResults {
-  Acc* grad_u;              // [rows][I], or null
-  Acc *scale, *shift;       // partials [row tiles][I]
-  Acc* grid;                // partials [row tiles * slices][G], or null
+  Acc* grad_u;         // [rows][I], or null
+  Acc *scale, *shift;  // partials [row tiles][I]
+  Acc* grid;           // partials [row tiles * slices][G], or null
 };
 
 template <class T, class Acc>
@@ -46,8 +48,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     load_matrix<C::ROWS, C::THREADS>(grad + buffer * GRAD, GRAD_LD, p.grad_y + first_row * p.grad_row + first,
                                      p.grad_row, p.rows - first_row, outputs, C::GRAD_DEPTH);
     load_matrix<C::GRAD_DEPTH, C::THREADS>(
-        weight + buffer * WEIGHT, C::LD, p.weight + first * p.weight_row + static_cast<int64_t>(index) * p.width,
-        p.weight_row, outputs, p.columns(index), p.padded);
+        weight + buffer * WEIGHT, C::LD,
+        p.weight + first * p.weight_row + static_cast<int64_t>(index) * p.width, p.weight_row, outputs,
+        p.columns(index), p.padded);
     cp_async_commit();
   };
   accumulate_t<T> sums[TILES][4];
@@ -60,8 +63,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     sync_block();
     if (step + 1 < steps) fill(step + 1);
     const int buffer = step % 2;
-    Engine<T, C::GRAD_DEPTH>::template multiply<false>(sums, grad + buffer * GRAD + warp_id() * 16 * GRAD_LD, GRAD_LD,
-                                                       weight + buffer * WEIGHT, C::LD, p.padded / 8);
+    Engine<T, C::GRAD_DEPTH>::template multiply<false>(sums, grad + buffer * GRAD + warp_id() * 16 * GRAD_LD,
+                                                       GRAD_LD, weight + buffer * WEIGHT, C::LD,
+                                                       p.padded / 8);
   }
   sync_block();
 
@@ -163,8 +167,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
   const auto fill = [&](int step) {
     const int buffer = step % 2;
     const int64_t row = begin + static_cast<int64_t>(step) * ROWS;
-    load_matrix<ROWS, C::THREADS>(grad + buffer * GRAD, GRAD_LD, p.grad_y + row * p.grad_row + first_output, p.grad_row,
-                                  end - row, outputs, C::ROWS);
+    load_matrix<ROWS, C::THREADS>(grad + buffer * GRAD, GRAD_LD, p.grad_y + row * p.grad_row + first_output,
+                                  p.grad_row, end - row, outputs, C::ROWS);
     cp_async_commit();
     make_phi<ROWS, C::THREADS>(phi + buffer * PHI, p, row, end, index);
   };
@@ -179,8 +183,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     sync_block();
     if (step + 1 < steps) fill(step + 1);
     const int buffer = step % 2;
-    Engine<T, ROWS>::template multiply<true>(sums, grad + buffer * GRAD + warp_id() * 16, GRAD_LD, phi + buffer * PHI,
-                                             C::LD, p.padded / 8);
+    Engine<T, ROWS>::template multiply<true>(sums, grad + buffer * GRAD + warp_id() * 16, GRAD_LD,
+                                             phi + buffer * PHI, C::LD, p.padded / 8);
   }
 
   const int g = lane_id() / 4, t = lane_id() % 4, columns = p.columns(index);
@@ -202,7 +206,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
 // result[i] = sum over count of partials[count][width], in order.
 template <class Acc, class R>
 VK_KERNEL void VK_LAUNCH_BOUNDS(REDUCE_THREADS, 1)
-    reduce_kernel(const Acc* partials, int64_t count, int64_t width, int columns, R* result, int64_t result_row) {
+    reduce_kernel(const Acc* partials, int64_t count, int64_t width, int columns, R* result,
+                  int64_t result_row) {
   const int64_t i = static_cast<int64_t>(block_x()) * REDUCE_THREADS + thread_x();
   if (i >= width) return;
   Acc sum = Acc(0);
@@ -211,9 +216,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(REDUCE_THREADS, 1)
 }
 
 template <class Acc, class R>
-void reduce(const Acc* partials, int64_t count, int64_t width, int columns, R* result, int64_t row, Stream stream) {
-  launch(reduce_kernel<Acc, R>, Dim3{(width + REDUCE_THREADS - 1) / REDUCE_THREADS}, REDUCE_THREADS, 0, stream,
-         partials, count, width, columns, result, row);
+void reduce(const Acc* partials, int64_t count, int64_t width, int columns, R* result, int64_t row,
+            Stream stream) {
+  launch(reduce_kernel<Acc, R>, Dim3{(width + REDUCE_THREADS - 1) / REDUCE_THREADS}, REDUCE_THREADS, 0,
+         stream, partials, count, width, columns, result, row);
 }
 
 // Where everything lies in the workspace.
@@ -258,8 +264,8 @@ void u_gradients(const Params& p, const Problem<X, T>& problem, const Plan<X, T>
   using C = Config<T>;
   const UResults<Acc> results{p.grad_x ? plan.at(p, plan.grad_u) : nullptr, plan.at(p, plan.scale),
                               plan.at(p, plan.shift), p.grad_grid ? plan.at(p, plan.grid) : nullptr};
-  launch(u_kernel<X, T>, Dim3{plan.row_tiles * problem.slices}, C::THREADS, u_shared<T, Acc>(), stream, problem,
-         results);
+  launch(u_kernel<X, T>, Dim3{plan.row_tiles * problem.slices}, C::THREADS, u_shared<T, Acc>(), stream,
+         problem, results);
   const auto sum = [&](const View& target, const Acc* partials, int64_t count, int width) {
     if (target) reduce(partials, count, width, width, static_cast<Acc*>(target.data), 0, stream);
   };
@@ -267,8 +273,8 @@ void u_gradients(const Params& p, const Problem<X, T>& problem, const Plan<X, T>
   sum(p.grad_ln_bias, results.shift, plan.row_tiles, p.channels);
   sum(p.grad_grid, results.grid, plan.row_tiles * problem.slices, p.grids);
   if (p.grad_x)
-    launch(norm_kernel<X, T>, Dim3{(p.rows + NORM_WARPS - 1) / NORM_WARPS}, 32 * NORM_WARPS, 0, stream, problem,
-           results.grad_u, static_cast<X*>(p.grad_x.data), p.grad_x.stride[0]);
+    launch(norm_kernel<X, T>, Dim3{(p.rows + NORM_WARPS - 1) / NORM_WARPS}, 32 * NORM_WARPS, 0, stream,
+           problem, results.grad_u, static_cast<X*>(p.grad_x.data), p.grad_x.stride[0]);
 }
 
 template <class X, class T>
@@ -279,15 +285,15 @@ void weight_gradient(const Params& p, const Problem<X, T>& problem, const Plan<X
   const int64_t row = p.grad_weight.stride[0];
   const Dim3 blocks{plan.weight_tiles, plan.shares};
   if (plan.shares == 1) {
-    launch(weight_kernel<X, T, T>, blocks, C::THREADS, weight_shared<T>(), stream, problem, target, row, int64_t{0},
-           plan.share);
+    launch(weight_kernel<X, T, T>, blocks, C::THREADS, weight_shared<T>(), stream, problem, target, row,
+           int64_t{0}, plan.share);
     return;
   }
   Acc* partials = plan.at(p, plan.weight);
-  launch(weight_kernel<X, T, Acc>, blocks, C::THREADS, weight_shared<T>(), stream, problem, partials, p.depth(),
-         p.outputs * p.depth(), plan.share);
-  reduce(static_cast<const Acc*>(partials), plan.shares, p.outputs * p.depth(), static_cast<int>(p.depth()), target,
-         row, stream);
+  launch(weight_kernel<X, T, Acc>, blocks, C::THREADS, weight_shared<T>(), stream, problem, partials,
+         p.depth(), p.outputs * p.depth(), plan.share);
+  reduce(static_cast<const Acc*>(partials), plan.shares, p.outputs * p.depth(), static_cast<int>(p.depth()),
+         target, row, stream);
 }
 
 }  // namespace

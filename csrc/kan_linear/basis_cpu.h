@@ -1,10 +1,11 @@
 // The basis functions and their slopes in vectors, without a tanh of their own.
 //
-// With r = e^((u - g) / h): phi = 4 / (r + 1/r)^2 and tanh = (r - 1/r) / (r + 1/r). r is a product of e^(u / h), one
-// exponential a channel, and e^(-g / h), a table. The exponential reduces its argument in units of u, so that rounding
-// u / h, up to 12, costs nothing. Never is |tanh| taken for sqrt(1 - phi), which cancels near the centre.
-// A grid too wide for the table's range takes an exponential for each grid point instead, and so do functions so broad
-// that the small tanh is all there is, which the difference of r and 1/r would give without its last digits.
+// With r = e^((u - g) / h): phi = 4 / (r + 1/r)^2 and tanh = (r - 1/r) / (r + 1/r). r is a product of e^(u /
+// h), one exponential a channel, and e^(-g / h), a table. The exponential reduces its argument in units of u,
+// so that rounding u / h, up to 12, costs nothing. Never is |tanh| taken for sqrt(1 - phi), which cancels
+// near the centre. A grid too wide for the table's range takes an exponential for each grid point instead,
+// and so do functions so broad that the small tanh is all there is, which the difference of r and 1/r would
+// give without its last digits.
 #pragma once
 #include "kan_linear.h"
 #include "vitkernels/matrix_cpu.h"
@@ -15,16 +16,17 @@ using namespace vitkernels::VITKERNELS_ISA;
 
 template <class T>
 struct Basis {
-  // Beyond kSlack from the outermost centre, in units of h, phi < 2e-17 and u is clamped; |g / h| <= kWidest keeps
-  // every product of exponentials a normal fp32.
+  // Beyond kSlack from the outermost centre, in units of h, phi < 2e-17 and u is clamped; |g / h| <= kWidest
+  // keeps every product of exponentials a normal fp32.
   static constexpr double kSlack = 20, kWidest = 12, kBroadest = 0.5;
 
   int grids;
   bool compact;
-  double inverse;                // 1 / h
-  T limit;                       // |u| beyond which phi is 0
-  T per_power, head, tail;       // powers of two in a unit of u; their size in u, split for an exact product
-  T *falling, *rising, *inside;  // e^(-g / h), e^(g / h), 1, each padded to vectors (by harmless values, and 0)
+  double inverse;           // 1 / h
+  T limit;                  // |u| beyond which phi is 0
+  T per_power, head, tail;  // powers of two in a unit of u; their size in u, split for an exact product
+  T *falling, *rising,
+      *inside;  // e^(-g / h), e^(g / h), 1, each padded to vectors (by harmless values, and 0)
 
   // Elements of the tables.
   static size_t size(int grids) { return 3 * (grids + kLanes<T>); }
@@ -54,7 +56,8 @@ struct Basis {
     inside = memory + 2 * padded;
     for (int m = 0; m < padded; ++m) {
       const double g = m < grids ? grid[m] : 0;
-      falling[m] = compact ? static_cast<T>(exp_softmax<double>(broadcast(-g * inverse))[0]) : static_cast<T>(g);
+      falling[m] =
+          compact ? static_cast<T>(exp_softmax<double>(broadcast(-g * inverse))[0]) : static_cast<T>(g);
       rising[m] = compact ? static_cast<T>(exp_softmax<double>(broadcast(g * inverse))[0]) : T(0);
       inside[m] = m < grids;
     }

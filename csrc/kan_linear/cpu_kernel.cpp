@@ -1,12 +1,12 @@
 // The FasterKAN layer on one core, one instruction set.
 //
-// Floor: forward 2 N I G J FLOPs, backward twice that, at two FMAs a cycle; the basis takes one exponential and G
-// divisions a channel of a row, hidden nowhere but small beside J >= 128 FMAs for each. x, y and their gradients
-// cross memory a few times, the weight once for each block of rows (forward) or once (backward).
+// Floor: forward 2 N I G J FLOPs, backward twice that, at two FMAs a cycle; the basis takes one exponential
+// and G divisions a channel of a row, hidden nowhere but small beside J >= 128 FMAs for each. x, y and their
+// gradients cross memory a few times, the weight once for each block of rows (forward) or once (backward).
 //
-// Forward, for a block of rows: Phi is made for a few channels at a time, rows in the lanes, into panels that stay in
-// L2; the weight is read in place, one broadcast scalar at a time. Backward, for a slice of channels: dY W of a block
-// of rows is contracted with phi' where it lies in L2, and the same pass leaves Phi for dW.
+// Forward, for a block of rows: Phi is made for a few channels at a time, rows in the lanes, into panels that
+// stay in L2; the weight is read in place, one broadcast scalar at a time. Backward, for a slice of channels:
+// dY W of a block of rows is contracted with phi' where it lies in L2, and the same pass leaves Phi for dW.
 #include "cpu_kernel.h"
 
 #include "product_cpu.h"
@@ -47,7 +47,7 @@ Cut cut(const Params& p, int threads) {
   }
   c.rows = ceil_div(c.rows, kLanes<float>) * kLanes<float>;
   c.row_blocks = (p.rows + c.rows - 1) / c.rows;
-  const int most = ceil_div(128, p.grids);
+  const int most = ceil_div(kDepth, p.grids);
   int items = ceil_div(p.channels, most);
   items = ceil_div(items, threads) * threads;
   c.channels = ceil_div(p.channels, items);
@@ -75,11 +75,11 @@ struct ForwardScratch {
   }
 };
 
-// Panels [panel][c * G + m][rows in the lanes] of Phi for `channels` channels from `first` on; x holds theirs,
-// transposed. The last panel may be of one vector.
+// Panels [panel][c * G + m][rows in the lanes] of Phi for `channels` channels from `first` on; x holds
+// theirs, transposed. The last panel may be of one vector.
 template <bool Compact, class T>
-void make_panels(const Params& p, const Basis<T>& basis, const ForwardScratch<T>& w, int width, int vecs, int first,
-                 int channels) {
+void make_panels(const Params& p, const Basis<T>& basis, const ForwardScratch<T>& w, int width, int vecs,
+                 int first, int channels) {
   constexpr int L = kLanes<T>;
   const T* gamma = static_cast<const T*>(p.ln_weight.data) + first;
   const T* beta = static_cast<const T*>(p.ln_bias.data) + first;
@@ -90,14 +90,15 @@ void make_panels(const Params& p, const Basis<T>& basis, const ForwardScratch<T>
     const int step = panel_vecs * L;
     const Vec<T> mean = load(w.mean + v * L), rstd = load(w.rstd + v * L);
     for (int c = 0; c < channels; ++c) {
-      const Vec<T> u = (load(w.x + static_cast<size_t>(c) * width + v * L) - mean) * rstd * gamma[c] + beta[c];
+      const Vec<T> u =
+          (load(w.x + static_cast<size_t>(c) * width + v * L) - mean) * rstd * gamma[c] + beta[c];
       Vec<T> up, down;
       basis.template enter<Compact>(u, up, down, basis);
       T* to = panel + static_cast<size_t>(c) * grids * step;
       for (int m = 0; m < grids; ++m) {
         Vec<T> quarter, tanh;
-        basis.template at<Compact>(up, down, broadcast(basis.falling[m]), broadcast(basis.rising[m]), quarter, tanh,
-                                   static_cast<T>(basis.inverse));
+        basis.template at<Compact>(up, down, broadcast(basis.falling[m]), broadcast(basis.rising[m]), quarter,
+                                   tanh, static_cast<T>(basis.inverse));
         store(to + m * step, T(4) * quarter);
       }
     }
@@ -153,7 +154,8 @@ void forward_range(const Params& p, const Cut& cut, int64_t begin, int64_t end, 
             const int row_size = depth + L;
             if (k == 0)
               for (int r = 0; r < count; ++r)
-                convert_row(w.weight + static_cast<size_t>(r) * row_size, weight + r * p.weight.stride[0], depth);
+                convert_row(w.weight + static_cast<size_t>(r) * row_size, weight + r * p.weight.stride[0],
+                            depth);
             product.a = w.weight + k;
             product.a_row = row_size;
           }
@@ -197,8 +199,8 @@ struct Shared {
 template <class T>
 struct BackwardScratch {
   int depth, width, panels;  // of Phi and dPhi: I * G of the slice, padded to panels
-  T *tables, *weight, *grad_y, *grad_y_t, *grad_phi, *phi, *row, *u, *normed, *up, *down, *grad_u, *norm_grads,
-      *grid_grads, *grad_weight, *edge;
+  T *tables, *weight, *grad_y, *grad_y_t, *grad_phi, *phi, *row, *u, *normed, *up, *down, *grad_u,
+      *norm_grads, *grid_grads, *grad_weight, *edge;
   size_t size;
 
   BackwardScratch(const Params& p, const Cut& cut, bool convert, Scratch scratch) {
@@ -211,7 +213,7 @@ struct BackwardScratch {
     tables = scratch.take<T>(Basis<T>::size(p.grids));
     weight = scratch.take<T>(u_wanted ? outputs * width : 0);
     grad_y = scratch.take<T>(u_wanted && convert ? block * (kDepth + kLanes<T>) : 0);
-    grad_y_t = scratch.take<T>(p.grad_weight ? outputs * block + kLanes<T> : 0);
+    grad_y_t = scratch.take<T>(p.grad_weight ? ceil_div(p.outputs, kRows) * (kRows * block + kLanes<T>) : 0);
     grad_phi = scratch.take<T>(u_wanted ? block * width + 2 * kLanes<T> : 0);
     phi = scratch.take<T>(p.grad_weight ? block * width : 0);
     row = scratch.take<T>(width + 2 * kLanes<T>);
@@ -227,8 +229,8 @@ struct BackwardScratch {
   }
 };
 
-// The rows' u, what the basis takes of it, phi of each row into `phi` panels [panel][row][kWidth], and where dPhi is
-// given the gradient of u and of everything below it.
+// The rows' u, what the basis takes of it, phi of each row into `phi` panels [panel][row][kWidth], and where
+// dPhi is given the gradient of u and of everything below it.
 template <bool Compact, class X, class T>
 void contract(const Params& p, const Basis<T>& basis, const BackwardScratch<T>& w, const Shared<T>& shared,
               int64_t start, int rows, int first, int channels) {
@@ -266,7 +268,8 @@ void contract(const Params& p, const Basis<T>& basis, const BackwardScratch<T>& 
         const int k = (c + i) * grids;
         for (int m = 0; m < grids; m += L) {
           Vec<T> quarter, tanh;
-          basis.template at<Compact>(up, down, load(basis.falling + m), load(basis.rising + m), quarter, tanh, inverse);
+          basis.template at<Compact>(up, down, load(basis.falling + m), load(basis.rising + m), quarter, tanh,
+                                     inverse);
           // A short vector's end is overwritten by the next channel, whose places it takes.
           store(w.row + k + m, T(4) * quarter);
           if (!u_wanted) continue;
@@ -330,27 +333,26 @@ void multiply_weight(const Params& p, const BackwardScratch<T>& w, int64_t start
 
 // dW [j][k] += dY^T Phi of a block of rows.
 template <class W, class T>
-void add_weight_gradient(const Params& p, const BackwardScratch<T>& w, int64_t start, int rows, bool first_block,
-                         T* to, int64_t to_row, int depth) {
+void add_weight_gradient(const Params& p, const BackwardScratch<T>& w, int64_t start, int rows,
+                         bool first_block, T* to, int64_t to_row, int depth) {
   constexpr int L = kLanes<T>;
-  // dY in groups [group][row][kRows]: each vector's end is overwritten by the next row.
-  for (int j = 0; j < p.outputs; j += kRows) {
-    const int count = imin(kRows, p.outputs - j);
-    T* group = w.grad_y_t + static_cast<size_t>(j) * rows;
-    for (int r = 0; r < rows; ++r) {
-      const W* from = row_of<const W>(p.grad_y, start + r) + j;
-      for (int i = 0; i < count; i += L) {
-        const bool inside = j + i + L <= p.outputs;
-        store(group + static_cast<size_t>(r) * count + i,
-              inside ? load(from + i) : load_first(from + i, imin(L, p.outputs - j - i)));
-      }
+  // dY in groups [group][row][kRows]. Each vector's end is overwritten by the next row of its group.
+  const size_t pitch = static_cast<size_t>(kRows) * rows + L;
+  for (int r = 0; r < rows; ++r) {
+    const W* from = row_of<const W>(p.grad_y, start + r);
+    for (int j = 0; j < p.outputs; j += kRows) {
+      const int count = imin(kRows, p.outputs - j);
+      T* to = w.grad_y_t + j / kRows * pitch + static_cast<size_t>(r) * count;
+      for (int i = 0; i < count; i += L)
+        store(to + i, j + i + L <= p.outputs ? load(from + j + i)
+                                             : load_first(from + j + i, imin(L, p.outputs - j - i)));
     }
   }
   for (int j = 0; j < p.outputs; j += kRows) {
     Product<T> product{};
     product.rows = imin(kRows, p.outputs - j);
     product.depth = rows;
-    product.a = w.grad_y_t + static_cast<size_t>(j) * rows;
+    product.a = w.grad_y_t + j / kRows * pitch;
     product.a_row = 1;
     product.a_k = product.rows;
     product.b_k = kWidth<T>;
@@ -370,7 +372,8 @@ void add_weight_gradient(const Params& p, const BackwardScratch<T>& w, int64_t s
 }
 
 template <class X, class W>
-void backward_range(const Params& p, const Cut& cut, int64_t begin, int64_t end, void* memory, void* shared_memory) {
+void backward_range(const Params& p, const Cut& cut, int64_t begin, int64_t end, void* memory,
+                    void* shared_memory) {
   using T = Compute<X>;
   constexpr int L = kLanes<T>;
   constexpr bool convert = !kSame<W, T>;
@@ -379,7 +382,8 @@ void backward_range(const Params& p, const Cut& cut, int64_t begin, int64_t end,
   Basis<T> basis;
   basis.prepare(p, w.tables);
   for (int64_t item = begin; item < end; ++item) {
-    const int first = static_cast<int>(item) * cut.channels, channels = imin(cut.channels, p.channels - first);
+    const int first = static_cast<int>(item) * cut.channels,
+              channels = imin(cut.channels, p.channels - first);
     if (channels <= 0) continue;
     const int depth = channels * p.grids, panels = ceil_div(depth, kWidth<T>);
     const int64_t column = static_cast<int64_t>(first) * p.grids;

@@ -1,8 +1,8 @@
 // Forward: the statistics of each row, then y = Phi W^T tile by tile.
 //
-// Floor: 2 N I G J FLOPs at the matrix rate and, at G = 8, 1.25 special functions for each element of Phi and each tile
-// of outputs (0.16 of the tensor cores' time on an H100 at 128 outputs); x, W and y cross memory once, W from L2 for
-// every tile of rows.
+// Floor: 2 N I G J FLOPs at the matrix rate and, at G = 8, 1.25 special functions for each element of Phi and
+// each tile of outputs (0.16 of the tensor cores' time on an H100 at 128 outputs); x, W and y cross memory
+// once, W from L2 for every tile of rows.
 #include "tiles.h"
 
 namespace vitkernels::kan_linear {
@@ -59,7 +59,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     cp_async_commit();
     make_phi<C::ROWS, C::THREADS>(phi + buffer * PHI, p, first_row, p.rows, index);
   };
-  for (int buffer = 0; buffer < C::BUFFERS; ++buffer) clear_padding<C::ROWS, C::THREADS>(phi + buffer * PHI, p);
+  for (int buffer = 0; buffer < C::BUFFERS; ++buffer)
+    clear_padding<C::ROWS, C::THREADS>(phi + buffer * PHI, p);
 
   accumulate_t<T> sums[TILES][4];
   clear(sums);
@@ -68,11 +69,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
   for (int index = 0; index < p.slices; ++index) {
     cp_async_wait<0>();
     sync_block();
-    // With two buffers the next tile is made while this one is multiplied: the barrier above has freed its place.
+    // With two buffers the next tile is made while this one is multiplied: the barrier above has freed its
+    // place.
     if (C::BUFFERS == 2 && index + 1 < p.slices) fill(index + 1);
     const int buffer = index % C::BUFFERS;
-    Engine<T, 16>::multiply_rows(sums, phi + buffer * PHI + warp_id() * 16 * C::LD, C::LD, weight + buffer * WEIGHT,
-                                 C::LD, p.padded);
+    Engine<T, 16>::multiply_rows(sums, phi + buffer * PHI + warp_id() * 16 * C::LD, C::LD,
+                                 weight + buffer * WEIGHT, C::LD, p.padded);
     if (C::BUFFERS == 1 && index + 1 < p.slices) {
       sync_block();
       fill(index + 1);
@@ -116,9 +118,9 @@ void forward_cuda(const Params& params, Stream stream) {
     using Acc = accumulate_t<X>;
     using C = Config<T>;
     const Problem<X, T> problem(p);
-    launch(statistics_kernel<X>, Dim3{(p.rows + STATISTICS_WARPS - 1) / STATISTICS_WARPS}, 32 * STATISTICS_WARPS, 0,
-           stream, problem.x, problem.x_row, p.rows, p.channels, static_cast<Acc>(p.eps),
-           static_cast<Acc*>(p.mean.data), static_cast<Acc*>(p.rstd.data));
+    launch(statistics_kernel<X>, Dim3{(p.rows + STATISTICS_WARPS - 1) / STATISTICS_WARPS},
+           32 * STATISTICS_WARPS, 0, stream, problem.x, problem.x_row, p.rows, p.channels,
+           static_cast<Acc>(p.eps), static_cast<Acc*>(p.mean.data), static_cast<Acc*>(p.rstd.data));
     const int output_tiles = (p.outputs + C::OUTPUTS - 1) / C::OUTPUTS;
     launch(forward_kernel<X, T>, Dim3{(p.rows + C::ROWS - 1) / C::ROWS * output_tiles}, C::THREADS,
            forward_shared<T>(), stream, problem, static_cast<T*>(p.y.data), p.y.stride[0], output_tiles);

@@ -1,8 +1,9 @@
-// What the CUDA kernels of the FasterKAN layer share: tile sizes, the basis made into shared memory, tile loads.
+// What the CUDA kernels of the FasterKAN layer share: tile sizes, the basis made into shared memory, tile
+// loads.
 //
-// Products run on the engines of the tile-attention core: mma.m16n8k16 for f16 and bf16 weights, fused multiply-adds
-// for f32 and f64. Phi never leaves shared memory: a tile of it is made from x while the product of the tile before
-// runs.
+// Products run on the engines of the tile-attention core: mma.m16n8k16 for f16 and bf16 weights, fused
+// multiply-adds for f32 and f64. Phi never leaves shared memory: a tile of it is made from x while the
+// product of the tile before runs.
 #pragma once
 #include "kan_linear.h"
 #include "vitkernels/device.h"
@@ -19,10 +20,11 @@ template <class T>
 struct Config {
   static constexpr bool HALF = sizeof(T) == 2;
   static constexpr int WARPS = HALF ? 8 : 4, THREADS = 32 * WARPS;
-  static constexpr int ROWS = 16 * WARPS;                     // of y and du; also outputs of a tile of dW
-  static constexpr int OUTPUTS = HALF ? 128 : 64;             // of a tile of y
-  static constexpr int DEPTH = 64;                            // columns of Phi of a tile, so the most grid points
-  static constexpr int PAD = static_cast<int>(16 / sizeof(T));  // keeps ldmatrix and vector loads free of conflicts
+  static constexpr int ROWS = 16 * WARPS;          // of y and du; also outputs of a tile of dW
+  static constexpr int OUTPUTS = HALF ? 128 : 64;  // of a tile of y
+  static constexpr int DEPTH = 64;                 // columns of Phi of a tile, so the most grid points
+  static constexpr int PAD =
+      static_cast<int>(16 / sizeof(T));  // keeps ldmatrix and vector loads free of conflicts
   static constexpr int LD = DEPTH + PAD;
   static constexpr int BUFFERS = sizeof(T) == 8 ? 1 : 2;  // within 99 KB of shared memory
   static constexpr int GRAD_DEPTH = HALF ? 64 : 32;       // outputs at a time in dPhi = dY W
@@ -36,7 +38,8 @@ struct Problem {
 
   int64_t rows, x_row, weight_row, grad_row;
   int channels, grids, outputs;
-  int slice, width, padded, slices;  // channels of a tile of Phi, their columns, rounded up to 16; tiles in all
+  int slice, width, padded,
+      slices;  // channels of a tile of Phi, their columns, rounded up to 16; tiles in all
   const X* x;
   const T *weight, *grad_y;
   const Acc *ln_weight, *ln_bias, *grid, *mean, *rstd;
@@ -130,7 +133,8 @@ VK_DEVICE void phi_of_eight(float (&values)[8]) {
   }
 }
 
-// Phi of `ROWS` rows from `first_row` on (zeros from end_row on) and of one slice of channels, to tile [ROWS][LD].
+// Phi of `ROWS` rows from `first_row` on (zeros from end_row on) and of one slice of channels, to tile
+// [ROWS][LD].
 template <int ROWS, int THREADS, class X, class T>
 VK_DEVICE void make_phi(T* tile, const Problem<X, T>& p, int64_t first_row, int64_t end_row, int index) {
   using Acc = typename Problem<X, T>::Acc;
@@ -159,8 +163,8 @@ VK_DEVICE void make_phi(T* tile, const Problem<X, T>& p, int64_t first_row, int6
     }
     VK_NO_UNROLL
     for (int m = 0; m < p.grids; ++m)
-      to[m] = from_accumulate<T>(
-          inside ? phi_of(decay<Config<T>::HALF>((u - p.grid[m]) * p.inverse)) : Acc(0));
+      to[m] =
+          from_accumulate<T>(inside ? phi_of(decay<Config<T>::HALF>((u - p.grid[m]) * p.inverse)) : Acc(0));
   }
 }
 
@@ -175,7 +179,8 @@ VK_DEVICE void clear_padding(T* tile, const Problem<X, T>& p) {
 // tile[r][0 .. padded) = source[r * stride ..], zeros beyond `rows` or `columns`; padded is a multiple of 16.
 // Asynchronous where everything is aligned: call cp_async_commit() after it.
 template <int ROWS, int THREADS, class T>
-VK_DEVICE void load_matrix(T* tile, int ld, const T* source, int64_t stride, int64_t rows, int columns, int padded) {
+VK_DEVICE void load_matrix(T* tile, int ld, const T* source, int64_t stride, int64_t rows, int columns,
+                           int padded) {
   constexpr int WIDTH = 16 / sizeof(T);
   const int chunks = padded / WIDTH;
   const bool aligned =

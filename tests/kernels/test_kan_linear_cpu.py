@@ -50,7 +50,9 @@ def _check_one_channel(tensors):
     got = launch(native, tensors, torch.ones(tensors["x"].shape[0], 1))
     want = results(reference.forward, tensors, torch.ones(tensors["x"].shape[0], 1))
     for name in ("y", "weight", "ln_bias", "grid"):
-        torch.testing.assert_close(got[name], want[name], atol=2e-2 if got[name].itemsize == 2 else 1e-5, rtol=1e-2)
+        torch.testing.assert_close(
+            got[name], want[name], atol=2e-2 if got[name].itemsize == 2 else 1e-5, rtol=1e-2
+        )
     assert got["x"].abs().max() < 1e-5
     assert got["ln_weight"].abs().max() < 1e-5
 
@@ -165,7 +167,9 @@ def test_each_gradient_alone(wanted):
     tensors, grad_y = inputs(40, 12, 10), torch.randn(40, 10)
     want = launch(native, tensors, grad_y)
     y, mean, rstd = reference.forward(*tensors.values(), *PARAMS)
-    grads = [torch.full_like(t, float("nan")) if name in wanted.split() else None for name, t in tensors.items()]
+    grads = [
+        torch.full_like(t, float("nan")) if name in wanted.split() else None for name, t in tensors.items()
+    ]
     native.backward(*grads, grad_y, None, None, y, mean, rstd, *tensors.values(), *PARAMS)
     for name, grad in zip(NAMES, grads, strict=True):
         if grad is not None:
@@ -210,11 +214,26 @@ def test_peak_memory_is_below_a_quarter_of_eager():
 
     def peak(backend: str) -> int:
         command = [sys.executable, "-c", code, backend]
-        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        return int(
+            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        )
 
     kernels, eager = peak("cpu"), peak("reference")
     print(f"peak beyond the warm process: kernels {kernels} KiB, plain PyTorch {eager} KiB")
     assert kernels < eager / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_keeps_norm_and_basis_in_float32(dtype):
+    """x = 1000 +- 1 would be rounded to nothing in 16 bits."""
+    tensors = inputs(30, 12, 20)
+    tensors["x"] = 1000 + tensors["x"]
+    want = ops.kan_linear(*tensors.values())
+    with torch.autocast("cpu", dtype):
+        got = ops.kan_linear(*tensors.values())
+    assert got.dtype is dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.float(), want, atol=2 * eps, rtol=2 * eps)
 
 
 def test_a_wrong_kernel_fails_the_rule():

@@ -103,7 +103,9 @@ def test_each_gradient_alone(wanted):
     tensors, grad_y = inputs(40, 6, 10), torch.randn(40, 10)
     want = launch(launcher, tensors, grad_y)
     y, mean, rstd = reference.forward(*tensors.values(), *PARAMS)
-    grads = [torch.full_like(t, float("nan")) if name in wanted.split() else None for name, t in tensors.items()]
+    grads = [
+        torch.full_like(t, float("nan")) if name in wanted.split() else None for name, t in tensors.items()
+    ]
     launcher.backward(*grads, grad_y, None, None, y, mean, rstd, *tensors.values(), *PARAMS)
     for name, grad in zip(NAMES, grads, strict=True):
         if grad is not None:

@@ -59,3 +59,28 @@ WINDOW_MODELS: dict[str, tuple[WindowStage, ...]] = {
     "tinyvit_5m": _tinyvit((4, 5, 10)),
     "tinyvit_21m": _tinyvit((6, 12, 18)),
 }
+
+
+@dataclass(frozen=True)
+class KanLayer:
+    """A FasterKAN layer of a model."""
+
+    rows: int  # per image
+    channels: int
+    outputs: int
+
+
+def _medvit(widths: tuple[int, int, int]) -> tuple[KanLayer, ...]:
+    # 224 px: the last block of stage 2 (28 x 28), every third of stage 3, all of stage 4 map C to 2 C and back.
+    layers = []
+    for side, width in zip((28, 14, 7), widths, strict=True):
+        layers += [KanLayer(side * side, width, 2 * width), KanLayer(side * side, 2 * width, width)]
+    return tuple(layers)
+
+
+KAN_MODELS: dict[str, tuple[KanLayer, ...]] = {
+    "medvit_tiny": _medvit((128, 192, 384)),
+    "medvit_small": _medvit((128, 256, 512)),
+    "medvit_base": _medvit((192, 384, 768)),
+    "medvit_large": _medvit((256, 512, 1024)),
+}

@@ -44,7 +44,7 @@ def kan_linear(
     Args:
         x: [..., I], any strides; float16, bfloat16, float32 or float64.
         weight: [J, I * G], the grid fastest; in x's dtype, or float16 or bfloat16 for a float32 x.
-        ln_weight: scale of the norm, [I], in x's dtype or float32 (float64 for float64).
+        ln_weight: scale of the norm, [I], in x's dtype or float32.
         ln_bias: shift of the norm, as ln_weight.
         grid: centres of the basis functions, [G], any order and spacing, as ln_weight. The original never trains it,
             but its gradient is computed when asked for.
@@ -106,7 +106,7 @@ def _check(
     check_dtype("x", x, FLOAT_DTYPES, "Cast it with x.float().")
     mixed = (*_HALF_DTYPES, torch.float32) if x.dtype is torch.float32 else (x.dtype,)
     check_dtype("weight", weight, mixed, "Cast x to weight's dtype, or run under torch.autocast.")
-    small = (x.dtype,) if x.dtype is torch.float64 else (torch.float32, x.dtype)
+    small = tuple({torch.float32, x.dtype})
     for name, tensor in others[1:]:
         check_dtype(name, tensor, small, f"Cast it with {name}.float().")
     return x, weight, ln_weight, ln_bias, grid, inv_denominator, eps

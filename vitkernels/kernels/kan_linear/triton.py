@@ -137,7 +137,16 @@ def _backward_u(grad_x, grad_ln_weight, grad_ln_bias, grad_grid, dy, inputs, w, 
         grad_grid.copy_(centres.sum(0)[: grid.shape[0]])
     if grad_x is not None:
         backward_norm[(triton.cdiv(count, ROWS["BLOCK_N"]),)](
-            results.matrix(grad_x), grad_u, mean, rstd, rows, ln_weight, count, channels, rows.stride(0), **ROWS
+            results.matrix(grad_x),
+            grad_u,
+            mean,
+            rstd,
+            rows,
+            ln_weight,
+            count,
+            channels,
+            rows.stride(0),
+            **ROWS,
         )
 
 
@@ -152,7 +161,18 @@ def _backward_weight(grad_weight, dy, inputs, norm, inverse, results):
     shares = triton.cdiv(count, share)
     target = results.matrix(grad_weight) if shares == 1 else _scratch(rows, shares, outputs, depth)
     backward_weight[(tiles, shares)](
-        target, dy, *inputs, *norm, count, share, channels, outputs, dy.stride(0), rows.stride(0), inverse, **config
+        target,
+        dy,
+        *inputs,
+        *norm,
+        count,
+        share,
+        channels,
+        outputs,
+        dy.stride(0),
+        rows.stride(0),
+        inverse,
+        **config,
     )
     if shares > 1:
         grad_weight.copy_(target.sum(0))

@@ -55,7 +55,9 @@ def backward_u(
     if grad_u is not None:
         tl.store(grad_u + row[:, None] * channels + channel[None, :], result, mask=mask)
     partial = tile.to(tl.int64) * channels + channel
-    tl.store(scale_partials + partial, tl.sum(tl.where(mask, result * normed, 0.0), 0), mask=channel < channels)
+    tl.store(
+        scale_partials + partial, tl.sum(tl.where(mask, result * normed, 0.0), 0), mask=channel < channels
+    )
     tl.store(shift_partials + partial, tl.sum(tl.where(mask, result, 0.0), 0), mask=channel < channels)
     if grid_partials is not None:
         whole = tl.where(mask[:, :, None], terms, 0.0)
@@ -76,9 +78,14 @@ def backward_norm(
         channel = first + tl.arange(0, BLOCK_C)
         mask = row_inside[:, None] & (channel < channels)[None, :]
         gamma = tl.load(ln_weight + channel, mask=channel < channels, other=0.0)
-        w = tl.load(grad_u + row[:, None] * channels + channel[None, :], mask=mask, other=0.0) * gamma[None, :]
+        w = (
+            tl.load(grad_u + row[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+            * gamma[None, :]
+        )
         total += w
-        projection += tl.where(mask, w * normed_tile(x, mean, rstd, row, row_inside, channel, channels, x_row), 0.0)
+        projection += tl.where(
+            mask, w * normed_tile(x, mean, rstd, row, row_inside, channel, channels, x_row), 0.0
+        )
     a = tl.sum(total, 1) / channels
     b = tl.sum(projection, 1) / channels
     scale = tl.load(rstd + row, mask=row_inside, other=0.0)
@@ -86,7 +93,10 @@ def backward_norm(
         channel = first + tl.arange(0, BLOCK_C)
         mask = row_inside[:, None] & (channel < channels)[None, :]
         gamma = tl.load(ln_weight + channel, mask=channel < channels, other=0.0)
-        w = tl.load(grad_u + row[:, None] * channels + channel[None, :], mask=mask, other=0.0) * gamma[None, :]
+        w = (
+            tl.load(grad_u + row[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+            * gamma[None, :]
+        )
         normed = normed_tile(x, mean, rstd, row, row_inside, channel, channels, x_row)
         result = (w - a[:, None] - normed * b[:, None]) * scale[:, None]
         tl.store(
