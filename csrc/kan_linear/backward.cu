@@ -148,7 +148,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * NORM_WARPS, 1)
 template <class T>
 constexpr size_t weight_shared() {
   using C = Config<T>;
-  return sizeof(T) * 2 * C::WEIGHT_ROWS * (C::ROWS + C::PAD + C::LD);
+  return sizeof(T) * 2 * C::WEIGHT_ROWS * (C::ROWS + C::PAD + C::LD) + sizeof(float) * 2 * CENTRES;
 }
 
 // A tile of dW over `share` rows, as partials [shares][J][I * G] of R.
@@ -163,6 +163,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
   const int64_t begin = block_y() * share, end = begin + share < p.rows ? begin + share : p.rows;
   T* phi = reinterpret_cast<T*>(shared_memory());
   T* grad = phi + 2 * PHI;
+  float* tables = reinterpret_cast<float*>(grad + 2 * GRAD);
+  const bool narrow = prepare_centres(tables, p);
 
   const auto fill = [&](int step) {
     const int buffer = step % 2;
@@ -170,12 +172,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     load_matrix<ROWS, C::THREADS>(grad + buffer * GRAD, GRAD_LD, p.grad_y + row * p.grad_row + first_output,
                                   p.grad_row, end - row, outputs, C::ROWS);
     cp_async_commit();
-    make_phi<ROWS, C::THREADS>(phi + buffer * PHI, p, row, end, index);
+    make_phi<ROWS, C::THREADS>(phi + buffer * PHI, p, row, end, index, tables, narrow);
   };
   for (int buffer = 0; buffer < 2; ++buffer) clear_padding<ROWS, C::THREADS>(phi + buffer * PHI, p);
   accumulate_t<T> sums[TILES][4];
   clear(sums);
   const int steps = static_cast<int>((end - begin + ROWS - 1) / ROWS);
+  sync_block();
   fill(0);
   VK_NO_UNROLL
   for (int step = 0; step < steps; ++step) {

@@ -115,16 +115,13 @@ VK_DEVICE Acc tanh_of(Acc distance, Acc e) {
   return distance < Acc(0) ? -far : far;
 }
 
-// phi of eight distances with two reciprocals instead of eight: the denominators lie in [1, 2].
+// phi of eight decays with two reciprocals instead of eight: the denominators lie in [1, 2].
 VK_DEVICE void phi_of_eight(float (&values)[8]) {
   VK_UNROLL
   for (int i = 0; i < 8; i += 4) {
     float d[4];
     VK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      values[i + j] = decay<true>(values[i + j]);
-      d[j] = 1.0f + values[i + j];
-    }
+    for (int j = 0; j < 4; ++j) d[j] = 1.0f + values[i + j];
     const float low = d[0] * d[1], high = d[2] * d[3], both = 1.0f / (low * high);
     const float q_low = both * high, q_high = both * low;
     const float q[4] = {q_low * d[1], q_low * d[0], q_high * d[3], q_high * d[2]};
@@ -133,13 +130,52 @@ VK_DEVICE void phi_of_eight(float (&values)[8]) {
   }
 }
 
+// For eight grid points and 16-bit weights: the decay is the lesser of e^(2 u / h) e^(-2 g / h) and its
+// inverse, so two exponentials serve a whole channel. `tables` is shared memory for 16 floats, ready after a
+// barrier.
+constexpr int CENTRES = 8;
+constexpr float WIDEST_CENTRE = 60.0f,
+                WIDEST_U = 100.0f;  // exponents of two; the products may overflow or vanish
+
+// Whether the grid is narrow enough for the tables.
+template <class X, class T>
+VK_DEVICE bool prepare_centres(float* tables, const Problem<X, T>& p) {
+  if (!Config<T>::HALF || p.grids != CENTRES) return false;
+  const float unit = static_cast<float>(p.inverse) * (2.0f * LOG2E);
+  bool narrow = true;
+  for (int m = 0; m < CENTRES; ++m) {
+    const float exponent = static_cast<float>(p.grid[m]) * unit;
+    narrow = narrow && exponent <= WIDEST_CENTRE && exponent >= -WIDEST_CENTRE;
+  }
+  if (thread_x() < CENTRES) {
+    const float exponent = static_cast<float>(p.grid[thread_x()]) * unit;
+    tables[thread_x()] = exp2_fast(-exponent);
+    tables[CENTRES + thread_x()] = exp2_fast(exponent);
+  }
+  return narrow;
+}
+
+VK_DEVICE void decay_of_eight(float (&values)[8], float exponent, const float* tables) {
+  exponent = exponent > WIDEST_U ? WIDEST_U : exponent < -WIDEST_U ? -WIDEST_U : exponent;
+  const float up = exp2_fast(exponent), down = exp2_fast(-exponent);
+  VK_UNROLL
+  for (int m = 0; m < CENTRES; m += 4) {
+    const auto falling = Vec<float, 4>::load(tables + m), rising = Vec<float, 4>::load(tables + CENTRES + m);
+    VK_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const float ratio = up * falling[e], inverse = down * rising[e];
+      values[m + e] = ratio < inverse ? ratio : inverse;
+    }
+  }
+}
+
 // Phi of `ROWS` rows from `first_row` on (zeros from end_row on) and of one slice of channels, to tile
 // [ROWS][LD].
 template <int ROWS, int THREADS, class X, class T>
-VK_DEVICE void make_phi(T* tile, const Problem<X, T>& p, int64_t first_row, int64_t end_row, int index) {
+VK_DEVICE void make_phi(T* tile, const Problem<X, T>& p, int64_t first_row, int64_t end_row, int index,
+                        const float* tables, bool narrow) {
   using Acc = typename Problem<X, T>::Acc;
   constexpr int LD = Config<T>::LD;
-  const bool eight = Config<T>::HALF && p.grids == 8;
   VK_NO_UNROLL
   for (int i = thread_x(); i < ROWS * p.slice; i += THREADS) {
     const int r = static_cast<unsigned>(i) / static_cast<unsigned>(p.slice), c = i - r * p.slice;
@@ -149,10 +185,9 @@ VK_DEVICE void make_phi(T* tile, const Problem<X, T>& p, int64_t first_row, int6
     const bool inside = row < end_row && channel < p.channels;
     const Acc u = inside ? p.u(p.normed(row, channel), channel) : Acc(0);
     if constexpr (Config<T>::HALF) {
-      if (eight) {
+      if (narrow) {
         float values[8];
-        VK_UNROLL
-        for (int m = 0; m < 8; ++m) values[m] = (u - p.grid[m]) * p.inverse;
+        decay_of_eight(values, u * (p.inverse * (2.0f * LOG2E)), tables);
         phi_of_eight(values);
         Vec<T, 8> packed;
         VK_UNROLL

@@ -78,8 +78,9 @@ def test_far_from_the_grid(spread, dtype, weight_dtype, kernels):
     ],
     ids=["wide", "unsorted", "narrow functions", "broad functions"],
 )
-def test_any_grid(grid, inverse, kernels):
-    tensors = {**inputs(50, 12, 20, len(grid)), "grid": grid}
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_any_grid(grid, inverse, dtype, kernels):
+    tensors = {**inputs(50, 12, 20, len(grid), dtype), "grid": grid}
     grad_y = torch.randn(50, 20)
     params = (inverse, 1e-5)
     check(launch(native, tensors, grad_y, params, **kernels), tensors, grad_y, params)
