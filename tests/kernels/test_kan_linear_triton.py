@@ -67,8 +67,9 @@ def test_far_from_the_grid(spread, dtype, weight_dtype):
     ],
     ids=["wide", "unsorted", "narrow functions", "broad functions"],
 )
-def test_any_grid(grid, inverse):
-    tensors = {**inputs(50, 12, 20, len(grid)), "grid": grid}
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_any_grid(grid, inverse, dtype):
+    tensors = {**inputs(50, 12, 20, len(grid), dtype), "grid": grid}
     grad_y = torch.randn(50, 20)
     check(launch(launcher, tensors, grad_y, (inverse, 1e-5)), tensors, grad_y, (inverse, 1e-5))
 

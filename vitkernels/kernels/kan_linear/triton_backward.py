@@ -13,6 +13,7 @@ from vitkernels.kernels.kan_linear.triton_basis import (
     affine,
     basis,
     basis_slope,
+    centres,
     distances,
     normed_tile,
     weight_columns,
@@ -48,7 +49,8 @@ def backward_u(
     channel = first + tl.arange(0, BLOCK_C)
     normed = normed_tile(x, mean, rstd, row, row_inside, channel, channels, x_row)
     u = affine(normed, ln_weight, ln_bias, channel, channels)
-    phi, tanh = basis_slope(distances(u, grid, inverse, GRIDS, PADDED))
+    centre, _ = centres(grid, inverse, GRIDS, PADDED)
+    phi, tanh = basis_slope(distances(u, centre, inverse))
     terms = tl.reshape(grad_phi, [BLOCK_N, BLOCK_C, PADDED]) * phi * tanh * (-2 * inverse)
     result = tl.sum(terms, 2)
     mask = row_inside[:, None] & (channel < channels)[None, :]
@@ -112,7 +114,7 @@ def backward_weight(
 ):  # fmt: skip
     """A tile of dW = dY^T Phi over `share` rows, Phi made again; grad_weight is [shares of rows, J, I * G].
 
-    Floor: the FLOPs of the forward pass. Special functions: two for each element of Phi and tile of BLOCK_J outputs.
+    Floor: the FLOPs of the forward pass. Special functions: as forward_product.
     """
     tiles = tl.cdiv(channels, BLOCK_C)
     first = (tl.program_id(0) % tiles) * BLOCK_C
@@ -121,6 +123,7 @@ def backward_weight(
     channel = first + tl.arange(0, BLOCK_C)
     begin = tl.program_id(1).to(tl.int64) * share
     end = tl.minimum(begin + share, rows)
+    centre, narrow = centres(grid, inverse, GRIDS, PADDED)
     total = tl.zeros([BLOCK_J, BLOCK_C * PADDED], tl.float32)
     for start in range(0, share, BLOCK_N):
         row = begin + start + tl.arange(0, BLOCK_N)
@@ -129,7 +132,7 @@ def backward_weight(
         dy = tl.load(place, mask=output_inside[:, None] & row_inside[None, :], other=0.0)
         normed = normed_tile(x, mean, rstd, row, row_inside, channel, channels, x_row)
         u = affine(normed, ln_weight, ln_bias, channel, channels)
-        phi = basis(distances(u, grid, inverse, GRIDS, PADDED))
+        phi = basis(u, centre, narrow, inverse, dy.dtype != tl.float32)
         total = dot(dy, tl.reshape(phi, [BLOCK_N, BLOCK_C * PADDED]).to(dy.dtype), total)
     column, exists = weight_columns(first, channels, GRIDS, PADDED, BLOCK_C)
     depth = tl.cast(channels, tl.int64) * GRIDS

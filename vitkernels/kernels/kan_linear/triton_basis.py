@@ -53,17 +53,37 @@ def affine(normed, ln_weight, ln_bias, channel, channels):
 
 
 @triton.jit
-def distances(u, grid, inverse, GRIDS: tl.constexpr, PADDED: tl.constexpr):
-    """(u - g) / h as [rows, channels, PADDED]."""
+def centres(grid, inverse, GRIDS: tl.constexpr, PADDED: tl.constexpr):
+    """The grid [PADDED], and whether exponentials of all of it, and their products, are normal numbers."""
     point = tl.arange(0, PADDED)
     centre = tl.load(grid + point, mask=point < GRIDS, other=0.0)
+    return centre, tl.max(tl.abs(centre), 0) * (inverse * 2 * LOG2E) <= 60.0
+
+
+@triton.jit
+def distances(u, centre, inverse):
+    """(u - g) / h as [rows, channels, PADDED]."""
     return (u[:, :, None] - centre[None, None, :]) * inverse
 
 
 @triton.jit
-def basis(distance):
-    """phi of distances."""
-    e = tl.exp2(tl.abs(distance) * (-2 * LOG2E))
+def basis(u, centre, narrow, inverse, HALF: tl.constexpr):
+    """phi as [rows, channels, PADDED]. HALF: for a product in 16 bits.
+
+    There, e is the lesser of e^(2 u / h) e^(-2 g / h) and its inverse: two exponentials serve all points of a channel.
+    """
+    if HALF:
+        if narrow:
+            unit = inverse * (2 * LOG2E)
+            exponent = tl.maximum(u * unit, -100.0, propagate_nan=tl.PropagateNan.ALL)
+            exponent = tl.minimum(exponent, 100.0, propagate_nan=tl.PropagateNan.ALL)
+            falling = tl.exp2(exponent)[:, :, None] * tl.exp2(centre * -unit)[None, None, :]
+            rising = tl.exp2(-exponent)[:, :, None] * tl.exp2(centre * unit)[None, None, :]
+            e = tl.minimum(falling, rising)
+        else:
+            e = tl.exp2(tl.abs(distances(u, centre, inverse)) * (-2 * LOG2E))
+    else:
+        e = tl.exp2(tl.abs(distances(u, centre, inverse)) * (-2 * LOG2E))
     q = 1 / (1 + e)
     return 4 * e * q * q
 
@@ -97,19 +117,20 @@ def forward_product(
 ):  # fmt: skip
     """A tile of y = Phi W^T, whose Phi is made on the way.
 
-    Floor: 2 rows * channels * GRIDS * outputs FLOPs at the matrix rate. Special functions: two for each element of
-    Phi and each tile of BLOCK_J outputs.
+    Floor: 2 rows * channels * GRIDS * outputs FLOPs at the matrix rate. Special functions: a reciprocal for each
+    element of Phi and each tile of BLOCK_J outputs, and two exponentials a channel (in fp32 one an element).
     """
     tiles = tl.cdiv(outputs, BLOCK_J)
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     output = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
     row_inside, output_inside = row < rows, output < outputs
+    centre, narrow = centres(grid, inverse, GRIDS, PADDED)
     total = tl.zeros([BLOCK_N, BLOCK_J], tl.float32)
     for first in range(0, channels, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
         normed = normed_tile(x, mean, rstd, row, row_inside, channel, channels, x_row)
         u = affine(normed, ln_weight, ln_bias, channel, channels)
-        phi = basis(distances(u, grid, inverse, GRIDS, PADDED))
+        phi = basis(u, centre, narrow, inverse, weight.dtype.element_ty != tl.float32)
         phi = tl.reshape(phi, [BLOCK_N, BLOCK_C * PADDED]).to(weight.dtype.element_ty)
         column, exists = weight_columns(first, channels, GRIDS, PADDED, BLOCK_C)
         place = weight + output[None, :] * weight_row + column[:, None]
