@@ -45,16 +45,15 @@ def test_forward_and_gradients(rows, channels, outputs, grids, dtype, weight_dty
     check(launch(launcher, tensors, grad_y), tensors, grad_y)
 
 
-@pytest.mark.parametrize("spread", [8.0, 100.0])
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
-def test_far_from_the_grid(spread, dtype, weight_dtype):
-    tensors = inputs(40, 24, 20, dtype=dtype, weight_dtype=weight_dtype, spread=spread)
+def test_far_from_the_grid(dtype, weight_dtype):
+    tensors = inputs(40, 24, 20, dtype=dtype, weight_dtype=weight_dtype, spread=8.0)  # |u| up to 30
     grad_y = torch.randn(40, 20)
     check(launch(launcher, tensors, grad_y), tensors, grad_y)
     tensors["ln_bias"] += 1e4  # where every function is 0
     got = launch(launcher, tensors, grad_y)
     assert all(torch.isfinite(t).all() for t in got.values())
-    assert got["y"].abs().max() < 1e-12
+    assert got["y"].float().abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
