@@ -103,3 +103,28 @@ MIXER_MODELS: dict[str, tuple[MixerStage, ...]] = {
     "efficientvit_m5": _mixers((192, 288, 384), (3, 3, 4), (7, 5, 3, 3)),
     "efficientvit_m4_detection": _detection((128, 256, 384), (7, 5, 3, 3)),
 }
+
+
+@dataclass(frozen=True)
+class KanLayer:
+    """A FasterKAN layer of a model."""
+
+    rows: int  # per image
+    channels: int
+    outputs: int
+
+
+def _medvit(widths: tuple[int, int, int]) -> tuple[KanLayer, ...]:
+    # 224 px: the last block of stage 2 (28 x 28), every third of stage 3, all of stage 4 map C to 2 C and back.
+    layers = []
+    for side, width in zip((28, 14, 7), widths, strict=True):
+        layers += [KanLayer(side * side, width, 2 * width), KanLayer(side * side, 2 * width, width)]
+    return tuple(layers)
+
+
+KAN_MODELS: dict[str, tuple[KanLayer, ...]] = {
+    "medvit_tiny": _medvit((128, 192, 384)),
+    "medvit_small": _medvit((128, 256, 512)),
+    "medvit_base": _medvit((192, 384, 768)),
+    "medvit_large": _medvit((256, 512, 1024)),
+}
