@@ -167,7 +167,11 @@ SAMPLES = [
             ({"kernel_size": 3}, ValueError, "argument `kernel_size`: expected kernel_size * dilation <= 7"),
             ({"kernel_size": (3, 0)}, ValueError, "argument `kernel_size`: expected 2 positive ints"),
             ({"kernel_size": (3, 3, 3)}, TypeError, "argument `kernel_size`: expected 2 ints"),
-            ({"dilation": (2, 1)}, ValueError, "argument `kernel_size`: expected kernel_size * dilation <= 5"),
+            (
+                {"dilation": (2, 1)},
+                ValueError,
+                "argument `kernel_size`: expected kernel_size * dilation <= 5",
+            ),
             ({"dilation": 0}, ValueError, "argument `dilation`: expected 2 positive ints"),
             ({"is_causal": 1}, TypeError, "argument `is_causal`: expected a bool or 2 bools"),
             ({"is_causal": (False, True)}, ValueError, "argument `rpb`: expected None"),
