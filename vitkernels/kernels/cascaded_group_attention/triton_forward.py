@@ -27,6 +27,7 @@ from vitkernels.kernels.cascaded_group_attention.triton_windows import (
     load_rows,
     load_weight,
     map_place,
+    pixel_tokens,
     store_map,
     store_rows,
     tile_tokens,
@@ -72,7 +73,7 @@ def forward_heads(
         size = 2 * ((SIZES >> (4 * head)) & 15) + 1
         query = depthwise(
             source, row, valid, token, queries_n, dw_weight + head * dw_h, dw_c, dw_y, dw_x, size,
-            False, KEY_DIM, BLOCK_K, KERNEL_MAX, WINDOW_H, WINDOW_W,
+            False, KEY_DIM, BLOCK_K, KERNEL_MAX, WINDOW_H, WINDOW_W, dtype,
         )  # fmt: skip
         query = (query + load_bias(dw_bias + head * db_h, keys, db_c, KEY_DIM)).to(dtype)
         weights, total = attention_weights(
@@ -107,30 +108,26 @@ def forward_projection(
     TILES: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     EVEN: tl.constexpr = CHANNELS % BLOCK_N == 0
     DIVIDES: tl.constexpr = CHANNELS % SLICE == 0
+    dtype: tl.constexpr = x.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     # Programs next to each other share the pixels: they read the same heads.
     pixel = (program // TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = (program % TILES).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = pixel < pixels
-    x_at = pixel % width
-    line = pixel // width
-    y_at = line % height
-    batch = line // height
-    window = (batch * rows + y_at // WINDOW_H) * columns + x_at // WINDOW_W
-    row = window * (WINDOW_H * WINDOW_W) + (y_at % WINDOW_H) * WINDOW_W + x_at % WINDOW_W
+    batch, y_at, x_at, row = pixel_tokens(pixel, rows, columns, height, width, WINDOW_H, WINDOW_W)
     total = tl.zeros([BLOCK_N, BLOCK_M] if NCHW else [BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.range(0, CHANNELS, SLICE, num_stages=STAGES):
         channels = first + tl.arange(0, SLICE)
         features = load_rows(heads, row, valid, CHANNELS, channels, CHANNELS, DIVIDES)
         # Written so that a NaN stays one, as in torch.relu.
-        features = tl.where(features < 0, 0.0, features).to(x.dtype.element_ty)
+        features = tl.where(features < 0, 0.0, features).to(dtype)
         matrix = load_weight(
-            weight, outputs, channels, weight_o, weight_i, CHANNELS, CHANNELS, DIVIDES and EVEN
+            weight, outputs, channels, weight_o, weight_i, CHANNELS, CHANNELS, dtype, DIVIDES and EVEN
         )
         total = dot(matrix, tl.trans(features), total) if NCHW else dot(features, tl.trans(matrix), total)
     if NCHW:
         total = tl.trans(total)
-    result = (total + load_bias(bias, outputs, bias_o, CHANNELS)).to(x.dtype.element_ty)
+    result = (total + load_bias(bias, outputs, bias_o, CHANNELS)).to(dtype)
     if RESIDUAL:
         place = batch * x_b + y_at * x_y + x_at * x_x
         share = load_map(x, place, valid, outputs, x_c, CHANNELS, EVEN, NCHW)

@@ -37,6 +37,18 @@ def map_place(
 
 
 @triton.jit
+def pixel_tokens(
+    pixel, rows, columns, height, width, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr
+):  # fmt: skip
+    """(image, y, x, row) of the pixels of a batch of maps, numbered row by row."""
+    x = pixel % width
+    y = pixel // width % height
+    batch = pixel // width // height
+    window = (batch * rows + y // WINDOW_H) * columns + x // WINDOW_W
+    return batch, y, x, window * (WINDOW_H * WINDOW_W) + (y % WINDOW_H) * WINDOW_W + x % WINDOW_W
+
+
+@triton.jit
 def channel_mask(rows_valid, channels, LIMIT: tl.constexpr, FULL: tl.constexpr):
     """Mask [rows, channels]; FULL says that every channel is below LIMIT, which keeps rows vectorised."""
     if FULL:
@@ -93,15 +105,15 @@ def store_rows(base, row, valid, stride, channels, tile, LIMIT: tl.constexpr, FU
 @triton.jit
 def load_weight(
     base, outputs, inputs, stride_o, stride_i, OUT_LIMIT: tl.constexpr, IN_LIMIT: tl.constexpr,
-    FULL: tl.constexpr,
+    DTYPE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Tile [outputs, inputs] of a weight matrix, zeros beyond the limits."""
+    """Tile [outputs, inputs] of a weight matrix in the dtype of the product, zeros beyond the limits."""
     offsets = outputs.to(tl.int64)[:, None] * stride_o + inputs.to(tl.int64)[None, :] * stride_i
     if FULL:
-        return tl.load(base + offsets)
+        return tl.load(base + offsets).to(DTYPE)
     else:
         mask = (outputs < OUT_LIMIT)[:, None] & (inputs < IN_LIMIT)[None, :]
-        return tl.load(base + offsets, mask=mask, other=0.0)
+        return tl.load(base + offsets, mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -135,6 +147,7 @@ def head_projection(
     divide it, so nothing is multiplied with padding at the published widths.
     """
     ROWS: tl.constexpr = row.shape[0]
+    dtype: tl.constexpr = x.dtype.element_ty
     DIVIDES: tl.constexpr = VALUE_DIM % SLICE == 0
     keys = tl.arange(0, BLOCK_K)
     part = tl.arange(0, PART)
@@ -150,21 +163,24 @@ def head_projection(
             x, heads, place, inside, row, valid, head, channels, x_c, CHANNELS, VALUE_DIM, DIVIDES, NCHW
         )
         full: tl.constexpr = DIVIDES and BLOCK_K == KEY_DIM
-        matrix = load_weight(weight, keys, channels, weight_o, weight_i, KEY_DIM, VALUE_DIM, full)
+        matrix = load_weight(weight, keys, channels, weight_o, weight_i, KEY_DIM, VALUE_DIM, dtype, full)
         query = dot(u, tl.trans(matrix), query)
         matrix = load_weight(
-            weight + KEY_DIM * weight_o, keys, channels, weight_o, weight_i, KEY_DIM, VALUE_DIM, full
+            weight + KEY_DIM * weight_o, keys, channels, weight_o, weight_i, KEY_DIM, VALUE_DIM, dtype, full
         )
         key = dot(u, tl.trans(matrix), key)
         values = weight + 2 * KEY_DIM * weight_o
         full_part: tl.constexpr = DIVIDES and PART <= VALUE_DIM
-        matrix = load_weight(values, part, channels, weight_o, weight_i, VALUE_DIM, VALUE_DIM, full_part)
+        matrix = load_weight(
+            values, part, channels, weight_o, weight_i, VALUE_DIM, VALUE_DIM, dtype, full_part
+        )
         value = dot(u, tl.trans(matrix), value)
         if REST:
             full_rest: tl.constexpr = DIVIDES and PART + REST == VALUE_DIM
-            matrix = load_weight(values, rest, channels, weight_o, weight_i, VALUE_DIM, VALUE_DIM, full_rest)
+            matrix = load_weight(
+                values, rest, channels, weight_o, weight_i, VALUE_DIM, VALUE_DIM, dtype, full_rest
+            )
             value_rest = dot(u, tl.trans(matrix), value_rest)
-    dtype: tl.constexpr = x.dtype.element_ty
     query = (query + load_bias(bias, keys, bias_o, KEY_DIM)).to(dtype)
     key = (key + load_bias(bias + KEY_DIM * bias_o, keys, bias_o, KEY_DIM)).to(dtype)
     value = (value + load_bias(bias + 2 * KEY_DIM * bias_o, part, bias_o, VALUE_DIM)).to(dtype)
@@ -179,7 +195,7 @@ def head_projection(
 def depthwise(
     source, row, valid, token, stride, weight, weight_c, weight_y, weight_x, size,
     MIRROR: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_K: tl.constexpr, KERNEL_MAX: tl.constexpr,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Depthwise convolution [rows, BLOCK_K] in fp32 within each window, of a token-major source in memory.
 
@@ -210,7 +226,7 @@ def depthwise(
                     )  # fmt: skip
                     place = taps + (tap_x + (KERNEL_MAX - candidate) // 2) * weight_x
                     tap = tl.load(place, mask=live, other=0.0)
-                    total += tap.to(tl.float32)[None, :] * neighbour.to(tl.float32)
+                    total += tap.to(DTYPE).to(tl.float32)[None, :] * neighbour.to(tl.float32)
     return total
 
 
