@@ -5,6 +5,7 @@ never recompiles.
 """
 
 from __future__ import annotations
+import os
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,9 @@ def channels_innermost(tensor: Tensor) -> bool:
 
 
 @cache
-def window_configuration(tokens: int, key_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
+def window_configuration(
+    tokens: int, key_dim: int, value_dim: int, itemsize: int, nchw: bool, backward: bool
+) -> dict[str, int]:
     """Tiles of the kernels that hold windows."""
     block = padded(tokens)
     part, rest = parts(value_dim)
@@ -109,9 +112,10 @@ def window_configuration(tokens: int, key_dim: int, value_dim: int, itemsize: in
         "BLOCK_K": padded(key_dim),
         "PART": part,
         "REST": rest,
-        "SLICE": slice_of(value_dim, 32),
+        # A token of an NCHW map takes a 64-bit address for every channel: narrow slices.
+        "SLICE": slice_of(value_dim, 16 if nchw else 32),
         # fp32 products run on the FMA units with both operands in registers: more threads, or they spill.
-        "num_warps": 4 if itemsize == 2 else 8,
+        "num_warps": int(os.environ.get("NW") or (4 if itemsize == 2 else 8)),
         "num_stages": 1,
     }
 
@@ -188,7 +192,10 @@ def forward(
 
 
 def _forward_heads(heads, x, qkv_weight, qkv_bias, dw_weight, dw_bias, attn_bias, scale, shape):
-    config = window_configuration(shape.tokens, shape.key_dim, shape.value_dim, shape.itemsize)
+    nchw = not channels_innermost(x)
+    config = window_configuration(
+        shape.tokens, shape.key_dim, shape.value_dim, shape.itemsize, nchw, backward=False
+    )
     # q~ lies where O of the same head will, if it fits there.
     if shape.key_dim <= shape.value_dim:
         queries, queries_h, queries_n = heads, shape.value_dim, shape.channels
@@ -200,7 +207,7 @@ def _forward_heads(heads, x, qkv_weight, qkv_bias, dw_weight, dw_bias, attn_bias
         *x.stride(), *qkv_weight.stride(), *qkv_bias.stride(), *dw_weight.stride(), *dw_bias.stride(),
         *attn_bias.stride(), shape.windows, shape.rows, shape.columns, shape.height, shape.width, scale,
         shape.heads, packed_sizes(shape.kernel_sizes), shape.kernel_max, shape.key_dim, shape.value_dim,
-        shape.window_h, shape.window_w, **config, STAGES=2, NCHW=not channels_innermost(x),
+        shape.window_h, shape.window_w, **config, STAGES=2, NCHW=nchw,
     )  # fmt: skip
 
 
@@ -288,7 +295,10 @@ def _backward_heads(
     shape,
 ):  # fmt: skip
     """Fills the gradients of x and of the tables, and returns what the weight gradients need."""
-    config = window_configuration(shape.tokens, shape.key_dim, shape.value_dim, shape.itemsize)
+    nchw = not channels_innermost(x)
+    config = window_configuration(
+        shape.tokens, shape.key_dim, shape.value_dim, shape.itemsize, nchw, backward=True
+    )
     groups = -(-shape.windows // config["PACK"])
     chunks = split(groups, 1, BACKWARD_PROGRAMS)
     outputs = 2 * shape.key_dim + shape.value_dim
@@ -303,7 +313,7 @@ def _backward_heads(
             *qkv_bias.stride(), *dw_weight.stride(), *dw_bias.stride(), *table.stride(), shape.windows, chunks,
             shape.rows, shape.columns, shape.height, shape.width, head, shape.kernel_sizes[head], scale,
             shape.heads, shape.kernel_max, shape.key_dim, shape.value_dim, shape.window_h, shape.window_w,
-            **config, SLICE_Y=slice_of(outputs, 32), STAGES=2, NCHW=not channels_innermost(x),
+            **config, SLICE_Y=slice_of(outputs, 32), STAGES=2, NCHW=nchw,
             GRAD_NCHW=grad_out is not None and not channels_innermost(grad_out),
         )  # fmt: skip
     if partials is not None:

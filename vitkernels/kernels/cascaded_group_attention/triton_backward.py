@@ -77,27 +77,6 @@ def backward_projection(
     store_rows(grads, row, valid, CHANNELS, inputs, total, CHANNELS, EVEN)
 
 
-@triton.jit
-def store_input_gradient(
-    grad_x, grads, grad_out, gradient, row, valid, inside, place, go_place, head, channels, gx_c, go_c,
-    CHANNELS: tl.constexpr, VALUE_DIM: tl.constexpr, FULL: tl.constexpr, NCHW: tl.constexpr,
-    GRAD_NCHW: tl.constexpr,
-):  # fmt: skip
-    """Hands the gradient of U to x (grad_out: what the residual adds) and to the head before."""
-    before = grads + (head - 1) * VALUE_DIM
-    earlier = valid & (head > 0)
-    sofar = load_rows(before, row, earlier, CHANNELS, channels, VALUE_DIM, FULL).to(tl.float32)
-    store_rows(before, row, earlier, CHANNELS, channels, sofar + gradient, VALUE_DIM, FULL)
-    if grad_x is not None:
-        if grad_out is not None:
-            share = grad_out + head * VALUE_DIM * go_c
-            gradient += load_map(share, go_place, inside, channels, go_c, VALUE_DIM, FULL, GRAD_NCHW).to(
-                tl.float32
-            )
-        target = grad_x + head * VALUE_DIM * gx_c
-        store_map(target, place, inside, channels, gx_c, gradient, VALUE_DIM, FULL, NCHW)
-
-
 @triton.jit(do_not_specialize=["windows", "chunks", "index", "size"])
 def backward_head(
     grad_x, grads, saved, partials, grad_out, heads, x, qkv_weight, qkv_bias, dw_weight, dw_bias, table,
@@ -109,12 +88,15 @@ def backward_head(
     BLOCK_K: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, SLICE: tl.constexpr, SLICE_Y: tl.constexpr,
     STAGES: tl.constexpr, NCHW: tl.constexpr, GRAD_NCHW: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one head in the windows chunk, chunk + chunks, ...; of grads it reads the head's place and
-    adds to that of the head before.
+    """Gradients of one head in the windows chunk, chunk + chunks, ... .
 
-    q~, the gradient of Q and those of q~, k, v pass between a program's threads through `saved`; each barrier
-    orders those writes and the reads behind it. A window has places of its own there, so that nothing of one
-    turn of the loop waits for another.
+    Of grads it reads the gradient of the head's output, puts that of the head's input U in its place, and
+    adds the latter to the place of the head before, and to x (with what the residual adds, grad_out): slice by
+    slice, since a token of an NCHW map takes a 64-bit address for every channel.
+
+    q~, the gradient of Q, those of q~, k, v and that of U pass between a program's threads through memory;
+    each barrier orders those writes and the reads behind it. A window has places of its own, so that nothing
+    of one turn of the loop waits for another.
     """
     CHANNELS: tl.constexpr = HEADS * VALUE_DIM
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
@@ -207,21 +189,33 @@ def backward_head(
                     weight, outputs, rest, qw_o, qw_i, OUTPUTS, VALUE_DIM, dtype, divides and WHOLE_REST
                 )
                 gradient_rest = dot(grad_y, matrix, gradient_rest)
-        place, _ = map_place(
-            window, token, rows, columns, height, width, gx_b, gx_y, gx_x, WINDOW_H, WINDOW_W
-        )
-        go_place, _ = map_place(
-            window, token, rows, columns, height, width, go_b, go_y, go_x, WINDOW_H, WINDOW_W
-        )
-        store_input_gradient(
-            grad_x, grads, grad_out, gradient, row, valid, inside, place, go_place, head, part, gx_c, go_c,
-            CHANNELS, VALUE_DIM, WHOLE_PART, NCHW, GRAD_NCHW,
-        )  # fmt: skip
+        store_rows(incoming, row, valid, CHANNELS, part, gradient, VALUE_DIM, WHOLE_PART)
         if REST:
-            store_input_gradient(
-                grad_x, grads, grad_out, gradient_rest, row, valid, inside, place, go_place, head, rest, gx_c,
-                go_c, CHANNELS, VALUE_DIM, WHOLE_REST, NCHW, GRAD_NCHW,
-            )  # fmt: skip
+            store_rows(incoming, row, valid, CHANNELS, rest, gradient_rest, VALUE_DIM, WHOLE_REST)
+        tl.debug_barrier()
+
+        if grad_x is not None:
+            place, _ = map_place(
+                window, token, rows, columns, height, width, gx_b, gx_y, gx_x, WINDOW_H, WINDOW_W
+            )
+            go_place, _ = map_place(
+                window, token, rows, columns, height, width, go_b, go_y, go_x, WINDOW_H, WINDOW_W
+            )
+        earlier = valid & (head > 0)
+        for first in tl.range(0, VALUE_DIM, SLICE, num_stages=1):
+            channels = first + tl.arange(0, SLICE)
+            whole: tl.constexpr = VALUE_DIM % SLICE == 0
+            passed = load_rows(incoming, row, valid, CHANNELS, channels, VALUE_DIM, whole).to(tl.float32)
+            before = incoming - VALUE_DIM
+            sofar = load_rows(before, row, earlier, CHANNELS, channels, VALUE_DIM, whole).to(tl.float32)
+            store_rows(before, row, earlier, CHANNELS, channels, sofar + passed, VALUE_DIM, whole)
+            if grad_x is not None:
+                if grad_out is not None:
+                    share = grad_out + head * VALUE_DIM * go_c
+                    share = load_map(share, go_place, inside, channels, go_c, VALUE_DIM, whole, GRAD_NCHW)
+                    passed += share.to(tl.float32)
+                target = grad_x + head * VALUE_DIM * gx_c
+                store_map(target, place, inside, channels, gx_c, passed, VALUE_DIM, whole, NCHW)
     if partials is not None:
         if PACK > 1:
             bias_gradient = tl.sum(bias_gradient, 0)

@@ -167,7 +167,11 @@ def depthwise_weight_gradient(
     )
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_0", "stride_1", "stride_2", "stride_3", "size_1", "size_2", "size_3", "count", "chunks"
+    ]
+)  # fmt: skip
 def reduce_partials(
     grad, partials, stride_0, stride_1, stride_2, stride_3, size_1, size_2, size_3, count, chunks,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
