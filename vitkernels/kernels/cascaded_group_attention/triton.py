@@ -28,8 +28,9 @@ from vitkernels.kernels.cascaded_group_attention.triton_gradients import (
 
 # Rows of a tile: what a window may have, and what small windows are packed up to.
 TILE_ROWS = 64
-# Programs of the backward's heads, which each write an N x N partial a head; windows beyond are looped over.
-BACKWARD_PROGRAMS = 512
+# Most memory for partials of the bias gradient, N x N for each program and head of the backward: more windows
+# take several launches, which add to the same partials.
+PARTIAL_BYTES = 64 << 20
 # Programs of the sums over tokens, which each write a partial tile of a weight.
 PRODUCT_PROGRAMS = 512
 
@@ -300,27 +301,28 @@ def _backward_heads(
         shape.tokens, shape.key_dim, shape.value_dim, shape.itemsize, nchw, backward=True
     )
     groups = -(-shape.windows // config["PACK"])
-    chunks = split(groups, 1, BACKWARD_PROGRAMS)
     outputs = 2 * shape.key_dim + shape.value_dim
     saved = _scratch(x, x.dtype, shape.heads, shape.windows * shape.tokens, outputs + 2 * shape.key_dim)
-    partials = None
+    programs, partials = groups, None
     if grad_table is not None:
-        partials = _scratch(x, torch.float32, chunks, shape.heads, shape.tokens, shape.tokens)
+        programs = min(groups, max(1, PARTIAL_BYTES // (4 * shape.heads * shape.tokens**2)))
+        partials = _scratch(x, torch.float32, programs, shape.heads, shape.tokens, shape.tokens)
     for head in range(shape.heads - 1, -1, -1):
-        backward_head[(chunks,)](
-            grad_x, grads, saved, partials, grad_out, heads, x, qkv_weight, qkv_bias, dw_weight, dw_bias,
-            table, *_strides(grad_x, 4), *_strides(grad_out, 4), *x.stride(), *qkv_weight.stride(),
-            *qkv_bias.stride(), *dw_weight.stride(), *dw_bias.stride(), *table.stride(), shape.windows, chunks,
-            shape.rows, shape.columns, shape.height, shape.width, head, shape.kernel_sizes[head], scale,
-            shape.heads, shape.kernel_max, shape.key_dim, shape.value_dim, shape.window_h, shape.window_w,
-            **config, SLICE_Y=slice_of(outputs, 32), STAGES=2, NCHW=nchw,
-            GRAD_NCHW=grad_out is not None and not channels_innermost(grad_out),
-        )  # fmt: skip
+        for first_group in range(0, groups, programs):
+            backward_head[(min(programs, groups - first_group),)](
+                grad_x, grads, saved, partials, grad_out, heads, x, qkv_weight, qkv_bias, dw_weight, dw_bias,
+                table, *_strides(grad_x, 4), *_strides(grad_out, 4), *x.stride(), *qkv_weight.stride(),
+                *qkv_bias.stride(), *dw_weight.stride(), *dw_bias.stride(), *table.stride(), shape.windows,
+                first_group, shape.rows, shape.columns, shape.height, shape.width, head,
+                shape.kernel_sizes[head], scale, shape.heads, shape.kernel_max, shape.key_dim,
+                shape.value_dim, shape.window_h, shape.window_w, **config, SLICE_Y=slice_of(outputs, 32),
+                STAGES=2, NCHW=nchw, GRAD_NCHW=grad_out is not None and not channels_innermost(grad_out),
+            )  # fmt: skip
     if partials is not None:
         block_t = padded(shape.tokens)
         reduce_bias_gradient[(shape.heads * shape.tokens,)](
-            grad_table, partials, *grad_table.stride(), shape.heads, chunks, shape.window_h, shape.window_w,
-            False, BLOCK_C=max(1, 1024 // block_t), BLOCK_T=block_t, num_warps=4,
+            grad_table, partials, *grad_table.stride(), shape.heads, programs, shape.window_h, shape.window_w,
+            False, BLOCK_C=4096 // block_t, BLOCK_T=block_t, num_warps=8,
         )  # fmt: skip
     return saved
 
