@@ -206,8 +206,10 @@ def depthwise(
     the taps beyond it are never read. MIRROR gives the transposed convolution.
     """
     channels = tl.arange(0, BLOCK_K)
-    live = channels < KEY_DIM
+    # All ones where the width is whole, so that a row's mask is constant along it.
+    live = channels < KEY_DIM if KEY_DIM < BLOCK_K else tl.full([BLOCK_K], 1, tl.int1)
     weight += channels.to(tl.int64) * weight_c
+    place = source + (row[:, None] * stride + channels[None, :])
     y = token // WINDOW_W
     x = token % WINDOW_W
     total = tl.zeros([row.shape[0], BLOCK_K], tl.float32)
@@ -220,12 +222,12 @@ def depthwise(
                 for tap_x in tl.static_range(candidate):
                     dx = candidate // 2 - tap_x if MIRROR else tap_x - candidate // 2
                     inside = in_row & (x + dx >= 0) & (x + dx < WINDOW_W)
-                    neighbour = load_rows(
-                        source, row + (dy * WINDOW_W + dx), inside, stride, channels, KEY_DIM,
-                        BLOCK_K == KEY_DIM,
-                    )  # fmt: skip
-                    place = taps + (tap_x + (KERNEL_MAX - candidate) // 2) * weight_x
-                    tap = tl.load(place, mask=live, other=0.0)
+                    neighbour = tl.load(
+                        place + (dy * WINDOW_W + dx) * stride, mask=inside[:, None] & live[None, :], other=0.0
+                    )
+                    tap = tl.load(
+                        taps + (tap_x + (KERNEL_MAX - candidate) // 2) * weight_x, mask=live, other=0.0
+                    )
                     total += tap.to(DTYPE).to(tl.float32)[None, :] * neighbour.to(tl.float32)
     return total
 
