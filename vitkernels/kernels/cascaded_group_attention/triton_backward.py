@@ -109,6 +109,9 @@ def backward_head(
     q~, the gradient of Q, those of q~, k, v and that of U pass between a program's threads through memory;
     each barrier orders those writes and the reads behind it. A program does not loop over windows: compilers
     then move the addresses of weights, taps and table out of the loop, 100 registers of them, and spill.
+
+    local memory: up to 2304 bytes: an fp32 product on the FMA units holds both operands in registers, and over
+    64 value channels they do not fit. Half precision does not spill.
     """
     CHANNELS: tl.constexpr = HEADS * VALUE_DIM
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W

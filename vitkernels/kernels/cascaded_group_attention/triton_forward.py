@@ -50,6 +50,9 @@ def forward_heads(
     of the depthwise convolution. Each barrier below orders a write and the reads around it; it makes global
     writes visible to the block, and the loads behind it are never moved in front of it. q~ lies in `queries`,
     which is the head's own place in heads where k <= d: O overwrites it after the last tap was read.
+
+    local memory: up to 512 bytes: an fp32 product on the FMA units holds both operands in registers, and over
+    64 value channels they do not fit. Half precision does not spill.
     """
     CHANNELS: tl.constexpr = HEADS * VALUE_DIM
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W

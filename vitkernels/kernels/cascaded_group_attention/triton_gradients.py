@@ -190,3 +190,32 @@ def reduce_partials(
     i0 = element // size_3 // size_2 // size_1
     place = grad + (i0 * stride_0 + i1 * stride_1 + i2 * stride_2 + i3 * stride_3)
     tl.store(place, tl.sum(total, 0).to(grad.dtype.element_ty), mask=element < count)
+
+
+@triton.jit
+def reduce_table(
+    grad_table, sums, stride_h, stride_t, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """grad_table [heads, N] from sums [heads, N, N] of the logit gradient: one program a head and |dy|."""
+    TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    program = tl.program_id(0)
+    dy = program % WINDOW_H
+    head = (program // WINDOW_H).to(tl.int64)
+    dx = tl.arange(0, BLOCK_X)
+    query = tl.arange(0, BLOCK_T)
+    total = tl.zeros([BLOCK_X, BLOCK_T], tl.float32)
+    for sign in tl.static_range(4):
+        key_y = query // WINDOW_W + (dy if sign & 1 else -dy)
+        key_x = (query % WINDOW_W)[None, :] + (dx[:, None] if sign & 2 else -dx[:, None])
+        pair = ((query < TOKENS) & (key_y >= 0) & (key_y < WINDOW_H))[None, :]
+        pair = pair & (key_x >= 0) & (key_x < WINDOW_W)
+        # An offset of 0 is its own mirror image: count it once.
+        if sign & 1:
+            pair = pair & (dy != 0)
+        if sign & 2:
+            pair = pair & (dx != 0)[:, None]
+        place = head * (TOKENS * TOKENS) + (query * TOKENS + key_y * WINDOW_W)[None, :] + key_x
+        total += tl.load(sums + place, mask=pair, other=0.0)
+    place = grad_table + head * stride_h + (dy * WINDOW_W + dx).to(tl.int64) * stride_t
+    tl.store(place, tl.sum(total, 1).to(grad_table.dtype.element_ty), mask=dx < WINDOW_W)
