@@ -24,6 +24,7 @@ import vitkernels
 from vitkernels import ops
 from vitkernels.kernels.cascaded_group_attention import reference
 from vitkernels.kernels.cascaded_group_attention import triton as launcher
+from vitkernels.kernels.cascaded_group_attention.triton_shapes import parts
 
 F32, F16 = torch.float32, torch.float16
 NAMES = (
@@ -317,7 +318,7 @@ def test_chunks_cover_all_blocks_evenly() -> None:
 
 def test_widths_are_held_by_two_powers_of_two() -> None:
     exact = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
-    assert {width: launcher.parts(width) for width in exact} == exact
+    assert {width: parts(width) for width in exact} == exact
     for width in range(1, 129):
-        part, rest = launcher.parts(width)
+        part, rest = parts(width)
         assert width <= part + rest < width + max(16, width)
