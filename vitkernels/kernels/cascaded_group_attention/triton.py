@@ -269,11 +269,12 @@ def _reduce(targets, partials):
     """Adds up partials [chunks, ...] into each gradient that is wanted."""
     for grad, partial in zip(targets, partials, strict=True):
         if grad is not None:
+            block = 1024 if grad.numel() >= 32768 else 256
             leading = 4 - grad.ndim
             strides, sizes = (*(0,) * leading, *grad.stride()), (*(1,) * leading, *grad.shape)
-            reduce_partials[(-(-grad.numel() // 256),)](
-                grad, partial, *strides, *sizes[1:], grad.numel(), partial.shape[0], BLOCK_C=16, BLOCK_E=256,
-                num_warps=8,
+            reduce_partials[(-(-grad.numel() // block),)](
+                grad, partial, *strides, *sizes[1:], grad.numel(), partial.shape[0], BLOCK_C=4096 // block,
+                BLOCK_E=block, num_warps=8,
             )  # fmt: skip
 
 

@@ -99,8 +99,8 @@ def backward_head(
     BLOCK_K: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, SLICE: tl.constexpr, SLICE_Y: tl.constexpr,
     STAGES: tl.constexpr, NCHW: tl.constexpr, GRAD_NCHW: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one head in PACK windows; partials [programs, heads, N, N] get their logit gradients, added
-    to those of the groups before first_group.
+    """Gradients of one head in PACK windows; partials [programs, heads, N, N] get their logit gradients, which
+    groups from first_group on add to those before.
 
     Of grads it reads the gradient of the head's output, puts that of the head's input U in its place, and
     adds the latter to the place of the head before, and to x (with what the residual adds, grad_out): slice by
