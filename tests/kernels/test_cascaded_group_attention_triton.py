@@ -119,7 +119,9 @@ def run_kernels(
     results = {"out": out, "heads": heads}
     if wanted:
         grads = [
-            guarded(tensor.shape, tensor.dtype, layout if name == "x" else "dense") if name in wanted else None
+            guarded(tensor.shape, tensor.dtype, layout if name == "x" else "dense")
+            if name in wanted
+            else None
             for name, tensor in zip(NAMES, arguments, strict=True)
         ]
         incoming = inputs["grad_out"], inputs["grad_heads"]

@@ -82,9 +82,7 @@ def forward(
 
 def _forward_heads(heads, x, qkv_weight, qkv_bias, dw_weight, dw_bias, attn_bias, scale, shape):
     nchw = not channels_innermost(x)
-    config = window_configuration(
-        shape.tokens, shape.key_dim, shape.value_dim, shape.itemsize, nchw
-    )
+    config = window_configuration(shape.tokens, shape.key_dim, shape.value_dim, shape.itemsize, nchw)
     # q~ lies where O of the same head will, if it fits there.
     if shape.key_dim <= shape.value_dim:
         queries, queries_h, queries_n = heads, shape.value_dim, shape.channels
@@ -185,9 +183,7 @@ def _backward_heads(
 ):  # fmt: skip
     """Fills the gradients of x and of the tables, and returns what the weight gradients need."""
     nchw = not channels_innermost(x)
-    config = window_configuration(
-        shape.tokens, shape.key_dim, shape.value_dim, shape.itemsize, nchw
-    )
+    config = window_configuration(shape.tokens, shape.key_dim, shape.value_dim, shape.itemsize, nchw)
     groups = -(-shape.windows // config["PACK"])
     outputs = 2 * shape.key_dim + shape.value_dim
     saved = _scratch(x, x.dtype, shape.heads, shape.windows * shape.tokens, outputs + 2 * shape.key_dim)
@@ -292,9 +288,7 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     for channels, heads, sizes, window, side, channels_last in EXAMPLES:
         value_dim, largest = channels // heads, max(sizes)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        x, out = (
-            torch.empty(2, channels, side, side, dtype=dtype, memory_format=layout) for _ in range(2)
-        )
+        x, out = (torch.empty(2, channels, side, side, dtype=dtype, memory_format=layout) for _ in range(2))
         features = torch.empty(2 * (side // window) ** 2, window**2, channels, dtype=dtype)
         shapes = (
             (heads, 32 + value_dim, value_dim), (heads, 32 + value_dim), (heads, 16, largest, largest),

@@ -132,9 +132,7 @@ def backward_head(
     incoming = grads + head * VALUE_DIM
     weight = qkv_weight + head * qw_h
     window, token, row, valid = tile_tokens(first_group + program, windows, TOKENS, BLOCK, PACK)
-    place, inside = map_place(
-        window, token, rows, columns, height, width, x_b, x_y, x_x, WINDOW_H, WINDOW_W
-    )
+    place, inside = map_place(window, token, rows, columns, height, width, x_b, x_y, x_x, WINDOW_H, WINDOW_W)
     inside = inside & valid
     query, key, value, value_rest = head_projection(
         x, heads, weight, qkv_bias + head * qb_h, place, inside, row, valid, head, x_c, qw_o, qw_i, qb_o,
@@ -228,5 +226,13 @@ def backward_head(
                 share = load_map(share, go_place, inside, channels, go_c, VALUE_DIM, whole, GRAD_NCHW)
                 passed += share.to(tl.float32)
             store_map(
-                grad_x + head * VALUE_DIM * gx_c, place, inside, channels, gx_c, passed, VALUE_DIM, whole, NCHW
+                grad_x + head * VALUE_DIM * gx_c,
+                place,
+                inside,
+                channels,
+                gx_c,
+                passed,
+                VALUE_DIM,
+                whole,
+                NCHW,
             )

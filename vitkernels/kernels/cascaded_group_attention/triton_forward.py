@@ -58,9 +58,7 @@ def forward_heads(
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     dtype: tl.constexpr = x.dtype.element_ty
     window, token, row, valid = tile_tokens(tl.program_id(0), windows, TOKENS, BLOCK, PACK)
-    place, inside = map_place(
-        window, token, rows, columns, height, width, x_b, x_y, x_x, WINDOW_H, WINDOW_W
-    )
+    place, inside = map_place(window, token, rows, columns, height, width, x_b, x_y, x_x, WINDOW_H, WINDOW_W)
     inside = inside & valid
     keys = tl.arange(0, BLOCK_K)
     part = tl.arange(0, PART)
