@@ -149,6 +149,9 @@ def head_projection(
     ROWS: tl.constexpr = row.shape[0]
     dtype: tl.constexpr = x.dtype.element_ty
     DIVIDES: tl.constexpr = VALUE_DIM % SLICE == 0
+    # In 64 bits: multiples of the strides of any view.
+    weight_o = tl.cast(weight_o, tl.int64)
+    bias_o = tl.cast(bias_o, tl.int64)
     keys = tl.arange(0, BLOCK_K)
     part = tl.arange(0, PART)
     query = tl.zeros([ROWS, BLOCK_K], tl.float32)
@@ -209,6 +212,8 @@ def depthwise(
     # All ones where the width is whole, so that a row's mask is constant along it.
     live = channels < KEY_DIM if KEY_DIM < BLOCK_K else tl.full([BLOCK_K], 1, tl.int1)
     weight += channels.to(tl.int64) * weight_c
+    weight_y = tl.cast(weight_y, tl.int64)
+    weight_x = tl.cast(weight_x, tl.int64)
     place = source + (row[:, None] * stride + channels[None, :])
     y = token // WINDOW_W
     x = token % WINDOW_W
