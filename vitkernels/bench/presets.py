@@ -62,6 +62,75 @@ WINDOW_MODELS: dict[str, tuple[WindowStage, ...]] = {
 
 
 @dataclass(frozen=True)
+class MixerStage:
+    """A stage of a model with cascaded group attention."""
+
+    size: tuple[int, int]  # of the map
+    channels: int
+    window: int
+    kernel_sizes: tuple[int, ...]  # one a head
+    key_dim: int = 16
+
+    @property
+    def heads(self) -> int:
+        return len(self.kernel_sizes)
+
+
+def _mixers(
+    channels: tuple[int, int, int], heads: tuple[int, int, int], kernel_sizes: tuple[int, ...]
+) -> tuple[MixerStage, ...]:
+    # 224 px: maps of 14, 7 and 4.
+    return tuple(
+        MixerStage((side, side), width, min(side, 7), kernel_sizes[:count])
+        for side, width, count in zip((14, 7, 4), channels, heads, strict=True)
+    )
+
+
+def _detection(channels: tuple[int, int, int], kernel_sizes: tuple[int, ...]) -> tuple[MixerStage, ...]:
+    # 1333 x 800 px: windows of 7 in every stage, none of which divides the map.
+    return tuple(
+        MixerStage(size, width, 7, kernel_sizes)
+        for size, width in zip(((84, 50), (42, 25), (21, 13)), channels, strict=True)
+    )
+
+
+MIXER_MODELS: dict[str, tuple[MixerStage, ...]] = {
+    "efficientvit_m0": _mixers((64, 128, 192), (4, 4, 4), (5, 5, 5, 5)),
+    "efficientvit_m1": _mixers((128, 144, 192), (2, 3, 3), (7, 5, 3, 3)),
+    "efficientvit_m2": _mixers((128, 192, 224), (4, 3, 2), (7, 5, 3, 3)),
+    "efficientvit_m3": _mixers((128, 240, 320), (4, 3, 4), (5, 5, 5, 5)),
+    "efficientvit_m4": _mixers((128, 256, 384), (4, 4, 4), (7, 5, 3, 3)),
+    "efficientvit_m5": _mixers((192, 288, 384), (3, 3, 4), (7, 5, 3, 3)),
+    "efficientvit_m4_detection": _detection((128, 256, 384), (7, 5, 3, 3)),
+}
+
+
+@dataclass(frozen=True)
+class KanLayer:
+    """A FasterKAN layer of a model."""
+
+    rows: int  # per image
+    channels: int
+    outputs: int
+
+
+def _medvit(widths: tuple[int, int, int]) -> tuple[KanLayer, ...]:
+    # 224 px: the last block of stage 2 (28 x 28), every third of stage 3, all of stage 4 map C to 2 C and back.
+    layers = []
+    for side, width in zip((28, 14, 7), widths, strict=True):
+        layers += [KanLayer(side * side, width, 2 * width), KanLayer(side * side, 2 * width, width)]
+    return tuple(layers)
+
+
+KAN_MODELS: dict[str, tuple[KanLayer, ...]] = {
+    "medvit_tiny": _medvit((128, 192, 384)),
+    "medvit_small": _medvit((128, 256, 512)),
+    "medvit_base": _medvit((192, 384, 768)),
+    "medvit_large": _medvit((256, 512, 1024)),
+}
+
+
+@dataclass(frozen=True)
 class NeighborhoodLayer:
     """A layer of neighborhood attention and the map it sees."""
 
