@@ -15,6 +15,12 @@ void bind(py::module_& module);
 namespace vitkernels::window_attention {
 void bind(py::module_& module);
 }
+namespace vitkernels::neighborhood_attention {
+void bind(py::module_& module);
+}
+namespace vitkernels::cascaded_group_attention {
+void bind(py::module_& module);
+}
 
 namespace {
 
@@ -126,4 +132,6 @@ PYBIND11_MODULE(_native, module) {
 
   vitkernels::kan_linear::bind(module);
   vitkernels::window_attention::bind(module);
+  vitkernels::neighborhood_attention::bind(module);
+  vitkernels::cascaded_group_attention::bind(module);
 }
