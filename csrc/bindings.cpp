@@ -9,9 +9,6 @@
 
 namespace py = pybind11;
 
-namespace vitkernels::kan_linear {
-void bind(py::module_& module);
-}
 namespace vitkernels::window_attention {
 void bind(py::module_& module);
 }
@@ -19,6 +16,9 @@ namespace vitkernels::neighborhood_attention {
 void bind(py::module_& module);
 }
 namespace vitkernels::cascaded_group_attention {
+void bind(py::module_& module);
+}
+namespace vitkernels::kan_linear {
 void bind(py::module_& module);
 }
 
@@ -130,8 +130,8 @@ PYBIND11_MODULE(_native, module) {
     return status;
   });
 
-  vitkernels::kan_linear::bind(module);
   vitkernels::window_attention::bind(module);
   vitkernels::neighborhood_attention::bind(module);
   vitkernels::cascaded_group_attention::bind(module);
+  vitkernels::kan_linear::bind(module);
 }

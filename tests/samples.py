@@ -105,10 +105,10 @@ def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[...
 
 
 _x = torch.randn(2, 2, 15, 8)
-_rows = torch.randn(2, 9)
 _map = torch.randn(2, 5, 7, 2, 4)
 _image = torch.randn(2, 10, 4, 7)
 _floats = torch.zeros
+_rows = torch.randn(2, 9)
 
 SAMPLES = [
     Sample(
