@@ -64,8 +64,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     if (step + 1 < steps) fill(step + 1);
     const int buffer = step % 2;
     Engine<T, C::GRAD_DEPTH>::template multiply<false>(sums, grad + buffer * GRAD + warp_id() * 16 * GRAD_LD,
-                                                       GRAD_LD, weight + buffer * WEIGHT, C::LD,
-                                                       p.padded / 8);
+                                                       GRAD_LD, weight + buffer * WEIGHT, C::LD, p.padded / 8,
+                                                       Span{0, C::GRAD_DEPTH});
   }
   sync_block();
 
@@ -187,7 +187,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     if (step + 1 < steps) fill(step + 1);
     const int buffer = step % 2;
     Engine<T, ROWS>::template multiply<true>(sums, grad + buffer * GRAD + warp_id() * 16, GRAD_LD,
-                                             phi + buffer * PHI, C::LD, p.padded / 8);
+                                             phi + buffer * PHI, C::LD, p.padded / 8, Span{0, ROWS});
   }
 
   const int g = lane_id() / 4, t = lane_id() % 4, columns = p.columns(index);

@@ -48,7 +48,7 @@ struct Basis {
     // The head's low mantissa bits are 0, so that it times a small integer is exact.
     using Integer = typename Bits<T>::type;
     constexpr int kZeros = sizeof(T) == 4 ? 12 : 21;
-    head = bit_cast<T>(bit_cast<Integer>(static_cast<T>(power)) & (static_cast<Integer>(-1) << kZeros));
+    head = bit_cast<T>(bit_cast<Integer>(static_cast<T>(power)) & ~((static_cast<Integer>(1) << kZeros) - 1));
     tail = static_cast<T>(power - head);
     const int padded = grids + kLanes<T>;
     falling = memory;

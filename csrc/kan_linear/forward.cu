@@ -78,7 +78,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     if (C::BUFFERS == 2 && index + 1 < p.slices) fill(index + 1);
     const int buffer = index % C::BUFFERS;
     Engine<T, 16>::multiply_rows(sums, phi + buffer * PHI + warp_id() * 16 * C::LD, C::LD,
-                                 weight + buffer * WEIGHT, C::LD, p.padded);
+                                 weight + buffer * WEIGHT, C::LD, p.padded, Span{0, C::OUTPUTS});
     if (C::BUFFERS == 1 && index + 1 < p.slices) {
       sync_block();
       fill(index + 1);

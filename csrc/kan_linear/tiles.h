@@ -14,6 +14,7 @@ namespace vitkernels::kan_linear {
 using tile_attention::clear;
 using tile_attention::Engine;
 using tile_attention::round_up;
+using tile_attention::Span;
 
 // T is the type of the weight.
 template <class T>
