@@ -215,7 +215,14 @@ def _flops(
 
 
 def _cuda_limits(*inputs: Any) -> list[str]:
-    return _common_limits(*inputs)
+    reasons, x, (window_h, window_w) = _common_limits(*inputs), inputs[0], inputs[8:10]
+    tokens, (rows, value_dim) = window_h * window_w, inputs[1].shape[1:]
+    # What the plain backward keeps of a window: two of each of C, d, 2 k + d, k and N values a token.
+    kept = 2 * tokens * (x.shape[1] + value_dim + rows + inputs[3].shape[1] + tokens + 5)
+    size = kept * (8 if x.dtype is torch.float64 else 4)
+    if size >= 2**31:
+        reasons.append(f"takes windows whose intermediate results stay below 2 GB, got {size >> 20} MB")
+    return reasons
 
 
 def _triton_limits(*inputs: Any) -> list[str]:
