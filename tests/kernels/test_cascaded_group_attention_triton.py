@@ -202,17 +202,18 @@ def test_odd_shapes_and_padded_maps(case: Case, guarded: Guarded) -> None:
     compare(case, inputs, run_kernels(case, inputs, guarded))
 
 
-SMALL = Case(map=(4, 5), batch=2)
+SMALL = Case(channels=32, window=(2, 2), map=(2, 3))
 
 
-@pytest.mark.parametrize("wanted", NAMES)
-def test_each_gradient_alone_is_the_joint_one(wanted: str, guarded: Guarded) -> None:
+def test_gradients_alone_are_the_joint_ones(guarded: Guarded) -> None:
     inputs = make_inputs(SMALL, guarded)
     joint = run_kernels(SMALL, inputs, guarded)
-    alone = run_kernels(SMALL, inputs, guarded, (wanted,))
-    assert set(alone) == {"out", "heads", f"grad_{wanted}"}
-    for name, tensor in alone.items():
-        assert torch.equal(tensor, joint[name]), name
+    subsets = (("x",), ("qkv_weight", "proj_bias"), ("dw_bias",), ("qkv_bias", "dw_weight"), ("proj_weight",))
+    for wanted in (*subsets, ("attn_bias",)):
+        got = run_kernels(SMALL, inputs, guarded, wanted)
+        assert set(got) == {"out", "heads", *(f"grad_{name}" for name in wanted)}
+        for name, tensor in got.items():
+            assert torch.equal(tensor, joint[name]), name
 
 
 def test_no_incoming_gradient_gives_zeros(guarded: Guarded) -> None:
@@ -234,12 +235,12 @@ def test_same_bits_every_time_and_in_any_number_of_chunks(
     guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few programs loop over tokens, and the windows take several launches that share their partials."""
-    case = replace(SMALL, batch=5, window=(2, 2), layout="nhwc")
+    case = replace(SMALL, channels=16, heads=1, sizes=(3,), batch=10, map=(2, 2), layout="nhwc")
     inputs = make_inputs(case, guarded)
     first, second = (run_kernels(case, inputs, guarded) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     monkeypatch.setattr(launcher, "PRODUCT_PROGRAMS", 1)
-    monkeypatch.setattr(launcher, "PARTIAL_BYTES", 4 * 4 * 2 * 16 * 2)
+    monkeypatch.setattr(launcher, "PARTIAL_BYTES", 4 * 4 * 4)
     few = run_kernels(case, inputs, guarded)
     compare(case, inputs, few)
     for name in ("out", "heads", "grad_x"):
@@ -255,7 +256,7 @@ def test_expanded_gradient(guarded: Guarded) -> None:
 
 def test_nan_stays_in_its_window(guarded: Guarded) -> None:
     """Windows share a tile; what is wrong with one must not reach another."""
-    case = replace(SMALL, map=(3, 3), batch=5)
+    case = replace(SMALL, heads=1, channels=16, sizes=(3,), map=(2, 2), batch=5)
     inputs = make_inputs(case, guarded)
     clean = run_kernels(case, inputs, guarded, ("x",))
     inputs["x"][1] = float("nan")
@@ -267,8 +268,8 @@ def test_nan_stays_in_its_window(guarded: Guarded) -> None:
 
 def test_wrong_results_are_rejected(guarded: Guarded) -> None:
     """The comparison sees a mirrored table, shifted taps, a lost channel and a scale off by 2 %."""
-    inputs = make_inputs(replace(SMALL, sizes=(3, 3)), guarded)
-    case = replace(SMALL, sizes=(3, 3))
+    case = replace(SMALL, channels=16, heads=1, sizes=(3,), window=(3, 3), map=(3, 3))
+    inputs = make_inputs(case, guarded)
     lost = inputs["qkv_weight"].clone()
     lost[:, :, -1] = 0
     for wrong in (
@@ -288,10 +289,10 @@ def test_public_call_reaches_the_kernels() -> None:
     tensors = [inputs[name].requires_grad_() for name in NAMES]
     results = {}
     for backend in ("triton", "reference"):
-        out = ops.cascaded_group_attention(*tensors, window_size=3, kernel_sizes=(3, 3), backend=backend)
-        results[backend] = (out, *torch.autograd.grad(out.square().sum(), tensors))
+        out = ops.cascaded_group_attention(*tensors, window_size=2, kernel_sizes=(3, 3), backend=backend)
+        results[backend] = (out, *torch.autograd.grad(out, tensors, inputs["grad_out"]))
     for got, expected in zip(results["triton"], results["reference"], strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_limits_are_named() -> None:
@@ -299,7 +300,7 @@ def test_limits_are_named() -> None:
         inputs = make_inputs(replace(SMALL, **kwargs), Guarded())
         return vitkernels.supported_backends(
             "cascaded_group_attention", *(inputs[name] for name in NAMES),
-            window_size=kwargs.get("window", (3, 3)), kernel_sizes=kwargs.get("sizes", (3, 1)),
+            window_size=kwargs.get("window", (2, 2)), kernel_sizes=kwargs.get("sizes", (3, 1)),
         )["triton"]  # fmt: skip
 
     assert reasons() == []
