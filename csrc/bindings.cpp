@@ -18,6 +18,9 @@ void bind(py::module_& module);
 namespace vitkernels::cascaded_group_attention {
 void bind(py::module_& module);
 }
+namespace vitkernels::kan_linear {
+void bind(py::module_& module);
+}
 
 namespace {
 
@@ -130,4 +133,5 @@ PYBIND11_MODULE(_native, module) {
   vitkernels::window_attention::bind(module);
   vitkernels::neighborhood_attention::bind(module);
   vitkernels::cascaded_group_attention::bind(module);
+  vitkernels::kan_linear::bind(module);
 }
