@@ -104,7 +104,7 @@ VK_DEVICE void probabilities(const Problem& problem, const T* q, int ld_q, const
 
   float d[KEYS / 8][4];
   tile_attention::clear(d);
-  Engine::multiply_rows(d, grad_o + first_query * ld_o, ld_o, v, ld_y, problem.value_dim);
+  Engine::multiply_rows(d, grad_o + first_query * ld_o, ld_o, v, ld_y, problem.value_dim, {0, tokens});
   float delta[2] = {0.0f, 0.0f};
   VK_UNROLL
   for (int j = 0; j < KEYS / 8; ++j) {
@@ -137,7 +137,7 @@ VK_DEVICE int multiply_windows(const T* a, int lda, const T* b, int ldb, T* out,
     tile_attention::clear(sums);
     TensorCores<T, KEYS>::template multiply<TRANSPOSED>(
         sums, a + base * lda + (TRANSPOSED ? 16 * tile : 16 * tile * lda), lda, b + base * ldb + column, ldb,
-        blocks);
+        blocks, {0, KEYS});
     tile_attention::write_sums(out + (base + 16 * tile) * ld_out + column, ld_out, sums, blocks, factor,
                                factor);
   }

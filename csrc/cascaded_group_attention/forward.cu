@@ -78,7 +78,7 @@ VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, 
     const int blocks = problem.value_dim - channel < 32 ? 2 : 4;
     float sums[4][4];
     tile_attention::clear(sums);
-    Engine::multiply_registers(sums, p, static_cast<T*>(nullptr), v + channel, ld_y, blocks);
+    Engine::multiply_registers(sums, p, static_cast<T*>(nullptr), v + channel, ld_y, blocks, {0, tokens});
     VK_UNROLL
     for (int j = 0; j < 4; ++j) {
       if (j >= blocks) break;

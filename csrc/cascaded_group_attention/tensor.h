@@ -158,7 +158,7 @@ VK_DEVICE void softmax(float (&p)[KEYS / 8][4], float (&factor)[2], const Proble
   const BiasCodes codes(problem.params.window_h, problem.params.window_w);
   tile_attention::clear(p);
   tile_attention::TensorCores<T, KEYS>::multiply_rows(p, q + first_query * ld_q, ld_q, k, ld_k,
-                                                      problem.params.key_dim);
+                                                      problem.params.key_dim, {0, tokens});
   const float scale = static_cast<float>(problem.params.scale * Exp::unit);
   const float* entries[2] = {table + codes.center + codes.code(row < tokens ? row : 0),
                              table + codes.center + codes.code(row + 8 < tokens ? row + 8 : 0)};

@@ -137,7 +137,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
       values.store(right + row * LD<T> + channel);
     }
     sync_block();
-    Engine::template multiply<true>(sums, left + warp_row, LD<T>, right + warp_column, LD<T>, 4);
+    Engine::template multiply<true>(sums, left + warp_row, LD<T>, right + warp_column, LD<T>, 4, {0, SIDE});
     if (column0 == 0 && thread_x() < SIDE) {
       for (int row = 0; row < SIDE; ++row) bias_sum += to_accumulate(left[row * LD<T> + thread_x()]);
     }
