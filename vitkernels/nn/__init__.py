@@ -6,11 +6,16 @@ from vitkernels.nn.cascaded_group_attention import (
     resize_attention_biases,
 )
 from vitkernels.nn.conv_norm import ConvNorm, NormLinear
+from vitkernels.nn.drop_path import DropPath
+from vitkernels.nn.neighborhood_attention import NeighborhoodAttention1D, NeighborhoodAttention2D
 
 __all__ = [
     "CascadedGroupAttention",
     "ConvNorm",
+    "DropPath",
     "LocalWindowAttention",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
     "NormLinear",
     "resize_attention_biases",
 ]
