@@ -12,6 +12,9 @@ namespace py = pybind11;
 namespace vitkernels::window_attention {
 void bind(py::module_& module);
 }
+namespace vitkernels::neighborhood_attention {
+void bind(py::module_& module);
+}
 
 namespace {
 
@@ -122,4 +125,5 @@ PYBIND11_MODULE(_native, module) {
   });
 
   vitkernels::window_attention::bind(module);
+  vitkernels::neighborhood_attention::bind(module);
 }
