@@ -81,7 +81,9 @@ def load_data(name: str) -> tuple[list, list]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        samples: list = list(zip((digits.images * 15.9375).astype(np.uint8), digits.target.tolist(), strict=True))
+        samples: list = list(
+            zip((digits.images * 15.9375).astype(np.uint8), digits.target.tolist(), strict=True)
+        )
     elif (Path(name) / "train").is_dir():
         return read_folder(Path(name) / "train"), read_folder(Path(name) / "val")
     else:
@@ -111,7 +113,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[parameter.ndim > 1 and name not in exempt].append(parameter)
-    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
 
 
 def learning_rate(args: argparse.Namespace, step: int, steps: int) -> float:
@@ -177,15 +182,28 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--model", default="medvit_tiny", choices=models.list_models(), metavar="NAME", help="of vitkernels.models")
+    add(
+        "--model",
+        default="medvit_tiny",
+        choices=models.list_models(),
+        metavar="NAME",
+        help="of vitkernels.models",
+    )
     add("--model-args", nargs="*", default=[], metavar="KEY=VALUE", help="further arguments of the model")
     add("--weights", help="file of pretrained weights to start from; the classifier is made anew")
     add("--data", default="digits", help="'digits' or a folder")
     add("--limit", type=int, help="use only that many training images")
     add("--size", type=int, default=224, help="side that images are resized to")
-    add("--crop", type=float, default=0.8, help="smallest share of the sides that a random crop keeps; 1: no crop")
+    add(
+        "--crop",
+        type=float,
+        default=0.8,
+        help="smallest share of the sides that a random crop keeps; 1: no crop",
+    )
     add("--flip", action="store_true", help="mirror images at random")
     add("--epochs", type=int, default=10)
     add("--batch-size", type=int, default=32, help="of all processes together")
@@ -222,7 +240,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     training = training[: args.limit]
     classes = 1 + max(label for _, label in (*training, *validation))
     torch.manual_seed(args.seed)
-    extra = {key: ast.literal_eval(value) for key, _, value in (pair.partition("=") for pair in args.model_args)}
+    extra = {
+        key: ast.literal_eval(value) for key, _, value in (pair.partition("=") for pair in args.model_args)
+    }
     if args.weights:
         model = models.create_model(args.model, num_classes=0, weights=args.weights, **extra)
         model.reset_classifier(classes)
@@ -254,7 +274,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     )
 
     steps = args.epochs * (len(training) // args.batch_size)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=RANK != 0) as progress:
         for epoch in range(len(history), args.epochs):
             start, key = time.perf_counter(), f"{args.seed}/{epoch}"
