@@ -7,8 +7,8 @@ from vitkernels.nn.cascaded_group_attention import (
 )
 from vitkernels.nn.conv_norm import ConvNorm, NormLinear
 from vitkernels.nn.drop_path import DropPath
-from vitkernels.nn.neighborhood_attention import NeighborhoodAttention1D, NeighborhoodAttention2D
 from vitkernels.nn.faster_kan import FasterKAN, FasterKANLayer
+from vitkernels.nn.neighborhood_attention import NeighborhoodAttention1D, NeighborhoodAttention2D
 
 __all__ = [
     "CascadedGroupAttention",
