@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 4 examples/train.py --model dinat_mini --data photos
 
 A folder holds one folder of images a class, or two such folders `train` and `val`. A checkpoint is written after
-every epoch, and its weights are read by `models.create_model(name, weights=PATH)`. A run is a function of its
-arguments: what is drawn at random follows from the seed, the epoch and the image, so that a resumed run, and one
-on several processes, takes the same images in the same order. Needs `pip install 'vitkernels[examples]'`.
+every epoch; its weights are read by `models.create_model(name, weights=PATH)`. What is drawn at random follows from
+the seed, the epoch and the image, so that a resumed run and a run on several processes see the same images in the
+same order. Batch norms keep to their process on the CPU and span all processes on GPUs. Needs `vitkernels[examples]`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from vitkernels import models
 
+STATEFUL = ("model", "optimizer", "scaler")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class Images(Dataset):
-    """Images as tensors in [-1, 1] with their classes; a random crop and flip where `key` is given."""
+    """Images as tensors in [-1, 1] with their classes; with a key, a random crop (and mirror image) of each."""
 
     def __init__(self, samples: list, args: argparse.Namespace, key: str | None = None) -> None:
         self.samples, self.args, self.key = samples, args, key
@@ -50,42 +49,34 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         source, label = self.samples[index]
-        image = Image.open(source) if isinstance(source, Path) else Image.fromarray(source)
-        image = image.convert("RGB")
-        left, top, (width, height), flip = 0.0, 0.0, image.size, False
-        if self.key is not None:
-            draw = random.Random(f"{self.key}/{index}")
-            share = draw.uniform(self.args.crop, 1)
-            left, top = width * (1 - share) * draw.random(), height * (1 - share) * draw.random()
-            width, height = width * share, height * share
-            flip = self.args.flip and draw.random() < 0.5
-        side = self.args.size
-        image = image.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-        return (pixels.flip(2) if flip else pixels), label
+        image = (Image.open(source) if isinstance(source, Path) else Image.fromarray(source)).convert("RGB")
+        draw = random.Random(f"{self.key}/{index}")
+        share = draw.uniform(self.args.crop, 1) if self.key else 1.0
+        width, height = image.width * share, image.height * share
+        left, top = (image.width - width) * draw.random(), (image.height - height) * draw.random()
+        side, box = self.args.size, (left, top, left + width, top + height)
+        pixels = torch.from_numpy(np.array(image.resize((side, side), Image.Resampling.BICUBIC, box)))
+        pixels = pixels.permute(2, 0, 1).float() / 127.5 - 1
+        return (pixels.flip(2) if self.key and self.args.flip and draw.random() < 0.5 else pixels), label
 
 
-def read_folder(folder: Path) -> list[tuple[Path, int]]:
+def read_folder(folder: Path) -> list:
+    """(path, class) of every image in a folder of one folder a class."""
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    return [
-        (path, label)
-        for label, entry in enumerate(classes)
-        for path in sorted(entry.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-    ]
+    found = ((path, label) for label, entry in enumerate(classes) for path in sorted(entry.rglob("*")))
+    return [(path, label) for path, label in found if path.suffix.lower() in Image.registered_extensions()]
 
 
 def load_data(name: str) -> tuple[list, list]:
     """Training and validation samples, each an image (a path or an array) and its class."""
+    if (Path(name) / "train").is_dir():
+        return read_folder(Path(name) / "train"), read_folder(Path(name) / "val")
     if name == "digits":
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        samples: list = list(
-            zip((digits.images * 15.9375).astype(np.uint8), digits.target.tolist(), strict=True)
-        )
-    elif (Path(name) / "train").is_dir():
-        return read_folder(Path(name) / "train"), read_folder(Path(name) / "val")
+        digits = load_digits()  # 8 x 8 pixels, values 0 to 16
+        pixels = (digits.images * (255 / 16)).astype(np.uint8)
+        samples = list(zip(pixels, digits.target.tolist(), strict=True))
     else:
         samples = read_folder(Path(name))
     random.Random(0).shuffle(samples)
@@ -100,85 +91,90 @@ def batches(count: int, size: int, key: str) -> list[list[int]]:
     return [order[start + RANK : start + size : WORLD] for start in range(0, count - size + 1, size)]
 
 
-def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    if WORLD > 1:
-        dist.all_reduce(values)
-    return values / WORLD
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Without decay: norms, biases, and what the model names."""
+    """Biases, norms, and what the model names train without weight decay."""
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    groups: dict[bool, list] = {True: [], False: []}
+    decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and name not in exempt].append(parameter)
-    return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
-    ]
+            (decayed if parameter.ndim > 1 and name not in exempt else others).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def learning_rate(args: argparse.Namespace, step: int, steps: int) -> float:
-    """A linear rise over the first epochs, then half a cosine; `step` counts from 0 over the whole run."""
-    warmup = args.warmup * steps / args.epochs
-    if step < warmup:
-        return args.lr * (step + 1) / (warmup + 1)
-    return args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+def sum_over_processes(value: torch.Tensor) -> float:
+    if WORLD > 1:
+        dist.all_reduce(value)
+    return value.item()
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, samples: list, args: argparse.Namespace, device: torch.device) -> float:
-    model.eval()
-    loader = DataLoader(Images(samples[RANK::WORLD], args), args.batch_size, num_workers=args.workers)
-    right = torch.zeros((), device=device)
-    for images, labels in loader:
-        with autocast(args, device):
-            right += (model(images.to(device)).argmax(1) == labels.to(device)).sum()
-    return mean_over_processes(right).item() * WORLD / max(1, len(samples))
+class Trainer:
+    def __init__(self, args: argparse.Namespace, training: list, validation: list) -> None:
+        self.args, self.training, self.validation = args, training, validation
+        self.device = torch.device(args.device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        torch.manual_seed(args.seed)
+        classes = 1 + max(label for _, label in (*training, *validation))
+        extra = {key: ast.literal_eval(value) for key, value in (a.split("=", 1) for a in args.model_args)}
+        self.model = models.create_model(args.model, num_classes=classes, **extra).to(self.device)
+        if hasattr(self.model, "unused_parameters"):  # DistributedDataParallel would wait for their gradients
+            for name in self.model.unused_parameters():
+                self.model.get_parameter(name).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, args.weight_decay))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.autocast == "float16")
+        self.parallel = self.model
+        if WORLD > 1:
+            if self.device.type == "cuda":
+                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.parallel = nn.parallel.DistributedDataParallel(self.model)
+        self.history: list[dict[str, Any]] = []
 
+    def autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.args.autocast or "bfloat16")
+        return torch.autocast(self.device.type, dtype, enabled=self.args.autocast is not None)
 
-def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    dtype = getattr(torch, args.autocast or "bfloat16")
-    return torch.autocast(device.type, dtype, enabled=args.autocast is not None)
+    def learning_rate(self, step: float, steps: int) -> float:
+        """A linear rise over the first epochs, then half a cosine."""
+        warmup = self.args.warmup * steps / self.args.epochs
+        if step < warmup:
+            return self.args.lr * (step + 1) / (warmup + 1)
+        return self.args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
+    def train_epoch(self, progress: Progress) -> list[float]:
+        """One epoch; the loss of every batch, over all processes."""
+        args, epoch, losses = self.args, len(self.history), []
+        torch.manual_seed((args.seed * 10_000 + epoch) * WORLD + RANK)
+        key = f"{args.seed}/{epoch}"
+        order = batches(len(self.training), args.batch_size, key)
+        data = Images(self.training, args, key)
+        task = progress.add_task(f"epoch {epoch + 1}/{args.epochs}", total=len(order), loss="")
+        self.model.train()
+        for images, labels in DataLoader(data, batch_sampler=order, num_workers=args.workers):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(epoch * len(order) + len(losses), args.epochs * len(order))
+            with self.autocast():
+                logits = self.parallel(images.to(self.device))
+            loss = F.cross_entropy(logits.float(), labels.to(self.device))
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            losses.append(sum_over_processes(loss.detach() / WORLD))
+            progress.update(task, advance=1, loss=f"loss {losses[-1]:.4f}")
+        progress.remove_task(task)
+        return losses
 
-def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    loader: DataLoader,
-    args: argparse.Namespace,
-    device: torch.device,
-    rates: Iterator[float],
-    progress: Progress,
-    title: str,
-) -> list[float]:
-    model.train()
-    losses = []
-    task = progress.add_task(title, total=len(loader), loss="")
-    for (images, labels), rate in zip(loader, rates, strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with autocast(args, device):
-            logits = model(images.to(device, non_blocking=True))
-        target = labels.to(device, non_blocking=True)
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=args.label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(mean_over_processes(loss.detach().clone()).item())
-        progress.update(task, advance=1, loss=f"loss {losses[-1]:.4f}")
-    progress.remove_task(task)
-    return losses
-
-
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all, should the run be stopped now."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(content, partial)
-    partial.replace(path)
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Share of the validation images classified correctly."""
+        self.model.eval()
+        right = torch.zeros((), device=self.device)
+        data = Images(self.validation[RANK::WORLD], self.args)
+        for images, labels in DataLoader(data, self.args.batch_size, num_workers=self.args.workers):
+            with self.autocast():
+                right += (self.model(images.to(self.device)).argmax(1) == labels.to(self.device)).sum()
+        return sum_over_processes(right) / max(1, len(self.validation))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -186,122 +182,81 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--model",
-        default="medvit_tiny",
-        choices=models.list_models(),
-        metavar="NAME",
-        help="of vitkernels.models",
-    )
+    add("--model", default="medvit_tiny", choices=models.list_models(), metavar="NAME")
     add("--model-args", nargs="*", default=[], metavar="KEY=VALUE", help="further arguments of the model")
-    add("--weights", help="file of pretrained weights to start from; the classifier is made anew")
     add("--data", default="digits", help="'digits' or a folder")
-    add("--limit", type=int, help="use only that many training images")
+    add("--limit", type=int, help="use only that many images of each kind")
     add("--size", type=int, default=224, help="side that images are resized to")
-    add(
-        "--crop",
-        type=float,
-        default=0.8,
-        help="smallest share of the sides that a random crop keeps; 1: no crop",
-    )
+    add("--crop", type=float, default=0.8, help="smallest share of a side in a random crop; 1: no crops")
     add("--flip", action="store_true", help="mirror images at random")
     add("--epochs", type=int, default=10)
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, default=1e-3)
     add("--warmup", type=float, default=0.5, help="epochs over which the learning rate rises")
     add("--weight-decay", type=float, default=0.05)
-    add("--label-smoothing", type=float, default=0.0)
-    add("--autocast", choices=["bfloat16", "float16"], help="run the forward in this dtype where it is safe")
+    add("--autocast", choices=["bfloat16", "float16"])
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=0, help="processes that load images")
+    add("--workers", type=int, default=0, help="processes that load images, for each that trains")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--checkpoint", type=Path, help="file written after every epoch")
-    add("--resume", action="store_true", help="go on from --checkpoint, where there is one")
-    add("--log", type=Path, help="file that gets one line of JSON an epoch")
+    add("--resume", action="store_true", help="go on from --checkpoint, if it exists")
+    add("--history", type=Path, help="file of losses and accuracies, one line of JSON an epoch")
     args = parser.parse_args(argv)
     if args.batch_size % WORLD:
         parser.error(f"--batch-size: expected a multiple of the {WORLD} processes; got {args.batch_size}")
-    if args.resume and args.checkpoint is None:
-        parser.error("--resume needs --checkpoint")
+    if args.resume and not args.checkpoint:
+        parser.error("--resume: expected --checkpoint FILE beside it")
     return args
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse_arguments(argv)
-    console = Console(quiet=RANK != 0, highlight=False)
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     training, validation = load_data(args.data)
-    training = training[: args.limit]
-    classes = 1 + max(label for _, label in (*training, *validation))
-    torch.manual_seed(args.seed)
-    extra = {
-        key: ast.literal_eval(value) for key, _, value in (pair.partition("=") for pair in args.model_args)
-    }
-    if args.weights:
-        model = models.create_model(args.model, num_classes=0, weights=args.weights, **extra)
-        model.reset_classifier(classes)
-    else:
-        model = models.create_model(args.model, num_classes=classes, **extra)
-    model.to(device)
-    if hasattr(model, "unused_parameters"):  # DistributedDataParallel would wait for their gradients
-        for name in model.unused_parameters():
-            model.get_parameter(name).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.autocast == "float16")
-
-    history: list[dict[str, Any]] = []
-    if args.resume and args.checkpoint.exists():
-        state = torch.load(args.checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        history = state["history"]
-    parallel = model
-    if WORLD > 1:
-        parallel = nn.parallel.DistributedDataParallel(
-            nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
+    if len(training[: args.limit]) < args.batch_size:
+        raise SystemExit(
+            f"--batch-size: expected at most the {len(training[: args.limit])} images; got {args.batch_size}"
         )
-    count = sum(parameter.numel() for parameter in model.parameters())
+    trainer = Trainer(args, training[: args.limit], validation[: args.limit])
+    if args.resume and args.checkpoint.exists():
+        state = torch.load(args.checkpoint, map_location=trainer.device, weights_only=True)
+        for part in STATEFUL:
+            getattr(trainer, part).load_state_dict(state[part])
+        trainer.history = state["history"]
+    size = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
+    console = Console(quiet=RANK != 0, highlight=False)
     console.print(
-        f"{args.model}: {count / 1e6:.1f} M parameters, {len(training)} + {len(validation)} images of {classes} "
-        f"classes, {WORLD} process(es) on {device.type}, from epoch {len(history) + 1} of {args.epochs}"
+        f"{args.model}: {size:.1f} M parameters, {WORLD} process(es) on {args.device}, "
+        f"{len(trainer.training)} images to train on, {len(trainer.validation)} to validate on"
     )
-
-    steps = args.epochs * (len(training) // args.batch_size)
     columns = (
-        TextColumn("{task.description}"),
+        "{task.description}",
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
+        "{task.fields[loss]}",
+        TimeRemainingColumn(),
     )
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=RANK != 0) as progress:
-        for epoch in range(len(history), args.epochs):
-            start, key = time.perf_counter(), f"{args.seed}/{epoch}"
-            torch.manual_seed(hash((args.seed, epoch, RANK)))
-            order = batches(len(training), args.batch_size, key)
-            loader = DataLoader(Images(training, args, key), batch_sampler=order, num_workers=args.workers)
-            rates = (learning_rate(args, epoch * len(order) + i, steps) for i in range(len(order)))
-            title = f"epoch {epoch + 1}/{args.epochs}"
-            losses = train_epoch(parallel, optimizer, scaler, loader, args, device, rates, progress, title)
-            right = accuracy(model, validation, args, device)
-            history.append({"epoch": epoch + 1, "losses": losses, "accuracy": right})
-            seconds = time.perf_counter() - start
-            mean = sum(losses) / max(1, len(losses))
-            progress.print(f"{title}: loss {mean:.4f}, validation accuracy {right:.2%}, {seconds:.0f} s")
+    with Progress(*columns, console=console) as progress:
+        while len(trainer.history) < args.epochs:
+            start = time.perf_counter()
+            losses = trainer.train_epoch(progress)
+            entry = {"epoch": len(trainer.history) + 1, "losses": losses, "accuracy": trainer.accuracy()}
+            trainer.history.append({**entry, "seconds": time.perf_counter() - start})
+            progress.print(
+                f"epoch {entry['epoch']}/{args.epochs}: loss {sum(losses) / max(1, len(losses)):.4f}, "
+                f"validation accuracy {entry['accuracy']:.2%}, {time.perf_counter() - start:.0f} s"
+            )
             if RANK == 0 and args.checkpoint:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                save(args.checkpoint, {**state, "scaler": scaler.state_dict(), "history": history})
-            if RANK == 0 and args.log:
-                args.log.write_text("".join(json.dumps(entry) + "\n" for entry in history))
+                partial = args.checkpoint.with_name(args.checkpoint.name + ".partial")
+                state = {part: getattr(trainer, part).state_dict() for part in STATEFUL}
+                torch.save({**state, "history": trainer.history}, partial)
+                partial.replace(args.checkpoint)  # the old one stays whole if the run is stopped meanwhile
+            if RANK == 0 and args.history:
+                args.history.write_text("".join(json.dumps(entry) + "\n" for entry in trainer.history))
     if WORLD > 1:
         dist.destroy_process_group()
-    return history
+    return trainer.history
 
 
 if __name__ == "__main__":
