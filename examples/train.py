@@ -10,8 +10,6 @@ the seed, the epoch and the image, so that a resumed run and a run on several pr
 same order. Batch norms keep to their process on the CPU and span all processes on GPUs. Needs `vitkernels[examples]`.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import json
@@ -60,28 +58,32 @@ class Images(Dataset):
         return (pixels.flip(2) if self.key and self.args.flip and draw.random() < 0.5 else pixels), label
 
 
-def read_folder(folder: Path) -> list:
+def read_folder(folder: Path, classes: list[str]) -> list:
     """(path, class) of every image in a folder of one folder a class."""
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    found = ((path, label) for label, entry in enumerate(classes) for path in sorted(entry.rglob("*")))
-    return [(path, label) for path, label in found if path.suffix.lower() in Image.registered_extensions()]
+    files = (
+        (path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*"))
+    )
+    return [(path, label) for path, label in files if path.suffix.lower() in Image.registered_extensions()]
 
 
 def load_data(name: str) -> tuple[list, list]:
     """Training and validation samples, each an image (a path or an array) and its class."""
-    if (Path(name) / "train").is_dir():
-        return read_folder(Path(name) / "train"), read_folder(Path(name) / "val")
     if name == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()  # 8 x 8 pixels, values 0 to 16
         pixels = (digits.images * (255 / 16)).astype(np.uint8)
-        samples = list(zip(pixels, digits.target.tolist(), strict=True))
+        samples, held_out = list(zip(pixels, digits.target.tolist(), strict=True)), []
     else:
-        samples = read_folder(Path(name))
+        root = Path(name) / "train" if (Path(name) / "train").is_dir() else Path(name)
+        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        samples, held_out = read_folder(root, classes), []
+        if root.name == "train":
+            held_out = read_folder(root.with_name("val"), classes)
     random.Random(0).shuffle(samples)
-    held_out = len(samples) // 6
-    return samples[held_out:], samples[:held_out]
+    random.Random(0).shuffle(held_out)
+    count = 0 if held_out else len(samples) // 6
+    return samples[count:], held_out or samples[:count]
 
 
 def batches(count: int, size: int, key: str) -> list[list[int]]:
@@ -121,13 +123,11 @@ class Trainer:
         if hasattr(self.model, "unused_parameters"):  # DistributedDataParallel would wait for their gradients
             for name in self.model.unused_parameters():
                 self.model.get_parameter(name).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, args.weight_decay))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, args.weight_decay), args.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.autocast == "float16")
-        self.parallel = self.model
-        if WORLD > 1:
-            if self.device.type == "cuda":
-                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-            self.parallel = nn.parallel.DistributedDataParallel(self.model)
+        if WORLD > 1 and self.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.parallel = nn.parallel.DistributedDataParallel(self.model) if WORLD > 1 else self.model
         self.history: list[dict[str, Any]] = []
 
     def autocast(self) -> torch.autocast:
@@ -145,9 +145,8 @@ class Trainer:
         """One epoch; the loss of every batch, over all processes."""
         args, epoch, losses = self.args, len(self.history), []
         torch.manual_seed((args.seed * 10_000 + epoch) * WORLD + RANK)
-        key = f"{args.seed}/{epoch}"
-        order = batches(len(self.training), args.batch_size, key)
-        data = Images(self.training, args, key)
+        order = batches(len(self.training), args.batch_size, f"{args.seed}/{epoch}")
+        data = Images(self.training, args, f"{args.seed}/{epoch}")
         task = progress.add_task(f"epoch {epoch + 1}/{args.epochs}", total=len(order), loss="")
         self.model.train()
         for images, labels in DataLoader(data, batch_sampler=order, num_workers=args.workers):
@@ -213,12 +212,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse_arguments(argv)
     if WORLD > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    training, validation = load_data(args.data)
-    if len(training[: args.limit]) < args.batch_size:
-        raise SystemExit(
-            f"--batch-size: expected at most the {len(training[: args.limit])} images; got {args.batch_size}"
-        )
-    trainer = Trainer(args, training[: args.limit], validation[: args.limit])
+    training, validation = (samples[: args.limit] for samples in load_data(args.data))
+    if len(training) < args.batch_size:
+        raise SystemExit(f"--batch-size: expected at most {len(training)}, the images to train on")
+    trainer = Trainer(args, training, validation)
     if args.resume and args.checkpoint.exists():
         state = torch.load(args.checkpoint, map_location=trainer.device, weights_only=True)
         for part in STATEFUL:
@@ -226,27 +223,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         trainer.history = state["history"]
     size = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
     console = Console(quiet=RANK != 0, highlight=False)
-    console.print(
-        f"{args.model}: {size:.1f} M parameters, {WORLD} process(es) on {args.device}, "
-        f"{len(trainer.training)} images to train on, {len(trainer.validation)} to validate on"
-    )
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        "{task.fields[loss]}",
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    images = f"{len(training)} images to train on, {len(validation)} to validate on"
+    console.print(f"{args.model}, {size:.1f} M parameters, {WORLD} x {args.device}; {images}")
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[loss]}"
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         while len(trainer.history) < args.epochs:
             start = time.perf_counter()
-            losses = trainer.train_epoch(progress)
-            entry = {"epoch": len(trainer.history) + 1, "losses": losses, "accuracy": trainer.accuracy()}
-            trainer.history.append({**entry, "seconds": time.perf_counter() - start})
-            progress.print(
-                f"epoch {entry['epoch']}/{args.epochs}: loss {sum(losses) / max(1, len(losses)):.4f}, "
-                f"validation accuracy {entry['accuracy']:.2%}, {time.perf_counter() - start:.0f} s"
-            )
+            losses, accuracy = trainer.train_epoch(progress), trainer.accuracy()
+            seconds, mean = time.perf_counter() - start, sum(losses) / len(losses)
+            trainer.history.append({"losses": losses, "accuracy": accuracy, "seconds": seconds})
+            done = f"epoch {len(trainer.history)}/{args.epochs}"
+            progress.print(f"{done}: loss {mean:.4f}, validation accuracy {accuracy:.2%}, {seconds:.0f} s")
             if RANK == 0 and args.checkpoint:
                 partial = args.checkpoint.with_name(args.checkpoint.name + ".partial")
                 state = {part: getattr(trainer, part).state_dict() for part in STATEFUL}
