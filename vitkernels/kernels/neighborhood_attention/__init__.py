@@ -205,6 +205,6 @@ operator = Operator(
         ),
         Backend("cpu", _NATIVE, skips_by_products=True),
     ),
-    order={"cuda": ("cuda", "triton"), "cpu": ()},
+    order={"cuda": ("cuda", "triton"), "cpu": ("cpu",)},
     flops=_flops,
 )
