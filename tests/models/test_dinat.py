@@ -155,7 +155,9 @@ def test_stage_maps_classifier_and_smallest_image() -> None:
 
 
 def test_drop_path_and_drop_rate() -> None:
-    model = models.create_model("nat_mini", drop_path_rate=0.5, drop_rate=0.1, **{**SMALL, "depths": (2, 1, 1, 1)})
+    model = models.create_model(
+        "nat_mini", drop_path_rate=0.5, drop_rate=0.1, **{**SMALL, "depths": (2, 1, 1, 1)}
+    )
     rates = [block.drop_path.p for level in model.levels for block in level.blocks]
     assert rates == pytest.approx([0, 0.125, 0.25, 0.375, 0.5])
     assert {block.attn.proj_drop.p for level in model.levels for block in level.blocks} == {0.1}
@@ -165,7 +167,9 @@ def test_drop_path_and_drop_rate() -> None:
 
 @pytest.mark.parametrize("heads", [(6, 12, 24, 48), (4, 8, 16, 32)], ids=["current", "first revision"])
 @pytest.mark.parametrize("kernel_size", [7, 11])
-def test_heads_and_kernel_size_come_from_the_checkpoint(tmp_path, heads: tuple[int, ...], kernel_size: int) -> None:
+def test_heads_and_kernel_size_come_from_the_checkpoint(
+    tmp_path, heads: tuple[int, ...], kernel_size: int
+) -> None:
     narrow = {"embed_dim": 48, "depths": (2, 2, 2, 1), "num_classes": 5}
     source = models.create_model("dinat_large", num_heads=heads, kernel_size=kernel_size, **narrow)
     torch.save(source.state_dict(), tmp_path / "large.pth")
@@ -176,7 +180,9 @@ def test_heads_and_kernel_size_come_from_the_checkpoint(tmp_path, heads: tuple[i
     assert attention.dilation == ((6, 6) if kernel_size == 7 else (4, 4))
     for key, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
-    headless = models.create_model("dinat_large", weights=tmp_path / "large.pth", **{**narrow, "num_classes": 0})
+    headless = models.create_model(
+        "dinat_large", weights=tmp_path / "large.pth", **{**narrow, "num_classes": 0}
+    )
     assert "head.weight" not in headless.state_dict()
     with pytest.raises(ValueError, match=r"(?s)attn\.rpb: file .*, model"):
         models.create_model("dinat_large", weights=tmp_path / "large.pth", num_heads=(1, 2, 4, 8), **narrow)
@@ -184,7 +190,9 @@ def test_heads_and_kernel_size_come_from_the_checkpoint(tmp_path, heads: tuple[i
 
 def test_weights_that_do_not_fit_are_listed(tmp_path) -> None:
     torch.save({"model": {"encoder.weight": torch.zeros(3)}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"(?s)does not fit NAT.*missing.*levels\.0.*not of this model.*encoder"):
+    with pytest.raises(
+        ValueError, match=r"(?s)does not fit NAT.*missing.*levels\.0.*not of this model.*encoder"
+    ):
         models.create_model("nat_mini", weights=tmp_path / "other.pth", **SMALL_NAT)
 
 

@@ -180,6 +180,14 @@ class GFP(nn.Module):
         super().__init__()
         attended = make_divisible(dim * mix_block_ratio, 32)
         convolved = dim - attended
+        if convolved < head_dim or convolved % head_dim or attended % head_dim:
+            fail(
+                "dims",
+                f"widths of global blocks of which the attended share, {mix_block_ratio:g} rounded to a multiple "
+                f"of 32, and the rest are multiples of head_dim = {head_dim}",
+                dim,
+                "96, 128, 160 and 192 are the smallest.",
+            )
         self.patch_embed = PatchEmbed(in_dim, attended, stride)
         self.norm1 = nn.BatchNorm2d(attended)
         self.e_mhsa = EMHSA(attended, sr_ratio, head_dim, drop)
