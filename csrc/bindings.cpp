@@ -9,6 +9,9 @@
 
 namespace py = pybind11;
 
+namespace vitkernels::kan_linear {
+void bind(py::module_& module);
+}
 namespace vitkernels::window_attention {
 void bind(py::module_& module);
 }
@@ -124,6 +127,7 @@ PYBIND11_MODULE(_native, module) {
     return status;
   });
 
+  vitkernels::kan_linear::bind(module);
   vitkernels::window_attention::bind(module);
   vitkernels::neighborhood_attention::bind(module);
 }

@@ -72,8 +72,22 @@ def _neighborhood(
     return make
 
 
+def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        return {
+            "x": torch.randn(batch, *leading, channels),
+            "weight": torch.randn(outputs, channels * grids) / (channels * grids) ** 0.5,
+            "ln_weight": 1 + 0.2 * torch.randn(channels),
+            "ln_bias": 0.2 * torch.randn(channels),
+            "grid": torch.linspace(-2, 2, grids) + 0.1 * torch.randn(grids),
+        }
+
+    return make
+
+
 _x = torch.randn(2, 2, 15, 8)
 _map = torch.randn(2, 5, 7, 2, 4)
+_rows = torch.randn(2, 9)
 
 SAMPLES = [
     Sample(
@@ -155,4 +169,29 @@ SAMPLES = [
         _neighborhood((4, 6), 1, 8, 8, (3, 5)),
         {"kernel_size": (2, 3), "dilation": 2, "return_lse": True},
     ),
+    Sample(
+        "kan_linear",
+        ops.kan_linear,
+        _kan(9, 8, 7),
+        bad=[
+            ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
+            ({"x": torch.tensor(1.0)}, TypeError, "argument `x`: expected a tensor [..., channels]"),
+            ({"x": _rows[:, :0]}, ValueError, "argument `x`: expected a last dimension of at least 1"),
+            ({"x": _rows[:, :8]}, ValueError, "argument `weight`: expected shape"),
+            ({"x": _rows.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _rows.half()}, TypeError, "argument `weight`: expected dtype float16"),
+            ({"weight": torch.zeros(7, 72).double()}, TypeError, "argument `weight`: expected dtype"),
+            ({"weight": torch.zeros(7, 72).to("meta")}, ValueError, "argument `weight`: expected device cpu"),
+            ({"weight": torch.zeros(0, 72)}, ValueError, "argument `weight`: expected a first dimension"),
+            ({"ln_weight": torch.ones(8)}, ValueError, "argument `ln_weight`: expected shape"),
+            ({"ln_bias": torch.zeros(9).half()}, TypeError, "argument `ln_bias`: expected dtype float32"),
+            ({"grid": torch.zeros(0)}, ValueError, "argument `grid`: expected at least 1 grid point"),
+            ({"grid": torch.zeros(2, 4)}, ValueError, "argument `grid`: expected shape"),
+            ({"inv_denominator": 0.0}, ValueError, "argument `inv_denominator`: expected a finite number"),
+            ({"inv_denominator": torch.ones(1)}, TypeError, "argument `inv_denominator`: expected a number"),
+            ({"eps": float("nan")}, ValueError, "argument `eps`: expected a finite number above 0"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample("kan_linear-maps", ops.kan_linear, _kan(5, 3, 8, 1, 4), {"inv_denominator": 1.7, "eps": 1e-3}),
 ]

@@ -130,6 +130,8 @@ def _flops(x: Any, weight: Any, *_: Any, mask: list[bool] | None) -> int:
     return product * ((grad_x or any(grad_others)) + grad_weight)
 
 
+_NATIVE = "vitkernels.kernels.kan_linear.native"
+
 operator = Operator(
     "kan_linear",
     tensors=("x", "weight", "ln_weight", "ln_bias", "grid"),
@@ -138,7 +140,7 @@ operator = Operator(
     check=_check,
     allocate=(_allocate_y, _allocate_row, _allocate_row),
     reference=reference.forward,
-    backends=(),
-    order={},
+    backends=(Backend("cpu", _NATIVE, skips_by_products=True),),
+    order={"cpu": ("cpu",)},
     flops=_flops,
 )
