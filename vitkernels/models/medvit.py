@@ -186,7 +186,7 @@ class GFP(nn.Module):
                 f"widths of global blocks of which the attended share, {mix_block_ratio:g} rounded to a multiple "
                 f"of 32, and the rest are multiples of head_dim = {head_dim}",
                 dim,
-                "96, 128, 160 and 192 are the smallest.",
+                "128, 160 and 192 are the smallest.",
             )
         self.patch_embed = PatchEmbed(in_dim, attended, stride)
         self.norm1 = nn.BatchNorm2d(attended)
