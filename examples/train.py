@@ -95,7 +95,7 @@ def batches(count: int, size: int, key: str) -> list[list[int]]:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Biases, norms, and what the model names train without weight decay."""
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    exempt = getattr(model, "no_weight_decay", set)()
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -119,10 +119,10 @@ class Trainer:
         torch.manual_seed(args.seed)
         classes = 1 + max(label for _, label in (*training, *validation))
         extra = {key: ast.literal_eval(value) for key, value in (a.split("=", 1) for a in args.model_args)}
-        self.model = models.create_model(args.model, num_classes=classes, **extra).to(self.device)
-        if hasattr(self.model, "unused_parameters"):  # DistributedDataParallel would wait for their gradients
-            for name in self.model.unused_parameters():
-                self.model.get_parameter(name).requires_grad_(False)
+        self.model = models.create_model(args.model, num_classes=classes, **extra)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        for name in getattr(self.model, "unused_parameters", set)():
+            self.model.get_parameter(name).requires_grad_(False)  # else DDP would wait for their gradients
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, args.weight_decay), args.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.autocast == "float16")
         if WORLD > 1 and self.device.type == "cuda":
@@ -153,7 +153,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(epoch * len(order) + len(losses), args.epochs * len(order))
             with self.autocast():
-                logits = self.parallel(images.to(self.device))
+                logits = self.parallel(images.to(self.device, memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels.to(self.device))
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
@@ -223,8 +223,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         trainer.history = state["history"]
     size = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
     console = Console(quiet=RANK != 0, highlight=False)
-    images = f"{len(training)} images to train on, {len(validation)} to validate on"
-    console.print(f"{args.model}, {size:.1f} M parameters, {WORLD} x {args.device}; {images}")
+    images = f"{len(training)} + {len(validation)} images"
+    console.print(f"{args.model}, {size:.1f} M parameters, {WORLD} x {args.device}, {images}", soft_wrap=True)
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[loss]}"
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         while len(trainer.history) < args.epochs:
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 partial = args.checkpoint.with_name(args.checkpoint.name + ".partial")
                 state = {part: getattr(trainer, part).state_dict() for part in STATEFUL}
                 torch.save({**state, "history": trainer.history}, partial)
-                partial.replace(args.checkpoint)  # the old one stays whole if the run is stopped meanwhile
+                partial.replace(args.checkpoint)  # a run stopped meanwhile leaves the old one whole
             if RANK == 0 and args.history:
                 args.history.write_text("".join(json.dumps(entry) + "\n" for entry in trainer.history))
     if WORLD > 1:

@@ -219,8 +219,9 @@ class NAT(nn.Module):
         for level in self.levels:
             x = level(x)
             maps.append(x.permute(0, 3, 1, 2))
-            if level.downsample is not None:
-                x = level.downsample(x)
+            step: Any = level.downsample
+            if step is not None:
+                x = step(x)
         return maps
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
