@@ -9,13 +9,16 @@
 
 namespace py = pybind11;
 
-namespace vitkernels::kan_linear {
-void bind(py::module_& module);
-}
 namespace vitkernels::window_attention {
 void bind(py::module_& module);
 }
 namespace vitkernels::neighborhood_attention {
+void bind(py::module_& module);
+}
+namespace vitkernels::cascaded_group_attention {
+void bind(py::module_& module);
+}
+namespace vitkernels::kan_linear {
 void bind(py::module_& module);
 }
 
@@ -127,7 +130,8 @@ PYBIND11_MODULE(_native, module) {
     return status;
   });
 
-  vitkernels::kan_linear::bind(module);
   vitkernels::window_attention::bind(module);
   vitkernels::neighborhood_attention::bind(module);
+  vitkernels::cascaded_group_attention::bind(module);
+  vitkernels::kan_linear::bind(module);
 }

@@ -72,6 +72,25 @@ def _neighborhood(
     return make
 
 
+def _cascade(
+    heads: int, d: int, key_dim: int, size: tuple[int, int], tokens: int, largest: int
+) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        channels, rows = heads * d, 2 * key_dim + d
+        return {
+            "x": torch.randn(batch, channels, *size),
+            "qkv_weight": torch.randn(heads, rows, d) * d**-0.5,
+            "qkv_bias": torch.randn(heads, rows) * 0.5,
+            "dw_weight": torch.randn(heads, key_dim, largest, largest) / largest,
+            "dw_bias": torch.randn(heads, key_dim) * 0.5,
+            "attn_bias": torch.randn(heads, tokens),
+            "proj_weight": torch.randn(channels, channels) * channels**-0.5,
+            "proj_bias": torch.randn(channels) * 0.5,
+        }
+
+    return make
+
+
 def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[..., Any]:
     def make(batch: int) -> dict[str, torch.Tensor]:
         return {
@@ -87,6 +106,8 @@ def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[...
 
 _x = torch.randn(2, 2, 15, 8)
 _map = torch.randn(2, 5, 7, 2, 4)
+_image = torch.randn(2, 10, 4, 7)
+_floats = torch.zeros
 _rows = torch.randn(2, 9)
 
 SAMPLES = [
@@ -146,7 +167,11 @@ SAMPLES = [
             ({"kernel_size": 3}, ValueError, "argument `kernel_size`: expected kernel_size * dilation <= 7"),
             ({"kernel_size": (3, 0)}, ValueError, "argument `kernel_size`: expected 2 positive ints"),
             ({"kernel_size": (3, 3, 3)}, TypeError, "argument `kernel_size`: expected 2 ints"),
-            ({"dilation": (2, 1)}, ValueError, "argument `kernel_size`: expected kernel_size * dilation <= 5"),
+            (
+                {"dilation": (2, 1)},
+                ValueError,
+                "argument `kernel_size`: expected kernel_size * dilation <= 5",
+            ),
             ({"dilation": 0}, ValueError, "argument `dilation`: expected 2 positive ints"),
             ({"is_causal": 1}, TypeError, "argument `is_causal`: expected a bool or 2 bools"),
             ({"is_causal": (False, True)}, ValueError, "argument `rpb`: expected None"),
@@ -168,6 +193,43 @@ SAMPLES = [
         ops.neighborhood_attention,
         _neighborhood((4, 6), 1, 8, 8, (3, 5)),
         {"kernel_size": (2, 3), "dilation": 2, "return_lse": True},
+    ),
+    Sample(
+        "cascaded_group_attention-windows",
+        ops.cascaded_group_attention,
+        _cascade(2, 5, 3, (4, 7), 8, 3),  # padded right to 4 x 8
+        {"window_size": (2, 4), "kernel_sizes": (3, 1), "residual": True},
+        bad=[
+            ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
+            ({"x": _image[0]}, ValueError, "argument `x`: expected shape"),
+            ({"x": _image[:, :9]}, ValueError, "argument `x`: expected channels in a positive multiple"),
+            ({"x": _image.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _image.double()}, TypeError, "argument `qkv_weight`: expected dtype float64"),
+            ({"qkv_weight": _floats(2, 11, 4)}, ValueError, "argument `qkv_weight`: expected shape"),
+            ({"qkv_bias": _floats(2, 12)}, ValueError, "argument `qkv_bias`: expected shape"),
+            ({"qkv_bias": _floats(2, 11).half()}, TypeError, "argument `qkv_bias`: expected dtype float32"),
+            ({"dw_weight": _floats(2, 3, 2, 2)}, ValueError, "argument `dw_weight`: expected shape"),
+            ({"dw_weight": _floats(2, 3, 3, 1)}, ValueError, "argument `dw_weight`: expected shape"),
+            ({"dw_weight": _floats(0, 3, 3, 3)}, ValueError, "argument `dw_weight`: expected at least one"),
+            ({"dw_bias": _floats(2)}, ValueError, "argument `dw_bias`: expected shape"),
+            ({"attn_bias": _floats(2, 9)}, ValueError, "argument `attn_bias`: expected shape"),
+            ({"attn_bias": _floats(2, 8).half()}, TypeError, "argument `attn_bias`: expected dtype float32"),
+            ({"proj_weight": _floats(10, 5)}, ValueError, "argument `proj_weight`: expected shape"),
+            ({"proj_bias": _floats(10).to("meta")}, ValueError, "argument `proj_bias`: expected device cpu"),
+            ({"window_size": (2, 0)}, ValueError, "argument `window_size`: expected 2 positive ints"),
+            ({"kernel_sizes": 3}, TypeError, "argument `kernel_sizes`: expected 2 ints"),
+            ({"kernel_sizes": (3, 2)}, ValueError, "argument `kernel_sizes`: expected odd ints up to the 3"),
+            ({"kernel_sizes": (3, 5)}, ValueError, "argument `kernel_sizes`: expected odd ints up to the 3"),
+            ({"scale": float("inf")}, ValueError, "argument `scale`: expected a finite number"),
+            ({"residual": 1}, TypeError, "argument `residual`: expected True or False"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample(
+        "cascaded_group_attention-one_window",
+        ops.cascaded_group_attention,
+        _cascade(3, 16, 16, (4, 4), 16, 5),
+        {"window_size": 4, "kernel_sizes": [5, 3, 3], "scale": 0.3},
     ),
     Sample(
         "kan_linear",

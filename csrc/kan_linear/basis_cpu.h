@@ -1,9 +1,11 @@
 // The basis functions and their slopes in vectors, without a tanh of their own.
 //
-// With r = e^((u - g) / h): phi = 4 / (r + 1/r)^2 and tanh = (r - 1/r) / (r + 1/r). r is a product of e^(u / h), one
-// exponential a channel, and e^(-g / h), a table. The exponential reduces its argument in units of u, so that rounding
-// u / h, up to 12, costs nothing. Never is |tanh| taken for sqrt(1 - phi), which cancels near the centre.
-// A grid too wide for the table's range takes an exponential for each grid point instead.
+// With r = e^((u - g) / h): phi = 4 / (r + 1/r)^2 and tanh = (r - 1/r) / (r + 1/r). r is a product of e^(u /
+// h), one exponential a channel, and e^(-g / h), a table. The exponential reduces its argument in units of u,
+// so that rounding u / h, up to 12, costs nothing. Never is |tanh| taken for sqrt(1 - phi), which cancels
+// near the centre. A grid too wide for the table's range takes an exponential for each grid point instead,
+// and so do functions so broad that the small tanh is all there is, which the difference of r and 1/r would
+// give without its last digits.
 #pragma once
 #include "kan_linear.h"
 #include "vitkernels/matrix_cpu.h"
@@ -14,16 +16,17 @@ using namespace vitkernels::VITKERNELS_ISA;
 
 template <class T>
 struct Basis {
-  // Beyond kSlack from the outermost centre, in units of h, phi < 2e-17 and u is clamped; |g / h| <= kWidest keeps
-  // every product of exponentials a normal fp32.
-  static constexpr double kSlack = 20, kWidest = 12;
+  // Beyond kSlack from the outermost centre, in units of h, phi < 2e-17 and u is clamped; |g / h| <= kWidest
+  // keeps every product of exponentials a normal fp32.
+  static constexpr double kSlack = 20, kWidest = 12, kBroadest = 0.5;
 
   int grids;
   bool compact;
-  double inverse;                // 1 / h
-  T limit;                       // |u| beyond which phi is 0
-  T per_power, head, tail;       // powers of two in a unit of u; their size in u, split for an exact product
-  T *falling, *rising, *inside;  // e^(-g / h), e^(g / h), 1, each padded to vectors (by harmless values, and 0)
+  double inverse;           // 1 / h
+  T limit;                  // |u| beyond which phi is 0
+  T per_power, head, tail;  // powers of two in a unit of u; their size in u, split for an exact product
+  T *falling, *rising,
+      *inside;  // e^(-g / h), e^(g / h), 1, each padded to vectors (by harmless values, and 0)
 
   // Elements of the tables.
   static size_t size(int grids) { return 3 * (grids + kLanes<T>); }
@@ -36,9 +39,9 @@ struct Basis {
     for (int m = 0; m < grids; ++m) {
       const double g = grid[m] < 0 ? -grid[m] : grid[m];
       widest = widest < g ? g : widest;
-      if (g != g) widest = 1 / (g - g);  // not compact
+      if (g != g) widest = g;
     }
-    compact = widest * inverse <= kWidest;
+    compact = widest * inverse <= kWidest && inverse >= kBroadest;
     limit = static_cast<T>(widest + kSlack / inverse);
     const double power = 0.69314718055994530942 / inverse;
     per_power = static_cast<T>(1 / power);
@@ -53,7 +56,8 @@ struct Basis {
     inside = memory + 2 * padded;
     for (int m = 0; m < padded; ++m) {
       const double g = m < grids ? grid[m] : 0;
-      falling[m] = compact ? static_cast<T>(exp_softmax<double>(broadcast(-g * inverse))[0]) : static_cast<T>(g);
+      falling[m] =
+          compact ? static_cast<T>(exp_softmax<double>(broadcast(-g * inverse))[0]) : static_cast<T>(g);
       rising[m] = compact ? static_cast<T>(exp_softmax<double>(broadcast(g * inverse))[0]) : T(0);
       inside[m] = m < grids;
     }
@@ -100,8 +104,13 @@ struct Basis {
       const Vec<T> e = exp_softmax<T>(T(-2) * magnitude);
       const Vec<T> q = T(1) / (T(1) + e);
       quarter = e * q * q;
-      const Vec<T> t = (T(1) - e) * q;
-      tanh = distance < T(0) ? -t : t;
+      const Vec<T> far = (T(1) - e) * q;
+      // Lambert's continued fraction, exact to the last digit below 1/4.
+      const Vec<T> square = distance * distance;
+      Vec<T> fraction = broadcast(T(15));
+#pragma GCC unroll 1
+      for (int odd = 13; odd > 0; odd -= 2) fraction = T(odd) + square / fraction;
+      tanh = magnitude < T(0.25) ? distance / fraction : distance < T(0) ? -far : far;
     }
   }
 };

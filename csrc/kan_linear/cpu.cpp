@@ -57,13 +57,12 @@ void backward_cpu(const Params& p, int threads) {
   const size_t size = aligned(cpu.backward_scratch(p, cut));
   char* memory = static_cast<char*>(thread_scratch(shared + size * threads));
   Loop loop{p, cpu, cut, memory + shared, size, memory};
-  parallel_for(
-      (p.channels + cut.channels - 1) / cut.channels, threads,
-      [](void* context, int64_t begin, int64_t end, int slot) {
-        const Loop& l = *static_cast<Loop*>(context);
-        l.kernel.backward(l.params, l.cut, begin, end, l.scratch + slot * l.scratch_size, l.shared);
-      },
-      &loop);
+  parallel_for((p.channels + cut.channels - 1) / cut.channels, threads,
+               [](void* context, int64_t begin, int64_t end, int slot) {
+                 const Loop& l = *static_cast<Loop*>(context);
+                 l.kernel.backward(l.params, l.cut, begin, end, l.scratch + slot * l.scratch_size, l.shared);
+               },
+               &loop);
   if (p.grad_x)
     parallel_for(
         p.rows, threads,

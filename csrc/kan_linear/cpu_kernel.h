@@ -22,8 +22,8 @@ struct CpuKernel {
   size_t (*forward_scratch)(const Params&, const Cut&);
   void (*forward)(const Params&, const Cut&, int64_t begin, int64_t end, void* scratch);
 
-  // Items: slices of channels, each for all rows. `shared` holds what all items write: the gradient of u, and of
-  // each basis function's centre.
+  // Items: slices of channels, each for all rows. `shared` holds what all items write: the gradient of u, and
+  // of each basis function's centre.
   size_t (*shared_size)(const Params&);
   size_t (*backward_scratch)(const Params&, const Cut&);
   void (*backward)(const Params&, const Cut&, int64_t begin, int64_t end, void* scratch, void* shared);

@@ -21,7 +21,8 @@ struct Params {
   View y;                         // [rows, J]
   View mean, rstd;                // [rows], accumulate type; forward: optional
 
-  // Backward only. Each gradient may be absent. Those of ln_weight, ln_bias and grid are in the accumulate type.
+  // Backward only. Each gradient may be absent. Those of ln_weight, ln_bias and grid are in the accumulate
+  // type.
   View grad_y;  // [rows, J]
   View grad_x, grad_weight, grad_ln_weight, grad_ln_bias, grad_grid;
   void* workspace = nullptr;  // {forward,backward}_workspace_cuda() bytes
@@ -30,8 +31,8 @@ struct Params {
   bool wants_u() const { return grad_x || grad_ln_weight || grad_ln_bias || grad_grid; }
 };
 
-// Launch on the stream; nothing is allocated and nothing synchronises. Throw std::runtime_error when the launch is
-// refused.
+// Launch on the stream; nothing is allocated and nothing synchronises. Throw std::runtime_error when the
+// launch is refused.
 void forward_cuda(const Params& params, Stream stream);
 void backward_cuda(const Params& params, Stream stream);
 int64_t forward_workspace_cuda(const Params& params);

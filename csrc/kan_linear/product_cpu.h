@@ -10,6 +10,7 @@ constexpr int kNarrowRows = 12;  // of a panel of one vector, whose fewer sums w
 template <class T>
 constexpr int kWidth = 2 * kLanes<T>;
 constexpr int kDepth = 256;  // of one chain of sums, and of a panel
+constexpr int kSlice = 128;  // columns of Phi at a time in the backward pass
 constexpr int kBlock = 128;  // rows of x at a time
 
 template <class T, int V, int R>

@@ -7,6 +7,7 @@ neither a base branch nor a bias; each layer is one call of `ops.kan_linear`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -116,7 +117,7 @@ class FasterKAN(nn.Module):
                 spline_weight_init_scale,
                 backend=backend,
             )
-            for input_dim, output_dim in zip(layers_hidden[:-1], layers_hidden[1:], strict=True)
+            for input_dim, output_dim in pairwise(layers_hidden)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ def kan_linear(
     Args:
         x: [..., I], any strides; float16, bfloat16, float32 or float64.
         weight: [J, I * G], the grid fastest; in x's dtype, or float16 or bfloat16 for a float32 x.
-        ln_weight: scale of the norm, [I], in x's dtype or float32 (float64 for float64).
+        ln_weight: scale of the norm, [I], in x's dtype or float32.
         ln_bias: shift of the norm, as ln_weight.
         grid: centres of the basis functions, [G], any order and spacing, as ln_weight. The original never trains it,
             but its gradient is computed when asked for.
@@ -106,7 +106,7 @@ def _check(
     check_dtype("x", x, FLOAT_DTYPES, "Cast it with x.float().")
     mixed = (*_HALF_DTYPES, torch.float32) if x.dtype is torch.float32 else (x.dtype,)
     check_dtype("weight", weight, mixed, "Cast x to weight's dtype, or run under torch.autocast.")
-    small = (x.dtype,) if x.dtype is torch.float64 else (torch.float32, x.dtype)
+    small = tuple({torch.float32, x.dtype})
     for name, tensor in others[1:]:
         check_dtype(name, tensor, small, f"Cast it with {name}.float().")
     return x, weight, ln_weight, ln_bias, grid, inv_denominator, eps
@@ -130,6 +130,11 @@ def _flops(x: Any, weight: Any, *_: Any, mask: list[bool] | None) -> int:
     return product * ((grad_x or any(grad_others)) + grad_weight)
 
 
+def _grid_limits(x: Any, weight: Any, ln_weight: Any, ln_bias: Any, grid: Any, *_: Any) -> list[str]:
+    points = grid.shape[0]
+    return [f"takes grids of up to 64 points, got {points}"] if points > 64 else []
+
+
 _NATIVE = "vitkernels.kernels.kan_linear.native"
 
 operator = Operator(
@@ -140,7 +145,16 @@ operator = Operator(
     check=_check,
     allocate=(_allocate_y, _allocate_row, _allocate_row),
     reference=reference.forward,
-    backends=(Backend("cpu", _NATIVE, skips_by_products=True),),
-    order={"cpu": ("cpu",)},
+    backends=(
+        Backend("cuda", _NATIVE, limits=_grid_limits, skips_by_products=True),
+        Backend(
+            "triton",
+            "vitkernels.kernels.kan_linear.triton",
+            dtypes=(torch.float32, torch.float16, torch.bfloat16),
+            limits=_grid_limits,
+        ),
+        Backend("cpu", _NATIVE, skips_by_products=True),
+    ),
+    order={"cuda": ("cuda", "triton"), "cpu": ("cpu",)},
     flops=_flops,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -186,6 +187,21 @@ def _flops(
     return qk * (grad_q + grad_k) + pv * (grad_v + (grad_q or grad_k or grad_rpb))
 
 
+def _cuda_limits(q: Any, k: Any, v: Any, rpb: Any, kernel_size: Any, *_: Any) -> list[str]:
+    reasons = []
+    width, sizes = max(q.shape[-1], v.shape[-1]), q.shape[1:-2]
+    if width > 128:
+        reasons.append(f"takes head_dim and value_dim up to 128, got {width}")
+    if rpb is not None and (entries := math.prod(rpb.shape[1:])) > 1089:
+        # what fits into shared memory beside the widest tiles
+        reasons.append(f"takes kernels of up to 1089 relative positions (17x17) with a bias, got {entries}")
+    # What 32 bits hold of a token's coordinates, and of the keys that a tile of queries meets.
+    met = [min(size, kernel + 63) for size, kernel in zip(sizes, kernel_size, strict=True)]
+    if math.prod(sizes) > 2**26 or (math.prod(met) + 65) * met[-1] >= 2**32:
+        reasons.append(f"takes maps of up to 2**26 tokens and kernels of fewer than 65000, got {kernel_size}")
+    return reasons
+
+
 _NATIVE = "vitkernels.kernels.neighborhood_attention.native"
 
 operator = Operator(
@@ -197,7 +213,7 @@ operator = Operator(
     allocate=(_allocate_out, _allocate_lse),
     reference=reference.forward,
     backends=(
-        Backend("cuda", _NATIVE, skips_by_products=True),
+        Backend("cuda", _NATIVE, limits=_cuda_limits, skips_by_products=True),
         Backend(
             "triton",
             "vitkernels.kernels.neighborhood_attention.triton",
