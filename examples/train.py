@@ -1,6 +1,6 @@
 """Trains a network of vitkernels.models on a folder of images, or on the digits that come with scikit-learn.
 
-    python examples/train.py --model medvit_tiny --data digits --size 112 --epochs 5
+    python examples/train.py --model medvit_tiny --data digits --size 112 --batch-size 16 --epochs 3
     python examples/train.py --model dinat_mini --data photos --checkpoint mini.pth --resume --autocast bfloat16
     torchrun --nproc-per-node 4 examples/train.py --model dinat_mini --data photos
 
