@@ -59,7 +59,8 @@ def apply(
     """Replaces the forward of the layers that have a kernel, in place and reversibly.
 
     Supported: cascaded group attention and its windows (EfficientViT of timm, of the official code, and
-    copies of it: a layer matched by its class name is then compared with the kernel on random weights).
+    copies of it: a layer matched by its class name is then compared with the kernel on random weights);
+    neighborhood attention on sequences and maps (NATTEN of every version, and copies of it).
     Parameters, children, hooks and `state_dict` stay as they are; the model trains, compiles, copies, pickles
     and exports as before. Calling it again changes nothing. `revert` undoes it.
 

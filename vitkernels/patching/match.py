@@ -21,6 +21,7 @@ from vitkernels.patching.folding import (
     FusedSequence,
 )
 from vitkernels.patching.layers import Patched, WindowedCascade, WindowPartition, patched_class
+from vitkernels.patching.neighborhood import Neighborhood, rank_of, why_not_neighborhood
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
         mixin, kernel, reason = WindowedCascade, "window_attention", _why_not_cascade(module)
     elif "LocalWindowAttention" in names:
         mixin, kernel, reason = WindowPartition, "window partition", _why_not_windows(module)
+    elif rank_of(module):
+        mixin, kernel, reason = Neighborhood, "neighborhood_attention", why_not_neighborhood(module)
     elif "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower():
         return Match(None, reason="no kernel for this class")
     else:
@@ -57,7 +60,8 @@ def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
 def _prove(module: nn.Module, mixin: type[Patched], proven: dict[Any, str]) -> str:
     if isinstance(module, Patched) or type(module).__module__.startswith("vitkernels."):
         return ""
-    signature = (type(module), *((name, p.shape) for name, p in module.named_parameters()))
+    options = mixin.vitkernels_trial_options(module) if hasattr(mixin, "vitkernels_trial_options") else ()
+    signature = (type(module), *options, *((name, p.shape) for name, p in module.named_parameters()))
     if signature not in proven:
         proven[signature] = _why_different(module, mixin)
     return proven[signature]
@@ -189,7 +193,9 @@ def _why_different(module: Any, mixin: type[Patched]) -> str:
         # Through train mode, for layers that keep something derived from their weights in eval mode.
         trial.train()
         trial.eval()
-        x = torch.randn(_trial_shape(trial, mixin), generator=generator)
+        shape_of = getattr(mixin, "vitkernels_trial_shape", None)
+        shape = shape_of(trial) if shape_of else _trial_shape(trial, mixin)
+        x = torch.randn(shape, generator=generator)
         with torch.autocast("cpu", enabled=False), backend_scope("reference"):
             expected = trial(x)
             trial.__class__ = patched_class(type(trial), mixin, None)
@@ -215,7 +221,7 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not tensor.is_floating_point():
             continue
-        if tensor.ndim == 4:
+        if tensor.ndim == 4 or (tensor.ndim == 2 and name.endswith("weight")):
             spread = tensor[0].numel() ** -0.5
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
         elif name.endswith(("running_var", "weight")):
