@@ -59,7 +59,28 @@ def _window(heads: int, window: tuple[int, int], d: int, dv: int, entries: int |
     return make
 
 
+def _cascade(
+    heads: int, d: int, key_dim: int, size: tuple[int, int], tokens: int, largest: int
+) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        channels, rows = heads * d, 2 * key_dim + d
+        return {
+            "x": torch.randn(batch, channels, *size),
+            "qkv_weight": torch.randn(heads, rows, d) * d**-0.5,
+            "qkv_bias": torch.randn(heads, rows) * 0.5,
+            "dw_weight": torch.randn(heads, key_dim, largest, largest) / largest,
+            "dw_bias": torch.randn(heads, key_dim) * 0.5,
+            "attn_bias": torch.randn(heads, tokens),
+            "proj_weight": torch.randn(channels, channels) * channels**-0.5,
+            "proj_bias": torch.randn(channels) * 0.5,
+        }
+
+    return make
+
+
 _x = torch.randn(2, 2, 15, 8)
+_map = torch.randn(2, 10, 4, 7)
+_floats = torch.zeros
 
 SAMPLES = [
     Sample(
@@ -101,5 +122,42 @@ SAMPLES = [
     ),
     Sample(
         "window_attention-no_bias", ops.window_attention, _window(2, (1, 3), 3, 7, None), {"window": (1, 3)}
+    ),
+    Sample(
+        "cascaded_group_attention-windows",
+        ops.cascaded_group_attention,
+        _cascade(2, 5, 3, (4, 7), 6, 3),  # padded right to 4 x 9
+        {"window_size": (2, 3), "kernel_sizes": (3, 1), "residual": True},
+        bad=[
+            ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
+            ({"x": _map[0]}, ValueError, "argument `x`: expected shape"),
+            ({"x": _map[:, :9]}, ValueError, "argument `x`: expected channels in a positive multiple"),
+            ({"x": _map.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _map.double()}, TypeError, "argument `qkv_weight`: expected dtype float64"),
+            ({"qkv_weight": _floats(2, 11, 4)}, ValueError, "argument `qkv_weight`: expected shape"),
+            ({"qkv_bias": _floats(2, 12)}, ValueError, "argument `qkv_bias`: expected shape"),
+            ({"qkv_bias": _floats(2, 11).half()}, TypeError, "argument `qkv_bias`: expected dtype float32"),
+            ({"dw_weight": _floats(2, 3, 2, 2)}, ValueError, "argument `dw_weight`: expected shape"),
+            ({"dw_weight": _floats(2, 3, 3, 1)}, ValueError, "argument `dw_weight`: expected shape"),
+            ({"dw_weight": _floats(0, 3, 3, 3)}, ValueError, "argument `dw_weight`: expected at least one"),
+            ({"dw_bias": _floats(2)}, ValueError, "argument `dw_bias`: expected shape"),
+            ({"attn_bias": _floats(2, 9)}, ValueError, "argument `attn_bias`: expected shape"),
+            ({"attn_bias": _floats(2, 6).half()}, TypeError, "argument `attn_bias`: expected dtype float32"),
+            ({"proj_weight": _floats(10, 5)}, ValueError, "argument `proj_weight`: expected shape"),
+            ({"proj_bias": _floats(10).to("meta")}, ValueError, "argument `proj_bias`: expected device cpu"),
+            ({"window_size": (2, 0)}, ValueError, "argument `window_size`: expected 2 positive ints"),
+            ({"kernel_sizes": 3}, TypeError, "argument `kernel_sizes`: expected 2 ints"),
+            ({"kernel_sizes": (3, 2)}, ValueError, "argument `kernel_sizes`: expected odd ints up to the 3"),
+            ({"kernel_sizes": (3, 5)}, ValueError, "argument `kernel_sizes`: expected odd ints up to the 3"),
+            ({"scale": float("inf")}, ValueError, "argument `scale`: expected a finite number"),
+            ({"residual": 1}, TypeError, "argument `residual`: expected True or False"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample(
+        "cascaded_group_attention-one_window",
+        ops.cascaded_group_attention,
+        _cascade(3, 16, 16, (4, 4), 16, 5),
+        {"window_size": 4, "kernel_sizes": [5, 3, 3], "scale": 0.3},
     ),
 ]

@@ -1,0 +1,1 @@
+#include "cascaded_group_attention.h"
