@@ -148,10 +148,10 @@ class Operator:
         returns = ", ".join(["Tensor"] * len(self.outputs))
         # Fixed arity: an unwanted gradient comes back as an empty tensor, which the Function turns to None.
         gradients = ", ".join(["Tensor"] * len(tensors))
-        _library.define(f"{self.name}({declared}, {params}, str backend) -> ({returns})")
+        arguments = f"{declared}, {params}, str backend" if params else f"{declared}, str backend"
+        _library.define(f"{self.name}({arguments}) -> ({returns})")
         _library.define(
-            f"{self.name}_backward({grads}, {saved}, {declared}, {params}, str backend, bool[] output_mask)"
-            f" -> ({gradients})"
+            f"{self.name}_backward({grads}, {saved}, {arguments}, bool[] output_mask) -> ({gradients})"
         )
         for suffix, run, fake in (
             ("", self.run_forward, self._forward_fake),
