@@ -106,45 +106,39 @@ py::object signature(const py::tuple& tensors, const py::tuple& options) {
   return py::make_tuple(py::bytes(bytes), gradient);
 }
 
-// 16 bytes that follow from the dtypes, shapes, strides and elements of `contents`, and from the dtypes, shapes, strides
-// and addresses of `places`. None where a tensor is not a dense one in the memory of the CPU.
-py::object fingerprint(const py::tuple& contents, const py::tuple& places) {
+// 16 bytes that follow from the dtypes, shapes, strides and elements of tensors and Nones. None where a tensor is not a
+// plain dense one in the memory of the CPU.
+py::object fingerprint(const py::tuple& tensors) {
   vitkernels::Fingerprint result;
-  for (const py::tuple* tensors : {&contents, &places}) {
-    for (py::handle item : *tensors) {
-      if (item.is_none()) {
-        result.add(0);
-        continue;
-      }
-      vitkernels::Argument tensor;
-      if (vitkernels::exchange.table == nullptr) {
-        if (!vitkernels::read_tuple(item.ptr(), &tensor)) return py::none();
-      } else {
-        if (!exchange.is_plain(item.ptr())) return py::none();
-        vitkernels::DLTensor lent;
-        if (exchange.table->borrow(item.ptr(), &lent) != 0) {
-          PyErr_Clear();
-          return py::none();
-        }
-        constexpr int CPU = 1;
-        if (lent.device.type != CPU || !vitkernels::read_borrowed(item.ptr(), &tensor)) return py::none();
-      }
-      result.add(static_cast<uint64_t>(tensor.dtype) * 8 + tensor.ndim + 1);
-      int64_t count = 1, reach = 1;
-      for (int i = 0; i < tensor.ndim; ++i) {
-        result.add(tensor.shape[i]);
-        result.add(tensor.view.stride[i]);
-        count *= tensor.shape[i];
-        reach += (tensor.shape[i] - 1) * tensor.view.stride[i];
-      }
-      if (tensors == &places) {
-        result.add(reinterpret_cast<uint64_t>(tensor.view.data));
-        continue;
-      }
-      if (count != 0 && count != reach) return py::none();
-      const size_t element = tensor.dtype == vitkernels::DType::f64 ? 8 : tensor.dtype == vitkernels::DType::f32 ? 4 : 2;
-      result.add(tensor.view.data, count * element);
+  for (py::handle item : tensors) {
+    if (item.is_none()) {
+      result.add(0);
+      continue;
     }
+    vitkernels::Argument tensor;
+    if (exchange.table == nullptr) {
+      if (!vitkernels::read_tuple(item.ptr(), &tensor)) return py::none();
+    } else {
+      vitkernels::DLTensor lent;
+      if (!exchange.is_plain(item.ptr())) return py::none();
+      if (exchange.table->borrow(item.ptr(), &lent) != 0) {
+        PyErr_Clear();
+        return py::none();
+      }
+      constexpr int CPU = 1;
+      if (lent.device.type != CPU || !vitkernels::read_borrowed(item.ptr(), &tensor)) return py::none();
+    }
+    result.add(static_cast<uint64_t>(tensor.dtype) * 8 + tensor.ndim + 1);
+    int64_t count = 1, reach = 1;
+    for (int i = 0; i < tensor.ndim; ++i) {
+      result.add(tensor.shape[i]);
+      result.add(tensor.view.stride[i]);
+      count *= tensor.shape[i];
+      reach += (tensor.shape[i] - 1) * tensor.view.stride[i];
+    }
+    if (count != 0 && count != reach) return py::none();
+    constexpr size_t bytes[] = {8, 4, 2, 2};
+    result.add(tensor.view.data, count * bytes[static_cast<int>(tensor.dtype)]);
   }
   return py::bytes(reinterpret_cast<const char*>(result.value), sizeof(result.value));
 }
