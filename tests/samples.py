@@ -205,5 +205,5 @@ SAMPLES = [
             ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
         ],
     ),
-    Sample("residual_ffn-plain", ops.residual_ffn, _ffn(6, 4, (1, 5), False, False)),
+    Sample("residual_ffn-plain", ops.residual_ffn, _ffn(8, 4, (1, 5), False, False)),
 ]

@@ -9,11 +9,13 @@ import torch
 from randomise import randomise, relative_error
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as modules
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels
 from vitkernels import models
+from vitkernels.nn import kept
 from vitkernels.patching import packed
 
 
@@ -43,6 +45,19 @@ def _steps() -> dict[str, object]:
     def storage(pair):
         pair[0].weight.data = torch.rand(pair[0].weight.shape)
 
+    def through_data(pair):
+        pair[0].weight.data.mul_(2)
+
+    def one_element(pair):
+        pair[0].weight.detach().numpy()[5, 3, 2, 2] += 0.1
+
+    def sign(pair):
+        pair[0].weight.data.neg_()
+
+    def two_places(pair):
+        weight = pair[0].weight.data
+        weight[[0, 1]] = weight[[1, 0]]
+
     return {
         "load_state_dict": lambda pair: pair.load_state_dict(other.state_dict()),
         "assign": lambda pair: pair.load_state_dict(copy.deepcopy(other.state_dict()), assign=True),
@@ -53,6 +68,11 @@ def _steps() -> dict[str, object]:
         "double": lambda pair: pair.double(),
         "child": lambda pair: (pair[0].bfloat16().float(), pair[1].bfloat16().float()),
         "storage": storage,
+        "data": through_data,
+        "numpy": one_element,
+        "sign": sign,
+        "places": two_places,
+        "statistics_data": lambda pair: pair[1].running_var.data.mul_(3),
         "eps": lambda pair: setattr(pair[1], "eps", 0.5),
     }
 
@@ -73,15 +93,31 @@ def test_folded_weights_follow_their_sources(name: str) -> None:
         assert relative_error(pair(x), twin(x)) < 1e-6
 
 
-def test_no_new_weight_can_come_to_lie_at_a_noted_address() -> None:
+def test_without_fingerprints_versions_and_addresses_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "_native_fingerprint", None)
+    for name in set(_steps()) - {"data", "numpy", "sign", "places", "statistics_data"}:
+        test_folded_weights_follow_their_sources(name)
     pair, x = folded_pair()
-    vitkernels.apply(pair, fold_bn=True, verbose=False)
+    vitkernels.apply(pair, verbose=False)
     with torch.no_grad():
         pair(x)
         freed = {p.data_ptr() for p in pair.parameters()}
         for p in pair.parameters():
             p.data = p.data.clone()
+    # No new weight can come to lie at a noted address.
     assert freed <= {alias.data_ptr() for alias in pair.__dict__["_vitkernels_kept"].aliases}
+
+
+def test_a_fold_that_is_watched_is_not_kept() -> None:
+    pair, x = folded_pair()
+    vitkernels.apply(pair, verbose=False)
+    with torch.no_grad():
+        pair(x)
+        graph = make_fx(pair)(x)
+        weight = pair[0].weight
+        before = graph(x)
+        weight.mul_(2)
+        assert relative_error(graph(x), pair(x)) < 1e-6 < relative_error(graph(x), before)
 
 
 def test_folding_happens_once_and_leaves_gradients_right() -> None:

@@ -60,7 +60,7 @@ def test_timm_logits_stay_and_revert_restores_them(name: str) -> None:
     with torch.no_grad():
         before = model(x)
         keys, state = list(model.state_dict()), traces(model)
-        for fold_bn in (False, True):
+        for fold_bn in (False, None):
             report = vitkernels.apply(model, fold_bn=fold_bn, verbose=False)
             assert report.skipped == []
             assert list(model.state_dict()) == keys
@@ -72,24 +72,46 @@ def test_timm_logits_stay_and_revert_restores_them(name: str) -> None:
             assert traces(model) == state
 
 
-def test_the_kernels_are_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = timm_model(), []
-    original = vitkernels.ops.window_attention
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """(operator, backend) of every call of an operator, in order."""
+    seen = []
 
-    def spy(*args, **kwargs):
-        calls.append(kwargs["backend"])
-        return original(*args, **kwargs)
+    def spy(name, original):
+        def call(*args, **kwargs):
+            seen.append((name, kwargs.get("backend")))
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(vitkernels.ops, "window_attention", spy)
+        return call
+
+    for name in vitkernels.ops.__all__:
+        monkeypatch.setattr(vitkernels.ops, name, spy(name, getattr(vitkernels.ops, name)))
+    return seen
+
+
+def test_the_kernels_are_really_used(calls) -> None:
+    model = timm_model()
     vitkernels.apply(model, backend="reference", verbose=False)
     calls.clear()
+    mixer, unit = ("cascaded_group_attention", "reference"), ("residual_ffn", None)
+    downsample = [unit, unit]
     with torch.no_grad():
         model(image())
-    assert calls == ["reference"] * 6 * 4
-    vitkernels.revert(model)
-    with torch.no_grad():
+        assert calls == [unit, mixer, unit, *2 * (downsample + [unit, mixer, unit] * 2), unit, mixer, unit]
+        calls.clear()
+        model.train()
         model(image())
-    assert len(calls) == 24
+        assert calls == [("window_attention", "reference")] * 6 * 4
+        calls.clear()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        model(image())
+        assert calls == [mixer] * 6, "norms frozen in a model that trains"
+        calls.clear()
+        vitkernels.revert(model.eval())
+        model(image())
+    assert calls == []
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -120,18 +142,19 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     squeeze_excite = 2 * 2
     assert counts == {
-        "window_attention": 6,
+        "cascaded_group_attention": 6,
         "window partition": 6,
         "batch norm folded": convolutions - squeeze_excite + 1,
         "ReLU fused": 1 + 6 * 2 + 2 * 2 + 2,
+        "residual fused": 6 * (1 + 5) + 2 * 2 * (1 + 2),
     }
     assert (
         "0.stages.2.blocks.2.mixer.m.attn",
         "CascadedGroupAttention",
-        "window_attention",
+        "cascaded_group_attention",
     ) in report.replaced
     assert [entry[:2] for entry in report.skipped] == [("", "Sequential"), ("1", "MultiheadAttention")]
-    for text in ("CascadedGroupAttention", "window_attention", "no kernel", "MultiheadAttention"):
+    for text in ("CascadedGroupAttention", "cascaded_group_attention", "no kernel", "MultiheadAttention"):
         assert text in str(report)
     again = vitkernels.apply(model, fold_bn=True, verbose=False)
     assert capsys.readouterr().out == ""
@@ -297,7 +320,7 @@ def test_a_layer_that_computes_something_else_is_left() -> None:
     model = nn.Sequential(Deceiver(32, 16, 2, 1, 4, (5, 3)))
     model[0].register_forward_hook(lambda *_: pytest.fail("a user's hook ran during apply"))
     state = torch.random.get_rng_state()
-    report = vitkernels.apply(model, verbose=False)
+    report = vitkernels.apply(model, fold_bn=False, verbose=False)
     assert report.replaced == []
     assert "computes something else" in report.skipped[0][2]
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -406,6 +429,6 @@ def test_the_layers_of_this_package_take_a_backend() -> None:
     x = torch.randn(1, 32, 14, 14)
     with torch.no_grad():
         before = layer(x)
-        report = vitkernels.apply(layer, backend="reference", verbose=False)
-        assert [kernel for *_, kernel in report.replaced] == ["window partition", "window_attention"]
+        report = vitkernels.apply(layer, fold_bn=False, backend="reference", verbose=False)
+        assert [kernel for *_, kernel in report.replaced] == ["window partition", "cascaded_group_attention"]
         assert relative_error(layer(x), before) < 1e-5

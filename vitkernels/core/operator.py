@@ -153,8 +153,11 @@ class Operator:
         _library.define(
             f"{self.name}_backward({grads}, {saved}, {arguments}, bool[] output_mask) -> ({gradients})"
         )
+        forward, forward_fake = self.run_forward, self._forward_fake
+        if len(self.outputs) == 1:  # one output is a bare tensor in a schema
+            forward, forward_fake = _only(forward), _only(forward_fake)
         for suffix, run, fake in (
-            ("", self.run_forward, self._forward_fake),
+            ("", forward, forward_fake),
             ("_backward", self.run_backward, self._backward_fake),
         ):
             _library.impl(self.name + suffix, run, "CPU")
@@ -208,6 +211,10 @@ class Operator:
         @register_flop_formula(getattr(torch.ops.vitkernels, f"{self.name}_backward"))
         def backward_flops(*args: Any, **_: Any) -> int:
             return flops(*args[2 * count : -2], mask=args[-1])
+
+
+def _only(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., Any]:
+    return lambda *args: run(*args)[0]
 
 
 _native_signature = native.load().signature if native.lends else None
