@@ -1,12 +1,96 @@
+#include <algorithm>
+#include <cstddef>
 #include <stdexcept>
 
-#include "cascaded_group_attention.h"
+#include "cpu_kernel.h"
+#include "vitkernels/cpu_dispatch.h"
+#include "vitkernels/parallel.h"
 
 namespace vitkernels::cascaded_group_attention {
+namespace {
 
-void forward_cpu(const Params&, int) {
-  throw std::runtime_error("cascaded_group_attention: no CPU kernel yet");
+const CpuKernel& kernel() {
+#ifdef VITKERNELS_X86_ISAS
+  if (selected_isa() == Isa::avx512) return avx512::kKernel;
+  if (selected_isa() == Isa::avx2) return avx2::kKernel;
+#endif
+  return baseline::kKernel;
 }
+
+size_t aligned(size_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+
+double products(const Params& p) {
+  const double n = p.tokens(), k = p.key_dim, d = p.value_dim(), h = p.num_heads, c = p.channels;
+  return 2.0 * static_cast<double>(p.windows()) * n * (h * (p.qkv_rows() * d + (k + d) * n) + c * c);
+}
+
+// Windows of a group: enough to fill the lanes, few enough for their matrices to stay in the second-level cache
+// beside the weights.
+int group_windows(const Params& p) {
+  constexpr int kLanes = 200;
+  constexpr int64_t kElements = 1 << 16;
+  const int64_t n = p.tokens(), rows = 2 * p.channels + p.qkv_rows() + p.value_dim() + p.key_dim;
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(kLanes / n, kElements / (rows * n))));
+}
+
+// Who works on what. Windows are dealt out to the threads, or, when there are fewer than threads, all threads
+// share all windows.
+struct Plan {
+  int threads, group;
+  bool together;
+
+  Plan(const Params& p, double work, int wanted) {
+    threads = worthwhile_threads(work, INT64_MAX, wanted);
+    together = p.windows() < threads;
+    group = together ? static_cast<int>(p.windows()) : group_windows(p);
+  }
+};
+
+struct Call {
+  const Params& p;
+  const CpuKernel& cpu;
+  Plan plan;
+  char *weights, *groups, *owns;
+  size_t weights_size, group_size, own_size;
+
+  void member(int rank, int size, TeamBarrier& barrier) const {
+    const auto wait = [](void* at, int members) { static_cast<TeamBarrier*>(at)->wait(members); };
+    const Team all{rank, size, &barrier, wait}, alone{0, 1, nullptr, wait};
+    if (weights_size) {
+      cpu.prepare(p, weights, all);
+      all.wait();
+    }
+    char* own = owns + rank * own_size;
+    if (plan.together) return cpu.forward(p, weights, groups, own, 0, plan.group, all);
+    const int64_t windows = p.windows(), end = windows * (rank + 1) / size;
+    for (int64_t first = windows * rank / size; first < end; first += plan.group)
+      cpu.forward(p, weights, groups + rank * group_size, own, first,
+                  static_cast<int>(std::min<int64_t>(plan.group, end - first)), alone);
+  }
+};
+
+}  // namespace
+
+void forward_cpu(const Params& p, int threads) {
+  const CpuKernel& cpu = kernel();
+  const Plan plan(p, products(p), threads);
+  Call call{p, cpu, plan, nullptr, nullptr, nullptr, aligned(cpu.weights_size(p)),
+            aligned(cpu.forward_group_size(p, plan.group)), aligned(cpu.forward_own_size(p, plan.group))};
+  const size_t groups = plan.together ? 1 : plan.threads;
+  call.weights = static_cast<char*>(
+      thread_scratch(call.weights_size + groups * call.group_size + plan.threads * call.own_size));
+  call.groups = call.weights + call.weights_size;
+  call.owns = call.groups + groups * call.group_size;
+  parallel_team(
+      plan.threads,
+      [](void* context, int rank, int size, TeamBarrier& barrier) {
+        static_cast<const Call*>(context)->member(rank, size, barrier);
+      },
+      &call);
+}
+
 void backward_cpu(const Params&, int) {
   throw std::runtime_error("cascaded_group_attention: no CPU kernel yet");
 }

@@ -5,7 +5,7 @@
 #include "cpu_kernel.h"
 
 #include "vitkernels/tile_attention_cpu.h"
-#include "window_bias_cpu.h"
+#include "vitkernels/window_bias_cpu.h"
 
 namespace vitkernels::window_attention {
 namespace VITKERNELS_ISA {
@@ -36,6 +36,11 @@ Matrix<E> matrix(const View& view, int64_t batch, int64_t head) {
           view.stride[3]};
 }
 
+template <class T>
+WindowBias<T> make_bias(const Params& p, bool rows_are_queries, Scratch& scratch) {
+  return {p.window_h, p.window_w, p.signed_bias, rows_are_queries, scratch};
+}
+
 // ---- forward
 
 template <class T>
@@ -45,7 +50,8 @@ struct ForwardScratch {
   T *q, *k, *v, *bias, *s, *out, *inverse, *lse, *row;
   size_t size;
 
-  ForwardScratch(const Params& p, Scratch scratch) : tiling(p.tokens()), table(p, false, scratch) {
+  ForwardScratch(const Params& p, Scratch scratch)
+      : tiling(p.tokens()), table(make_bias<T>(p, false, scratch)) {
     const size_t n = p.tokens(), width = tiling.width;
     q = scratch.take<T>(p.head_dim * width);
     k = scratch.take<T>(converted(p) ? copy_size<T>(n, p.head_dim) : 0);
@@ -73,8 +79,8 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     const int tile = static_cast<int>(item / p.batch % tiling.count);
     const int start = tiling.start(tile), lanes = tiling.lanes(tile);
     if (p.bias_table && (h != bias_head || tile != bias_tile)) {
-      if (h != bias_head) w.table.read(p, h);
-      w.table.expand(w.bias, n, tiling, tile);
+      if (h != bias_head) w.table.read(p.bias_dtype, p.bias_table, h);
+      w.table.expand(w.bias, n, start, lanes, tiling.width);
       bias_head = h;
       bias_tile = tile;
     }
@@ -121,7 +127,9 @@ struct BackwardScratch {
   size_t size;
 
   BackwardScratch(const Params& params, Scratch scratch)
-      : tiling(params.tokens()), table(params, true, scratch), grad_table(params, true, scratch) {
+      : tiling(params.tokens()),
+        table(make_bias<T>(params, true, scratch)),
+        grad_table(make_bias<T>(params, true, scratch)) {
     const size_t n = params.tokens(), d = params.head_dim, dv = params.value_dim, width = tiling.width;
     cached = static_cast<int64_t>(n * width * tiling.count) <= kCachedLogits;
     channel_width = round_up_lanes<T>(params.head_dim);
@@ -217,7 +225,7 @@ void backward_window(const Params& p, const BackwardScratch<T>& w, WindowBias<T>
   for (int tile = 0; tile < tiling.count; ++tile) {
     const int start = tiling.start(tile), lanes = tiling.lanes(tile);
     T* bias = p.bias_table ? w.tile_of(w.bias, tile, n) : nullptr;
-    if (bias && !w.cached) w.table.expand(bias, n, tiling, tile);
+    if (bias && !w.cached) w.table.expand(bias, n, start, lanes, width);
     pack(w.k, width, k.data + start * k.token, k.channel, k.token, d, lanes, T(1));
     if (p.grad_out) pack(w.v, width, v.data + start * v.token, v.channel, v.token, dv, lanes, T(1));
     const int odd = odd_tokens(tiling, q.token == 1 && (!p.grad_out || grad_out.token == 1));
@@ -240,7 +248,7 @@ void backward_window(const Params& p, const BackwardScratch<T>& w, WindowBias<T>
       multiply<T>(w.channel_width / kLanes<T>,
                   {n, lanes, w.dl, width, 1, w.k_channels + static_cast<ptrdiff_t>(start) * w.channel_width,
                    w.channel_width, tile ? w.grad_q : nullptr, w.channel_width, w.grad_q, w.channel_width});
-    if (p.grad_bias_table && !w.cached) grad_table.collect(w.dl, n, tiling, tile);
+    if (p.grad_bias_table && !w.cached) grad_table.collect(w.dl, n, start, lanes, width);
     if (p.grad_bias_table && w.cached) {
       T* sum = w.tile_of(w.grad_bias, tile, n);
       for (int i = 0; i < n * width; i += kLanes<T>) store(sum + i, load(sum + i) + load(w.dl + i));
@@ -268,9 +276,9 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
   for (int64_t item = begin; item < end; ++item) {
     const int64_t h = item / chunks, c = item % chunks;
     if (p.bias_table && h != bias_head) {
-      table.read(p, h);
+      table.read(p.bias_dtype, p.bias_table, h);
       for (int tile = 0; w.cached && tile < tiling.count; ++tile)
-        table.expand(w.tile_of(w.bias, tile, n), n, tiling, tile);
+        table.expand(w.tile_of(w.bias, tile, n), n, tiling.start(tile), tiling.lanes(tile), tiling.width);
       bias_head = h;
     }
     if (p.grad_bias_table) {
@@ -282,7 +290,8 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
     for (int64_t b = c * chunk; b < last; ++b) backward_window<E, T>(p, w, grad_table, b, h);
     if (p.grad_bias_table) {
       for (int tile = 0; w.cached && tile < tiling.count; ++tile)
-        grad_table.collect(w.tile_of(w.grad_bias, tile, n), n, tiling, tile);
+        grad_table.collect(w.tile_of(w.grad_bias, tile, n), n, tiling.start(tile), tiling.lanes(tile),
+                           tiling.width);
       grad_table.fold(static_cast<T*>(partials) + (c * p.heads + h) * p.entries(), p.entries());
     }
   }

@@ -1,6 +1,6 @@
 // Small matrices on the CPU: scratch, the one matrix product, and the way in and out of strided tensors.
 //
-// The product is C[r][l] = add[r][l] + sum_k A(r, k) * B[k][l]. A is read in place, one broadcast scalar at a
+// The product is C[r][l] = start[r] + add[r][l] + sum_k A(r, k) * B[k][l]. A is read in place, one broadcast scalar at a
 // time and with any strides; B and C are scratch with l in the vector lanes.
 #pragma once
 #include "vitkernels/simd.h"
@@ -66,6 +66,7 @@ struct Product {
   ptrdiff_t add_row;
   T* c;
   ptrdiff_t c_row;
+  const T* start = nullptr;  // one number a row; null: nothing
 };
 
 template <class T, int V, int R>
@@ -73,9 +74,11 @@ static __attribute__((noinline)) void multiply_block(const Product<T>& p, int ro
   constexpr int lanes = kLanes<T>;
   Vec<T> acc[R][V];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    const Vec<T> first = p.start ? broadcast(p.start[row + r]) : Vec<T>{};
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
+    for (int v = 0; v < V; ++v) acc[r][v] = first;
+  }
 
   const T* a = p.a + row * p.a_row;
   const T* b = p.b + lane;
@@ -147,6 +150,7 @@ static void multiply(int vecs, const Product<T>& p) {
       multiply<T>(vecs, part);
       part.add = p.c;
       part.add_row = p.c_row;
+      part.start = nullptr;
     }
     return;
   }

@@ -119,16 +119,17 @@ static void token_dots(T* dst, const T* x, int step, const T* m, ptrdiff_t chann
 template <class T>
 struct ForwardTile {
   int keys, width, odd, head_dim, value_dim;
-  const T* q;     // [head_dim][width], times scale
+  const T* q;     // [head_dim][q_row], times scale
   const T* bias;  // [keys][width]; null: none
   T* s;           // [keys][width]
   T* out;         // [value_dim][width]
   T *inverse, *lse;
   T* row;  // [keys], rounded up
+  int q_row = width;
 
   void run(Matrix<const T> k, Matrix<const T> v) const {
     const int vecs = width / kLanes<T> - (odd ? 1 : 0);
-    multiply<T>(vecs, {keys, head_dim, k.data, k.token, k.channel, q, width, bias, width, s, width});
+    multiply<T>(vecs, {keys, head_dim, k.data, k.token, k.channel, q, q_row, bias, width, s, width});
     softmax<T>(s, width, vecs, keys, inverse, lse);
     multiply<T>(vecs, {value_dim, keys, v.data, v.channel, v.token, s, width, nullptr, 0, out, width});
     for (int i = 0; i < odd; ++i) run_odd(k, v, vecs * kLanes<T> + i);
@@ -136,7 +137,7 @@ struct ForwardTile {
 
   void run_odd(Matrix<const T> k, Matrix<const T> v, int lane) const {
     const int padded = round_up_lanes<T>(keys);
-    token_dots<T>(row, q + lane, width, k.data, k.channel, head_dim, keys);
+    token_dots<T>(row, q + lane, q_row, k.data, k.channel, head_dim, keys);
     for (int i = 0; i < keys && bias; ++i) row[i] += bias[static_cast<ptrdiff_t>(i) * width + lane];
     T top = row[0];
     for (int i = 1; i < keys; ++i) top = row[i] > top ? row[i] : top;

@@ -1,0 +1,99 @@
+// Depthwise convolution inside a window, tokens of a row in the lanes.
+//
+// A window's rows are copied into an image with zeros left and right of them; rows above and below are skipped
+// instead. A column of taps, the sums of a column of outputs and one input fit in 16 registers, so that every
+// load meets as many multiplications as there are taps in a column.
+#pragma once
+#include "cascaded_group_attention.h"
+#include "vitkernels/matrix_cpu.h"
+
+namespace vitkernels::cascaded_group_attention {
+namespace VITKERNELS_ISA {
+
+using namespace vitkernels::VITKERNELS_ISA;
+
+template <class T>
+struct Depthwise {
+  int wh, ww, largest, pitch;
+  T* images;  // [channels][wh][pitch]
+
+  Depthwise(const Params& p, int channels, Scratch& scratch)
+      : wh(p.window_h),
+        ww(p.window_w),
+        largest(p.kernel_max),
+        // Whole vectors are stored at the end of the row, and loaded from every tap's shift.
+        pitch((ww + kLanes<T> - 1) / kLanes<T> * kLanes<T> + p.kernel_max + 2 * kLanes<T>),
+        images(scratch.take<T>(static_cast<size_t>(channels) * wh * pitch)) {}
+
+  size_t image() const { return static_cast<size_t>(wh) * pitch; }
+
+  // Rows [channel][token] into images for a kernel of `size`. All channels before the first convolution: a load
+  // that spans two recent stores would wait for both.
+  void fill(const T* from, ptrdiff_t row, int channels, int size) const {
+    constexpr int L = kLanes<T>;
+    const int pad = size / 2;
+    for (int c = 0; c < channels; ++c)
+      for (int y = 0; y < wh; ++y) {
+        const T* src = from + c * row + static_cast<ptrdiff_t>(y) * ww;
+        T* to = images + c * image() + static_cast<ptrdiff_t>(y) * pitch;
+        for (int i = 0; i < pad; ++i) to[i] = 0;
+        for (int i = 0; i < ww; i += L) store(to + pad + i, load(src + i));
+        for (int i = 0; i < pad + L; i += L) store(to + pad + ww + i, Vec<T>{});
+      }
+  }
+
+  // to[token] = factor * (start + sum of taps); taps [size][taps_row]. Stores whole vectors, a row's last vector
+  // first: the next row's other stores overwrite its overhang, and the last row's goes where `to` has a vector of
+  // slack or is written later.
+  void convolve(int channel, int size, const T* taps, ptrdiff_t taps_row, T start, T factor, T* to) const {
+    const T* image = images + channel * this->image();
+    if (wh == 7 && size == 3) return columns<7, 3>(image, taps, taps_row, start, factor, to);
+    if (wh == 7 && size == 5) return columns<7, 5>(image, taps, taps_row, start, factor, to);
+    if (wh == 7 && size == 7) return columns<7, 7>(image, taps, taps_row, start, factor, to);
+    if (wh == 4 && size == 3) return columns<4, 3>(image, taps, taps_row, start, factor, to);
+    if (wh == 4 && size == 5) return columns<4, 5>(image, taps, taps_row, start, factor, to);
+    if (wh == 4 && size == 7) return columns<4, 7>(image, taps, taps_row, start, factor, to);
+    for (int y = 0; y < wh; ++y)
+      for (int i = last_vector(); i >= 0; i -= kLanes<T>) {
+        Vec<T> sum = broadcast(start);
+        for (int dx = 0; dx < size; ++dx)
+          for (int dy = 0; dy < size; ++dy) {
+            const int from = y + dy - size / 2;
+            if (from < 0 || from >= wh) continue;
+            sum += load(image + static_cast<ptrdiff_t>(from) * pitch + i + dx) * taps[dy * taps_row + dx];
+          }
+        store(to + static_cast<ptrdiff_t>(y) * ww + i, sum * factor);
+      }
+  }
+
+ private:
+  int last_vector() const { return (ww - 1) / kLanes<T> * kLanes<T>; }
+
+  template <int Rows, int Size>
+  void columns(const T* image, const T* taps, ptrdiff_t taps_row, T start, T factor, T* to) const {
+    for (int i = last_vector(); i >= 0; i -= kLanes<T>) {
+      Vec<T> sum[Rows];
+#pragma GCC unroll 8
+      for (int y = 0; y < Rows; ++y) sum[y] = broadcast(start);
+      for (int dx = 0; dx < Size; ++dx) {
+        Vec<T> tap[Size];
+#pragma GCC unroll 8
+        for (int dy = 0; dy < Size; ++dy) tap[dy] = broadcast(taps[dy * taps_row + dx]);
+#pragma GCC unroll 8
+        for (int from = 0; from < Rows; ++from) {
+          const Vec<T> x = load(image + from * pitch + i + dx);
+#pragma GCC unroll 8
+          for (int dy = 0; dy < Size; ++dy) {
+            const int y = from - dy + Size / 2;
+            if (y >= 0 && y < Rows) sum[y] += x * tap[dy];
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int y = 0; y < Rows; ++y) store(to + static_cast<ptrdiff_t>(y) * ww + i, sum[y] * factor);
+    }
+  }
+};
+
+}  // namespace VITKERNELS_ISA
+}  // namespace vitkernels::cascaded_group_attention
