@@ -9,6 +9,7 @@ import sys
 import official_layers
 import pytest
 import torch
+from edits import EDITS
 from randomise import randomise, relative_error
 from timm_import import import_timm
 from torch import nn
@@ -309,6 +310,101 @@ def test_the_official_classes_and_copies_of_them(side: int, size: int) -> None:
         assert relative_error(model(x), before) < 1e-5
         vitkernels.revert(model)
         assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_official_layers_follow_every_edit(name: str) -> None:
+    layer = randomise(official_layers.LocalWindowAttention(32, 16, 2, 1, 14, 7, (5, 3)))
+    model, x = nn.Sequential(layer).eval(), torch.randn(2, 32, 14, 14)
+    vitkernels.apply(model, verbose=False)
+    with torch.no_grad():
+        before = model(x)
+        EDITS[name](model)
+        x = x.to(layer.attn.attention_biases.dtype)
+        twin = copy.deepcopy(model)
+        vitkernels.revert(twin)
+        twin.train()
+        twin.eval()  # gathers its biases again
+        assert relative_error(model(x), twin(x)) < 1e-5
+        assert relative_error(model(x), before) > 1e-4 or name in ("double", "half_and_back")
+
+
+@pytest.mark.parametrize("name", sorted({*EDITS} - {"swap", "sign", "numpy"}))
+def test_residual_units_follow_every_edit(name: str, calls) -> None:
+    model = small_model()
+    vitkernels.apply(model, verbose=False)
+    with torch.no_grad():
+        model(image())
+        calls.clear()
+        EDITS[name](model)
+        x = image().to(next(model.parameters()).dtype)
+        got = model(x)
+        assert sum(name == "residual_ffn" for name, _ in calls) == 2 * 2 + 2
+        twin = copy.deepcopy(model)
+        vitkernels.revert(twin)
+        assert relative_error(got, twin(x)) < 1e-5
+
+
+def test_edits_of_a_residual_unit_are_seen() -> None:
+    """Its own weights are read in place, its norms and depthwise convolution through what is kept."""
+    model = small_model()
+    vitkernels.apply(model, verbose=False)
+    block, x = model.blocks1[0], torch.randn(2, 32, 7, 7)
+    with torch.no_grad():
+        block(x)
+        for tensor in (*block.dw0.parameters(), *block.ffn1.parameters(), *block.ffn0.buffers()):
+            before = block(x)
+            if tensor.is_floating_point():
+                tensor.data.flatten()[0] += 0.5
+                twin = copy.deepcopy(block)
+                vitkernels.revert(twin)
+                assert relative_error(block(x), twin(x)) < 1e-5
+                assert not torch.equal(block(x), before)
+
+
+@pytest.mark.parametrize("layer", ["dw0", "dw0.m", "dw0.m.c", "ffn0.m", "ffn0.m.pw1.bn", "ffn0.m.act", "mixer.m.attn"])
+def test_hooks_inside_residual_units_run(layer: str) -> None:
+    block, x = small_model().blocks1[0], torch.randn(2, 32, 7, 7)
+    twin, seen = copy.deepcopy(block), []
+    vitkernels.apply(block, verbose=False)
+    for model in (block, twin):
+        model.get_submodule(layer).register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        assert relative_error(block(x), twin(x)) < 1e-5
+    (ours_in, ours_out), (theirs_in, theirs_out) = seen
+    assert relative_error(ours_in, theirs_in) < 1e-5
+    assert relative_error(ours_out, theirs_out) < 1e-5
+
+
+def test_a_residual_of_another_kind_is_left() -> None:
+    class Residual(models.efficientvit.Residual):
+        def forward(self, x):
+            return x - self.m(x)
+
+    ffn = Residual(models.efficientvit.FFN(8, 16))
+    Residual.__module__ = "elsewhere"
+    model, x = randomise(nn.Sequential(ffn)).eval(), torch.randn(2, 8, 4, 4)
+    with torch.no_grad():
+        expected = model(x)
+        report = vitkernels.apply(model, verbose=False)
+        assert "residual fused" not in [kernel for *_, kernel in report.replaced]
+        assert relative_error(model(x), expected) < 1e-6
+
+
+def test_frozen_norms_train_with_the_gradients_of_the_reference(calls) -> None:
+    x = image(2).double()
+    theirs, ours = (timm_model().double().train() for _ in range(2))
+    vitkernels.apply(ours, verbose=False)
+    calls.clear()
+    for model in (theirs, ours):
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        model(x).square().mean().backward()
+    assert [name for name, _ in calls] == ["cascaded_group_attention"] * 6
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert b.grad.norm() > 1e-12, name
+        assert relative_error(a.grad, b.grad) < 1e-9, name
 
 
 class Deceiver(official_layers.CascadedGroupAttention):

@@ -154,14 +154,39 @@ void input_rows(const Params& p, const Group& g, int pitch, int begin, int end, 
 
 // ---- the two products
 
-// product[row][token] = sum over k of weight[begin + row][k] * b[k][token], for up to kChunk rows.
+// Fetches a block of a weight whose rows lie densely: 64 bytes at a time, the rows' next terms or the next rows.
+template <class E>
+VITKERNELS_INLINE void fetch(const View& weight, int row, int rows, int k, int terms) {
+  if (weight.stride[1] != 1) return;
+  const char* at = reinterpret_cast<const char*>(static_cast<const E*>(weight.data) + row * weight.stride[0] + k);
+  const ptrdiff_t step = weight.stride[0] * static_cast<ptrdiff_t>(sizeof(E));
+  for (int r = 0; r < rows; ++r, at += step)
+    for (int i = 0; i < terms * static_cast<int>(sizeof(E)); i += 64) __builtin_prefetch(at + i);
+}
+
+// product[row][token] = sum over k of weight[begin + row][k] * b[k][token], for up to kChunk rows of those before `end`.
+// The terms are added in runs; while one is computed the weights of the next come from the third-level cache or beyond,
+// in pieces too short for the processor to foresee.
 template <class E, class T>
-void product_rows(const View& weight, int begin, int rows, int depth, const T* b, int pitch, int vecs, T* product,
+void product_rows(const View& weight, int begin, int end, int depth, const T* b, int pitch, int vecs, T* product,
                   T* scratch) {
+  const int rows = imin(kChunk, end - begin);
   const Matrix<const E> source{static_cast<const E*>(weight.data) + begin * weight.stride[0], weight.stride[0],
                                weight.stride[1]};
   const Matrix<const T> a = readable<E, T>(source, rows, depth, scratch);
-  multiply<T>(vecs, {rows, depth, a.data, a.token, a.channel, b, pitch, nullptr, 0, product, pitch});
+  Product<T> part{rows, depth, a.data, a.token, a.channel, b, pitch, nullptr, 0, product, pitch};
+  for (int runs = ceil_div(depth, kRun), k = 0; runs > 0; --runs, k += part.depth) {
+    part.depth = ceil_div(depth - k, runs);
+    if (runs > 1)
+      fetch<E>(weight, begin, rows, k + part.depth, part.depth);
+    else if (begin + rows < end)
+      fetch<E>(weight, begin + rows, imin(kChunk, end - begin - rows), 0, kRun);
+    part.a = a.data + k * a.channel;
+    part.b = b + static_cast<ptrdiff_t>(k) * pitch;
+    multiply<T>(vecs, part);
+    part.add = product;
+    part.add_row = pitch;
+  }
 }
 
 template <class E, class T>
@@ -170,7 +195,7 @@ void hidden_rows(const Params& p, int pitch, int vecs, int begin, int end, const
   for (int row = begin; row < end; row += kChunk) {
     const int count = imin(kChunk, end - row);
     T* chunk = hidden + static_cast<ptrdiff_t>(row) * pitch;
-    product_rows<E, T>(p.weight1, row, count, p.channels, u, pitch, vecs, chunk, own.weights);
+    product_rows<E, T>(p.weight1, row, end, p.channels, u, pitch, vecs, chunk, own.weights);
     for (int r = 0; r < count; ++r, chunk += pitch) {
       const Vec<T> scale = broadcast(element<T>(p, p.scale1, row + r, T(1)));
       const Vec<T> bias = broadcast(element<T>(p, p.bias1, row + r));
@@ -189,7 +214,7 @@ void output_rows(const Params& p, const Group& g, int pitch, int vecs, int begin
   for (int i = 0; i < map + L; i += L) store(own.ones + i, broadcast(T(1)));
   for (int row = begin; row < end; row += kChunk) {
     const int count = imin(kChunk, end - row);
-    product_rows<E, T>(p.weight2, row, count, p.hidden, hidden, pitch, vecs, own.product, own.weights);
+    product_rows<E, T>(p.weight2, row, end, p.hidden, hidden, pitch, vecs, own.product, own.weights);
     for (int r = 0; r < count; ++r) {
       T* y = own.product + static_cast<ptrdiff_t>(r) * pitch;
       const T* residual = u + static_cast<ptrdiff_t>(row + r) * pitch;

@@ -88,7 +88,8 @@ class FusedSequence(Patched):
 
 def residual_unit(dw: Any, ffn: Any, x: torch.Tensor) -> torch.Tensor:
     """ffn(dw(x)) for a residual depthwise convolution and a residual FFN, in one call where that can be."""
-    if is_depthwise_unit(dw) and is_ffn_unit(ffn) and not has_hooks(dw) and not has_hooks(ffn):
+    fused = is_depthwise_unit(dw) and is_ffn_unit(ffn) and not (has_hooks(dw) or has_hooks(ffn))
+    if fused and not (dw.training or ffn.training):  # in train mode a unit may drop its path
         y = _run_unit(dw, ffn, x)
         if y is not None:
             return y
