@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstddef>
-#include <stdexcept>
 
 #include "cpu_kernel.h"
 #include "vitkernels/cpu_dispatch.h"
@@ -71,6 +70,37 @@ struct Call {
   }
 };
 
+// A chunk's gradients of the weights are summed in memory of its own. Chunks follow from the problem alone, so that
+// sums are taken in the same order whatever the threads.
+int64_t chunk_windows(const Params& p) {
+  constexpr int64_t kMaxChunks = 16, kTokens = 128;
+  return std::max((p.windows() + kMaxChunks - 1) / kMaxChunks, (kTokens + p.tokens() - 1) / p.tokens());
+}
+
+struct BackwardCall {
+  const Params& p;
+  const CpuKernel& cpu;
+  int chunks, group;
+  char *weights, *partials, *owns;
+  size_t weights_size, partial_size, own_size;
+
+  void member(int rank, int size, TeamBarrier& barrier) const {
+    const auto wait = [](void* at, int members) { static_cast<TeamBarrier*>(at)->wait(members); };
+    const Team all{rank, size, &barrier, wait};
+    if (weights_size) {
+      cpu.prepare(p, weights, all);
+      all.wait();
+    }
+    const int64_t windows = p.windows(), chunk = chunk_windows(p);
+    for (int i = all.begin(chunks); i < all.end(chunks); ++i)
+      cpu.backward(p, weights, owns + rank * own_size, partials + i * partial_size, i * chunk,
+                   std::min(chunk, windows - i * chunk), group);
+    all.wait();
+    const int rows = cpu.reduce_rows(p);
+    cpu.reduce(p, partials, partial_size, chunks, all.begin(rows), all.end(rows));
+  }
+};
+
 }  // namespace
 
 void forward_cpu(const Params& p, int threads) {
@@ -91,8 +121,31 @@ void forward_cpu(const Params& p, int threads) {
       &call);
 }
 
-void backward_cpu(const Params&, int) {
-  throw std::runtime_error("cascaded_group_attention: no CPU kernel yet");
+void backward_cpu(const Params& p, int threads) {
+  const CpuKernel& cpu = kernel();
+  const int chunks = static_cast<int>((p.windows() + chunk_windows(p) - 1) / chunk_windows(p));
+  const int group = static_cast<int>(std::min<int64_t>(group_windows(p), chunk_windows(p)));
+  threads = worthwhile_threads(3 * products(p), INT64_MAX, threads);
+  BackwardCall call{p,
+                    cpu,
+                    chunks,
+                    group,
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    aligned(cpu.weights_size(p)),
+                    aligned(cpu.backward_partial_size(p)),
+                    aligned(cpu.backward_own_size(p, group))};
+  call.weights = static_cast<char*>(
+      thread_scratch(call.weights_size + chunks * call.partial_size + threads * call.own_size));
+  call.partials = call.weights + call.weights_size;
+  call.owns = call.partials + chunks * call.partial_size;
+  parallel_team(
+      threads,
+      [](void* context, int rank, int size, TeamBarrier& barrier) {
+        static_cast<const BackwardCall*>(context)->member(rank, size, barrier);
+      },
+      &call);
 }
 
 }  // namespace vitkernels::cascaded_group_attention

@@ -32,6 +32,15 @@ struct CpuKernel {
   // Windows [first, first + count).
   void (*forward)(const Params&, const void* shared, void* group, void* own, int64_t first, int count,
                   const Team& team);
+
+  // Windows [first, first + count) in groups of `group`, on one thread; their shares of the weight gradients go to
+  // `partial`. reduce adds `chunks` of those up in order, for the rows [begin, end) of reduce_rows.
+  size_t (*backward_partial_size)(const Params&);
+  size_t (*backward_own_size)(const Params&, int group);
+  void (*backward)(const Params&, const void* shared, void* own, void* partial, int64_t first, int64_t count,
+                   int group);
+  int (*reduce_rows)(const Params&);
+  void (*reduce)(const Params&, const char* partials, size_t partial_size, int chunks, int begin, int end);
 };
 
 namespace baseline {

@@ -42,6 +42,24 @@ struct Depthwise {
       }
   }
 
+  // sums[dy][dx][lanes] += this window's share of the gradient of the taps: `gradient` is the image of the output's
+  // gradient, filled for the same size.
+  void correlate(const Depthwise& gradient, int channel, int size, T* sums) const {
+    const T *image = images + channel * this->image(), *g = gradient.images + channel * this->image();
+    const int pad = size / 2;
+    for (int dy = 0; dy < size; ++dy) {
+      const int first = dy < pad ? pad - dy : 0, last = dy > pad ? wh - (dy - pad) : wh;
+      for (int dx = 0; dx < size; ++dx, sums += kLanes<T>) {
+        Vec<T> sum = load(sums);
+        for (int y = first; y < last; ++y)
+          for (int i = 0; i < ww; i += kLanes<T>)
+            sum += load(g + static_cast<ptrdiff_t>(y) * pitch + pad + i) *
+                   load(image + static_cast<ptrdiff_t>(y + dy - pad) * pitch + i + dx);
+        store(sums, sum);
+      }
+    }
+  }
+
   // to[token] = factor * (start + sum of taps); taps [size][taps_row]. Stores whole vectors, a row's last vector
   // first: the next row's other stores overwrite its overhang, and the last row's goes where `to` has a vector of
   // slack or is written later.

@@ -158,14 +158,15 @@ struct ForwardTile {
 // ---- backward
 
 // One tile of keys: probabilities p and logit gradients dl, [queries][width]; row r is a query. The logits
-// are those of the forward pass to the last bit: the same factors, summed in the same order.
+// are those of the forward pass to the last bit: the same factors, summed in the same order. Without lse the tile
+// has all keys and none is odd, and the softmax is taken along the rows.
 template <class T>
 struct BackwardTile {
   int queries, width, lanes, odd, head_dim, value_dim;
   const T* k;         // [head_dim][width]
   const T* v;         // [value_dim][width]
   const T* bias;      // [queries][width]; null: none
-  const T* lse;       // [queries]
+  const T* lse;       // [queries]; null: see above
   const T* delta;     // [queries]: sum_m p * dp - grad_lse; when `whole`, - grad_lse alone
   bool whole;         // this tile has all keys, so it finds sum_m p * dp itself
   T *p, *dl;          // [queries][width]
@@ -193,10 +194,11 @@ struct BackwardTile {
     const int computed = vecs * kLanes<T>;
     for (int r = 0; r < queries; ++r) {
       T *pr = p + static_cast<ptrdiff_t>(r) * width, *dr = dl + static_cast<ptrdiff_t>(r) * width;
-      const Vec<T> shift = broadcast(lse[r]);
+      if (!lse) softmax_row(pr, computed, unused);
+      const Vec<T> shift = lse ? broadcast(lse[r]) : Vec<T>{};
       Vec<T> sum = {};
       for (int i = 0; i < computed; i += kLanes<T>) {
-        Vec<T> e = exp_softmax<T>(load(pr + i) - shift);
+        Vec<T> e = lse ? exp_softmax<T>(load(pr + i) - shift) : load(pr + i);
         if (i + kLanes<T> == computed) e = unused ? Vec<T>{} : e;
         store(pr + i, e);
         sum += e * load(dr + i);
@@ -214,6 +216,27 @@ struct BackwardTile {
         dr[computed + i] = d;
       }
     }
+  }
+
+  // row <- e^(row - max) / sum of that; lanes that are `unused` in the last vector take no part.
+  static void softmax_row(T* row, int count, IntVec<T> unused) {
+    const int last = count - kLanes<T>;
+    const Vec<T> nothing = broadcast(-static_cast<T>(__builtin_inff()));
+    store(row + last, unused ? nothing : load(row + last));
+    Vec<T> top = load(row);
+    for (int i = kLanes<T>; i < count; i += kLanes<T>) top = vmax(load(row + i), top);
+    T tops[kLanes<T>];
+    store(tops, top);
+    T highest = tops[0];
+    for (int i = 1; i < kLanes<T>; ++i) highest = tops[i] > highest ? tops[i] : highest;
+    Vec<T> sum = {};
+    for (int i = 0; i < count; i += kLanes<T>) {
+      const Vec<T> e = exp_softmax<T>(load(row + i) - highest);
+      store(row + i, e);
+      sum += e;
+    }
+    const Vec<T> inverse = broadcast(1 / across<T>(sum));
+    for (int i = 0; i < count; i += kLanes<T>) store(row + i, load(row + i) * inverse);
   }
 
   // to[channel][lane] = sum over queries of m[query][channel] * p (or dl)[query][lane]
