@@ -236,6 +236,24 @@ def test_frozen_norms_train_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(a.grad, b.grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_the_residual_rides_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = randomise(LocalWindowAttention(32, 16, 2, 1, resolution=14)).eval(), torch.randn(2, 32, 14, 9)
+    calls, original = [], ops.cascaded_group_attention
+    monkeypatch.setattr(
+        ops, "cascaded_group_attention", lambda *a, **k: (calls.append(k["residual"]), original(*a, **k))[1]
+    )
+    with torch.no_grad():
+        expected = x + module(x)
+        torch.testing.assert_close(module.residual(x), expected, rtol=1e-5, atol=1e-5)
+        assert calls == [False, True]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module.residual(x).dtype is torch.float32, "a float32 map plus a bfloat16 one"
+            assert module.residual(x.bfloat16()).dtype is torch.bfloat16
+        assert calls[2:] == [False, True]
+        module.register_forward_hook(lambda _, __, y: 2 * y)
+        torch.testing.assert_close(module.residual(x), 2 * expected - x, rtol=1e-5, atol=1e-5)
+
+
 def test_hooks_and_live_norms_run_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = randomise(LocalWindowAttention(32, 16, 2, 1, resolution=14)).eval(), torch.randn(1, 32, 14, 14)
     monkeypatch.setattr(ops, "cascaded_group_attention", lambda *_, **__: pytest.fail("the fused kernel ran"))

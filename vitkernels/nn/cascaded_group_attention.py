@@ -239,6 +239,14 @@ class LocalWindowAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return mix_windows(self.attn, x)
 
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        """x + self(x), in one kernel where the mixer is one and nobody hooked into it."""
+        y = None
+        if not (has_hooks(self) or has_hooks(self.attn)):
+            backend = getattr(self.attn, "vitkernels_backend", None)  # given to a layer by `apply`
+            y = mix_folded(self.attn, x, residual=True, backend=backend)
+        return x + self(x) if y is None else y
+
 
 def resize_attention_biases(table: torch.Tensor, resolution: int) -> torch.Tensor:
     """Resizes a table of attention biases `[heads, R * R]` to another window side by bicubic interpolation.

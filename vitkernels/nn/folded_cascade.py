@@ -64,6 +64,8 @@ def mix_folded(
         return None  # PyTorch's own error is the best
     heads = len(pairs) // 2
     dtype = compute_dtype(weight)
+    if residual and autocast and x.dtype is not dtype:
+        return None  # the sum with a map of another dtype is the caller's, with PyTorch's promotion
     if not autocast and weight.device.type == "cpu":  # whose kernel computes in float32 anyway
         dtype = torch.promote_types(dtype, torch.float32)
     if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)):
@@ -103,7 +105,8 @@ def _pairs(module: Any) -> tuple[Any, list[Any], tuple[float, ...]]:
         if not (is_plain_conv(conv) and is_plain_norm(norm)):
             return None, [], ()
         tensors, norms, statistics = conv._parameters, norm._parameters, norm._buffers
-        if statistics["running_mean"] is None or "weight" not in tensors or "weight" not in norms:
+        parametrised = not all(name in part for part in (tensors, norms) for name in ("weight", "bias"))
+        if parametrised or statistics["running_mean"] is None:
             return None, [], ()
         pairs.append((conv, norm))
         sources += (tensors["weight"], tensors["bias"], norms["weight"], norms["bias"])
