@@ -13,6 +13,9 @@ namespace py = pybind11;
 namespace vitkernels::window_attention {
 void bind(py::module_& module);
 }
+namespace vitkernels::neighborhood_attention {
+void bind(py::module_& module);
+}
 namespace vitkernels::cascaded_group_attention {
 void bind(py::module_& module);
 }
@@ -169,5 +172,6 @@ PYBIND11_MODULE(_native, module) {
 
   vitkernels::residual_ffn::bind(module);
   vitkernels::window_attention::bind(module);
+  vitkernels::neighborhood_attention::bind(module);
   vitkernels::cascaded_group_attention::bind(module);
 }

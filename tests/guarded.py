@@ -8,7 +8,7 @@ import torch
 
 
 class Layout(NamedTuple):
-    """How a tensor [batch, heads, tokens, channels] lies in memory."""
+    """How a tensor, by default [batch, heads, tokens, channels], lies in memory."""
 
     order: tuple[int, ...] = (0, 1, 2, 3)  # of the dimensions, outermost first
     padding: int = 0  # elements added to the innermost
@@ -36,10 +36,10 @@ class Guarded:
     def __call__(
         self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout = "dense"
     ) -> torch.Tensor:
-        """A tensor of NaN. Layouts are for four dimensions, tensors of fewer are dense."""
+        """A tensor of NaN, dense where the layout is for another number of dimensions."""
         chosen = LAYOUTS[layout] if isinstance(layout, str) else layout
         order, padding, step, before = chosen
-        if len(shape) != 4:
+        if len(shape) != len(order):
             order, padding, step = tuple(range(len(shape))), 0, 1
         stored = [shape[i] for i in order]
         stored[-1] += padding

@@ -59,6 +59,19 @@ def _window(heads: int, window: tuple[int, int], d: int, dv: int, entries: int |
     return make
 
 
+def _neighborhood(
+    sizes: tuple[int, ...], heads: int, d: int, dv: int, bias: tuple[int, ...] | None
+) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        tensors = {name: torch.randn(batch, *sizes, heads, d) for name in "qk"}
+        tensors["v"] = torch.randn(batch, *sizes, heads, dv)
+        if bias is not None:
+            tensors["rpb"] = torch.randn(heads, *bias)
+        return tensors
+
+    return make
+
+
 def _cascade(
     heads: int, d: int, key_dim: int, size: tuple[int, int], tokens: int, largest: int
 ) -> Callable[..., Any]:
@@ -98,7 +111,8 @@ def _ffn(channels: int, hidden: int, size: tuple[int, int], scales: bool, dw: bo
 
 _x = torch.randn(2, 2, 15, 8)
 _pixels = torch.randn(2, 5, 3, 4)
-_map = torch.randn(2, 10, 4, 7)
+_map = torch.randn(2, 5, 7, 2, 4)
+_image = torch.randn(2, 10, 4, 7)
 _floats = torch.zeros
 
 SAMPLES = [
@@ -143,16 +157,55 @@ SAMPLES = [
         "window_attention-no_bias", ops.window_attention, _window(2, (1, 3), 3, 7, None), {"window": (1, 3)}
     ),
     Sample(
+        "neighborhood_attention-2d-rpb",
+        ops.neighborhood_attention,
+        _neighborhood((5, 7), 2, 4, 3, (5, 3)),
+        {"kernel_size": (3, 2), "dilation": (1, 3)},
+        bad=[
+            ({"q": "text"}, TypeError, "argument `q`: expected a tensor"),
+            ({"q": _map[:, 0, 0]}, ValueError, "argument `q`: expected a map of one or two axes"),
+            ({"q": _map.int(), "k": _map.int(), "v": _map.int()}, TypeError, "argument `q`: expected dtype"),
+            ({"k": _map[:, 1:]}, ValueError, "argument `k`: expected shape"),
+            ({"k": _map.double()}, TypeError, "argument `k`: expected dtype float32"),
+            ({"v": _map[..., :0]}, ValueError, "argument `v`: expected a last dimension of at least 1"),
+            ({"v": _map.to("meta")}, ValueError, "argument `v`: expected device cpu"),
+            ({"kernel_size": 3}, ValueError, "argument `kernel_size`: expected kernel_size * dilation <= 7"),
+            ({"kernel_size": (3, 0)}, ValueError, "argument `kernel_size`: expected 2 positive ints"),
+            ({"kernel_size": (3, 3, 3)}, TypeError, "argument `kernel_size`: expected 2 ints"),
+            ({"dilation": (2, 1)}, ValueError, "argument `kernel_size`: expected kernel_size * dilation <= 5"),
+            ({"dilation": 0}, ValueError, "argument `dilation`: expected 2 positive ints"),
+            ({"is_causal": 1}, TypeError, "argument `is_causal`: expected a bool or 2 bools"),
+            ({"is_causal": (False, True)}, ValueError, "argument `rpb`: expected None"),
+            ({"rpb": torch.zeros(2, 5, 5)}, ValueError, "argument `rpb`: expected shape"),
+            ({"rpb": torch.zeros(2, 5, 3).half()}, TypeError, "argument `rpb`: expected dtype float32"),
+            ({"scale": float("nan")}, ValueError, "argument `scale`: expected a finite number"),
+            ({"scale": torch.ones(1)}, TypeError, "argument `scale`: expected a number"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample(
+        "neighborhood_attention-1d-causal-lse",
+        ops.neighborhood_attention,
+        _neighborhood((9,), 2, 5, 5, None),
+        {"kernel_size": 4, "dilation": 2, "is_causal": True, "return_lse": True},
+    ),
+    Sample(
+        "neighborhood_attention-dense-groups",
+        ops.neighborhood_attention,
+        _neighborhood((4, 6), 1, 8, 8, (3, 5)),
+        {"kernel_size": (2, 3), "dilation": 2, "return_lse": True},
+    ),
+    Sample(
         "cascaded_group_attention-windows",
         ops.cascaded_group_attention,
         _cascade(2, 5, 3, (4, 7), 6, 3),  # padded right to 4 x 9
         {"window_size": (2, 3), "kernel_sizes": (3, 1), "residual": True},
         bad=[
             ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
-            ({"x": _map[0]}, ValueError, "argument `x`: expected shape"),
-            ({"x": _map[:, :9]}, ValueError, "argument `x`: expected channels in a positive multiple"),
-            ({"x": _map.int()}, TypeError, "argument `x`: expected dtype"),
-            ({"x": _map.double()}, TypeError, "argument `qkv_weight`: expected dtype float64"),
+            ({"x": _image[0]}, ValueError, "argument `x`: expected shape"),
+            ({"x": _image[:, :9]}, ValueError, "argument `x`: expected channels in a positive multiple"),
+            ({"x": _image.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _image.double()}, TypeError, "argument `qkv_weight`: expected dtype float64"),
             ({"qkv_weight": _floats(2, 11, 4)}, ValueError, "argument `qkv_weight`: expected shape"),
             ({"qkv_bias": _floats(2, 12)}, ValueError, "argument `qkv_bias`: expected shape"),
             ({"qkv_bias": _floats(2, 11).half()}, TypeError, "argument `qkv_bias`: expected dtype float32"),

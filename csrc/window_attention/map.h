@@ -1,8 +1,8 @@
 // Window attention as a map of the tile-attention core: every query of a window meets every key of it, and a
 // bias looked up by the offset between the two is added to the logit.
 #pragma once
-#include "vitkernels/tile_attention_backward.h"
 #include "vitkernels/tile_attention_forward.h"
+#include "vitkernels/tile_attention_table.h"
 #include "window_attention.h"
 
 namespace vitkernels::window_attention {
@@ -58,19 +58,26 @@ struct WindowMap {
   VK_DEVICE void stage(Acc* table, int64_t head, int thread, int threads) const {
     if (!tile_attention::present(bias_table)) return;
     VK_NO_UNROLL
-    for (int e = thread; e < signed_entries(); e += threads) {
-      const int64_t index = head * bias_table.stride[0] + table_entry(e) * bias_table.stride[1];
-      const Acc value = wide_table ? static_cast<const Acc*>(bias_table.data)[index]
-                                   : to_accumulate(static_cast<const T*>(bias_table.data)[index]);
-      table[e] = value * static_cast<Acc>(tile_attention::Exponential<T>::unit);
-    }
+    for (int e = thread; e < signed_entries(); e += threads)
+      table[e] = tile_attention::read_table<T>(*this, bias_table, head, table_entry(e));
   }
-  // The global table's entry that signed entry e reads.
-  VK_HOST_DEVICE int64_t table_entry(int e) const {
+  // The global table's entry that signed entry e reads, and the signed entries that read an entry: up to
+  // four, one for (|dy|, |dx|) being mirrored.
+  static constexpr int SOURCES = 4;
+  VK_HOST_DEVICE int table_entry(int e) const {
     if (signed_bias) return e;
     const int dy = e / pitch() - (window_h - 1), dx = e % pitch() - (window_w - 1);
-    return static_cast<int64_t>(dy < 0 ? -dy : dy) * window_w + (dx < 0 ? -dx : dx);
+    return (dy < 0 ? -dy : dy) * window_w + (dx < 0 ? -dx : dx);
   }
+  VK_DEVICE int source(int entry, int i) const {
+    if (signed_bias) return i == 0 ? entry : -1;
+    const int dy = entry / window_w, dx = entry % window_w;
+    if ((i / 2 == 1 && dy == 0) || (i % 2 == 1 && dx == 0)) return -1;
+    const int center = (window_h - 1) * pitch() + window_w - 1;
+    return center + (i / 2 == 1 ? -dy : dy) * pitch() + (i % 2 == 1 ? -dx : dx);
+  }
+  VK_HOST_DEVICE int table_entries() const { return signed_bias ? signed_entries() : tokens(); }
+  VK_HOST_DEVICE int64_t table_offset(const View& table, int entry) const { return entry * table.stride[1]; }
 
   // sums[e] += the tile's gradients at signed entry e, queries in ascending order: each entry has one thread.
   VK_HOST_DEVICE int gradient_elements() const { return signed_entries(); }
@@ -99,45 +106,7 @@ struct WindowMap {
 };
 
 inline tile_attention::Problem make_problem(const Params& params) {
-  tile_attention::Problem problem;
-  if (params.batch > 0x7fffffff || params.heads > 0x7fffffff)
-    throw std::runtime_error("window attention: batch and heads must be below 2^31");
-  problem.batch = static_cast<int>(params.batch);
-  problem.heads = static_cast<int>(params.heads);
-  problem.head_dim = params.head_dim;
-  problem.value_dim = params.value_dim;
-  problem.scale = params.scale;
-  problem.q = params.q;
-  problem.k = params.k;
-  problem.v = params.v;
-  problem.out = params.out;
-  problem.lse = params.lse;
-  problem.grad_out = params.grad_out;
-  problem.grad_lse = params.grad_lse;
-  problem.grad_q = params.grad_q;
-  problem.grad_k = params.grad_k;
-  problem.grad_v = params.grad_v;
-  if (params.head_dim > tile_attention::MAX_CHANNELS || params.value_dim > tile_attention::MAX_CHANNELS)
-    throw std::runtime_error("window attention: head_dim and value_dim must be at most " +
-                             std::to_string(tile_attention::MAX_CHANNELS) + ", got " +
-                             std::to_string(params.head_dim) + " and " + std::to_string(params.value_dim));
-  return problem;
-}
-
-// run(T()) with the type of the tensors.
-template <class Run>
-auto with_dtype(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::f64:
-      return run(double());
-    case DType::f32:
-      return run(float());
-    case DType::f16:
-      return run(half_t());
-    case DType::bf16:
-      return run(bfloat16_t());
-  }
-  throw std::runtime_error("window attention: unknown dtype");
+  return tile_attention::make_problem(params, "window attention");
 }
 
 }  // namespace vitkernels::window_attention

@@ -168,11 +168,13 @@ class Operator:
 
     def run_forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The forward op's implementation: (*inputs, backend) -> outputs."""
-        *inputs, backend = args
-        outputs = tuple(allocate(*inputs) for allocate in self.allocate)
+        inputs = args[:-1]
+        outputs = []
+        for allocate in self.allocate:  # a loop: a generator costs as much as an allocation
+            outputs.append(allocate(*inputs))  # noqa: PERF401
         if outputs[0].numel():
-            self.backends[backend].load().forward(*outputs, *inputs)
-        return outputs
+            self.backends[args[-1]].load().forward(*outputs, *inputs)
+        return tuple(outputs)
 
     def _forward_fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         return tuple(allocate(*args[:-1]) for allocate in self.allocate)
@@ -184,7 +186,7 @@ class Operator:
         grads = self._empty_gradients(inputs, mask)
         if args[count].numel():
             wanted = (
-                grads if all(mask) else [g if want else None for g, want in zip(grads, mask, strict=True)]
+                [g if want else None for g, want in zip(grads, mask, strict=True)] if False in mask else grads
             )
             self.backends[args[-2]].load().backward(*wanted, *args[:-2])
         else:

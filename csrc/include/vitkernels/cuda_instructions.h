@@ -36,6 +36,12 @@ VK_DEVICE char* shared_memory() {
   return vitkernels_shared;
 }
 
+// From here on the compiler knows nothing about x: what follows from it is computed again where it is needed,
+// instead of being held in registers from before.
+VK_DEVICE void forget(int& x) {
+  asm volatile("" : "+r"(x));
+}
+
 VK_DEVICE void sync_block() {
   __syncthreads();
 }

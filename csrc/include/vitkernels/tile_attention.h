@@ -9,7 +9,8 @@
 //   key_tiles_of(rows, tile), key_of(rows, tile, i, slot)       the key tiles that a query tile meets
 //   key_tiles(rows), key(rows, tile, slot)                tiles of keys (backward)
 //   query_tiles_of(rows, tile), query_of(rows, tile, i, slot)   the query tiles that a key tile meets
-//   fits_small_tile()                                     no more than 16 queries and 16 keys
+//   fits_small_tile()                                     no tile needs more than 16 queries and 16 keys
+//   Positions, disjoint(rows), keys_seen(..), ...         optional, see below
 // and WHAT a logit is:
 //   query_code(token), key_code(token)                    what logit() needs of a token, in 32 bits
 //   shared_elements(), stage(shared, head, thread, threads)     tables in shared memory, times unit
@@ -52,7 +53,8 @@ struct Exponential<double> {
   static VK_DEVICE double log(double x) { return log_(x); }
 };
 
-// Tensors are [batch, heads, tokens, channels], lse and grad_lse [batch, heads, tokens]; any strides.
+// Tensors are [batch, heads, tokens, channels], lse and grad_lse [batch, heads, tokens]; any strides. The
+// fifth stride is for the map's Positions.
 struct Problem {
   int batch = 0;
   int heads = 0;
@@ -75,6 +77,110 @@ struct Problem {
 VK_HOST_DEVICE bool present(const View& view) {
   return view.data != nullptr;
 }
+
+// The problem of an operator's Params, which name these fields alike; the strides may still need reordering.
+template <class Params>
+Problem make_problem(const Params& params, const std::string& name) {
+  if (params.batch > 0x7fffffff || params.heads > 0x7fffffff)
+    throw std::runtime_error(name + ": batch and heads must be below 2^31");
+  if (params.head_dim > MAX_CHANNELS || params.value_dim > MAX_CHANNELS)
+    throw std::runtime_error(name + ": head_dim and value_dim must be at most " +
+                             std::to_string(MAX_CHANNELS) + ", got " + std::to_string(params.head_dim) +
+                             " and " + std::to_string(params.value_dim));
+  Problem problem;
+  problem.batch = static_cast<int>(params.batch);
+  problem.heads = static_cast<int>(params.heads);
+  problem.head_dim = params.head_dim;
+  problem.value_dim = params.value_dim;
+  problem.scale = params.scale;
+  problem.q = params.q;
+  problem.k = params.k;
+  problem.v = params.v;
+  problem.out = params.out;
+  problem.lse = params.lse;
+  problem.grad_out = params.grad_out;
+  problem.grad_lse = params.grad_lse;
+  problem.grad_q = params.grad_q;
+  problem.grad_k = params.grad_k;
+  problem.grad_v = params.grad_v;
+  return problem;
+}
+
+// run(T()) with the type of the tensors.
+template <class Run>
+auto with_dtype(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::f64:
+      return run(double());
+    case DType::f32:
+      return run(float());
+    case DType::f16:
+      return run(half_t());
+    case DType::bf16:
+      return run(bfloat16_t());
+  }
+  throw std::runtime_error("tile attention: unknown dtype");
+}
+
+// Where the tokens of one tensor lie, in elements. A map whose tokens are not evenly spaced (those of a 2-D
+// map inside a larger one) has a type Positions with these members.
+struct EvenPositions {
+  int64_t stride;
+
+  template <class Map>
+  VK_DEVICE EvenPositions(const View& view, const Map&) : stride(view.stride[2]) {}
+  VK_DEVICE int64_t operator()(int token) const { return token * stride; }
+  VK_DEVICE bool multiples_of(int width) const { return stride % width == 0; }
+  VK_DEVICE bool dense() const { return stride == 1; }
+};
+template <class Map, class = void>
+struct PositionsOf {
+  using type = EvenPositions;
+};
+template <class Map>
+struct PositionsOf<Map, std::void_t<typename Map::Positions>> {
+  using type = typename Map::Positions;
+};
+
+// Whether query tile i meets key tile i and no other, for all i, and no key tile meets two query tiles. The
+// backward then reads every tensor once.
+template <class Map>
+auto disjoint(const Map& map, int rows, int) -> decltype(map.disjoint(rows)) {
+  return map.disjoint(rows);
+}
+template <class Map>
+bool disjoint(const Map& map, int rows, ...) {
+  return map.query_tiles(rows) == 1 && map.key_tiles(rows) == 1;
+}
+
+struct Span {
+  int begin = 0, end = 0;
+  VK_HOST_DEVICE int length() const { return end - begin; }
+};
+
+// A map whose tiles meet in few of their pairs may say which slots of one tile the 16 slots from `first` on
+// of the other have to do with; a warp skips the rest. Only tiles of more than 16 slots ask.
+//   keys_seen(rows, tile, i, first)      slots of key_of(.., i, ..) that slots of query(..) see
+//   keys_seen_of(rows, tile, i, first)   slots of key(..) that slots of query_of(.., i, ..) see
+//   seen_by(rows, tile, i, first)        slots of query_of(.., i, ..) that see slots of key(..)
+template <class Map, class = void>
+struct Strips {
+  static VK_DEVICE Span keys_seen(const Map&, int rows, int, int, int) { return {0, rows}; }
+  static VK_DEVICE Span keys_seen_of(const Map&, int rows, int, int, int) { return {0, rows}; }
+  static VK_DEVICE Span seen_by(const Map&, int rows, int, int, int) { return {0, rows}; }
+};
+template <class Map>
+struct Strips<Map, std::void_t<decltype(&Map::keys_seen)>> {
+  static VK_DEVICE Span keys_seen(const Map& map, int rows, int tile, int i, int first) {
+    return map.keys_seen(rows, tile, i, first);
+  }
+  static VK_DEVICE Span keys_seen_of(const Map& map, int rows, int tile, int i, int first) {
+    return map.keys_seen_of(rows, tile, i, first);
+  }
+  static VK_DEVICE Span seen_by(const Map& map, int rows, int tile, int i, int first) {
+    return map.seen_by(rows, tile, i, first);
+  }
+};
 
 // Chunks of the batch, a function of the sizes only. Enough items to fill a large device several times over;
 // beyond that a group walks over a chunk, which spares it the staging of tables and shortens the partial

@@ -9,7 +9,8 @@
 //   Owner::queries  a query tile against its key tiles: grad_q = scale D k, the operator's sums over D
 //   Owner::keys     a key tile against its query tiles: grad_k = scale D^T q, grad_v = P^T grad_out
 //   Owner::values   grad_v alone, where the registers do not hold the sums of both
-//   Owner::both     one tile holds all queries and all keys: everything, every tensor read once.
+//   Owner::both     a query tile and the key tile that it alone meets (disjoint()): everything, every tensor
+//                   read once.
 // In the last, whole rows of P are at hand, so delta = sum(P * G) - grad_lse: out is not read, and its
 // rounding not inherited.
 #pragma once
@@ -76,11 +77,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   int meetings = 1;
   if constexpr (OWNER == Owner::queries) meetings = map.key_tiles_of(ROWS, item.tile);
   if constexpr (KEY_SIDE<OWNER>) meetings = map.query_tiles_of(ROWS, item.tile);
+  int tile = item.tile;  // forgotten from time to time, lest the map's geometry fill the registers
   const auto query = [&](int i, int slot) {
-    return KEY_SIDE<OWNER> ? map.query_of(ROWS, item.tile, i, slot) : map.query(ROWS, item.tile, slot);
+    return KEY_SIDE<OWNER> ? map.query_of(ROWS, tile, i, slot) : map.query(ROWS, tile, slot);
   };
   const auto key = [&](int i, int slot) {
-    return KEY_SIDE<OWNER> ? map.key(ROWS, item.tile, slot) : map.key_of(ROWS, item.tile, i, slot);
+    return KEY_SIDE<OWNER> ? map.key(ROWS, tile, slot) : map.key_of(ROWS, tile, i, slot);
   };
 
   map.stage(shared.table, item.head, group.thread, THREADS);
@@ -90,7 +92,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
 
   for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
     const auto matrix = [&](const View& view, int channels) {
-      return Matrix<T>(view, batch, item.head, channels);
+      return Matrix<T, Map>(view, map, batch, item.head, channels);
+    };
+    const auto of_token = [&](const View& view, int token) {
+      return offset<Acc>(view, batch, item.head)[typename PositionsOf<Map>::type(view, map)(token)];
     };
     // What survives from tile to tile; Owner::both has one tile and keeps nothing.
     constexpr int KEPT = OWNER == Owner::both ? 1 : COLUMNS / 8;
@@ -100,8 +105,16 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
     clear(second);
 
     for (int i = 0; i < meetings; ++i) {
+      forget(tile);
       const auto query_token = [&](int slot) { return query(i, slot); };
       const auto key_token = [&](int slot) { return key(i, slot); };
+      Span seen{0, ROWS}, seen_by{0, ROWS};  // the keys of this warp's queries, the queries of its keys
+      if constexpr (ROWS > 16 && OWNER == Owner::queries)
+        seen = Strips<Map>::keys_seen(map, ROWS, tile, i, row0);
+      if constexpr (ROWS > 16 && KEY_SIDE<OWNER>) {
+        seen = Strips<Map>::keys_seen_of(map, ROWS, tile, i, row0);
+        seen_by = Strips<Map>::seen_by(map, ROWS, tile, i, row0);
+      }
       const bool new_queries = KEY_SIDE<OWNER> || i == 0, new_keys = !KEY_SIDE<OWNER> || i == 0;
       if (new_queries) {
         load_tile(shared.q, ld_head, matrix(problem.q, problem.head_dim), group, query_token);
@@ -124,7 +137,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
 
       if (new_queries) {
         const int row = group.thread / 2;
-        const int64_t token = query_token(row);
+        const int token = query_token(row);
         Acc delta = Acc(0);
         if (WITH_OUT && present(problem.grad_out)) {
           constexpr int WIDTH = 16 / sizeof(T);
@@ -138,10 +151,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         delta = warp_sum<2>(delta);
         Acc lse = INFINITY;  // without a query: P = 0
         if (token >= 0) {
-          lse = offset<Acc>(problem.lse, batch, item.head)[token * problem.lse.stride[2]] *
-                static_cast<Acc>(Exp::unit);
-          if (present(problem.grad_lse))
-            delta -= offset<Acc>(problem.grad_lse, batch, item.head)[token * problem.grad_lse.stride[2]];
+          lse = of_token(problem.lse, token) * static_cast<Acc>(Exp::unit);
+          if (present(problem.grad_lse)) delta -= of_token(problem.grad_lse, token);
         }
         if (group.thread % 2 == 0) {
           shared.delta[row] = delta;
@@ -152,12 +163,17 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
 
       Acc p[KEY_BLOCKS][4];
       clear(p);
-      Engine::multiply_rows(p, shared.q + row0 * ld_head, ld_head, shared.k, ld_head, head_depth);
+      Engine::multiply_rows(p, shared.q + row0 * ld_head, ld_head, shared.k, ld_head, head_depth, seen);
       const int codes[2] = {shared.query_codes[lane_row], shared.query_codes[lane_row + 8]};
       const Acc lse[2] = {shared.lse[lane_row], shared.lse[lane_row + 8]};
       Acc delta[2] = {shared.delta[lane_row], shared.delta[lane_row + 8]};
       VK_UNROLL
       for (int j = 0; j < KEY_BLOCKS; ++j) {
+        if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) {
+          VK_UNROLL
+          for (int c = 0; c < 4; ++c) p[j][c] = Acc(0);
+          continue;
+        }
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
           const int key_code = shared.key_codes[8 * j + lane_column + c % 2], r = c / 2;
@@ -171,7 +187,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       clear(d);
       if (WITH_D && present(problem.grad_out))
         Engine::multiply_rows(d, shared.grad_out + row0 * ld_value, ld_value, shared.v, ld_value,
-                              value_depth);
+                              value_depth, seen);
       if constexpr (OWNER == Owner::both) {
         VK_UNROLL
         for (int r = 0; r < 2; ++r) {
@@ -196,8 +212,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           Vec<Acc, 2>{{d[j][2], d[j][3]}}.store(row + 8 * LD_GRADIENT);
         }
         group.sync();
+        forget(tile);
         map.gradient(shared.sums, GradientTile<Acc>{shared.gradient, LD_GRADIENT, ROWS, shared.query_codes,
-                                                    shared.key_codes, item.tile, i, group.thread, THREADS});
+                                                    shared.key_codes, tile, i, group.thread, THREADS});
         group.sync();  // before p and d take over the memory
       }
       if (OWNER != Owner::queries)
@@ -207,15 +224,16 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
 
       if constexpr (OWNER == Owner::queries) {
         Engine::template multiply<false>(first, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k, ld_head,
-                                         head_depth / 8);
+                                         head_depth / 8, seen);
       } else if constexpr (OWNER == Owner::keys) {
-        Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q, ld_head, head_depth / 8);
+        Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q, ld_head, head_depth / 8,
+                                        seen_by);
         if constexpr (TWO_SUMS)
           Engine::template multiply<true>(second, shared.p + row0, LD_PAIR, shared.grad_out, ld_value,
-                                          value_depth / 8);
+                                          value_depth / 8, seen_by);
       } else if constexpr (OWNER == Owner::values) {
         Engine::template multiply<true>(first, shared.p + row0, LD_PAIR, shared.grad_out, ld_value,
-                                        value_depth / 8);
+                                        value_depth / 8, seen_by);
       } else {
         // Each result replaces, some channels at a time, an operand that has been read for the last time:
         // grad_v takes the place of v, grad_q and grad_k those of the same channels of q and k.
@@ -225,7 +243,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
             Acc grad_v[8][4];
             clear(grad_v);
             Engine::template multiply<true>(grad_v, shared.p + row0, LD_PAIR, shared.grad_out + c, ld_value,
-                                            blocks);
+                                            blocks, seen_by);
             write_sums(shared.v + row0 * ld_value + c, ld_value, grad_v, blocks, Acc(1), Acc(1));
           }
         }
@@ -236,9 +254,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           clear(grad_k);
           if (present(problem.grad_q))
             Engine::template multiply<false>(grad_q, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k + c,
-                                             ld_head, blocks);
+                                             ld_head, blocks, seen);
           if (present(problem.grad_k))
-            Engine::template multiply<true>(grad_k, shared.d + row0, LD_PAIR, shared.q + c, ld_head, blocks);
+            Engine::template multiply<true>(grad_k, shared.d + row0, LD_PAIR, shared.q + c, ld_head, blocks,
+                                            seen_by);
           group.sync();
           write_sums(shared.q + row0 * ld_head + c, ld_head, grad_q, blocks, scale, scale);
           write_sums(shared.k + row0 * ld_head + c, ld_head, grad_k, blocks, scale, scale);
@@ -257,6 +276,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       write_sums(shared.v + row0 * ld_value, ld_value, first, value_depth / 8, Acc(1), Acc(1));
     }
     group.sync();
+    forget(tile);
     const auto query_token = [&](int slot) { return query(0, slot); };
     const auto key_token = [&](int slot) { return key(0, slot); };
     if (!KEY_SIDE<OWNER> && present(problem.grad_q))
@@ -321,7 +341,7 @@ template <class T, class Map>
 void backward(const Problem& problem, const Map& map, Stream stream) {
   constexpr bool PLAIN = std::is_floating_point_v<T>;
   const int rows = backward_rows<T>(problem, map);
-  const bool together = map.query_tiles(rows) == 1 && map.key_tiles(rows) == 1;
+  const bool together = disjoint(map, rows, 0);
   if constexpr (!std::is_same_v<T, double>) {
     if (rows == 64) {
       if (together) return backward_with<Engine<T, 64>, Owner::both, MAX_CHANNELS>(problem, map, stream);

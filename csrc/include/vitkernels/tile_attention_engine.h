@@ -14,10 +14,11 @@ struct TensorCores {
   static constexpr int ROWS = ROWS_;
   static constexpr int SCRATCH = 0;  // elements a group needs for multiply_registers
 
-  // sums += a b^T over `depth` channels (a multiple of 16): a is [16][lda], b is [8 TILES][ldb].
+  // sums += a b^T over `depth` channels (a multiple of 16): a is [16][lda], b is [8 TILES][ldb], of which
+  // only the rows in `wanted` count.
   template <int TILES>
   static VK_DEVICE void multiply_rows(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb,
-                                      int depth) {
+                                      int depth, Span wanted) {
     const int lane = lane_id();
     a += (lane & 15) * lda + (lane >> 4) * 8;
     b += ((lane & 7) + (lane >> 4) * 8) * ldb + ((lane >> 3) & 1) * 8;
@@ -27,6 +28,7 @@ struct TensorCores {
       ldmatrix_x4(left, a + k);
       VK_UNROLL
       for (int j = 0; j < TILES; j += 2) {
+        if (8 * j + 16 <= wanted.begin || 8 * j >= wanted.end) continue;
         uint32_t right[4];
         ldmatrix_x4(right, b + j * 8 * ldb + k);
         mma_m16n8k16<T>(sums[j], left, {right[0], right[1]});
@@ -36,9 +38,10 @@ struct TensorCores {
   }
 
   // sums += a b over ROWS: a is [16][lda], or [ROWS][lda] read by columns when TRANSPOSED; b is [ROWS][ldb].
-  // Only the first `tiles` (even) blocks of 8 columns exist.
+  // Only the first `tiles` (even) blocks of 8 columns exist; outside `wanted` a is zero.
   template <bool TRANSPOSED, int TILES>
-  static VK_DEVICE void multiply(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb, int tiles) {
+  static VK_DEVICE void multiply(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb, int tiles,
+                                 Span wanted) {
     const int lane = lane_id();
     if constexpr (TRANSPOSED) {
       a += ((lane & 7) + (lane >> 4) * 8) * lda + ((lane >> 3) & 1) * 8;
@@ -46,7 +49,7 @@ struct TensorCores {
       a += (lane & 15) * lda + (lane >> 4) * 8;
     }
     VK_NO_UNROLL
-    for (int k = 0; k < ROWS; k += 16) {
+    for (int k = wanted.begin / 16 * 16; k < wanted.end; k += 16) {
       uint32_t left[4];
       if constexpr (TRANSPOSED) {
         ldmatrix_x4_trans(left, a + k * lda);
@@ -61,9 +64,10 @@ struct TensorCores {
   // left operand, so nothing moves.
   template <int TILES>
   static VK_DEVICE void multiply_registers(Acc (&sums)[TILES][4], const Acc (&p)[ROWS / 8][4], T*, const T* b,
-                                           int ldb, int tiles) {
+                                           int ldb, int tiles, Span wanted) {
     VK_UNROLL
     for (int k = 0; k < ROWS; k += 16) {
+      if (k + 16 <= wanted.begin || k >= wanted.end) continue;
       const auto& low = p[k / 8];
       const auto& high = p[k / 8 + 1];
       const uint32_t left[4] = {pack2<T>(low[0], low[1]), pack2<T>(low[2], low[3]),
@@ -100,7 +104,7 @@ struct Plain {
 
   template <int TILES>
   static VK_DEVICE void multiply_rows(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb,
-                                      int depth) {
+                                      int depth, Span wanted) {
     constexpr int WIDTH = 16 / sizeof(T);
     const int g = lane_id() / 4, t = lane_id() % 4;
     a += g * lda;
@@ -111,6 +115,7 @@ struct Plain {
       const auto a1 = Vec<T, WIDTH>::load(a + 8 * lda + k);
       VK_UNROLL
       for (int j = 0; j < TILES; ++j) {
+        if (8 * j + 8 <= wanted.begin || 8 * j >= wanted.end) continue;
         const auto b0 = Vec<T, WIDTH>::load(b + 8 * j * ldb + k);
         const auto b1 = Vec<T, WIDTH>::load(b + (8 * j + 1) * ldb + k);
         VK_UNROLL
@@ -125,13 +130,14 @@ struct Plain {
   }
 
   template <bool TRANSPOSED, int TILES>
-  static VK_DEVICE void multiply(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb, int tiles) {
+  static VK_DEVICE void multiply(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb, int tiles,
+                                 Span wanted) {
     const int g = lane_id() / 4, t = lane_id() % 4;
     const int row_stride = TRANSPOSED ? 1 : lda, depth_stride = TRANSPOSED ? lda : 1;
     a += g * row_stride;
     b += 2 * t;
     VK_NO_UNROLL
-    for (int k = 0; k < ROWS; ++k) {
+    for (int k = wanted.begin; k < wanted.end; ++k) {
       const T a0 = a[k * depth_stride], a1 = a[k * depth_stride + 8 * row_stride];
       VK_UNROLL
       for (int j = 0; j < TILES; ++j) {
@@ -148,7 +154,7 @@ struct Plain {
   // `scratch`: this warp's 16 rows of the group's SCRATCH elements.
   template <int TILES>
   static VK_DEVICE void multiply_registers(Acc (&sums)[TILES][4], const Acc (&p)[ROWS / 8][4], T* scratch,
-                                           const T* b, int ldb, int tiles) {
+                                           const T* b, int ldb, int tiles, Span wanted) {
     const int g = lane_id() / 4, t = lane_id() % 4;
     VK_UNROLL
     for (int j = 0; j < ROWS / 8; ++j) {
@@ -156,7 +162,7 @@ struct Plain {
       Vec<T, 2>{{p[j][2], p[j][3]}}.store(scratch + (g + 8) * LD + 8 * j + 2 * t);
     }
     sync_warp();
-    multiply<false>(sums, scratch, LD, b, ldb, tiles);
+    multiply<false>(sums, scratch, LD, b, ldb, tiles, wanted);
     sync_warp();
   }
 };

@@ -40,7 +40,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   const int value_blocks = round_up(problem.value_dim, 16) / 8;
   const int key_tiles = map.key_tiles_of(ROWS, item.tile);
   const Acc scale = static_cast<Acc>(problem.scale * Exp::unit);
-  const auto query = [&](int slot) { return map.query(ROWS, item.tile, slot); };
+  // Forgotten from time to time, lest what follows from them (geometry, addresses) fill the registers.
+  int tile = item.tile, head = item.head;
+  const auto query = [&](int slot) { return map.query(ROWS, tile, slot); };
+  const auto matrix = [&](const View& view, int batch, int channels) {
+    return Matrix<T, Map>(view, map, batch, head, channels);
+  };
 
   map.stage(shared.table, item.head, group.thread, Group<ROWS>::THREADS);
   int query_codes[2];
@@ -51,19 +56,23 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   }
 
   for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
-    load_tile(shared.q, shared.ld_head, Matrix<T>(problem.q, batch, item.head, problem.head_dim), group,
-              query);
+    forget(tile);
+    load_tile(shared.q, shared.ld_head, matrix(problem.q, batch, problem.head_dim), group, query);
     Acc output[COLUMNS / 8][4];
     clear(output);
     Acc row_max[2] = {NOTHING, NOTHING}, row_sum[2] = {Acc(0), Acc(0)};  // row_sum: of this lane's columns
 
     for (int i = 0; i < key_tiles; ++i) {
-      const auto key = [&](int slot) { return map.key_of(ROWS, item.tile, i, slot); };
-      load_tile(shared.k, shared.ld_head, Matrix<T>(problem.k, batch, item.head, problem.head_dim), group,
-                key);
+      forget(tile);
+      forget(head);
+      forget(query_codes[0]);
+      forget(query_codes[1]);
+      const auto key = [&](int slot) { return map.key_of(ROWS, tile, i, slot); };
+      Span seen{0, ROWS};
+      if constexpr (ROWS > 16) seen = Strips<Map>::keys_seen(map, ROWS, tile, i, group.first_row);
+      load_tile(shared.k, shared.ld_head, matrix(problem.k, batch, problem.head_dim), group, key);
       cp_async_commit();
-      load_tile(shared.v, shared.ld_value, Matrix<T>(problem.v, batch, item.head, problem.value_dim), group,
-                key);
+      load_tile(shared.v, shared.ld_value, matrix(problem.v, batch, problem.value_dim), group, key);
       cp_async_commit();
       for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS) {
         const int token = key(slot);
@@ -75,11 +84,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       Acc p[KEY_BLOCKS][4];
       clear(p);
       Engine::multiply_rows(p, shared.q + group.first_row * shared.ld_head, shared.ld_head, shared.k,
-                            shared.ld_head, depth);
+                            shared.ld_head, depth, seen);
 
       Acc tile_max[2] = {NOTHING, NOTHING};
       VK_UNROLL
       for (int j = 0; j < KEY_BLOCKS; ++j) {
+        if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) continue;
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
           const int key_code = shared.key_codes[8 * j + lane_column + c % 2];
@@ -106,6 +116,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       }
       VK_UNROLL
       for (int j = 0; j < KEY_BLOCKS; ++j) {
+        if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) {
+          VK_UNROLL
+          for (int c = 0; c < 4; ++c) p[j][c] = Acc(0);
+          continue;
+        }
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
           p[j][c] = Exp::exp(p[j][c] - guard[c / 2]);
@@ -116,10 +131,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       cp_async_wait<0>();
       group.sync();
       Engine::multiply_registers(output, p, shared.scratch + group.first_row * (Engine::SCRATCH / ROWS),
-                                 shared.v, shared.ld_value, value_blocks);
+                                 shared.v, shared.ld_value, value_blocks, seen);
       group.sync();  // before the next tile, or the output, overwrites keys and values
     }
 
+    forget(tile);
     // The values' tile is free: the output goes through it, to be written along whichever dimension is dense.
     Acc factor[2];
     VK_UNROLL
@@ -128,15 +144,15 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       factor[r] = Acc(1) / total;  // a row of -inf logits gives NaN, as softmax does
       const int token = query(lane_row + 8 * r);
       if (lane_column == 0 && token >= 0 && present(problem.lse)) {
-        offset<Acc>(problem.lse, batch, item.head)[token * problem.lse.stride[2]] =
+        const typename PositionsOf<Map>::type position(problem.lse, map);
+        offset<Acc>(problem.lse, batch, item.head)[position(token)] =
             (row_max[r] + Exp::log(total)) * static_cast<Acc>(1.0 / Exp::unit);
       }
     }
     write_sums(shared.v + group.first_row * shared.ld_value, shared.ld_value, output, value_blocks, factor[0],
                factor[1]);
     group.sync();
-    store_tile(Matrix<T>(problem.out, batch, item.head, problem.value_dim), shared.v, shared.ld_value, group,
-               query);
+    store_tile(matrix(problem.out, batch, problem.value_dim), shared.v, shared.ld_value, group, query);
     group.sync();  // before the next batch entry overwrites the tile
   }
 }

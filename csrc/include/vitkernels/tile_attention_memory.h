@@ -12,26 +12,26 @@ VK_HOST_DEVICE int leading_dimension(int channels) {
 }
 
 // One head's tokens and channels in global memory.
-template <class T>
+template <class T, class Map>
 struct Matrix {
   T* data;
-  int64_t token_stride;
+  typename PositionsOf<Map>::type position;
   int64_t channel_stride;
   int channels;
 
-  VK_DEVICE Matrix(const View& view, int batch, int head, int channels)
+  VK_DEVICE Matrix(const View& view, const Map& map, int batch, int head, int channels)
       : data(offset<T>(view, batch, head)),
-        token_stride(view.stride[2]),
+        position(view, map),
         channel_stride(view.stride[3]),
         channels(channels) {}
 
   // Whether 16-byte accesses along the channels are aligned.
   VK_DEVICE bool vectorized() const {
     constexpr int WIDTH = 16 / sizeof(T);
-    return channel_stride == 1 && channels % WIDTH == 0 && token_stride % WIDTH == 0 &&
+    return channel_stride == 1 && channels % WIDTH == 0 && position.multiples_of(WIDTH) &&
            reinterpret_cast<uintptr_t>(data) % 16 == 0;
   }
-  VK_DEVICE bool tokens_dense() const { return token_stride == 1 && channel_stride != 1; }
+  VK_DEVICE bool tokens_dense() const { return position.dense() && channel_stride != 1; }
 };
 
 // The order in which threads visit the (row, 16-byte chunk of channels) pairs of a tile: neighbours take the
@@ -52,8 +52,9 @@ struct Walk {
 
 // Rows token(slot) of `source`, zeros where there is no token, no channel, or no tensor. Asynchronous where
 // it can be: call cp_async_commit() after it.
-template <int ROWS, class T, class Token>
-VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<ROWS>& group, Token token) {
+template <int ROWS, class T, class Map, class Token>
+VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T, Map>& source, const Group<ROWS>& group,
+                         Token token) {
   constexpr int WIDTH = 16 / sizeof(T);
   const int chunks = round_up(source.channels, 16) / WIDTH;
   const bool present = source.data != nullptr;
@@ -63,10 +64,10 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<R
     for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
       const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
       if (walk.chunk(i) >= chunks) continue;
-      const int64_t index = token(row);
+      const int index = token(row);
       const bool valid = index >= 0 && channel < source.channels;
       cp_async16(tile + row * ld + channel,
-                 valid ? source.data + index * source.token_stride + channel : source.data, valid);
+                 valid ? source.data + source.position(index) + channel : source.data, valid);
     }
     return;
   }
@@ -75,20 +76,20 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T>& source, const Group<R
   for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
     const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
     if (walk.chunk(i) >= chunks) continue;
-    const int64_t index = present ? token(row) : -1;
+    const int index = present ? token(row) : -1;
     Vec<T, WIDTH> values;
     VK_UNROLL
     for (int e = 0; e < WIDTH; ++e) {
       values[e] = index >= 0 && channel + e < source.channels
-                      ? source.data[index * source.token_stride + (channel + e) * source.channel_stride]
+                      ? source.data[source.position(index) + (channel + e) * source.channel_stride]
                       : from_float<T>(0.0f);
     }
     values.store(tile + row * ld + channel);
   }
 }
 
-template <int ROWS, class T, class Token>
-VK_DEVICE void store_tile(const Matrix<T>& target, const T* tile, int ld, const Group<ROWS>& group,
+template <int ROWS, class T, class Map, class Token>
+VK_DEVICE void store_tile(const Matrix<T, Map>& target, const T* tile, int ld, const Group<ROWS>& group,
                           Token token) {
   constexpr int WIDTH = 16 / sizeof(T);
   const int chunks = (target.channels + WIDTH - 1) / WIDTH;
@@ -98,10 +99,10 @@ VK_DEVICE void store_tile(const Matrix<T>& target, const T* tile, int ld, const 
   for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
     const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
     if (walk.chunk(i) >= chunks) continue;
-    const int64_t index = token(row);
+    const int index = token(row);
     if (index < 0) continue;
     const auto values = Vec<T, WIDTH>::load(tile + row * ld + channel);
-    T* destination = target.data + index * target.token_stride + channel * target.channel_stride;
+    T* destination = target.data + target.position(index) + channel * target.channel_stride;
     if (vectorized) {
       values.store(destination);
       continue;

@@ -89,13 +89,17 @@ struct WindowBias {
       });
   }
 
-  // The transpose of expand: mirrored += src. Slices overlap, so their rows are added one at a time.
+  // The transpose of expand: mirrored += src. Slices overlap, so their rows are added one at a time: rows of
+  // equal column first, whose slices coincide, since a load that overlaps a recent store waits for it.
   void collect(const T* src, int rows, int start, int lanes, int width) {
-    for (int r = 0; r < rows; ++r, src += width)
-      slices(r, start, lanes, [src](T* slice, int lane, int count) {
-        for (int i = 0; i < count; i += kLanes<T>)
-          store(slice + i, load(slice + i) + load_first(src + lane + i, imin(kLanes<T>, count - i)));
-      });
+    for (int x = 0; x < ww; ++x)
+      for (int r = x; r < rows; r += ww) {
+        const T* row = src + static_cast<ptrdiff_t>(r) * width;
+        slices(r, start, lanes, [row](T* slice, int lane, int count) {
+          for (int i = 0; i < count; i += kLanes<T>)
+            store(slice + i, load(slice + i) + load_first(row + lane + i, imin(kLanes<T>, count - i)));
+        });
+      }
   }
 };
 
