@@ -109,8 +109,8 @@ py::object signature(const py::tuple& tensors, const py::tuple& options) {
   return py::make_tuple(py::bytes(bytes), gradient);
 }
 
-// 16 bytes that follow from the dtypes, shapes, strides and elements of tensors and Nones. None where a tensor is not a
-// plain dense one in the memory of the CPU.
+// 16 bytes that follow from the dtypes, shapes, strides and elements of tensors and Nones. None where a
+// tensor is not a plain dense one in the memory of the CPU.
 py::object fingerprint(const py::tuple& tensors) {
   vitkernels::Fingerprint result;
   for (py::handle item : tensors) {

@@ -14,7 +14,8 @@ namespace {
 
 constexpr int kLanes = 16;  // of 64 bits: two cache lines, enough sums in flight to keep up with the memory
 constexpr size_t kStripe = kLanes * sizeof(uint64_t);
-constexpr uint64_t kOdd[4] = {0x9fb21c651e98df25u, 0xd6e8feb86659fd93u, 0xa0761d6478bd642fu, 0xe7037ed1a0b428dbu};
+constexpr uint64_t kOdd[4] = {0x9fb21c651e98df25u, 0xd6e8feb86659fd93u, 0xa0761d6478bd642fu,
+                              0xe7037ed1a0b428dbu};
 
 uint64_t mix(uint64_t x) {
   x = (x ^ (x >> 32)) * kOdd[1];
@@ -22,9 +23,9 @@ uint64_t mix(uint64_t x) {
   return x ^ (x >> 32);
 }
 
-// Each 64-bit word w adds lo32(w ^ key) * hi32(w ^ key) to one sum and w to its neighbour's: the product is not linear,
-// so that scaled, negated or shifted weights do not cancel; the word itself makes up for a factor of zero. Keys differ
-// between places, so that weights that change places are seen too.
+// Each 64-bit word w adds lo32(w ^ key) * hi32(w ^ key) to one sum and w to its neighbour's: the product is
+// not linear, so that scaled, negated or shifted weights do not cancel; the word itself makes up for a factor
+// of zero. Keys differ between places, so that weights that change places are seen too.
 void add_stripes(const char* data, size_t stripes, uint64_t* keys, uint64_t* sums) {
   for (; stripes > 0; --stripes, data += kStripe) {
     for (int i = 0; i < kLanes; ++i) {

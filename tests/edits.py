@@ -36,7 +36,9 @@ def _numpy(module: nn.Module) -> None:
 
 def _swap(module: nn.Module) -> None:
     with torch.no_grad():
-        heads = [t for n, t in _tensors(module).items() if n.endswith("weight") and "qkvs" in n and t.ndim == 4]
+        heads = [
+            t for n, t in _tensors(module).items() if n.endswith("weight") and "qkvs" in n and t.ndim == 4
+        ]
         first = heads[0].data.clone()
         heads[0].data.copy_(heads[1])
         heads[1].data.copy_(first)

@@ -108,6 +108,18 @@ def test_without_fingerprints_versions_and_addresses_tell(monkeypatch: pytest.Mo
     assert freed <= {alias.data_ptr() for alias in pair.__dict__["_vitkernels_kept"].aliases}
 
 
+def test_weights_that_cannot_be_read_are_folded_in_every_call() -> None:
+    """A view with gaps: only versions could tell, and they miss edits through .data."""
+    pair, x = folded_pair()
+    pair[0].weight = nn.Parameter(torch.rand(6, 8, 3, 3)[:, ::2])
+    vitkernels.apply(pair, verbose=False)
+    with torch.no_grad():
+        before = pair(x)
+        assert "_vitkernels_kept" not in pair.__dict__
+        pair[0].weight.data.mul_(2)
+        assert relative_error(before, pair(x)) > 1e-3
+
+
 def test_a_fold_that_is_watched_is_not_kept() -> None:
     pair, x = folded_pair()
     vitkernels.apply(pair, verbose=False)

@@ -362,7 +362,9 @@ def test_edits_of_a_residual_unit_are_seen() -> None:
                 assert not torch.equal(block(x), before)
 
 
-@pytest.mark.parametrize("layer", ["dw0", "dw0.m", "dw0.m.c", "ffn0.m", "ffn0.m.pw1.bn", "ffn0.m.act", "mixer.m.attn"])
+@pytest.mark.parametrize(
+    "layer", ["dw0", "dw0.m", "dw0.m.c", "ffn0.m", "ffn0.m.pw1.bn", "ffn0.m.act", "mixer.m.attn"]
+)
 def test_hooks_inside_residual_units_run(layer: str) -> None:
     block, x = small_model().blocks1[0], torch.randn(2, 32, 7, 7)
     twin, seen = copy.deepcopy(block), []

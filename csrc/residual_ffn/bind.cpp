@@ -9,9 +9,9 @@ namespace vitkernels::residual_ffn {
 void bind(py::module_& module) {
 #ifndef VITKERNELS_HOST_TWIN
   module.def("residual_ffn_forward_cpu",
-             [](int threads, const Argument& out, const Argument& x, const Argument& weight1, const Argument& bias1,
-                const Argument& weight2, const Argument& bias2, const Argument& scale1, const Argument& scale2,
-                const Argument& dw_weight, const Argument& dw_bias) {
+             [](int threads, const Argument& out, const Argument& x, const Argument& weight1,
+                const Argument& bias1, const Argument& weight2, const Argument& bias2, const Argument& scale1,
+                const Argument& scale2, const Argument& dw_weight, const Argument& dw_bias) {
                Params p;
                p.dtype = x.dtype;
                p.vector_dtype = bias1.dtype;

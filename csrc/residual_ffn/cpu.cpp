@@ -83,8 +83,9 @@ void forward_cpu(const Params& p, int threads) {
   const double work = 4.0 * p.batch * p.height * p.width * p.channels * p.hidden;
   threads = worthwhile_threads(work, p.batch * p.height * std::max(p.channels / kUnit, 1), threads);
   const Plan plan = make_plan(p, threads);
-  Loop loop{p, cpu, plan, nullptr, nullptr, aligned(cpu.group_bytes(p, plan)), aligned(cpu.thread_bytes(p, plan)),
-            0, 0};
+  Loop loop{
+      p, cpu, plan, nullptr, nullptr, aligned(cpu.group_bytes(p, plan)), aligned(cpu.thread_bytes(p, plan)),
+      0, 0};
   const int copies = plan.by_rows ? 1 : threads;
   loop.group_scratch =
       static_cast<char*>(thread_scratch(copies * loop.group_bytes + threads * loop.thread_bytes));

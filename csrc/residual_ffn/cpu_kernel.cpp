@@ -1,8 +1,8 @@
 // The residual FFN on one core, one instruction set.
 //
-// Floor of a position: 4 channels * hidden + 18 channels FLOPs at 2 FMAs a cycle. Positions lie in the vector lanes and
-// the weights are read where they are, one broadcast at a time, so nothing is packed and nothing derived from a weight
-// is kept. Bytes: the map once in, once out, and the weights once a group of positions.
+// Floor of a position: 4 channels * hidden + 18 channels FLOPs at 2 FMAs a cycle. Positions lie in the vector
+// lanes and the weights are read where they are, one broadcast at a time, so nothing is packed and nothing
+// derived from a weight is kept. Bytes: the map once in, once out, and the weights once a group of positions.
 #include "cpu_kernel.h"
 
 #include "vitkernels/matrix_cpu.h"
@@ -32,8 +32,8 @@ struct Group {
   }
 };
 
-// Elements between two rows of u and of the hidden layer. A row's last vector may reach beyond its tokens; the slack
-// keeps it out of the next row, which may be another thread's.
+// Elements between two rows of u and of the hidden layer. A row's last vector may reach beyond its tokens;
+// the slack keeps it out of the next row, which may be another thread's.
 template <class T>
 int pitch_of(const Params& p, const Plan& plan) {
   return round_up_lanes<T>(static_cast<int>(plan.images) * plan.rows * p.width) + kLanes<T>;
@@ -127,14 +127,15 @@ template <class E, class T>
 void input_rows(const Params& p, const Group& g, int pitch, int begin, int end, const Own<T>& own, T* u) {
   const E* x = static_cast<const E*>(p.x.data);
   const int map = g.rows * p.width;
-  // Lanes beyond the tokens are computed with like the others: zeros are as fast as anything, leftovers may not be.
+  // Lanes beyond the tokens are computed with like the others: zeros are as fast as anything, leftovers may
+  // not be.
   for (int c = begin; c < end; ++c)
     store(u + static_cast<ptrdiff_t>(c) * pitch + (g.tokens - 1) / kLanes<T> * kLanes<T>, Vec<T>{});
   if (!p.dw_weight) {
     for (int i = 0; i < g.images; ++i)
       pack(u + static_cast<ptrdiff_t>(begin) * pitch + i * map, pitch,
-           x + (g.first + i) * p.x.stride[0] + begin * p.x.stride[1] + g.top * p.width * p.x.stride[2], p.x.stride[1],
-           p.x.stride[2], end - begin, map, T(1));
+           x + (g.first + i) * p.x.stride[0] + begin * p.x.stride[1] + g.top * p.width * p.x.stride[2],
+           p.x.stride[1], p.x.stride[2], end - begin, map, T(1));
     return;
   }
   const int before = g.top > 0 ? 1 : 0, after = g.top + g.rows < p.height ? 1 : 0;
@@ -146,33 +147,35 @@ void input_rows(const Params& p, const Group& g, int pitch, int begin, int end, 
                (g.top - before) * p.width * p.x.stride[2],
            p.x.stride[1], p.x.stride[2], count, (g.rows + before + after) * p.width, T(1));
       for (int c = 0; c < count; ++c)
-        depthwise(p, channel + c, own.input + c * own.input_pitch + before * p.width, g.top, g.rows, own.padded,
-                  u + static_cast<ptrdiff_t>(channel + c) * pitch + i * map);
+        depthwise(p, channel + c, own.input + c * own.input_pitch + before * p.width, g.top, g.rows,
+                  own.padded, u + static_cast<ptrdiff_t>(channel + c) * pitch + i * map);
     }
   }
 }
 
 // ---- the two products
 
-// Fetches a block of a weight whose rows lie densely: 64 bytes at a time, the rows' next terms or the next rows.
+// Fetches a block of a weight whose rows lie densely: 64 bytes at a time, the rows' next terms or the next
+// rows.
 template <class E>
 VITKERNELS_INLINE void fetch(const View& weight, int row, int rows, int k, int terms) {
   if (weight.stride[1] != 1) return;
-  const char* at = reinterpret_cast<const char*>(static_cast<const E*>(weight.data) + row * weight.stride[0] + k);
+  const char* at =
+      reinterpret_cast<const char*>(static_cast<const E*>(weight.data) + row * weight.stride[0] + k);
   const ptrdiff_t step = weight.stride[0] * static_cast<ptrdiff_t>(sizeof(E));
   for (int r = 0; r < rows; ++r, at += step)
     for (int i = 0; i < terms * static_cast<int>(sizeof(E)); i += 64) __builtin_prefetch(at + i);
 }
 
-// product[row][token] = sum over k of weight[begin + row][k] * b[k][token], for up to kChunk rows of those before `end`.
-// The terms are added in runs; while one is computed the weights of the next come from the third-level cache or beyond,
-// in pieces too short for the processor to foresee.
+// product[row][token] = sum over k of weight[begin + row][k] * b[k][token], for up to kChunk rows of those
+// before `end`. The terms are added in runs; while one is computed the weights of the next come from the
+// third-level cache or beyond, in pieces too short for the processor to foresee.
 template <class E, class T>
-void product_rows(const View& weight, int begin, int end, int depth, const T* b, int pitch, int vecs, T* product,
-                  T* scratch) {
+void product_rows(const View& weight, int begin, int end, int depth, const T* b, int pitch, int vecs,
+                  T* product, T* scratch) {
   const int rows = imin(kChunk, end - begin);
-  const Matrix<const E> source{static_cast<const E*>(weight.data) + begin * weight.stride[0], weight.stride[0],
-                               weight.stride[1]};
+  const Matrix<const E> source{static_cast<const E*>(weight.data) + begin * weight.stride[0],
+                               weight.stride[0], weight.stride[1]};
   const Matrix<const T> a = readable<E, T>(source, rows, depth, scratch);
   Product<T> part{rows, depth, a.data, a.token, a.channel, b, pitch, nullptr, 0, product, pitch};
   for (int runs = ceil_div(depth, kRun), k = 0; runs > 0; --runs, k += part.depth) {
@@ -190,7 +193,8 @@ void product_rows(const View& weight, int begin, int end, int depth, const T* b,
 }
 
 template <class E, class T>
-void hidden_rows(const Params& p, int pitch, int vecs, int begin, int end, const Own<T>& own, const T* u, T* hidden) {
+void hidden_rows(const Params& p, int pitch, int vecs, int begin, int end, const Own<T>& own, const T* u,
+                 T* hidden) {
   constexpr int L = kLanes<T>;
   for (int row = begin; row < end; row += kChunk) {
     const int count = imin(kChunk, end - row);
@@ -224,14 +228,15 @@ void output_rows(const Params& p, const Group& g, int pitch, int vecs, int begin
         store(y + v * L, load(residual + v * L) + (load(y + v * L) * scale + bias));
     }
     for (int i = 0; i < g.images; ++i)
-      unpack(out + (g.first + i) * p.out.stride[0] + row * p.out.stride[1] + g.top * p.width * p.out.stride[2],
-             p.out.stride[1], p.out.stride[2], own.product + i * map, pitch, count, map, own.ones);
+      unpack(
+          out + (g.first + i) * p.out.stride[0] + row * p.out.stride[1] + g.top * p.width * p.out.stride[2],
+          p.out.stride[1], p.out.stride[2], own.product + i * map, pitch, count, map, own.ones);
   }
 }
 
 template <class E>
-void run_as(const Params& p, const Plan& plan, Stage stage, int64_t group, int begin, int end, void* group_memory,
-            void* thread_memory) {
+void run_as(const Params& p, const Plan& plan, Stage stage, int64_t group, int begin, int end,
+            void* group_memory, void* thread_memory) {
   using T = Compute<E>;
   const Group g(p, plan, group);
   const Shared<T> shared(p, plan, Scratch(group_memory));
@@ -245,8 +250,8 @@ void run_as(const Params& p, const Plan& plan, Stage stage, int64_t group, int b
     output_rows<E, T>(p, g, pitch, vecs, begin, end, own, shared.u, shared.hidden);
 }
 
-void run(const Params& p, const Plan& plan, Stage stage, int64_t group, int begin, int end, void* group_memory,
-         void* thread_memory) {
+void run(const Params& p, const Plan& plan, Stage stage, int64_t group, int begin, int end,
+         void* group_memory, void* thread_memory) {
   if (p.dtype == DType::f64)
     run_as<double>(p, plan, stage, group, begin, end, group_memory, thread_memory);
   else if (p.dtype == DType::f32)

@@ -6,7 +6,8 @@
 
 namespace vitkernels::residual_ffn {
 
-// How the positions of the maps are cut into groups that fit a core's cache: whole images, or bands of rows of one.
+// How the positions of the maps are cut into groups that fit a core's cache: whole images, or bands of rows
+// of one.
 struct Plan {
   int64_t images;  // images of a group; 1 where maps are cut into bands
   int bands;       // bands of a map
@@ -15,8 +16,8 @@ struct Plan {
   bool by_rows;  // too few groups for the threads: they share each group, by rows of the matrices
 };
 
-// The stages of a group: u = x + dw(x), the hidden layer, the output. Each is computed for a range of rows (channels
-// or hidden units), in units of kUnit; a stage needs all rows of the one before.
+// The stages of a group: u = x + dw(x), the hidden layer, the output. Each is computed for a range of rows
+// (channels or hidden units), in units of kUnit; a stage needs all rows of the one before.
 enum Stage { kInput, kHidden, kOutput, kStages };
 constexpr int kUnit = 16;
 

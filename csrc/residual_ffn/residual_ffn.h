@@ -11,13 +11,13 @@ struct Params {
   int64_t batch;
   int channels, hidden, height, width;
 
-  View x, out;           // [batch, channels, height * width]: any strides, but one for all steps of a position
-  View weight1;          // [hidden, channels], any strides
-  View weight2;          // [channels, hidden], any strides
-  View bias1, scale1;    // [hidden]; a scale may be absent, which is 1
-  View bias2, scale2;    // [channels]
-  View dw_weight;        // [channels, 3, 3], zero padding around the map; optional
-  View dw_bias;          // [channels], with dw_weight
+  View x, out;         // [batch, channels, height * width]: any strides, but one for all steps of a position
+  View weight1;        // [hidden, channels], any strides
+  View weight2;        // [channels, hidden], any strides
+  View bias1, scale1;  // [hidden]; a scale may be absent, which is 1
+  View bias2, scale2;  // [channels]
+  View dw_weight;      // [channels, 3, 3], zero padding around the map; optional
+  View dw_bias;        // [channels], with dw_weight
 };
 
 void forward_cpu(const Params& params, int threads);

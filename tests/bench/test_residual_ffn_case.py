@@ -16,7 +16,9 @@ def test_cost_and_results(mode: str) -> None:
     problem = CASE.parse_shape("c=24,side=5")
     training = mode == "fwd+bwd"
     generator = torch.Generator().manual_seed(0)
-    inputs = CASE.make_inputs(problem, 2, dtype=torch.float32, device=torch.device("cpu"), generator=generator)
+    inputs = CASE.make_inputs(
+        problem, 2, dtype=torch.float32, device=torch.device("cpu"), generator=generator
+    )
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
     with FlopCounterMode(display=False) as counter:
         out = CASE.eager(**tensors)

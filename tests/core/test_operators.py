@@ -50,7 +50,11 @@ def gradients(sample: Sample, tensors, seeds, **kwargs):
 def spy(monkeypatch: pytest.MonkeyPatch, sample: Sample) -> list:
     """Records every call that reaches a kernel of the operator."""
     calls = []
-    for module in {REGISTRY[sample.op].backends[name].load() for name in ("cpu", "cuda") if name in REGISTRY[sample.op].backends}:
+    for module in {
+        REGISTRY[sample.op].backends[name].load()
+        for name in ("cpu", "cuda")
+        if name in REGISTRY[sample.op].backends
+    }:
         for direction in ("forward", "backward"):
             monkeypatch.setattr(module, direction, lambda *args, _name=direction, **_: calls.append(_name))
     return calls
@@ -67,9 +71,7 @@ def test_gradcheck(sample, device):
     kernel = device if device in REGISTRY[sample.op].backends else "reference"
 
     def run(*values):
-        return outputs_of(
-            sample(dict(zip(tensors, values, strict=True)), backend=kernel)
-        )
+        return outputs_of(sample(dict(zip(tensors, values, strict=True)), backend=kernel))
 
     assert torch.autograd.gradcheck(run, tuple(tensors.values()))
 

@@ -177,7 +177,9 @@ def test_a_nan_reaches_exactly_its_neighbourhood() -> None:
         assert torch.equal(out.isnan().any(1), hit)
 
 
-@pytest.mark.parametrize("case", [(1, 64, 128, (14, 14)), (16, 192, 384, (4, 4)), (1, 48, 96, (40, 41))], ids=str)
+@pytest.mark.parametrize(
+    "case", [(1, 64, 128, (14, 14)), (16, 192, 384, (4, 4)), (1, 48, 96, (40, 41))], ids=str
+)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_threads_do_not_change_a_bit(case: tuple[Any, ...], layout: str) -> None:
     problem = Problem(*case, layout, torch.float32)
@@ -199,5 +201,7 @@ def test_lesser_instruction_sets(isa: str) -> None:
     env = {**os.environ, "VITKERNELS_CPU_ISA": isa}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     tests = "(matches_reference and not bfloat16) or neighbourhood or bands"
-    done = subprocess.run([*command, "-k", tests], env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [*command, "-k", tests], env=env, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout[-4000:]

@@ -218,7 +218,9 @@ def test_frozen_norms_train_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None
             norm.eval()
     twin, x = copy.deepcopy(module), torch.randn(2, 48, 13, 9).double()
     calls, original = [], ops.cascaded_group_attention
-    monkeypatch.setattr(ops, "cascaded_group_attention", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    monkeypatch.setattr(
+        ops, "cascaded_group_attention", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+    )
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     weight = torch.randn_like(x)
     (module(leaves[0]) * weight).sum().backward()
@@ -255,7 +257,10 @@ def test_the_residual_rides_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_hooks_and_live_norms_run_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, x = randomise(LocalWindowAttention(32, 16, 2, 1, resolution=14)).eval(), torch.randn(1, 32, 14, 14)
+    module, x = (
+        randomise(LocalWindowAttention(32, 16, 2, 1, resolution=14)).eval(),
+        torch.randn(1, 32, 14, 14),
+    )
     monkeypatch.setattr(ops, "cascaded_group_attention", lambda *_, **__: pytest.fail("the fused kernel ran"))
     for layer in (module.attn.qkvs[1], module.attn.dws[0].c, module.attn.proj[0], module.attn.proj[1].bn):
         seen = []

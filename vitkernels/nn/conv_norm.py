@@ -62,9 +62,7 @@ def fold_conv_norm(
     return weight.to(out_dtype), bias.to(out_dtype)
 
 
-def fold_norm_linear(
-    norm: _BatchNorm, linear: nn.Linear
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fold_norm_linear(norm: _BatchNorm, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of the one linear layer equal to `linear(norm(x))` in eval mode. Differentiable."""
     factor, shift, dtype = _affine(norm, linear.weight)
     matrix = linear.weight.to(dtype)
@@ -80,9 +78,7 @@ def affine(norm: _BatchNorm, conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tenso
     return factor, shift if conv.bias is None else shift + factor * conv.bias.to(dtype), dtype
 
 
-def _affine(
-    norm: _BatchNorm, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+def _affine(norm: _BatchNorm, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
     """Batch norm in eval mode as x * factor + shift, in fp32 at least: 16 bits would lose digits."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")

@@ -3,11 +3,13 @@
 In the memory of the CPU a change is told by the contents: every use takes a fingerprint of the sources, which costs
 less than reading them for the work itself and sees every edit, also one through `.data`, numpy or another process.
 Elsewhere, and without the compiled extension, addresses and autograd's version counters have to do; they miss edits
-in place through `.data`.
+in place through `.data`. Weights on the CPU whose contents cannot be read (views with gaps, tensor subclasses) are
+derived from anew in every call.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -43,10 +45,13 @@ def keep(
     """What make() returns, kept on `owner` until a source or an option changes. Not for traced calls."""
     contents = _fingerprint(sources)
     kept: K | None = owner.__dict__.get(KEPT)
-    try:
-        key = (options, _state(sources) if contents is None else contents)
-    except RuntimeError:  # no version counter or no storage: inference, fake and functorch tensors
-        key = None
+    key: object = None  # nothing is kept of what cannot be told to have changed
+    if contents is not None:
+        key = options, contents
+    elif _native_fingerprint is None or not _on_cpu(sources):
+        # RuntimeError: no version counter or no storage, as inference, fake and functorch tensors.
+        with contextlib.suppress(RuntimeError):
+            key = options, _state(sources)
     if kept is not None and key is not None and kept.key == key:
         return kept
     with torch.inference_mode(False), torch.no_grad():
@@ -81,10 +86,16 @@ def _fingerprint(sources: Sequence[torch.Tensor | None]) -> bytes | None:
         return None
     if native.lends:
         return _native_fingerprint(tuple(sources))
-    for source in sources:
-        if source is not None and (source.device.type != "cpu" or source.layout is not torch.strided):
-            return None
+    if not _on_cpu(sources):
+        return None
     return _native_fingerprint(native.arguments(native.load(), *sources))
+
+
+def _on_cpu(sources: Sequence[torch.Tensor | None]) -> bool:
+    return all(
+        source is None or (source.device.type == "cpu" and source.layout is torch.strided)
+        for source in sources
+    )
 
 
 def _state(sources: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:

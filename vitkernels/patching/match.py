@@ -123,7 +123,9 @@ def _class_name(module: nn.Module) -> str:
 def _is_ffn(module: nn.Module) -> bool:
     parts = module._modules
     return (
-        _class_name(module) in ("ConvMlp", "FFN") and set(parts) == {"pw1", "act", "pw2"} and _folds(parts["pw1"])
+        _class_name(module) in ("ConvMlp", "FFN")
+        and set(parts) == {"pw1", "act", "pw2"}
+        and _folds(parts["pw1"])
     )
 
 

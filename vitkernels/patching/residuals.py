@@ -159,10 +159,7 @@ def _quiet_pair(module: Any) -> Any:
 
 def _is_pointwise(conv: Any) -> bool:
     return (
-        conv.kernel_size == (1, 1)
-        and conv.stride == (1, 1)
-        and conv.groups == 1
-        and conv.padding == (0, 0)
+        conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
     )
 
 

@@ -1,5 +1,6 @@
-// A fingerprint of memory: equal for equal bytes, and different for different ones but for one chance in about 2^64.
-// It tells a weight that was edited behind PyTorch's back. Not meant against somebody who wants to be missed.
+// A fingerprint of memory: equal for equal bytes, and different for different ones but for one chance in
+// about 2^64. It tells a weight that was edited behind PyTorch's back. Not meant against somebody who wants
+// to be missed.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -79,7 +79,9 @@ def eager(
 ) -> Tensor:
     u = x + F.conv2d(x, dw_weight[:, None], dw_bias, padding=1, groups=x.shape[1])
     hidden = F.conv2d(u, weight1[..., None, None]) * scale1[:, None, None] + bias1[:, None, None]
-    return u + (F.conv2d(hidden.relu(), weight2[..., None, None]) * scale2[:, None, None] + bias2[:, None, None])
+    return u + (
+        F.conv2d(hidden.relu(), weight2[..., None, None]) * scale2[:, None, None] + bias2[:, None, None]
+    )
 
 
 def prepare_packed(inputs: Inputs, training: bool) -> Function:
@@ -102,7 +104,9 @@ def prepare_packed(inputs: Inputs, training: bool) -> Function:
 
     def run(x: Tensor, **_: Tensor) -> Tensor:
         u = x + packed.convolve(dw[0], x.contiguous(memory_format=torch.channels_last), *dw[1:])
-        return u + packed.convolve(second[0], packed.convolve(first[0], u, *first[1:], relu=True), *second[1:])
+        return u + packed.convolve(
+            second[0], packed.convolve(first[0], u, *first[1:], relu=True), *second[1:]
+        )
 
     return run
 
@@ -133,7 +137,8 @@ CASE = Case(
     operator="residual_ffn",
     presets={
         name: tuple(
-            UnitProblem(f"stage {i}", c, side) for i, (c, side) in enumerate(zip(widths, (14, 7, 4), strict=True), 1)
+            UnitProblem(f"stage {i}", c, side)
+            for i, (c, side) in enumerate(zip(widths, (14, 7, 4), strict=True), 1)
         )
         for name, widths in WIDTHS.items()
     },

@@ -123,7 +123,9 @@ def _check(
 
 def _check_matrix(name: str, value: Any, shape: tuple[int | None, int], layout: str) -> None:
     pointwise = isinstance(value, torch.Tensor) and value.ndim == 4
-    check_tensor(name, value, (*shape, 1, 1) if pointwise else shape, layout[:-1] + ", 1, 1]" if pointwise else layout)
+    check_tensor(
+        name, value, (*shape, 1, 1) if pointwise else shape, layout[:-1] + ", 1, 1]" if pointwise else layout
+    )
 
 
 def _allocate(x: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -138,7 +140,7 @@ def _flops(x: Any, weight1: Any, *rest: Any, mask: list[bool] | None) -> int:
     with_dw = rest[5] is not None
     if mask is None:
         return 2 * product + with_dw * depthwise
-    grad_x, grad_w1, grad_b1, grad_w2, _, grad_s1, grad_s2, grad_dw, grad_dw_bias = mask
+    grad_x, grad_w1, grad_b1, grad_w2, _, grad_s1, _, grad_dw, grad_dw_bias = mask
     first = grad_x or grad_dw or grad_dw_bias
     inner = first or grad_w1 or grad_b1 or grad_s1
     total = product * (inner + first + grad_w1 + grad_w2)
