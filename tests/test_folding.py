@@ -155,15 +155,15 @@ def test_folding_happens_once_and_leaves_gradients_right() -> None:
 def test_weights_are_packed_for_inference_in_fp32_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_LEAST_WORK", 0)
     pair, x = folded_pair()
-    sequence = nn.Sequential(copy.deepcopy(pair), nn.ReLU()).eval()
+    sequence, reference = nn.Sequential(copy.deepcopy(pair), nn.ReLU()).eval(), copy.deepcopy(pair)
     with torch.no_grad():
         expected, rectified = pair(x), sequence(x)
     for model in (pair, sequence):
         vitkernels.apply(model, fold_bn=True, verbose=False)
     with torch.inference_mode():
-        for size in (x, x[:1], x[:, :, :3]):  # packed for the first, run on all
-            pair(size)
-        assert pair.__dict__["_vitkernels_kept"].packed is not None
+        for size in (x, x[:1], x[:, :, :3], x[:, :, 1:3], x[:, :, :1], x):
+            assert relative_error(pair(size)[:, :, :1], reference(size)[:, :, :1]) < 1e-6
+            assert 0 < len(pair.__dict__["_vitkernels_kept"].packed) <= 3
         assert relative_error(pair(x), expected) < 1e-6
         assert pair(x).is_contiguous(memory_format=torch.channels_last)
         assert relative_error(sequence(x), rectified) < 1e-6
@@ -177,7 +177,7 @@ def test_weights_are_packed_for_inference_in_fp32_only(monkeypatch: pytest.Monke
     pair.eval()
     with torch.no_grad():
         assert torch.allclose(pair(x), expected, rtol=1e-5, atol=1e-5)
-        assert pair.__dict__["_vitkernels_kept"].packed is None
+        assert not pair.__dict__["_vitkernels_kept"].packed
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def packed_pair(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module, 
     twin = copy.deepcopy(pair)
     vitkernels.apply(pair, fold_bn=True, verbose=False)
     pair(x)
-    assert pair.__dict__["_vitkernels_kept"].packed is not None
+    assert pair.__dict__["_vitkernels_kept"].packed
     return pair, twin, x
 
 
