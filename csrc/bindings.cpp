@@ -19,6 +19,9 @@ void bind(py::module_& module);
 namespace vitkernels::cascaded_group_attention {
 void bind(py::module_& module);
 }
+namespace vitkernels::kan_linear {
+void bind(py::module_& module);
+}
 
 namespace vitkernels::residual_ffn {
 void bind(py::module_& module);
@@ -174,4 +177,5 @@ PYBIND11_MODULE(_native, module) {
   vitkernels::window_attention::bind(module);
   vitkernels::neighborhood_attention::bind(module);
   vitkernels::cascaded_group_attention::bind(module);
+  vitkernels::kan_linear::bind(module);
 }

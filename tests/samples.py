@@ -109,11 +109,25 @@ def _ffn(channels: int, hidden: int, size: tuple[int, int], scales: bool, dw: bo
     return make
 
 
+def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        return {
+            "x": torch.randn(batch, *leading, channels),
+            "weight": torch.randn(outputs, channels * grids) / (channels * grids) ** 0.5,
+            "ln_weight": 1 + 0.2 * torch.randn(channels),
+            "ln_bias": 0.2 * torch.randn(channels),
+            "grid": torch.linspace(-2, 2, grids) + 0.1 * torch.randn(grids),
+        }
+
+    return make
+
+
 _x = torch.randn(2, 2, 15, 8)
 _pixels = torch.randn(2, 5, 3, 4)
 _map = torch.randn(2, 5, 7, 2, 4)
 _image = torch.randn(2, 10, 4, 7)
 _floats = torch.zeros
+_rows = torch.randn(2, 9)
 
 SAMPLES = [
     Sample(
@@ -202,8 +216,8 @@ SAMPLES = [
     Sample(
         "cascaded_group_attention-windows",
         ops.cascaded_group_attention,
-        _cascade(2, 5, 3, (4, 7), 6, 3),  # padded right to 4 x 9
-        {"window_size": (2, 3), "kernel_sizes": (3, 1), "residual": True},
+        _cascade(2, 5, 3, (4, 7), 8, 3),  # padded right to 4 x 8
+        {"window_size": (2, 4), "kernel_sizes": (3, 1), "residual": True},
         bad=[
             ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
             ({"x": _image[0]}, ValueError, "argument `x`: expected shape"),
@@ -218,7 +232,7 @@ SAMPLES = [
             ({"dw_weight": _floats(0, 3, 3, 3)}, ValueError, "argument `dw_weight`: expected at least one"),
             ({"dw_bias": _floats(2)}, ValueError, "argument `dw_bias`: expected shape"),
             ({"attn_bias": _floats(2, 9)}, ValueError, "argument `attn_bias`: expected shape"),
-            ({"attn_bias": _floats(2, 6).half()}, TypeError, "argument `attn_bias`: expected dtype float32"),
+            ({"attn_bias": _floats(2, 8).half()}, TypeError, "argument `attn_bias`: expected dtype float32"),
             ({"proj_weight": _floats(10, 5)}, ValueError, "argument `proj_weight`: expected shape"),
             ({"proj_bias": _floats(10).to("meta")}, ValueError, "argument `proj_bias`: expected device cpu"),
             ({"window_size": (2, 0)}, ValueError, "argument `window_size`: expected 2 positive ints"),
@@ -271,4 +285,29 @@ SAMPLES = [
         ],
     ),
     Sample("residual_ffn-plain", ops.residual_ffn, _ffn(8, 4, (1, 5), False, False)),
+    Sample(
+        "kan_linear",
+        ops.kan_linear,
+        _kan(9, 8, 7),
+        bad=[
+            ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
+            ({"x": torch.tensor(1.0)}, TypeError, "argument `x`: expected a tensor [..., channels]"),
+            ({"x": _rows[:, :0]}, ValueError, "argument `x`: expected a last dimension of at least 1"),
+            ({"x": _rows[:, :8]}, ValueError, "argument `weight`: expected shape"),
+            ({"x": _rows.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _rows.half()}, TypeError, "argument `weight`: expected dtype float16"),
+            ({"weight": torch.zeros(7, 72).double()}, TypeError, "argument `weight`: expected dtype"),
+            ({"weight": torch.zeros(7, 72).to("meta")}, ValueError, "argument `weight`: expected device cpu"),
+            ({"weight": torch.zeros(0, 72)}, ValueError, "argument `weight`: expected a first dimension"),
+            ({"ln_weight": torch.ones(8)}, ValueError, "argument `ln_weight`: expected shape"),
+            ({"ln_bias": torch.zeros(9).half()}, TypeError, "argument `ln_bias`: expected dtype float32"),
+            ({"grid": torch.zeros(0)}, ValueError, "argument `grid`: expected at least 1 grid point"),
+            ({"grid": torch.zeros(2, 4)}, ValueError, "argument `grid`: expected shape"),
+            ({"inv_denominator": 0.0}, ValueError, "argument `inv_denominator`: expected a finite number"),
+            ({"inv_denominator": torch.ones(1)}, TypeError, "argument `inv_denominator`: expected a number"),
+            ({"eps": float("nan")}, ValueError, "argument `eps`: expected a finite number above 0"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample("kan_linear-maps", ops.kan_linear, _kan(5, 3, 8, 1, 4), {"inv_denominator": 1.7, "eps": 1e-3}),
 ]

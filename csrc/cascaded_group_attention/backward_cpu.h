@@ -1,8 +1,8 @@
 // The backward pass of a chunk of windows, on one thread.
 //
-// As in the forward pass tokens are the lanes. Heads are undone last to first, each from the map and the saved
-// output of the head before it; probabilities are recomputed. The gradients of the weights are sums over tokens,
-// so those products have the tokens as their depth and input channels in the lanes.
+// As in the forward pass tokens are the lanes. Heads are undone last to first, each from the map and the
+// saved output of the head before it; probabilities are recomputed. The gradients of the weights are sums
+// over tokens, so those products have the tokens as their depth and input channels in the lanes.
 #pragma once
 #include "forward_cpu.h"
 
@@ -78,8 +78,8 @@ struct BackwardOwn {
     dl = scratch.take<T>(n * width);
     zeros = scratch.take<T>(n);
     grad_bias = scratch.take<T>(params.grad_attn_bias ? h * n * width : 0);
-    tap_sums =
-        scratch.take<T>(params.grad_dw_weight ? h * kd * params.kernel_max * params.kernel_max * kLanes<T> : 0);
+    tap_sums = scratch.take<T>(
+        params.grad_dw_weight ? h * kd * params.kernel_max * params.kernel_max * kLanes<T> : 0);
     flipped = scratch.take<T>(static_cast<size_t>(params.kernel_max) * params.kernel_max);
     size = scratch.used;
   }
@@ -117,7 +117,9 @@ struct Backward {
         partial(p, Scratch(partials)) {}
 
   int dim() const { return p.value_dim(); }
-  T* head_grad_bias(int head) const { return own.grad_bias + static_cast<size_t>(head) * p.tokens() * own.width; }
+  T* head_grad_bias(int head) const {
+    return own.grad_bias + static_cast<size_t>(head) * p.tokens() * own.width;
+  }
   T* head_tap_sums(int head) const {
     return own.tap_sums + static_cast<size_t>(head) * p.key_dim * partial.taps * kLanes<T>;
   }
@@ -125,8 +127,11 @@ struct Backward {
   void run(int64_t first, int64_t count, int group) const {
     clear(partial.qkv, partial.size / sizeof(T));
     clear(own.zeros, p.tokens());
+    own.queries.clear();
+    own.gradients.clear();
     if (p.grad_attn_bias) clear(own.grad_bias, static_cast<size_t>(p.num_heads) * p.tokens() * own.width);
-    if (p.grad_dw_weight) clear(head_tap_sums(0), static_cast<size_t>(p.num_heads) * p.key_dim * partial.taps * kLanes<T>);
+    if (p.grad_dw_weight)
+      clear(head_tap_sums(0), static_cast<size_t>(p.num_heads) * p.key_dim * partial.taps * kLanes<T>);
     for (int64_t done = 0; done < count; done += group) {
       const int some = static_cast<int>(count - done < group ? count - done : group);
       run_group({p, first + done, some, own.place});
@@ -169,12 +174,12 @@ struct Backward {
       if (p.grad_proj_weight) {
         load_relu(g);
         multiply<T>(static_cast<int>(partial.proj_row / kLanes<T>),
-                    {c, lanes, own.grad_out, own.row, 1, own.relu_z, own.channel_row, partial.proj, partial.proj_row,
-                     partial.proj, partial.proj_row});
+                    {c, lanes, own.grad_out, own.row, 1, own.relu_z, own.channel_row, partial.proj,
+                     partial.proj_row, partial.proj, partial.proj_row});
       }
       if (p.grad_proj_bias) add_row_sums(partial.proj_bias, own.grad_out, own.row, c, lanes);
-      multiply<T>(vecs, {c, c, weights.proj.data, 1, weights.proj.stride[0], own.grad_out, own.row, nullptr, 0,
-                         own.dz, own.row});
+      multiply<T>(vecs, {c, c, weights.proj.data, 1, weights.proj.stride[0], own.grad_out, own.row, nullptr,
+                         0, own.dz, own.row});
     } else {
       clear(own.dz, static_cast<size_t>(c) * own.row);
       clear(own.grad_out, static_cast<size_t>(c) * own.row);
@@ -189,8 +194,9 @@ struct Backward {
   void load_relu(const WindowGroup<E>& g) const {
     for (int w = 0; w < g.count; ++w) {
       const E* from = static_cast<const E*>(p.heads.data) + (g.first + w) * p.heads.stride[0];
-      pack(own.relu_z + static_cast<ptrdiff_t>(w) * p.tokens() * own.channel_row, static_cast<int>(own.channel_row),
-           from, p.heads.stride[1], p.heads.stride[2], p.tokens(), p.channels, T(1));
+      pack(own.relu_z + static_cast<ptrdiff_t>(w) * p.tokens() * own.channel_row,
+           static_cast<int>(own.channel_row), from, p.heads.stride[1], p.heads.stride[2], p.tokens(),
+           p.channels, T(1));
     }
     for (ptrdiff_t i = 0; i < g.lanes() * own.channel_row; i += kLanes<T>)
       store(own.relu_z + i, vmax(Vec<T>{}, load(own.relu_z + i)));
@@ -240,7 +246,8 @@ struct Backward {
     const T* result = own.du;
     if (p.residual) {
       const T* direct = own.grad_out + static_cast<ptrdiff_t>(head) * d * row;
-      for (ptrdiff_t i = 0; i < d * row; i += kLanes<T>) store(own.o + i, load(own.du + i) + load(direct + i));
+      for (ptrdiff_t i = 0; i < d * row; i += kLanes<T>)
+        store(own.o + i, load(own.du + i) + load(direct + i));
       result = own.o;
     }
     g.store_channels(p.grad_x, {}, head * d, d, result, row);
@@ -258,14 +265,14 @@ struct Backward {
     const T scale = static_cast<T>(p.scale);
     for (int w = 0; w < g.count; ++w) {
       const ptrdiff_t lane = static_cast<ptrdiff_t>(w) * n;
-      own.queries.fill(own.y + lane, row, kd, size);
+      own.queries.fill(own.y + lane, row, kd);
       for (int c = 0; c < kd; ++c)
         own.queries.convolve(c, size, taps + c * weights.dw.stride[1], weights.dw.stride[2], shifts[c], scale,
                              own.q + c * row + lane);
       pack(own.k, width, own.y + kd * row + lane, row, 1, kd, n, T(1));
       pack(own.v, width, own.y + 2 * kd * row + lane, row, 1, d, n, T(1));
       const Matrix<const T> q = {own.q + lane, 1, row}, out = {grad + lane, 1, row};
-      const BackwardTile<T> task{n,     width,    n,       0,         kd,   d,     own.k,  own.v,
+      const BackwardTile<T> task{n,        width,   n,         0,    kd,    d,      own.k,   own.v,
                                  own.bias, nullptr, own.zeros, true, own.p, own.dl, nullptr, nullptr};
       task.run(q, out);
       if (p.grad_attn_bias) {
@@ -278,8 +285,9 @@ struct Backward {
       place(own.tile, width, kd, own.dy + kd * row + lane);
 
       pack(own.k_tokens, static_cast<int>(own.key_row), own.k, 1, width, n, kd, scale);
-      multiply<T>(static_cast<int>(own.key_row / kLanes<T>),
-                  {n, n, own.dl, width, 1, own.k_tokens, own.key_row, nullptr, 0, own.dq_tokens, own.key_row});
+      multiply<T>(
+          static_cast<int>(own.key_row / kLanes<T>),
+          {n, n, own.dl, width, 1, own.k_tokens, own.key_row, nullptr, 0, own.dq_tokens, own.key_row});
       pack(own.tile, width, own.dq_tokens, 1, own.key_row, kd, n, T(1));
       depthwise(head, taps, own.dy + lane);
     }
@@ -297,7 +305,7 @@ struct Backward {
     const int n = p.tokens(), kd = p.key_dim, size = p.kernel_sizes[head];
     if (p.grad_dw_bias)
       add_row_sums(partial.dw_bias + static_cast<ptrdiff_t>(head) * kd, own.tile, own.width, kd, n);
-    own.gradients.fill(own.tile, own.width, kd, size);
+    own.gradients.fill(own.tile, own.width, kd);
     for (int c = 0; c < kd; ++c, taps += weights.dw.stride[1]) {
       if (p.grad_dw_weight)
         own.queries.correlate(own.gradients, c, size,
@@ -333,11 +341,13 @@ struct Reduce {
     if (view) reduce_row<T, W>(static_cast<W*>(view.data) + offset, stride, from, chunk, chunks, count);
   }
 
-  // Rows: of the projection, of each head's 1x1 convolution, of its depthwise kernels; then the biases at once.
+  // Rows: of the projection, of each head's 1x1 convolution, of its depthwise kernels; then the biases at
+  // once.
   void run(int r) const {
     const int h = p.num_heads, rows = p.qkv_rows(), k = p.key_dim, c = p.channels, side = p.kernel_max;
-    if (r < c) return row(p.grad_proj_weight, r * p.grad_proj_weight.stride[0], p.grad_proj_weight.stride[1],
-                          first.proj + r * first.proj_row, c);
+    if (r < c)
+      return row(p.grad_proj_weight, r * p.grad_proj_weight.stride[0], p.grad_proj_weight.stride[1],
+                 first.proj + r * first.proj_row, c);
     r -= c;
     if (r < h * rows) {
       const int64_t* s = p.grad_qkv_weight.stride;
@@ -348,11 +358,13 @@ struct Reduce {
     if (r < h * k) {
       const int64_t* s = p.grad_dw_weight.stride;
       for (int y = 0; y < side; ++y)
-        row(p.grad_dw_weight, r / k * s[0] + r % k * s[1] + y * s[2], s[3], first.dw + r * first.taps + y * side, side);
+        row(p.grad_dw_weight, r / k * s[0] + r % k * s[1] + y * s[2], s[3],
+            first.dw + r * first.taps + y * side, side);
       return;
     }
     for (int i = 0; i < h; ++i) {
-      row(p.grad_qkv_bias, i * p.grad_qkv_bias.stride[0], p.grad_qkv_bias.stride[1], first.qkv_bias + i * rows, rows);
+      row(p.grad_qkv_bias, i * p.grad_qkv_bias.stride[0], p.grad_qkv_bias.stride[1],
+          first.qkv_bias + i * rows, rows);
       row(p.grad_dw_bias, i * p.grad_dw_bias.stride[0], p.grad_dw_bias.stride[1], first.dw_bias + i * k, k);
     }
     row(p.grad_proj_bias, 0, p.grad_proj_bias.stride[0], first.proj_bias, c);

@@ -1,7 +1,8 @@
+#include "vitkernels/bind.h"
+
 #include <stdexcept>
 
 #include "cascaded_group_attention.h"
-#include "vitkernels/bind.h"
 #if VITKERNELS_WITH_CUDA
 #include "vitkernels/runtime.h"
 #endif
@@ -45,11 +46,11 @@ Params make_params(const Argument& x, const Argument& qkv_weight, const Argument
   return p;
 }
 
-// The argument lists, once for every processor: run(params, where, stream) does the work, where is a device
-// index or a number of threads.
-template <class Run>
-auto forward_with(Run run) {
-  return [run](int where, uintptr_t stream, const Argument& out, const Argument& heads, const Argument& x,
+// The argument lists, once for every processor: use(params, lead...) does the work, `lead` being the types of
+// the arguments before the tensors; the first of them is a device index or a number of threads.
+template <class... Lead, class Use>
+auto forward_arguments(Use use) {
+  return [use](Lead... lead, const Argument& out, const Argument& heads, const Argument& x,
                const Argument& qkv_weight, const Argument& qkv_bias, const Argument& dw_weight,
                const Argument& dw_bias, const Argument& attn_bias, const Argument& proj_weight,
                const Argument& proj_bias, int window_h, int window_w, const py::sequence& kernel_sizes,
@@ -58,12 +59,11 @@ auto forward_with(Run run) {
                            window_h, window_w, kernel_sizes, scale, residual);
     p.out = out.view;
     p.heads = heads.view;
-    py::gil_scoped_release release;
-    run(p, where, reinterpret_cast<Stream>(stream));
+    return use(p, lead...);
   };
 }
 
-// use(params) of everything that the backward takes; `lead` are the types of the arguments before it.
+// The same for everything that the backward takes.
 template <class... Lead, class Use>
 auto backward_arguments(Use use) {
   return [use](Lead... lead, const Argument& grad_x, const Argument& grad_qkv_weight,
@@ -106,16 +106,22 @@ auto backward_with(Run run) {
 void bind(py::module_& module) {
 #ifndef VITKERNELS_HOST_TWIN
   module.def("cascaded_group_attention_forward_cpu",
-             forward_with([](const Params& p, int threads, Stream) { forward_cpu(p, threads); }));
+             forward_arguments<int, uintptr_t>([](const Params& p, int threads, uintptr_t) {
+               py::gil_scoped_release release;
+               forward_cpu(p, threads);
+             }));
   module.def("cascaded_group_attention_backward_cpu",
              backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
 #endif
 #if VITKERNELS_WITH_CUDA
   module.def("cascaded_group_attention_forward_cuda",
-             forward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               forward_cuda(p, stream);
-             }));
+             forward_arguments<int, uintptr_t, uintptr_t>(
+                 [](Params& p, int device, uintptr_t stream, uintptr_t workspace) {
+                   p.workspace = reinterpret_cast<void*>(workspace);
+                   py::gil_scoped_release release;
+                   ScopedDevice scope(device);
+                   return forward_cuda(p, reinterpret_cast<Stream>(stream));
+                 }));
   module.def("cascaded_group_attention_backward_cuda",
              backward_with([](const Params& p, int device, Stream stream) {
                ScopedDevice scope(device);

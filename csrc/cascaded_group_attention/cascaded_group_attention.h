@@ -30,7 +30,7 @@ struct Params {
   View grad_out, grad_heads;
   View grad_x, grad_qkv_weight, grad_qkv_bias, grad_dw_weight, grad_dw_bias, grad_attn_bias, grad_proj_weight,
       grad_proj_bias;
-  void* workspace = nullptr;  // backward_workspace_cuda() bytes
+  void* workspace = nullptr;  // backward_workspace_cuda() bytes; what forward_cuda() asked for
 
   int tokens() const { return window_h * window_w; }
   int value_dim() const { return channels / num_heads; }
@@ -42,8 +42,9 @@ struct Params {
 };
 
 // Launch on the stream; nothing is allocated and nothing synchronises. Throw std::runtime_error when
-// the launch is refused.
-void forward_cuda(const Params& params, Stream stream);
+// the launch is refused. The forward seldom needs a workspace (windows too large for shared memory): where it
+// does and has none, it returns the bytes that it lacks and has done nothing; else 0.
+int64_t forward_cuda(const Params& params, Stream stream);
 void backward_cuda(const Params& params, Stream stream);
 int64_t backward_workspace_cuda(const Params& params);
 

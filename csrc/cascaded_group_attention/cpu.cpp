@@ -25,13 +25,16 @@ double products(const Params& p) {
   return 2.0 * static_cast<double>(p.windows()) * n * (h * (p.qkv_rows() * d + (k + d) * n) + c * c);
 }
 
-// Windows of a group: enough to fill the lanes, few enough for their matrices to stay in the second-level cache
-// beside the weights.
+// Windows of a group: where whole vectors hold their tokens with the least left over, but so few that their
+// matrices stay near the second-level cache.
 int group_windows(const Params& p) {
-  constexpr int kLanes = 200;
-  constexpr int64_t kElements = 1 << 16;
+  constexpr int64_t kVector = 16, kLanes = 208, kElements = 150000;
   const int64_t n = p.tokens(), rows = 2 * p.channels + p.qkv_rows() + p.value_dim() + p.key_dim;
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(kLanes / n, kElements / (rows * n))));
+  int64_t best = 1;
+  const auto padded = [&](int64_t windows) { return (windows * n + kVector - 1) / kVector * kVector; };
+  for (int64_t windows = 2; windows * n <= kLanes && windows * n * rows <= kElements; ++windows)
+    if (padded(windows) * best < padded(best) * windows) best = windows;
+  return static_cast<int>(best);
 }
 
 // Who works on what. Windows are dealt out to the threads, or, when there are fewer than threads, all threads
@@ -62,19 +65,21 @@ struct Call {
       all.wait();
     }
     char* own = owns + rank * own_size;
-    if (plan.together) return cpu.forward(p, weights, groups, own, 0, plan.group, all);
-    const int64_t windows = p.windows(), end = windows * (rank + 1) / size;
-    for (int64_t first = windows * rank / size; first < end; first += plan.group)
+    if (plan.together) return cpu.forward(p, weights, groups, own, 0, plan.group, all, true);
+    const int64_t windows = p.windows(), begin = windows * rank / size, end = windows * (rank + 1) / size;
+    for (int64_t first = begin; first < end; first += plan.group)
       cpu.forward(p, weights, groups + rank * group_size, own, first,
-                  static_cast<int>(std::min<int64_t>(plan.group, end - first)), alone);
+                  static_cast<int>(std::min<int64_t>(plan.group, end - first)), alone, first == begin);
   }
 };
 
-// A chunk's gradients of the weights are summed in memory of its own. Chunks follow from the problem alone, so that
-// sums are taken in the same order whatever the threads.
+// A chunk's gradients of the weights are summed in memory of its own. Chunks follow from the problem alone,
+// so that sums are taken in the same order whatever the threads.
+constexpr int kBackwardTokens = 128;  // of a group: the depth of the products that give weight gradients
 int64_t chunk_windows(const Params& p) {
-  constexpr int64_t kMaxChunks = 16, kTokens = 128;
-  return std::max((p.windows() + kMaxChunks - 1) / kMaxChunks, (kTokens + p.tokens() - 1) / p.tokens());
+  constexpr int64_t kMaxChunks = 16;
+  return std::max<int64_t>((p.windows() + kMaxChunks - 1) / kMaxChunks,
+                           (kBackwardTokens + p.tokens() - 1) / p.tokens());
 }
 
 struct BackwardCall {
@@ -106,8 +111,15 @@ struct BackwardCall {
 void forward_cpu(const Params& p, int threads) {
   const CpuKernel& cpu = kernel();
   const Plan plan(p, products(p), threads);
-  Call call{p, cpu, plan, nullptr, nullptr, nullptr, aligned(cpu.weights_size(p)),
-            aligned(cpu.forward_group_size(p, plan.group)), aligned(cpu.forward_own_size(p, plan.group))};
+  Call call{p,
+            cpu,
+            plan,
+            nullptr,
+            nullptr,
+            nullptr,
+            aligned(cpu.weights_size(p)),
+            aligned(cpu.forward_group_size(p, plan.group)),
+            aligned(cpu.forward_own_size(p, plan.group))};
   const size_t groups = plan.together ? 1 : plan.threads;
   call.weights = static_cast<char*>(
       thread_scratch(call.weights_size + groups * call.group_size + plan.threads * call.own_size));
@@ -124,7 +136,8 @@ void forward_cpu(const Params& p, int threads) {
 void backward_cpu(const Params& p, int threads) {
   const CpuKernel& cpu = kernel();
   const int chunks = static_cast<int>((p.windows() + chunk_windows(p) - 1) / chunk_windows(p));
-  const int group = static_cast<int>(std::min<int64_t>(group_windows(p), chunk_windows(p)));
+  const int group =
+      static_cast<int>(std::min<int64_t>(std::max(kBackwardTokens / p.tokens(), 1), chunk_windows(p)));
   threads = worthwhile_threads(3 * products(p), INT64_MAX, threads);
   BackwardCall call{p,
                     cpu,

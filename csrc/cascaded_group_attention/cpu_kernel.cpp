@@ -1,9 +1,9 @@
 // Cascaded group attention on the CPU, one instruction set.
 //
-// Floor of a window of N tokens, forward: 2 N (h (2k + d) d + k sum_i kappa_i^2 + h k N + C N + C^2) FLOPs and h N^2
-// exponentials, at 2 FMAs a cycle; the map crosses memory once each way, the weights once a group of windows.
-// The backward pass recomputes q, k, v and the probabilities: h (2k + d) d + k sum_i kappa_i^2 + h k N, once more,
-// and takes two products for each of the forward's.
+// Floor of a window of N tokens, forward: 2 N (h (2k + d) d + k sum_i kappa_i^2 + h k N + C N + C^2) FLOPs
+// and h N^2 exponentials, at 2 FMAs a cycle; the map crosses memory once each way, the weights once a group
+// of windows. The backward pass recomputes q, k, v and the probabilities: h (2k + d) d + k sum_i kappa_i^2 +
+// h k N, once more, and takes two products for each of the forward's.
 #include "cpu_kernel.h"
 
 #include "backward_cpu.h"
@@ -28,16 +28,16 @@ size_t forward_own_size(const Params& p, int windows) {
                                : ForwardOwn<float>(p, windows, Scratch(nullptr)).size;
 }
 void forward(const Params& p, const void* shared, void* group, void* own, int64_t first, int count,
-             const Team& team) {
+             const Team& team, bool fresh) {
   switch (p.dtype) {
     case DType::f64:
-      return Forward<double>(p, shared, group, own, first, count, team).run();
+      return Forward<double>(p, shared, group, own, first, count, team, fresh).run();
     case DType::f32:
-      return Forward<float>(p, shared, group, own, first, count, team).run();
+      return Forward<float>(p, shared, group, own, first, count, team, fresh).run();
     case DType::f16:
-      return Forward<f16>(p, shared, group, own, first, count, team).run();
+      return Forward<f16>(p, shared, group, own, first, count, team, fresh).run();
     case DType::bf16:
-      return Forward<bf16>(p, shared, group, own, first, count, team).run();
+      return Forward<bf16>(p, shared, group, own, first, count, team, fresh).run();
   }
 }
 
@@ -79,7 +79,8 @@ void reduce_table(const Params& p, char* partials, size_t size, int chunks) {
                      p.grad_attn_bias.stride[1], first.table + h * first.entries, size / sizeof(T), chunks,
                      p.tokens());
 }
-// The weights' and the table's dtypes differ, so the table comes with the last row rather than in a row of its own.
+// The weights' and the table's dtypes differ, so the table comes with the last row rather than in a row of
+// its own.
 template <class T>
 void reduce_as(const Params& p, char* partials, size_t size, int chunks, int begin, int end) {
   const auto weights = p.weight_dtype == DType::f64   ? reduce_weights<T, double>
@@ -103,8 +104,9 @@ void reduce(const Params& p, const char* partials, size_t size, int chunks, int 
 }  // namespace
 
 extern const CpuKernel kKernel;
-const CpuKernel kKernel = {weights_size,      prepare,  forward_group_size, forward_own_size, forward, backward_partial_size,
-                           backward_own_size, backward, reduce_rows,        reduce};
+const CpuKernel kKernel = {
+    weights_size,          prepare,           forward_group_size, forward_own_size, forward,
+    backward_partial_size, backward_own_size, backward,           reduce_rows,      reduce};
 
 }  // namespace VITKERNELS_ISA
 }  // namespace vitkernels::cascaded_group_attention

@@ -20,8 +20,8 @@ struct Team {
   int end(int n) const { return static_cast<int>(static_cast<int64_t>(n) * (rank + 1) / size); }
 };
 
-// Memory is 64-byte aligned. `shared` is seen by all threads, `group` by the team, `own` by one thread. What is
-// computed for a window depends neither on its group nor on the team, so results do not depend on threads.
+// Memory is 64-byte aligned. `shared` is seen by all threads, `group` by the team, `own` by one thread. What
+// is computed for a window depends neither on its group nor on the team, so results do not depend on threads.
 struct CpuKernel {
   // Weights in the form the kernels read; a team of all threads fills it and waits. 0 bytes: as they lie.
   size_t (*weights_size)(const Params&);
@@ -29,12 +29,12 @@ struct CpuKernel {
 
   size_t (*forward_group_size)(const Params&, int windows);
   size_t (*forward_own_size)(const Params&, int windows);
-  // Windows [first, first + count).
+  // Windows [first, first + count); `fresh` the first time that a thread hands in its `own`.
   void (*forward)(const Params&, const void* shared, void* group, void* own, int64_t first, int count,
-                  const Team& team);
+                  const Team& team, bool fresh);
 
-  // Windows [first, first + count) in groups of `group`, on one thread; their shares of the weight gradients go to
-  // `partial`. reduce adds `chunks` of those up in order, for the rows [begin, end) of reduce_rows.
+  // Windows [first, first + count) in groups of `group`, on one thread; their shares of the weight gradients
+  // go to `partial`. reduce adds `chunks` of those up in order, for the rows [begin, end) of reduce_rows.
   size_t (*backward_partial_size)(const Params&);
   size_t (*backward_own_size)(const Params&, int group);
   void (*backward)(const Params&, const void* shared, void* own, void* partial, int64_t first, int64_t count,

@@ -1,8 +1,8 @@
 // Depthwise convolution inside a window, tokens of a row in the lanes.
 //
-// A window's rows are copied into an image with zeros left and right of them; rows above and below are skipped
-// instead. A column of taps, the sums of a column of outputs and one input fit in 16 registers, so that every
-// load meets as many multiplications as there are taps in a column.
+// A window's rows are copied into an image with zeros left and right of them; rows above and below are
+// skipped instead. A column of taps, the sums of a column of outputs and one input fit in 16 registers, so
+// that every load meets as many multiplications as there are taps in a column.
 #pragma once
 #include "cascaded_group_attention.h"
 #include "vitkernels/matrix_cpu.h"
@@ -14,57 +14,65 @@ using namespace vitkernels::VITKERNELS_ISA;
 
 template <class T>
 struct Depthwise {
-  int wh, ww, largest, pitch;
-  T* images;  // [channels][wh][pitch]
+  int wh, ww, channels, border, pitch;
+  T* images;  // [channels][wh][pitch], a row from column `border` on
 
   Depthwise(const Params& p, int channels, Scratch& scratch)
       : wh(p.window_h),
         ww(p.window_w),
-        largest(p.kernel_max),
-        // Whole vectors are stored at the end of the row, and loaded from every tap's shift.
-        pitch((ww + kLanes<T> - 1) / kLanes<T> * kLanes<T> + p.kernel_max + 2 * kLanes<T>),
-        images(scratch.take<T>(static_cast<size_t>(channels) * wh * pitch)) {}
+        channels(channels),
+        border((p.kernel_max / 2 + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
+        // Rows are whole vectors; the last one is loaded from every tap's shift.
+        pitch(border + last_vector() + 2 * kLanes<T> + border),
+        images(scratch.take<T>(image() * channels)) {}
 
-  size_t image() const { return static_cast<size_t>(wh) * pitch; }
+  ptrdiff_t image() const { return static_cast<ptrdiff_t>(wh) * pitch; }
 
-  // Rows [channel][token] into images for a kernel of `size`. All channels before the first convolution: a load
-  // that spans two recent stores would wait for both.
-  void fill(const T* from, ptrdiff_t row, int channels, int size) const {
+  // Before the first fill: what lies around the rows stays zero.
+  void clear() const {
+    for (ptrdiff_t i = 0; i < image() * channels; ++i) images[i] = 0;
+  }
+
+  // Rows [channel][token] into images. All channels before the first convolution: a load that spans two
+  // recent stores would wait for both.
+  void fill(const T* from, ptrdiff_t row, int count) const {
     constexpr int L = kLanes<T>;
-    const int pad = size / 2;
-    for (int c = 0; c < channels; ++c)
+    const int last = last_vector();
+    Vec<T> live = {};
+    for (int i = 0; i < L; ++i) live[i] = last + i < ww ? T(1) : T(0);
+    const IntVec<T> inside = live > T(0);
+    for (int c = 0; c < count; ++c)
       for (int y = 0; y < wh; ++y) {
         const T* src = from + c * row + static_cast<ptrdiff_t>(y) * ww;
-        T* to = images + c * image() + static_cast<ptrdiff_t>(y) * pitch;
-        for (int i = 0; i < pad; ++i) to[i] = 0;
-        for (int i = 0; i < ww; i += L) store(to + pad + i, load(src + i));
-        for (int i = 0; i < pad + L; i += L) store(to + pad + ww + i, Vec<T>{});
+        T* to = images + c * image() + static_cast<ptrdiff_t>(y) * pitch + border;
+        for (int i = 0; i < last; i += L) store(to + i, load(src + i));
+        store(to + last, inside ? load(src + last) : Vec<T>{});
       }
   }
 
-  // sums[dy][dx][lanes] += this window's share of the gradient of the taps: `gradient` is the image of the output's
-  // gradient, filled for the same size.
+  // sums[dy][dx][lanes] += this window's share of the gradient of the taps; `gradient` has images of the
+  // output's gradient.
   void correlate(const Depthwise& gradient, int channel, int size, T* sums) const {
     const T *image = images + channel * this->image(), *g = gradient.images + channel * this->image();
-    const int pad = size / 2;
+    const int pad = size / 2, shift = border - pad;
     for (int dy = 0; dy < size; ++dy) {
       const int first = dy < pad ? pad - dy : 0, last = dy > pad ? wh - (dy - pad) : wh;
       for (int dx = 0; dx < size; ++dx, sums += kLanes<T>) {
         Vec<T> sum = load(sums);
         for (int y = first; y < last; ++y)
           for (int i = 0; i < ww; i += kLanes<T>)
-            sum += load(g + static_cast<ptrdiff_t>(y) * pitch + pad + i) *
-                   load(image + static_cast<ptrdiff_t>(y + dy - pad) * pitch + i + dx);
+            sum += load(g + static_cast<ptrdiff_t>(y) * pitch + border + i) *
+                   load(image + static_cast<ptrdiff_t>(y + dy - pad) * pitch + shift + i + dx);
         store(sums, sum);
       }
     }
   }
 
-  // to[token] = factor * (start + sum of taps); taps [size][taps_row]. Stores whole vectors, a row's last vector
-  // first: the next row's other stores overwrite its overhang, and the last row's goes where `to` has a vector of
-  // slack or is written later.
+  // to[token] = factor * (start + sum of taps); taps [size][taps_row]. Stores whole vectors, a row's last
+  // vector first: the next row's other stores overwrite its overhang, and the last row's goes where `to` has
+  // a vector of slack or is written later.
   void convolve(int channel, int size, const T* taps, ptrdiff_t taps_row, T start, T factor, T* to) const {
-    const T* image = images + channel * this->image();
+    const T* image = images + channel * this->image() + border - size / 2;
     if (wh == 7 && size == 3) return columns<7, 3>(image, taps, taps_row, start, factor, to);
     if (wh == 7 && size == 5) return columns<7, 5>(image, taps, taps_row, start, factor, to);
     if (wh == 7 && size == 7) return columns<7, 7>(image, taps, taps_row, start, factor, to);

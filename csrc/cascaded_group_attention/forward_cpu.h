@@ -1,8 +1,8 @@
 // The forward pass of a group of windows.
 //
-// Tokens of all windows of the group are the lanes of every matrix, channels its rows: the weights are then the
-// broadcast operand of the products and are read as they lie, the map's rows are the scratch's rows, and 49
-// tokens leave no lanes empty once several windows follow each other. Logits never leave a tile.
+// Tokens of all windows of the group are the lanes of every matrix, channels its rows: the weights are then
+// the broadcast operand of the products and are read as they lie, the map's rows are the scratch's rows, and
+// 49 tokens leave no lanes empty once several windows follow each other. Logits never leave a tile.
 #pragma once
 #include "depthwise_cpu.h"
 #include "vitkernels/tile_attention_cpu.h"
@@ -13,8 +13,8 @@
 namespace vitkernels::cascaded_group_attention {
 namespace VITKERNELS_ISA {
 
-// How the queries of a window are split among the members of a team. Which queries are odd (tile_attention_cpu.h)
-// does not depend on it, so that the split changes no bit.
+// How the queries of a window are split among the members of a team. Which queries are odd
+// (tile_attention_cpu.h) does not depend on it, so that the split changes no bit.
 template <class T>
 struct QueryTiles {
   int tokens, odd, vecs, count;
@@ -64,6 +64,7 @@ template <class T>
 struct ForwardOwn {
   WindowBias<T> table;
   Depthwise<T> depthwise;
+  bool cached;  // bias holds every head's tile, expanded for the thread's first group
   int64_t* place;
   T *bias, *s, *out, *inverse, *lse, *line;
   size_t size;
@@ -71,13 +72,16 @@ struct ForwardOwn {
   ForwardOwn(const Params& p, int windows, Scratch scratch)
       : table(p.window_h, p.window_w, false, false, scratch), depthwise(p, p.key_dim, scratch) {
     const size_t n = p.tokens(), width = QueryTiles<T>(p.tokens(), 1).width();
-    place = scratch.take<int64_t>(group_row<T>(p, windows));
-    bias = scratch.take<T>(n * width + kLanes<T>);
+    constexpr size_t kCachedLogits = 1 << 16;
+    cached = QueryTiles<T>(p.tokens(), 1).count == 1 && p.num_heads * n * width <= kCachedLogits;
+    bias = scratch.take<T>((cached ? p.num_heads : 1) * n * width + kLanes<T>);
     s = scratch.take<T>(n * width);
     out = scratch.take<T>(p.value_dim() * width);
     inverse = scratch.take<T>(width);
     lse = scratch.take<T>(width);
     line = scratch.take<T>(round_up_lanes<T>(p.tokens()));
+    // Last, since a smaller last group must find the bias where the first one left it.
+    place = scratch.take<int64_t>(group_row<T>(p, windows));
     size = scratch.used;
   }
 };
@@ -92,14 +96,19 @@ struct Forward {
   const ForwardOwn<T> own;
   const WindowGroup<E> windows;
   const Team& team;
+  const bool fresh;  // the thread's first group
 
-  Forward(const Params& p, const void* shared, void* group, void* mine, int64_t first, int count, const Team& team)
+  Forward(const Params& p, const void* shared, void* group, void* mine, int64_t first, int count,
+          const Team& team, bool fresh)
       : p(p),
         weights(p, const_cast<void*>(shared)),
         g(p, count, Scratch(group)),
         own(p, count, Scratch(mine)),
         windows{p, first, count, own.place},
-        team(team) {}
+        team(team),
+        fresh(fresh) {
+    if (fresh) own.depthwise.clear();
+  }
 
   int vecs() const { return round_up_lanes<T>(windows.lanes()) / kLanes<T>; }
 
@@ -119,13 +128,13 @@ struct Forward {
     const int begin = team.begin(p.key_dim), end = team.end(p.key_dim), dead = p.dead_taps(head);
     const int size = p.kernel_sizes[head], n = p.tokens();
     for (int w = 0; w < windows.count; ++w) {
-      own.depthwise.fill(g.y + begin * g.row + w * n, g.row, end - begin, size);
+      own.depthwise.fill(g.y + begin * g.row + w * n, g.row, end - begin);
       for (int c = begin; c < end; ++c) {
         const T* taps = weights.dw.data + head * weights.dw.stride[0] + c * weights.dw.stride[1] +
                         dead * (weights.dw.stride[2] + 1);
         own.depthwise.convolve(c - begin, size, taps, weights.dw.stride[2],
-                               weights.dw_bias.data[head * weights.dw_bias.stride[0] + c], static_cast<T>(p.scale),
-                               g.q + c * g.row + w * n);
+                               weights.dw_bias.data[head * weights.dw_bias.stride[0] + c],
+                               static_cast<T>(p.scale), g.q + c * g.row + w * n);
       }
     }
   }
@@ -133,14 +142,16 @@ struct Forward {
   void attention(int head) const {
     const QueryTiles<T> tiles(p.tokens(), windows.count < team.size ? ceil_div(team.size, windows.count) : 1);
     const int items = tiles.count * windows.count, n = p.tokens();
+    const bool cached = own.cached && tiles.count == 1;
+    T* bias = own.bias + (cached ? static_cast<ptrdiff_t>(head) * n * tiles.width() : 0);
     WindowBias<T> table = own.table;
-    int expanded = -1;
+    int expanded = cached && !fresh ? 0 : -1;
     for (int item = team.begin(items); item < team.end(items); ++item) {
       const int tile = item / windows.count, w = item % windows.count;
       const int start = tiles.start(tile), lanes = tiles.lanes(tile), width = tiles.width_of(tile);
       if (expanded != tile) {
         if (expanded < 0) table.read(p.table_dtype, p.attn_bias, head);
-        table.expand(own.bias, n, start, lanes, width);
+        table.expand(bias, n, start, lanes, width);
         expanded = tile;
       }
       const T* y = g.y + static_cast<ptrdiff_t>(w) * n;
@@ -151,7 +162,7 @@ struct Forward {
                           p.key_dim,
                           p.value_dim(),
                           g.q + static_cast<ptrdiff_t>(w) * n + start,
-                          own.bias,
+                          bias,
                           own.s,
                           own.out,
                           own.inverse,
@@ -205,12 +216,15 @@ struct Forward {
     }
     clear_padding();
     team.wait();
-    product(p.channels, p.channels, weights.proj.data, weights.proj.stride[0], weights.proj_bias.data, g.z, g.out);
+    product(p.channels, p.channels, weights.proj.data, weights.proj.stride[0], weights.proj_bias.data, g.z,
+            g.out);
     const int begin = team.begin(p.channels), end = team.end(p.channels);
-    windows.store_channels(p.out, p.residual ? p.x : View{}, begin, end - begin, g.out + begin * g.row, g.row);
+    windows.store_channels(p.out, p.residual ? p.x : View{}, begin, end - begin, g.out + begin * g.row,
+                           g.row);
   }
 
-  // Lanes beyond the last token are never read by a token, but what lies there must not slow the products down.
+  // Lanes beyond the last token are never read by a token, but what lies there must not slow the products
+  // down.
   void clear_padding() const {
     const int begin = team.begin(p.channels), end = team.end(p.channels);
     for (int c = begin; c < end; ++c)

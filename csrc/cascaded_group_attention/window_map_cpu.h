@@ -42,7 +42,8 @@ struct WindowGroup {
       const Window w(p, map, first + g);
       for (int y = 0; y < p.window_h; ++y)
         for (int x = 0; x < p.window_w; ++x)
-          place[lane++] = y < w.rows && x < w.columns ? w.offset + y * map.stride[2] + x * map.stride[3] : kNowhere;
+          place[lane++] =
+              y < w.rows && x < w.columns ? w.offset + y * map.stride[2] + x * map.stride[3] : kNowhere;
     }
     for (const int padded = round_up_lanes<T>(lane); lane < padded; ++lane) place[lane] = kNowhere;
   }
@@ -60,7 +61,8 @@ struct WindowGroup {
   }
 
   // map channels [from, from + channels) = rows (+ the same of `add`)
-  void store_channels(const View& map, const View& add, int from, int channels, const T* rows, ptrdiff_t row) const {
+  void store_channels(const View& map, const View& add, int from, int channels, const T* rows,
+                      ptrdiff_t row) const {
     E* data = static_cast<E*>(map.data) + from * map.stride[1];
     const E* more = add ? static_cast<const E*>(add.data) + from * add.stride[1] : nullptr;
     bool alike = true;
@@ -83,13 +85,18 @@ struct WindowGroup {
       const bool dense = w.rows == p.window_h && w.columns == p.window_w && map.stride[2] == p.window_w;
       const int length = dense ? n : p.window_w, height = dense ? 1 : p.window_h;
       const int inside = dense ? n : w.columns, rows = dense ? 1 : w.rows;
+      // A short row may be read whole, into the row below it.
+      const int whole = length <= L && inside == length && map.stride[2] + length >= L ? rows - 1 : 0;
       for (int c = 0; c < channels; ++c) {
         const E* from = data + w.offset + c * map.stride[1];
         T* dst = to + c * row + static_cast<ptrdiff_t>(g) * n;
-        for (int y = 0; y < height; ++y, from += map.stride[2], dst += length) {
+        for (int y = 0; y < whole; ++y, from += map.stride[2], dst += length) store(dst, load(from));
+        for (int y = whole; y < height; ++y, from += map.stride[2], dst += length) {
           const int live = y < rows ? inside : 0;
           for (int i = 0; i < length; i += L)
-            store(dst + i, i + L <= live ? load(from + i) : i < live ? load_first(from + i, live - i) : Vec<T>{});
+            store(dst + i, i + L <= live ? load(from + i)
+                           : i < live    ? load_first(from + i, live - i)
+                                         : Vec<T>{});
         }
       }
     }
@@ -131,6 +138,10 @@ struct WindowGroup {
       const Window w(p, map, first + g);
       const bool dense = w.columns == p.window_w && map.stride[2] == p.window_w;
       const int length = dense ? w.rows * p.window_w : w.columns, height = dense ? 1 : w.rows;
+      if (2 * length >= L && length < L) {
+        short_rows(map, w, data, more, channels, from + static_cast<ptrdiff_t>(g) * n, row, length, height);
+        continue;
+      }
       for (int c = 0; c < channels; ++c) {
         const ptrdiff_t offset = w.offset + c * map.stride[1];
         const T* src = from + c * row + static_cast<ptrdiff_t>(g) * n;
@@ -148,7 +159,38 @@ struct WindowGroup {
     }
   }
 
-  void store_tokens(const View& map, E* data, const E* more, int channels, const T* from, ptrdiff_t row) const {
+  // Rows of half a vector to a vector: two halves that overlap, which needs no mask.
+  void short_rows(const View& map, const Window& w, E* data, const E* more, int channels, const T* from,
+                  ptrdiff_t row, int length, int height) const {
+    constexpr int H = kLanes<T> / 2;
+    const int second = length - H;
+    const ptrdiff_t line = static_cast<ptrdiff_t>(map.stride[2]);
+    for (int c = 0; c < channels; ++c) {
+      E* to = data + w.offset + c * map.stride[1];
+      const E* x = more ? more + w.offset + c * map.stride[1] : nullptr;
+      const T* src = from + c * row;
+      for (int y = 0; y < height; ++y, src += p.window_w, to += line) {
+        if constexpr (kSame<E, T>) {
+          using Half = typename VectorOf<T, H>::type;
+          Half a = load_bytes<Half>(src), b = load_bytes<Half>(src + second);
+          if (x) {
+            a += load_bytes<Half>(x);
+            b += load_bytes<Half>(x + second);
+            x += line;
+          }
+          store_bytes(to, a);
+          store_bytes(to + second, b);
+        } else {
+          const Vec<T> last = load(src);
+          store_first(to, x ? load_first(x, length) + last : last, length);
+          if (x) x += line;
+        }
+      }
+    }
+  }
+
+  void store_tokens(const View& map, E* data, const E* more, int channels, const T* from,
+                    ptrdiff_t row) const {
     constexpr int L = kLanes<T>;
     find_places(map);
     const int total = lanes();

@@ -37,7 +37,10 @@ def test_every_kernel_is_compiled_for_every_dtype_and_target(usage: list[kernel_
 def test_no_kernel_spills(usage: list[kernel_report.Usage]) -> None:
     failing = [f"{row.kernel} [{row.variant}] {row.target}: {row.local} bytes" for row in usage if row.fails]
     assert not failing, "local memory beyond what the source explains:\n" + "\n".join(failing)
-    assert all(row.local == 0 for row in usage if "tokens dense" not in row.variant)
+    fp32_heads = {"forward_heads", "backward_head"}  # of cascaded group attention, as their comments say
+    for row in usage:
+        excepted = "tokens dense" in row.variant or ("float32" in row.variant and row.kernel in fp32_heads)
+        assert row.local == 0 or excepted, row
 
 
 def test_shared_memory_fits_every_supported_gpu(usage: list[kernel_report.Usage]) -> None:
@@ -57,6 +60,27 @@ def test_batch_size_never_recompiles(tmp_path: Path, monkeypatch: pytest.MonkeyP
             q, out = torch.empty(batch, 1, 16, 16), torch.empty(batch, 1, 16, 32)
             launcher.forward(out, torch.empty(batch, 1, 16), q, q, out, table, 4, 4, False, 0.25)
     assert len(compiled) == 1
+
+
+def test_batch_size_never_recompiles_cascaded_group_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from vitkernels.kernels.cascaded_group_attention import triton as launcher
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    shapes = ((1, 48, 16), (1, 48), (1, 16, 3, 3), (1, 16), (1, 16), (16, 16), (16,))
+    weights = [torch.empty(shape, dtype=torch.float16) for shape in shapes]
+    with kernel_report.compile_only(80) as compiled:
+        for batch in (1, 2, 3, 16, 4096):
+            x = torch.empty(batch, 16, 4, 4, dtype=torch.float16)
+            heads = torch.empty(batch, 16, 16, dtype=torch.float16)
+            inputs = (x, *weights, 4, 4, [3], 0.25, True)
+            launcher.forward(x, heads, *inputs)
+            launcher.backward(*inputs[:8], x, None, x, heads, *inputs)
+    # Sums are reduced to weights in fp16, and once to the fp32 that a table is made of.
+    assert len(compiled) == len({function for function, _ in compiled}) + 1
 
 
 def test_a_spilling_kernel_is_seen() -> None:

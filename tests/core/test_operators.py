@@ -190,7 +190,7 @@ def test_strided_inputs(sample, device):
     seeds = [torch.randn_like(o) for o in outputs_of(sample(dense))]
     want_outputs, want_grads = gradients(sample, dense, seeds)
     views = {
-        "last dimension strided": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+        "last dimension strided": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
         "offset into a wider buffer": lambda t: torch.nn.functional.pad(t, (3, 2))[..., 3:-2],
         "first dimension innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
         "every other element": lambda t: t.repeat_interleave(2, -1)[..., ::2],

@@ -6,10 +6,13 @@ from vitkernels.nn.cascaded_group_attention import (
     resize_attention_biases,
 )
 from vitkernels.nn.conv_norm import ConvNorm, NormLinear
+from vitkernels.nn.faster_kan import FasterKAN, FasterKANLayer
 
 __all__ = [
     "CascadedGroupAttention",
     "ConvNorm",
+    "FasterKAN",
+    "FasterKANLayer",
     "LocalWindowAttention",
     "NormLinear",
     "resize_attention_biases",

@@ -17,8 +17,8 @@ using RangeFn = void (*)(void* context, int64_t begin, int64_t end, int slot);
 // fn must not throw. Runs in the calling thread when threads <= 1 or inside another parallel region.
 void parallel_for(int64_t n, int threads, RangeFn fn, void* context);
 
-// Where the members of a team wait for each other. Spins, since the work between two waits is microseconds, and
-// yields to whoever else wants the processor when that takes long.
+// Where the members of a team wait for each other. Spins, since the work between two waits is microseconds,
+// and yields to whoever else wants the processor when that takes long.
 class TeamBarrier {
  public:
   void wait(int size);
@@ -29,8 +29,8 @@ class TeamBarrier {
 
 using TeamFn = void (*)(void* context, int rank, int size, TeamBarrier& barrier);
 
-// Calls fn once on each member of a team of at most `threads` threads, all of which run at the same time, so that
-// they may wait for each other. fn must not throw. A team of one where parallel_for would run serially.
+// Calls fn once on each member of a team of at most `threads` threads, all of which run at the same time, so
+// that they may wait for each other. fn must not throw. A team of one where parallel_for would run serially.
 void parallel_team(int threads, TeamFn fn, void* context);
 
 // How many threads `work` (floating-point operations) is worth, at most `threads`.

@@ -378,9 +378,38 @@ VITKERNELS_INLINE void interleave(Vec<T> a, Vec<T> b, Vec<T>& lo, Vec<T>& hi) {
   }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// 16 shuffles within the halves of a register and 8 that exchange halves; interleaving whole registers takes
+// twice as many.
+VITKERNELS_INLINE void transpose_8x8(Vec<float> (&rows)[8]) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    const __m256 even = bit_cast<__m256>(rows[i]), odd = bit_cast<__m256>(rows[i + 1]);
+    a[i] = _mm256_unpacklo_ps(even, odd);
+    a[i + 1] = _mm256_unpackhi_ps(even, odd);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = bit_cast<Vec<float>>(_mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+    rows[i + 4] = bit_cast<Vec<float>>(_mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+  }
+}
+#endif
+
 // Each pass interleaves the upper half of the rows into the lower; log2(lanes) passes transpose.
 template <class T>
 VITKERNELS_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (kSame<T, float>) return transpose_8x8(rows);
+#endif
   constexpr int lanes = kLanes<T>;
 #pragma GCC unroll 4
   for (int pass = 1; pass < lanes; pass *= 2) {

@@ -170,8 +170,8 @@ struct ForwardTile {
 // ---- backward
 
 // One tile of keys: probabilities p and logit gradients dl, [queries][width]; row r is a query. The logits
-// are those of the forward pass to the last bit: the same factors, summed in the same order. Without lse the tile
-// has all keys and none is odd, and the softmax is taken along the rows.
+// are those of the forward pass to the last bit: the same factors, summed in the same order. Without lse the
+// tile has all keys and none is odd, and the softmax is taken along the rows.
 template <class T>
 struct BackwardTile {
   int queries, width, lanes, odd, head_dim, value_dim;

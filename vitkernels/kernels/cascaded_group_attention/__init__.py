@@ -215,11 +215,26 @@ def _flops(
 
 
 def _cuda_limits(*inputs: Any) -> list[str]:
-    return _common_limits(*inputs)
+    reasons, x, (window_h, window_w) = _common_limits(*inputs), inputs[0], inputs[8:10]
+    tokens, (rows, value_dim) = window_h * window_w, inputs[1].shape[1:]
+    # What the plain backward keeps of a window: two of each of C, d, 2 k + d, k and N values a token.
+    kept = 2 * tokens * (x.shape[1] + value_dim + rows + inputs[3].shape[1] + tokens + 5)
+    size = kept * (8 if x.dtype is torch.float64 else 4)
+    if size >= 2**31:
+        reasons.append(f"takes windows whose intermediate results stay below 2 GB, got {size >> 20} MB")
+    return reasons
 
 
 def _triton_limits(*inputs: Any) -> list[str]:
-    return _common_limits(*inputs)
+    (heads, key_dim, largest, _), (window_h, window_w) = inputs[3].shape, inputs[8:10]
+    reasons, value_dim = _common_limits(*inputs), inputs[0].shape[1] // heads
+    if window_h * window_w > 64:  # a tile holds a window; beyond, its logits would spill
+        reasons.append(f"takes windows of up to 64 tokens, got {window_h * window_w}")
+    if value_dim > 128 or key_dim > 32:
+        reasons.append(f"takes k up to 32 and C / heads up to 128, got {key_dim} and {value_dim}")
+    if largest > 15:  # sizes are packed in four bits a head
+        reasons.append(f"takes depthwise kernels of up to 15 x 15, got {largest}")
+    return reasons
 
 
 def _common_limits(*inputs: Any) -> list[str]:
@@ -253,7 +268,6 @@ operator = Operator(
             "vitkernels.kernels.cascaded_group_attention.triton",
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
             limits=_triton_limits,
-            skips_by_products=True,
         ),
         Backend("cpu", _NATIVE, limits=_common_limits, skips_by_products=True),
     ),
