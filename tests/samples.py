@@ -91,6 +91,24 @@ def _cascade(
     return make
 
 
+def _ffn(channels: int, hidden: int, size: tuple[int, int], scales: bool, dw: bool) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        tensors = {
+            "x": torch.randn(batch, channels, *size),
+            "weight1": torch.randn(hidden, channels) * channels**-0.5,
+            "bias1": torch.randn(hidden),
+            "weight2": torch.randn(channels, hidden) * hidden**-0.5,
+            "bias2": torch.randn(channels),
+        }
+        if scales:
+            tensors |= {"scale1": torch.randn(hidden), "scale2": torch.randn(channels)}
+        if dw:
+            tensors |= {"dw_weight": torch.randn(channels, 3, 3) / 3, "dw_bias": torch.randn(channels)}
+        return tensors
+
+    return make
+
+
 def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[..., Any]:
     def make(batch: int) -> dict[str, torch.Tensor]:
         return {
@@ -105,6 +123,7 @@ def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[...
 
 
 _x = torch.randn(2, 2, 15, 8)
+_pixels = torch.randn(2, 5, 3, 4)
 _map = torch.randn(2, 5, 7, 2, 4)
 _image = torch.randn(2, 10, 4, 7)
 _floats = torch.zeros
@@ -231,6 +250,41 @@ SAMPLES = [
         _cascade(3, 16, 16, (4, 4), 16, 5),
         {"window_size": 4, "kernel_sizes": [5, 3, 3], "scale": 0.3},
     ),
+    Sample(
+        "residual_ffn-depthwise",
+        ops.residual_ffn,
+        _ffn(5, 7, (3, 4), True, True),
+        bad=[
+            ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
+            ({"x": _pixels[0]}, ValueError, "argument `x`: expected shape"),
+            ({"x": _pixels.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _pixels.double()}, TypeError, "argument `weight1`: expected dtype float64"),
+            (
+                {"weight1": torch.zeros(7, 4)},
+                ValueError,
+                "argument `weight1`: expected shape [hidden, C] = [*, 5]",
+            ),
+            (
+                {"weight1": torch.zeros(7, 5, 3, 3)},
+                ValueError,
+                "argument `weight1`: expected shape [hidden, C, 1, 1]",
+            ),
+            ({"weight1": torch.zeros(0, 5)}, ValueError, "argument `weight1`: expected at least one"),
+            ({"weight2": torch.zeros(5, 6)}, ValueError, "argument `weight2`: expected shape"),
+            ({"weight2": torch.zeros(5, 7).half()}, TypeError, "argument `weight2`: expected dtype float32"),
+            ({"bias1": None}, TypeError, "argument `bias1`: expected a tensor"),
+            ({"bias1": torch.zeros(7).half()}, TypeError, "argument `bias1`: expected dtype float32"),
+            ({"bias2": torch.zeros(5).double()}, TypeError, "argument `bias2`: expected dtype float32"),
+            ({"bias2": torch.zeros(5).to("meta")}, ValueError, "argument `bias2`: expected device cpu"),
+            ({"scale1": torch.zeros(5)}, ValueError, "argument `scale1`: expected shape"),
+            ({"scale2": torch.zeros(5, 1)}, ValueError, "argument `scale2`: expected shape"),
+            ({"dw_weight": torch.zeros(5, 5, 5)}, ValueError, "argument `dw_weight`: expected shape"),
+            ({"dw_weight": None}, ValueError, "argument `dw_weight`: expected a tensor"),
+            ({"dw_bias": None}, ValueError, "argument `dw_bias`: expected a tensor"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample("residual_ffn-plain", ops.residual_ffn, _ffn(8, 4, (1, 5), False, False)),
     Sample(
         "kan_linear",
         ops.kan_linear,

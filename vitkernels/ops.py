@@ -3,11 +3,13 @@
 from vitkernels.kernels.cascaded_group_attention import cascaded_group_attention
 from vitkernels.kernels.kan_linear import kan_linear
 from vitkernels.kernels.neighborhood_attention import neighborhood_attention
+from vitkernels.kernels.residual_ffn import residual_ffn
 from vitkernels.kernels.window_attention import window_attention
 
 __all__ = [
     "cascaded_group_attention",
     "kan_linear",
     "neighborhood_attention",
+    "residual_ffn",
     "window_attention",
 ]

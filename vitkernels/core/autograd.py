@@ -46,7 +46,8 @@ def apply_traced(operator: Operator, inputs: tuple[Any, ...]) -> Any:
     tensors = inputs[: len(operator.tensors)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return operator.traced.apply(*inputs)
-    return operator.forward_op(*inputs)
+    out = operator.forward_op(*inputs)
+    return (out,) if len(operator.outputs) == 1 else out
 
 
 _dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -74,6 +75,7 @@ def make_functions(
     # Dynamo rebuilds the closure of a Function, which works for ops, numbers and strings only.
     name, count = operator.name, len(operator.tensors)
     forward_op, backward_op = operator.forward_op, operator.backward_op
+    single = len(operator.outputs) == 1
 
     class Backward(torch.autograd.Function):
         """The backward as a node of its own, so that a second derivative is an error, not a zero."""
@@ -99,7 +101,7 @@ def make_functions(
 
         @staticmethod
         def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-            return forward_op(*args)
+            return (forward_op(*args),) if single else forward_op(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
