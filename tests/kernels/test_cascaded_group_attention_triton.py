@@ -223,7 +223,7 @@ def test_no_incoming_gradient_gives_zeros(guarded: Guarded) -> None:
 
 
 def test_dead_taps_get_no_gradient(guarded: Guarded) -> None:
-    case = replace(SMALL, sizes=(5, 1))
+    case = replace(SMALL, sizes=(5, 1), window=(3, 3), map=(3, 3))  # every tap meets a token
     grad = run_kernels(case, make_inputs(case, guarded), guarded, ("dw_weight",))["grad_dw_weight"]
     assert grad[0].all()
     assert grad[1, :, 2, 2].all()
