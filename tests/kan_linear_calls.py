@@ -51,7 +51,12 @@ def results(
 
 
 def launch(
-    module: Any, tensors: Inputs, grad_y: torch.Tensor, params: tuple[float, float] = PARAMS, /, **options: Any
+    module: Any,
+    tensors: Inputs,
+    grad_y: torch.Tensor,
+    params: tuple[float, float] = PARAMS,
+    /,
+    **options: Any,
 ) -> dict[str, torch.Tensor]:
     """The same from a backend's module, which fills outputs that hold NaN."""
     x, weight = tensors["x"], tensors["weight"]

@@ -92,18 +92,9 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     const Matrix<const T> k = readable<E, T>(matrix<const E>(p.k, b, h), n, p.head_dim, w.k);
     const Matrix<const T> v = readable<E, T>(matrix<const E>(p.v, b, h), n, p.value_dim, w.v);
     const int odd = odd_tokens(tiling, k.token == 1 && v.token == 1);
-    ForwardTile<T> task{n,
-                        tiling.width,
-                        odd,
-                        p.head_dim,
-                        p.value_dim,
-                        w.q,
-                        p.bias_table ? w.bias : nullptr,
-                        w.s,
-                        w.out,
-                        w.inverse,
-                        w.lse,
-                        w.row};
+    ForwardTile<T> task{
+        n,   tiling.width, odd,       p.head_dim, p.value_dim, w.q, p.bias_table ? w.bias : nullptr,
+        w.s, w.out,        w.inverse, w.lse,      w.row};
     const Matrix<E> out = matrix<E>(p.out, b, h);
     E* first = out.data + start * out.token;
     bool in_place = false;
@@ -115,8 +106,7 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
       }
     }
     task.run(k, v);
-    if (!in_place)
-      unpack(first, out.channel, out.token, w.out, tiling.width, p.value_dim, lanes, w.inverse);
+    if (!in_place) unpack(first, out.channel, out.token, w.out, tiling.width, p.value_dim, lanes, w.inverse);
     if (!p.lse) continue;
     T* lse =
         static_cast<T*>(p.lse.data) + b * p.lse.stride[0] + h * p.lse.stride[1] + start * p.lse.stride[2];
@@ -269,9 +259,10 @@ void backward_window(const Params& p, const BackwardScratch<T>& w, WindowBias<T>
     const Lanes<T> keys = lanes_of<E, T>(k, tiling, tile, odd, d, w.k);
     const Lanes<T> values = p.grad_out ? lanes_of<E, T>(v, tiling, tile, odd, dv, w.v) : Lanes<T>{};
     T* const bias_sum = p.grad_bias_table && w.cached ? w.tile_of(w.grad_bias, tile, n) : nullptr;
-    const BackwardTile<T> task{n,    width,       lanes, odd,   d,       p.grad_out ? dv : 0,
-                               keys.data, values.data, bias,  w.lse, w.delta, whole,
-                               w.p,  w.dl,        w.odd_p, w.odd_dl, keys.row, values.row, bias_sum};
+    const BackwardTile<T> task{n,         width,       lanes,   odd,      d,        p.grad_out ? dv : 0,
+                               keys.data, values.data, bias,    w.lse,    w.delta,  whole,
+                               w.p,       w.dl,        w.odd_p, w.odd_dl, keys.row, values.row,
+                               bias_sum};
     task.run(q, grad_out);
 
     if (p.grad_v)

@@ -171,7 +171,7 @@ class Operator:
         inputs = args[:-1]
         outputs = []
         for allocate in self.allocate:  # a loop: a generator costs as much as an allocation
-            outputs.append(allocate(*inputs))  # noqa: PERF401
+            outputs.append(allocate(*inputs))
         if outputs[0].numel():
             self.backends[args[-1]].load().forward(*outputs, *inputs)
         return tuple(outputs)

@@ -1,7 +1,7 @@
 // Small matrices on the CPU: scratch, the one matrix product, and the way in and out of strided tensors.
 //
-// The product is C[r][l] = (start[r] + add[r][l] + sum_k A(r, k) * B[k][l]) * factor[l]. A is read in place, one
-// broadcast scalar at a time and with any strides; B and C have l in the vector lanes.
+// The product is C[r][l] = (start[r] + add[r][l] + sum_k A(r, k) * B[k][l]) * factor[l]. A is read in place,
+// one broadcast scalar at a time and with any strides; B and C have l in the vector lanes.
 #pragma once
 #include "vitkernels/simd.h"
 
@@ -66,7 +66,7 @@ struct Product {
   ptrdiff_t add_row;
   T* c;
   ptrdiff_t c_row;
-  const T* start = nullptr;  // one number a row; null: nothing
+  const T* start = nullptr;   // one number a row; null: nothing
   const T* factor = nullptr;  // one number a lane, which multiplies the sums; null: nothing
 };
 

@@ -122,8 +122,8 @@ VITKERNELS_INLINE bool lanes_in_place(Matrix<E> m, int lanes, int odd) {
   return kSame<E, T> && m.token == 1 && (odd || lanes % kLanes<T> == 0);
 }
 
-// One tile of queries: out[channel][lane]. In scratch (out_row = 0) before the division by the sum of its column,
-// in place after it.
+// One tile of queries: out[channel][lane]. In scratch (out_row = 0) before the division by the sum of its
+// column, in place after it.
 template <class T>
 struct ForwardTile {
   int keys, width, odd, head_dim, value_dim;
@@ -257,8 +257,8 @@ struct BackwardTile {
     for (int i = 0; i < count; i += kLanes<T>) store(row + i, load(row + i) * inverse);
   }
 
-  // to[channel][lane] = sum over queries of m[query][channel] * p (or dl)[query][lane]; to's rows are `width` apart
-  // unless to_row says otherwise.
+  // to[channel][lane] = sum over queries of m[query][channel] * p (or dl)[query][lane]; to's rows are `width`
+  // apart unless to_row says otherwise.
   void sum_queries(Matrix<const T> m, int channels, const T* weights, const T* odd_weights, T* to,
                    ptrdiff_t to_row = 0) const {
     if (to_row == 0) to_row = width;

@@ -59,7 +59,22 @@ def backward(
         if native.lends and not q.is_cuda:
             module.window_attention_backward_cpu(
                 torch.get_num_threads(),
-                *(0, 0, grad_q, grad_k, grad_v, grad_bias_table, grad_out, grad_lse, out, lse, q, k, v, bias_table),
+                *(
+                    0,
+                    0,
+                    grad_q,
+                    grad_k,
+                    grad_v,
+                    grad_bias_table,
+                    grad_out,
+                    grad_lse,
+                    out,
+                    lse,
+                    q,
+                    k,
+                    v,
+                    bias_table,
+                ),
                 *params,
             )
             return
