@@ -74,11 +74,16 @@ def mix_folded(
         fold = keep(module, sources, (dtype, *eps), lambda: CascadeFold(pairs, heads, dtype))
         weights, kernel_sizes = fold.weights, fold.kernel_sizes
     table = module.attention_biases
+    qkv_weight, qkv_bias, dw_weight, dw_bias, proj_weight, proj_bias = weights
     return ops.cascaded_group_attention(
         x,
-        *weights[:4],
+        qkv_weight,
+        qkv_bias,
+        dw_weight,
+        dw_bias,
         table,
-        *weights[4:],
+        proj_weight,
+        proj_bias,
         window_size=math.isqrt(table.shape[1]),
         kernel_sizes=kernel_sizes,
         scale=module.scale,

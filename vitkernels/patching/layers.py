@@ -90,11 +90,16 @@ class WindowedCascade(Keeping):
         return mix(self, x, backend=self.vitkernels_backend)
 
 
+def runs_as(module: Any, mixin: type[Patched]) -> bool:
+    """Whether a module's forward is the mixin's."""
+    return isinstance(module, mixin)
+
+
 class WindowPartition(Patched):
     """Window partition, padding and reverse, which the mixer in it does itself."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         attn = self.attn
-        if isinstance(attn, WindowedCascade) and not has_hooks(attn):
+        if runs_as(attn, WindowedCascade) and not has_hooks(attn):
             return attn(x)
         return in_windows(x, bias_side(attn.attention_biases), attn)

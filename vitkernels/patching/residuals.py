@@ -13,7 +13,7 @@ from vitkernels.nn.conv_norm import affine, fold_conv_norm, has_hooks
 from vitkernels.nn.folded_cascade import mix_folded
 from vitkernels.nn.kept import Kept, keep, transformed
 from vitkernels.patching.folding import FoldedConvNorm, FusedFFN, requires_grad, sources_of, with_relu
-from vitkernels.patching.layers import Keeping, Patched, WindowedCascade, WindowPartition
+from vitkernels.patching.layers import Keeping, Patched, WindowedCascade, WindowPartition, runs_as
 
 
 class _Vectors(Kept):
@@ -22,11 +22,12 @@ class _Vectors(Kept):
     """
 
     def __init__(self, first: Any, second: Any, dw: Any) -> None:
-        self.arguments: dict[str, torch.Tensor] = {}
+        self.arguments: dict[str, Any] = {}
         for number, (conv, norm) in ((1, first), (2, second)):
             self.arguments[f"scale{number}"], self.arguments[f"bias{number}"], dtype = affine(norm, conv)
         if dw is not None:
-            taps, self.arguments["dw_bias"] = fold_conv_norm(*dw, dtype)
+            conv, norm = dw
+            taps, self.arguments["dw_bias"] = fold_conv_norm(conv, norm, dtype)
             self.arguments["dw_weight"] = taps.squeeze(1)
 
 
@@ -37,7 +38,7 @@ class FusedResidual(Keeping):
         if self.training:  # may drop the path
             return super().forward(x)  # type: ignore[misc]
         inner = self._modules["m"]
-        if isinstance(inner, (WindowPartition, WindowedCascade)):
+        if runs_as(inner, WindowPartition) or runs_as(inner, WindowedCascade):
             y = _residual_mixer(inner, x)
         else:
             y = _run_unit(None, self, x)
@@ -47,9 +48,9 @@ class FusedResidual(Keeping):
 def _residual_mixer(inner: Any, x: torch.Tensor) -> torch.Tensor | None:
     if has_hooks(inner):
         return None
-    if isinstance(inner, WindowPartition):
+    if runs_as(inner, WindowPartition):
         inner = inner._modules["attn"]
-        if not isinstance(inner, WindowedCascade) or has_hooks(inner):
+        if not runs_as(inner, WindowedCascade) or has_hooks(inner):
             return None
     return mix_folded(inner, x, residual=True, backend=inner.vitkernels_backend)
 
@@ -97,11 +98,11 @@ def residual_unit(dw: Any, ffn: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def is_depthwise_unit(module: Any) -> bool:
-    return isinstance(module, FusedResidual) and isinstance(module._modules["m"], FoldedConvNorm)
+    return runs_as(module, FusedResidual) and runs_as(module._modules["m"], FoldedConvNorm)
 
 
 def is_ffn_unit(module: Any) -> bool:
-    return isinstance(module, FusedResidual) and isinstance(module._modules["m"], FusedFFN)
+    return runs_as(module, FusedResidual) and runs_as(module._modules["m"], FusedFFN)
 
 
 def _run_unit(dw: Any, ffn: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -109,7 +110,7 @@ def _run_unit(dw: Any, ffn: Any, x: torch.Tensor) -> torch.Tensor | None:
     if type(x) is not torch.Tensor or x.ndim != 4 or not _has_kernel(x):
         return None
     inner = ffn._modules["m"]
-    if not isinstance(inner, FusedFFN) or has_hooks(inner):
+    if not runs_as(inner, FusedFFN) or has_hooks(inner):
         return None
     parts = inner._modules
     act = parts["act"]
@@ -123,8 +124,8 @@ def _run_unit(dw: Any, ffn: Any, x: torch.Tensor) -> torch.Tensor | None:
         return None
     weight1, *rest1 = sources_of(*first)
     weight2, *rest2 = sources_of(*second)
-    sources = (*rest1, *rest2)
-    eps = (first[1].eps, second[1].eps)
+    sources: tuple[Any, ...] = (*rest1, *rest2)
+    eps: tuple[Any, ...] = (first[1].eps, second[1].eps)
     if third is not None:
         if not _is_depthwise(third[0], x.shape[1]):
             return None
@@ -151,7 +152,7 @@ def _has_kernel(x: torch.Tensor) -> bool:
 
 def _quiet_pair(module: Any) -> Any:
     """(convolution, batch norm) of a folded pair in eval mode that nobody listens to, else None."""
-    if not isinstance(module, FoldedConvNorm) or has_hooks(module):
+    if not runs_as(module, FoldedConvNorm) or has_hooks(module):
         return None
     conv, norm = module._modules.values()
     return None if norm.training or has_hooks(conv) or has_hooks(norm) else (conv, norm)

@@ -180,7 +180,7 @@ def _composition(convolution: Convolution) -> Callable[[Inputs, bool], Function]
         # In eval mode the public models keep the gathered bias.
         kept = None if training else inputs.tensors["attn_bias"][:, index]
 
-        def run(attn_bias: Tensor, **others: Tensor) -> Tensor:
+        def run(attn_bias: Tensor, **others: Any) -> Tensor:
             bias = attn_bias[:, index] if kept is None else kept
             return mixer(**others, bias=bias, convolution=convolution, **inputs.options)
 

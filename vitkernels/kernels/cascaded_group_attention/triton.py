@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -295,10 +296,11 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
             (heads, 16), (heads, window**2), (channels, channels), (channels,),
         )  # fmt: skip
         weights = [torch.empty(shape, dtype=dtype) for shape in shapes]
-        inputs = (x, *weights, window, window, sizes, 0.25, True)
+        inputs: tuple[Any, ...] = (x, *weights, window, window, sizes, 0.25, True)
 
         def call(out=out, features=features, inputs=inputs):
             forward(out, features, *inputs)
-            backward(*inputs[:8], out, None, out, features, *inputs)
+            arguments: list[Any] = [*inputs[:8], out, None, out, features, *inputs]
+            backward(*arguments)
 
         yield f"C={channels} heads={heads} {window}x{window} {'nhwc' if channels_last else 'nchw'}", call

@@ -71,9 +71,10 @@ class Shape:
 
 def shape_of(x: Tensor, qkv_weight: Tensor, dw_weight: Tensor, window_h, window_w, kernel_sizes) -> Shape:
     heads, key_dim, kernel_max, _ = dw_weight.shape
+    batch, channels, height, width = x.shape
     return Shape(
-        *x.shape, heads, key_dim, qkv_weight.shape[2], window_h, window_w, kernel_max, tuple(kernel_sizes),
-        x.element_size(),
+        batch, channels, height, width, heads, key_dim, qkv_weight.shape[2], window_h, window_w, kernel_max,
+        tuple(kernel_sizes), x.element_size(),
     )  # fmt: skip
 
 

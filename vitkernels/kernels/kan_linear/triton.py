@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -133,7 +134,7 @@ def _backward_u(grad_x, grad_ln_weight, grad_ln_bias, grad_grid, dy, inputs, w, 
     for gradient, partials in ((grad_ln_weight, scale), (grad_ln_bias, shift)):
         if gradient is not None:
             gradient.copy_(partials.sum(0))
-    if grad_grid is not None:
+    if grad_grid is not None and centres is not None:
         grad_grid.copy_(centres.sum(0)[: grid.shape[0]])
     if grad_x is not None:
         backward_norm[(triton.cdiv(count, ROWS["BLOCK_N"]),)](
@@ -185,11 +186,12 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
         x, weight = torch.empty(196, 64, dtype=x_dtype), torch.empty(128, 64 * grids, dtype=dtype)
         y, row = torch.empty(196, 128, dtype=dtype), torch.empty(196)
         small = (torch.empty(64), torch.empty(64), torch.empty(grids))
-        inputs = (x, weight, *small, 1 / 0.33, 1e-5)
+        inputs: tuple[Any, ...] = (x, weight, *small, 1 / 0.33, 1e-5)
 
         def call(x=x, weight=weight, y=y, row=row, small=small, inputs=inputs):
             forward(y, row, row, *inputs)
-            backward(x, weight, *small, y, None, None, y, row, row, *inputs)
+            arguments: list[Any] = [x, weight, *small, y, None, None, y, row, row, *inputs]
+            backward(*arguments)
 
         label = f"I=64 J=128 G={grids}"
         yield label if x_dtype is dtype else f"{label} x float32", call
