@@ -34,7 +34,8 @@ def test_edits_of_all_elements_at_once_do_not_cancel(count: int) -> None:
     edits = [tensor, -tensor, tensor * 2, tensor / 2, tensor * 1.5, tensor + 1, 0 * tensor, 0 * tensor + 1]
     edits += [tensor.flip(0), tensor.roll(1), tensor.roll(32), tensor.view(2, -1).flip(0).flatten()]
     edits += [tensor.view(-1, 32)[:, torch.randperm(32)].flatten(), tensor.view(-1, 32).flip(0).flatten()]
-    assert len({fingerprint(edit.contiguous()) for edit in edits}) == len(edits)
+    distinct = {edit.contiguous().numpy().tobytes() for edit in edits}  # of 64 elements, three are one
+    assert len({fingerprint(edit.contiguous()) for edit in edits}) == len(distinct) > 11
 
 
 def test_what_else_counts() -> None:
