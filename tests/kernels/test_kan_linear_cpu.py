@@ -194,10 +194,11 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_below_a_quarter_of_eager():
     """Of a stage of MedViTV2-S, forward and backward, in a process each: the kernels' scratch is malloc'ed."""
     code = (
-        "import resource, sys, torch\n"
+        "import sys, torch\n"
         "import kan_linear_calls as calls\n"
         "from vitkernels import ops\n"
         "torch.set_num_threads(1)\n"
@@ -205,10 +206,14 @@ def test_peak_memory_is_below_a_quarter_of_eager():
         "    tensors = [t.requires_grad_(i < 4) for i, t in enumerate(calls.inputs(rows, 256, 512).values())]\n"
         "    y = ops.kan_linear(*tensors, backend=sys.argv[1])\n"
         "    y.backward(torch.ones_like(y))\n"
+        # Not ru_maxrss, which starts at what the parent had.
+        "def peak():\n"
+        "    status = open('/proc/self/status').read()\n"
+        "    return int(status.split('VmHWM:')[1].split()[0])\n"
         "run(8)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
         "run(6272)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "print(peak() - before)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "1"}
 
@@ -220,7 +225,7 @@ def test_peak_memory_is_below_a_quarter_of_eager():
 
     kernels, eager = peak("cpu"), peak("reference")
     print(f"peak beyond the warm process: kernels {kernels} KiB, plain PyTorch {eager} KiB")
-    assert kernels < eager / 4
+    assert 0 < kernels < eager / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
