@@ -1,0 +1,112 @@
+"""Launches the Triton kernels of neighborhood attention: which tiles, how many programs.
+
+The configuration follows from map, kernel, head dims and dtype alone: no autotuning, and a new batch size never
+recompiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkernels.core.triton_tiles import device_of, padded
+from vitkernels.kernels.neighborhood_attention.triton_forward import forward_map
+
+
+@cache
+def tile_shape(rows: int, columns: int, groups: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of tiles of up to `rows` tokens, of groups of the given size, that make the least work.
+
+    The work of a tile is the blocks of `columns` slots in the box that it meets; a tile costs one more to begin.
+    Equal tiles, so that none is nearly empty.
+    """
+    best, least = (1, 1), None
+    for most in range(1, min(rows, groups[0]) + 1):
+        tiles_y, tiles_x = -(-groups[0] // most), -(-groups[1] // min(rows // most, groups[1]))
+        tile = -(-groups[0] // tiles_y), -(-groups[1] // tiles_x)
+        met = [min(t + k - 1, n) for t, k, n in zip(tile, kernel, groups, strict=True)]
+        work = tiles_y * tiles_x * (1 + -(-met[0] * met[1] // columns))
+        if least is None or work < least:
+            best, least = tile, work
+    return best
+
+
+@cache
+def configuration(
+    sizes: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int], head_dim: int, value_dim: int,
+    itemsize: int,
+) -> tuple[tuple[int, ...], dict[str, int], int]:
+    """The kernels' `size`, their constants, and the tiles of a map."""
+    groups = tuple(-(-n // d) for n, d in zip(sizes, dilation, strict=True))
+    wide = max(head_dim, value_dim) > 64
+    block_m = min(32 if wide else 64, padded(groups[0] * groups[1]))
+    block_n = min(32, padded(groups[0] * groups[1]))
+    tile = tile_shape(block_m, block_n, groups, kernel)
+    tiles = tuple(-(-n // t) for n, t in zip(groups, tile, strict=True))
+    constants = {
+        "TILE_Y": tile[0], "TILE_X": tile[1], "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "BLOCK_D": padded(head_dim), "BLOCK_V": padded(value_dim),
+        "num_warps": 4 if itemsize == 2 else 8, "num_stages": 1,
+    }  # fmt: skip
+    return (*sizes, *dilation, *tiles), constants, tiles[0] * tiles[1] * dilation[0] * dilation[1]
+
+
+def _on_map(values: Sequence[Any], before: Any) -> tuple[Any, Any]:
+    """A value for each of two axes: a sequence is a map of height 1."""
+    return (before, values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+def _strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
+    """(batch, y, x, head, and if there are any, channel)."""
+    if tensor is None:
+        return (0,) * 5
+    strides = tensor.stride()
+    return strides if axes == 2 else (strides[0], 0, *strides[1:])
+
+
+class _Call:
+    """What the kernels of one call share."""
+
+    def __init__(
+        self, q: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int], is_causal: Sequence[bool]
+    ) -> None:
+        self.axes = len(kernel_size)
+        self.batch, self.heads, head_dim, value_dim = q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1]
+        kernel, causal = _on_map(kernel_size, 1), _on_map(is_causal, False)
+        sizes, dilations = _on_map(q.shape[1 : 1 + self.axes], 1), _on_map(dilation, 1)
+        self.size, constants, self.tiles = configuration(
+            sizes, kernel, dilations, head_dim, value_dim, q.element_size()
+        )
+        self.constants = {
+            "KERNEL_Y": kernel[0], "KERNEL_X": kernel[1], "CAUSAL_Y": causal[0], "CAUSAL_X": causal[1],
+            "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, **constants,
+        }  # fmt: skip
+
+    def strides(self, *tensors: Tensor | None) -> tuple[tuple[int, ...], ...]:
+        return tuple(_strides(tensor, self.axes) for tensor in tensors)
+
+
+def forward(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> None:
+    """Fills out, and lse unless it is None."""
+    call = _Call(q, v, kernel_size, dilation, is_causal)
+    with device_of(q):
+        forward_map[(call.batch * call.tiles * call.heads,)](
+            out, lse, q, k, v, None if rpb is None else rpb.contiguous(), *call.strides(out, lse, q, k, v),
+            call.size, call.heads, scale, **call.constants,
+        )  # fmt: skip
