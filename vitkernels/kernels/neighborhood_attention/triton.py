@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from vitkernels.core.triton_tiles import device_of, padded
+from vitkernels.kernels.neighborhood_attention.triton_backward import backward_key_map, backward_query_map
 from vitkernels.kernels.neighborhood_attention.triton_forward import forward_map
+from vitkernels.kernels.neighborhood_attention.triton_rpb import backward_rpb_map, reduce_rpb_map
+
+# Programs that fill a large GPU a few times over; the rpb gradient sums further maps in registers.
+RPB_PROGRAMS = 2048
+# Of partial sums, beyond the one chunk that there must be.
+PARTIAL_BYTES = 64 << 20
 
 
 @cache
@@ -110,3 +117,91 @@ def forward(
             out, lse, q, k, v, None if rpb is None else rpb.contiguous(), *call.strides(out, lse, q, k, v),
             call.size, call.heads, scale, **call.constants,
         )  # fmt: skip
+
+
+def batch_chunks(batch: int, per_chunk: int, chunk_bytes: int) -> int:
+    """Into how many chunks the maps are split, evenly, for enough programs and not too many bytes."""
+    limit = max(1, min(RPB_PROGRAMS // per_chunk, PARTIAL_BYTES // chunk_bytes))
+    rounds = -(-batch // limit)
+    return -(-batch // rounds)
+
+
+def _scratch(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def backward(
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
+    grad_rpb: Tensor | None,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> None:
+    """Fills the gradients that are not None; an absent incoming gradient is zero."""
+    if grad_out is None:
+        if grad_v is not None:
+            grad_v.zero_()
+            grad_v = None
+        if grad_lse is None:
+            for grad in (grad_q, grad_k, grad_rpb):
+                if grad is not None:
+                    grad.zero_()
+            return
+    if grad_q is None and grad_k is None and grad_v is None and grad_rpb is None:
+        return
+    call = _Call(q, v, kernel_size, dilation, is_causal)
+    rpb = None if rpb is None else rpb.contiguous()
+    programs = (call.batch * call.tiles * call.heads,)
+    delta = _scratch(q, call.batch, *q.shape[1:-1])
+    with device_of(q):
+        backward_query_map[programs](
+            grad_q, delta, grad_out, grad_lse, out, lse, q, k, v, rpb,
+            *call.strides(grad_q, grad_out, grad_lse, out, lse, q, k, v), call.size, call.heads, scale,
+            **call.constants,
+        )  # fmt: skip
+        if grad_k is not None or grad_v is not None:
+            backward_key_map[programs](
+                grad_k, grad_v, grad_out, lse, delta, q, k, v, rpb,
+                *call.strides(grad_k, grad_v, grad_out, lse, q, k, v), call.size, call.heads, scale,
+                **call.constants,
+            )  # fmt: skip
+        if grad_rpb is not None:
+            _backward_rpb(call, grad_rpb, grad_out, lse, delta, q, k, v, rpb, scale)
+
+
+def _backward_rpb(
+    call: _Call, grad_rpb: Tensor, grad_out: Tensor | None, lse: Tensor, delta: Tensor, q: Tensor, k: Tensor,
+    v: Tensor, rpb: Tensor | None, scale: float,
+) -> None:
+    (height, width, *dilation, _, _), constants = call.size, call.constants
+    kernel = constants["KERNEL_Y"], constants["KERNEL_X"]
+    tile = constants["TILE_Y"], constants["TILE_X"]
+    met = [
+        min(t + k - 1, -(-n // d)) for t, k, n, d in zip(tile, kernel, (height, width), dilation, strict=True)
+    ]
+    blocks = -(-met[0] * met[1] // constants["BLOCK_N"])
+    window = kernel[0] * kernel[1]
+    per_chunk = call.tiles * call.heads * blocks
+    chunks = batch_chunks(call.batch, per_chunk, 4 * call.heads * window * height * width)
+    partials = _scratch(q, chunks, call.heads, window, height * width)
+    backward_rpb_map[(chunks * per_chunk,)](
+        partials, grad_out, lse, delta, q, k, v, rpb, *call.strides(grad_out, lse, q, k, v), call.size,
+        call.batch, call.heads, chunks, blocks, scale, **constants,
+    )  # fmt: skip
+    strides = grad_rpb.stride()
+    reduce_rpb_map[(grad_rpb.numel(),)](
+        grad_rpb, partials, strides[0], 0 if call.axes == 1 else strides[1], strides[-1], call.size, call.heads,
+        chunks, KERNEL_Y=kernel[0], KERNEL_X=kernel[1], BLOCK=min(1024, padded(height * width)), num_warps=4,
+    )  # fmt: skip
