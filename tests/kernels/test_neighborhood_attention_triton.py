@@ -20,6 +20,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process with TRITON_INTERPRET=1 (make test starts one)", allow_module_level=True)
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from neighborhood_twin import (
     F16,
     F32,
@@ -37,7 +39,7 @@ from neighborhood_twin import (
 
 from vitkernels import ops
 from vitkernels.core.backends import BackendError
-from vitkernels.kernels.neighborhood_attention import reference, triton_map
+from vitkernels.kernels.neighborhood_attention import reference, triton_map, triton_rpb
 from vitkernels.kernels.neighborhood_attention import triton as launcher
 
 # What the interpreter says about tiles that a group shorter than the others leaves empty.
@@ -277,23 +279,14 @@ def test_nan_stays_in_its_map_head_and_group(guarded: Guarded) -> None:
         assert torch.equal(tensor[~hit], clean[name][~hit]), name
 
 
-def _truncated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows that end at the border instead of being shifted inward."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def window_start(number, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
-        if CAUSAL:
-            return tl.maximum(number - (KERNEL - 1), 0)
-        else:
-            return number - KERNEL // 2
-
-    monkeypatch.setattr(triton_map, "window_start", window_start)
+@triton.jit
+def wrong_window_start(number, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
+    """The window of the last queries is shifted one key too far inward."""
+    return tl.maximum(tl.minimum(number - KERNEL // 2, length - KERNEL - 1), 0)
 
 
 def test_wrong_results_are_rejected(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison sees a mirrored table, a scale off by 1 %, a lost key, and a window cut off at the border."""
+    """The comparison sees a mirrored table, a scale off by 1 %, a lost key, and a wrong border."""
     case = square((5, 7), 3, dtype=F32, rpb=F32)
     memory = Memory(case, guarded)
     inputs = make_inputs(case, memory)
@@ -305,7 +298,8 @@ def test_wrong_results_are_rejected(guarded: Guarded, monkeypatch: pytest.Monkey
     lost[:, -1] = 0
     wrong = [{"rpb": tensors["rpb"].flip(2)}, {"q": tensors["q"] * 1.01}, {"k": lost}]
     results = [run_kernels(case, replace(inputs, tensors={**tensors, **change}), memory) for change in wrong]
-    _truncated(monkeypatch)
+    for module in (triton_map, triton_rpb):
+        monkeypatch.setattr(module, "window_start", wrong_window_start)
     results.append(run_kernels(case, inputs, memory))
     for result, name in product(results, truth):
         with pytest.raises(AssertionError, match="exceeds"):

@@ -209,8 +209,8 @@ def _triton_limits(q: Any, k: Any, v: Any, rpb: Any, kernel_size: Any, *_: Any) 
         reasons.append(f"takes head_dim and value_dim up to 256, got {width}")
     # What 32 bits hold of a token, and 24 of its slot in the box of queries that a tile of keys meets.
     met = [min(size, 2 * kernel + 64) for size, kernel in zip(sizes, kernel_size, strict=True)]
-    if math.prod(sizes) >= 2**30 or math.prod(met) > 2**20:
-        reasons.append(f"takes maps of fewer than 2**30 tokens and kernels of fewer than 2**18, got {kernel_size}")
+    if math.prod(sizes) > 2**30 or math.prod(met) > 2**20:
+        reasons.append(f"takes maps of up to 2**30 tokens and kernels of up to 480 x 480, got {kernel_size}")
     return reasons
 
 

@@ -205,3 +205,28 @@ def _backward_rpb(
         grad_rpb, partials, strides[0], 0 if call.axes == 1 else strides[1], strides[-1], call.size, call.heads,
         chunks, KERNEL_Y=kernel[0], KERNEL_X=kernel[1], BLOCK=min(1024, padded(height * width)), num_warps=4,
     )  # fmt: skip
+
+
+# (map, kernel, dilation, causal, head_dim and value_dim): MedViTV2 and NAT at 224 px, a dilated causal sequence,
+# the widest heads.
+EXAMPLES = (
+    ((56, 56), 7, 1, False, 32),
+    ((512,), 16, 4, True, 64),
+    ((28, 28), 7, 2, False, 256),
+)
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls that launch every kernel at representative sizes, for compiling them without a GPU."""
+    for sizes, kernel, dilation, causal, width in EXAMPLES:
+        axes = len(sizes)
+        q, k, v = torch.empty(2, *sizes, 3, 2, width, dtype=dtype).unbind(1 + axes)
+        out, lse = torch.empty(q.shape, dtype=dtype), torch.empty(q.shape[:-1])
+        rpb = None if causal else torch.empty(2, *(2 * kernel - 1,) * axes)
+        inputs = (q, k, v, rpb, (kernel,) * axes, (1,) * axes, (dilation,) * axes, (causal,) * axes, width**-0.5)
+
+        def call(out=out, lse=lse, q=q, k=k, v=v, rpb=rpb, inputs=inputs):
+            forward(out, lse, *inputs)
+            backward(q, k, v, rpb, out, lse, out, lse, *inputs)
+
+        yield f"{'x'.join(map(str, sizes))} k={kernel} d={width}{' causal' if causal else ''}", call
