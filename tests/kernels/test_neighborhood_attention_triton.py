@@ -67,9 +67,7 @@ def run_kernels(case: Case, inputs: Inputs, memory: Memory) -> Results:
         else memory(tuple(tensor.shape), tensor.dtype)
         for name, tensor in inputs.tensors.items()
     }
-    launcher.backward(
-        *grads.values(), inputs.grad_out, inputs.grad_lse, out, lse, *arguments, *case.params
-    )
+    launcher.backward(*grads.values(), inputs.grad_out, inputs.grad_lse, out, lse, *arguments, *case.params)
     memory.check()
     return {"out": out, "lse": lse, **{name: grad for name, grad in grads.items() if grad is not None}}
 
@@ -154,7 +152,9 @@ def test_golden_vector(vector: str, guarded: Guarded) -> None:
     expected = {name: values for name, *values in map(str.split, GOLDEN[vector].strip().splitlines())}
     for name, values in expected.items():
         want = torch.tensor([float(value) for value in values])
-        torch.testing.assert_close(got[name].flatten(), want, atol=4e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name].flatten(), want, atol=4e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
@@ -260,7 +260,9 @@ def test_a_forbidden_offset_gets_no_weight(guarded: Guarded) -> None:
         run_reference(case, inputs, F64),
     ]
     assert not results[0]["grad_rpb"][:, 3:].any()
-    compare(case, *({name: result[name] for name in ("out", "grad_q", "grad_k", "grad_v")} for result in results))
+    compare(
+        case, *({name: result[name] for name in ("out", "grad_q", "grad_k", "grad_v")} for result in results)
+    )
 
 
 def test_nan_stays_in_its_map_head_and_group(guarded: Guarded) -> None:

@@ -44,7 +44,11 @@ def tile_shape(rows: int, columns: int, groups: tuple[int, int], kernel: tuple[i
 
 @cache
 def configuration(
-    sizes: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int], head_dim: int, value_dim: int,
+    sizes: tuple[int, int],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    head_dim: int,
+    value_dim: int,
     itemsize: int,
 ) -> tuple[tuple[int, ...], dict[str, int], int]:
     """The kernels' `size`, their constants, and the tiles of a map."""
@@ -79,7 +83,12 @@ class _Call:
     """What the kernels of one call share."""
 
     def __init__(
-        self, q: Tensor, v: Tensor, kernel_size: Sequence[int], dilation: Sequence[int], is_causal: Sequence[bool]
+        self,
+        q: Tensor,
+        v: Tensor,
+        kernel_size: Sequence[int],
+        dilation: Sequence[int],
+        is_causal: Sequence[bool],
     ) -> None:
         self.axes = len(kernel_size)
         self.batch, self.heads, head_dim, value_dim = q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1]
@@ -182,8 +191,16 @@ def backward(
 
 
 def _backward_rpb(
-    call: _Call, grad_rpb: Tensor, grad_out: Tensor | None, lse: Tensor, delta: Tensor, q: Tensor, k: Tensor,
-    v: Tensor, rpb: Tensor | None, scale: float,
+    call: _Call,
+    grad_rpb: Tensor,
+    grad_out: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    scale: float,
 ) -> None:
     (height, width, *dilation, _, _), constants = call.size, call.constants
     kernel = constants["KERNEL_Y"], constants["KERNEL_X"]
@@ -223,7 +240,8 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
         q, k, v = torch.empty(2, *sizes, 3, 2, width, dtype=dtype).unbind(1 + axes)
         out, lse = torch.empty(q.shape, dtype=dtype), torch.empty(q.shape[:-1])
         rpb = None if causal else torch.empty(2, *(2 * kernel - 1,) * axes)
-        inputs = (q, k, v, rpb, (kernel,) * axes, (1,) * axes, (dilation,) * axes, (causal,) * axes, width**-0.5)
+        params = ((value,) * axes for value in (kernel, 1, dilation, causal))
+        inputs = (q, k, v, rpb, *params, width**-0.5)
 
         def call(out=out, lse=lse, q=q, k=k, v=v, rpb=rpb, inputs=inputs):
             forward(out, lse, *inputs)

@@ -96,7 +96,9 @@ def backward_query_map(
         for first in range(0, height * width, BLOCK_N):
             y, x, key_valid = box_numbers(first, begin_y, begin_x, width, height * width, BLOCK_N)
             rows = token_offsets(k_s, y, x, group_y, group_x, size)
-            key = load_tile(keys, tile_offsets(rows, 1, k_s[4], BLOCK_D), tile_mask(key_valid, BLOCK_D, HEAD_DIM))
+            key = load_tile(
+                keys, tile_offsets(rows, 1, k_s[4], BLOCK_D), tile_mask(key_valid, BLOCK_D, HEAD_DIM)
+            )
             rows = token_offsets(v_s, y, x, group_y, group_x, size)
             x = tl.where(key_valid, x, NOWHERE)
             inside = in_window(

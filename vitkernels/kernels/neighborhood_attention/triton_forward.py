@@ -66,7 +66,9 @@ def forward_map(
         y, x, key_valid = box_numbers(first, begin_y, begin_x, width, height * width, BLOCK_N)
         k_rows = token_offsets(k_s, y, x, group_y, group_x, size)
         v_rows = token_offsets(v_s, y, x, group_y, group_x, size)
-        key = load_tile(keys, tile_offsets(k_rows, 1, k_s[4], BLOCK_D), tile_mask(key_valid, BLOCK_D, HEAD_DIM))
+        key = load_tile(
+            keys, tile_offsets(k_rows, 1, k_s[4], BLOCK_D), tile_mask(key_valid, BLOCK_D, HEAD_DIM)
+        )
         value = load_tile(
             values, tile_offsets(v_rows, 1, v_s[4], BLOCK_V), tile_mask(key_valid, BLOCK_V, VALUE_DIM)
         )

@@ -82,7 +82,9 @@ def queries_of(first, end, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def tile_numbers(first_y, first_x, end_y, end_x, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr):
+def tile_numbers(
+    first_y, first_x, end_y, end_x, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr
+):
     """(y, x, whether there is a token) of a tile's slots."""
     slots = tl.arange(0, BLOCK)
     y = first_y + slots // TILE_X

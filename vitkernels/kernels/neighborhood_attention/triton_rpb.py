@@ -146,5 +146,7 @@ def reduce_rpb_map(
         for chunk in range(0, chunks):
             of_chunk = tl.cast(chunk, tl.int64) * heads * (KERNEL_Y * KERNEL_X) * tokens
             sums += tl.load(partials + of_chunk + rows, mask=seen, other=0.0)
-    place = head * stride_h + (entry // PITCH).to(tl.int64) * stride_y + (entry % PITCH).to(tl.int64) * stride_x
+    place = (
+        head * stride_h + (entry // PITCH).to(tl.int64) * stride_y + (entry % PITCH).to(tl.int64) * stride_x
+    )
     tl.store(grad_rpb + place, tl.sum(sums, 0).to(grad_rpb.dtype.element_ty))
