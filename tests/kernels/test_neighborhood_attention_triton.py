@@ -85,7 +85,7 @@ CASES = [
     square((7, 9), 3, 2, d=8, dv=24, dtype=F32, rpb=F32, layout="cropped"),
     square((7, 7), 7, d=24, dv=16, rpb=F16),  # the kernel is the map
     square((6, 6), 3, 2, dtype=F32, rpb=F32, batch=2, layout="heads_first"),  # a group is one neighborhood
-    square((13, 5), 5, d=40, dv=8, dtype=F32, rpb=F32),
+    Case((13, 5), (3, 5), d=40, dv=8, dtype=F32, rpb=F32),
     Case((5, 12), (2, 4), (2, 3), d=5, dv=7, dtype=F32, rpb=F32, layout="cropped"),
     Case((6, 9), (3, 4), (2, 1), (True, False), dtype=F32, layout="packed"),
     Case((5, 11), (4, 3), (1, 2), (False, True), d=12, dv=33),
@@ -95,7 +95,7 @@ CASES = [
     Case((4, 5), (1, 3), dtype=F32, rpb=F32),
     Case((1, 1), (1, 1), d=3, dv=2, dtype=F32),
     line(10, 3, 2, dtype=F32, rpb=F32, batch=3, heads=2, layout="packed"),
-    line(97, 64, d=16, dv=8, rpb=F32),
+    line(70, 16, d=16, dv=8, rpb=F32),
     line(70, 8, 3, causal=True, dtype=F32, d=9, dv=17, layout="heads_first"),
     line(12, 4, 3, rpb=F16, heads=2),
     line(19, 5, d=130, dv=72, dtype=F32, rpb=F32),

@@ -95,11 +95,11 @@ def backward_query_map(
         accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for first in range(0, height * width, BLOCK_N):
             y, x, key_valid = box_numbers(first, begin_y, begin_x, width, height * width, BLOCK_N)
-            rows = token_offsets(k_s, y, x, group_y, group_x, size)
+            k_rows = token_offsets(k_s, y, x, group_y, group_x, size)
             key = load_tile(
-                keys, tile_offsets(rows, 1, k_s[4], BLOCK_D), tile_mask(key_valid, BLOCK_D, HEAD_DIM)
+                keys, tile_offsets(k_rows, 1, k_s[4], BLOCK_D), tile_mask(key_valid, BLOCK_D, HEAD_DIM)
             )
-            rows = token_offsets(v_s, y, x, group_y, group_x, size)
+            v_rows = token_offsets(v_s, y, x, group_y, group_x, size)
             x = tl.where(key_valid, x, NOWHERE)
             inside = in_window(
                 query_y[:, None], query_x[:, None], y[None, :], x[None, :], length_y, length_x,
@@ -112,7 +112,7 @@ def backward_query_map(
             weights = probabilities(logits, row_lse)
             if grad_out is not None:
                 value = load_tile(
-                    values, tile_offsets(rows, 1, v_s[4], BLOCK_V), tile_mask(key_valid, BLOCK_V, VALUE_DIM)
+                    values, tile_offsets(v_rows, 1, v_s[4], BLOCK_V), tile_mask(key_valid, BLOCK_V, VALUE_DIM)
                 )
                 grad_logits = logit_gradient(weights, dot(grad_result, tl.trans(value)), row_delta)
             else:
@@ -158,14 +158,14 @@ def backward_key_map(
     value_gradient = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for first in range(0, height * width, BLOCK_N):
         y, x, query_valid = box_numbers(first, begin_y, begin_x, width, height * width, BLOCK_N)
-        rows = token_offsets(q_s, y, x, group_y, group_x, size)
+        columns = token_offsets(q_s, y, x, group_y, group_x, size)
         query = load_tile(
-            queries, tile_offsets(rows, 1, q_s[4], BLOCK_D), tile_mask(query_valid, BLOCK_D, HEAD_DIM)
+            queries, tile_offsets(columns, 1, q_s[4], BLOCK_D), tile_mask(query_valid, BLOCK_D, HEAD_DIM)
         )
-        rows = token_offsets(lse_s, y, x, group_y, group_x, size)
-        column_lse = tl.load(lse_map + rows, mask=query_valid, other=INF)
-        rows = delta_offsets(batch, heads, head, y, x, group_y, group_x, size)
-        column_delta = tl.load(delta + rows, mask=query_valid, other=0.0)
+        columns = token_offsets(lse_s, y, x, group_y, group_x, size)
+        column_lse = tl.load(lse_map + columns, mask=query_valid, other=INF)
+        columns = delta_offsets(batch, heads, head, y, x, group_y, group_x, size)
+        column_delta = tl.load(delta + columns, mask=query_valid, other=0.0)
         inside = in_window(
             y[None, :], x[None, :], key_y[:, None], key_x[:, None], length_y, length_x,
             KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, TILE_Y,
@@ -176,9 +176,9 @@ def backward_key_map(
         )  # fmt: skip
         weights = tl.exp2(logits - (column_lse * LOG2E)[None, :])
         if grad_out is not None:
-            rows = token_offsets(go_s, y, x, group_y, group_x, size)
+            columns = token_offsets(go_s, y, x, group_y, group_x, size)
             grad_result = load_tile(
-                grad_out + map_offset(go_s, batch, head), tile_offsets(rows, 1, go_s[4], BLOCK_V),
+                grad_out + map_offset(go_s, batch, head), tile_offsets(columns, 1, go_s[4], BLOCK_V),
                 tile_mask(query_valid, BLOCK_V, VALUE_DIM),
             )  # fmt: skip
             if grad_v is not None:
