@@ -173,21 +173,22 @@ def backward(
     call = _Call(q, v, kernel_size, dilation, is_causal)
     rpb = None if rpb is None else rpb.contiguous()
     programs = (call.batch * call.tiles * call.heads,)
-    delta = _scratch(q, call.batch, *q.shape[1:-1])
+    delta = _scratch(q, *q.shape[:-1])
+    norm = _scratch(q, *q.shape[:-1]) if q.dtype is torch.float32 else None
     with device_of(q):
         backward_query_map[programs](
-            grad_q, delta, grad_out, grad_lse, out, lse, q, k, v, rpb,
+            grad_q, delta, norm, grad_out, grad_lse, out, lse, q, k, v, rpb,
             *call.strides(grad_q, grad_out, grad_lse, out, lse, q, k, v), call.size, call.heads, scale,
             **call.constants,
         )  # fmt: skip
         if grad_k is not None or grad_v is not None:
             backward_key_map[programs](
-                grad_k, grad_v, grad_out, lse, delta, q, k, v, rpb,
+                grad_k, grad_v, grad_out, lse, delta, norm, q, k, v, rpb,
                 *call.strides(grad_k, grad_v, grad_out, lse, q, k, v), call.size, call.heads, scale,
                 **call.constants,
             )  # fmt: skip
         if grad_rpb is not None:
-            _backward_rpb(call, grad_rpb, grad_out, lse, delta, q, k, v, rpb, scale)
+            _backward_rpb(call, grad_rpb, grad_out, lse, delta, norm, q, k, v, rpb, scale)
 
 
 def _backward_rpb(
@@ -196,6 +197,7 @@ def _backward_rpb(
     grad_out: Tensor | None,
     lse: Tensor,
     delta: Tensor,
+    norm: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -214,7 +216,7 @@ def _backward_rpb(
     chunks = batch_chunks(call.batch, per_chunk, 4 * call.heads * window * height * width)
     partials = _scratch(q, chunks, call.heads, window, height * width)
     backward_rpb_map[(chunks * per_chunk,)](
-        partials, grad_out, lse, delta, q, k, v, rpb, *call.strides(grad_out, lse, q, k, v), call.size,
+        partials, grad_out, lse, delta, norm, q, k, v, rpb, *call.strides(grad_out, lse, q, k, v), call.size,
         call.batch, call.heads, chunks, blocks, scale, **constants,
     )  # fmt: skip
     strides = grad_rpb.stride()

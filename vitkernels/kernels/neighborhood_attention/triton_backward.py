@@ -48,13 +48,17 @@ def delta_offsets(batch, heads, head, y, x, group_y, group_x, size):
 
 @triton.jit
 def backward_query_map(
-    grad_q, delta, grad_out, grad_lse, out, lse, q, k, v, rpb,
+    grad_q, delta, norm, grad_out, grad_lse, out, lse, q, k, v, rpb,
     gq_s, go_s, gl_s, out_s, lse_s, q_s, k_s, v_s, size, heads, scale,
     KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Fills delta [batch, height, width, heads] and, unless it is absent, grad_q."""
+    """Fills delta [batch, height, width, heads] and, unless they are absent, norm of the same shape and grad_q.
+
+    norm is what a row's softmax weights are to be multiplied by to sum to 1: lse is rounded, which in float32 scales
+    a whole row by more than its weights' own errors.
+    """
     program = tl.program_id(0)
     head = program % heads
     tile = program // heads
@@ -80,9 +84,9 @@ def backward_query_map(
     if grad_lse is not None:
         rows = token_offsets(gl_s, query_y, query_x, group_y, group_x, size)
         row_delta -= tl.load(grad_lse + map_offset(gl_s, batch, head) + rows, mask=query_valid, other=0.0)
-    rows = delta_offsets(batch, heads, head, query_y, query_x, group_y, group_x, size)
-    tl.store(delta + rows, row_delta, mask=query_valid)
-    if grad_q is not None:
+    delta_rows = delta_offsets(batch, heads, head, query_y, query_x, group_y, group_x, size)
+    tl.store(delta + delta_rows, row_delta, mask=query_valid)
+    if grad_q is not None or norm is not None:
         begin_y, height = keys_of(first_y, end_y, length_y, KERNEL_Y, CAUSAL_Y)
         begin_x, width = keys_of(first_x, end_x, length_x, KERNEL_X, CAUSAL_X)
         mask_q = tile_mask(query_valid, BLOCK_D, HEAD_DIM)
@@ -93,6 +97,7 @@ def backward_query_map(
         keys = k + map_offset(k_s, batch, head)
         values = v + map_offset(v_s, batch, head)
         accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
         for first in range(0, height * width, BLOCK_N):
             y, x, key_valid = box_numbers(first, begin_y, begin_x, width, height * width, BLOCK_N)
             k_rows = token_offsets(k_s, y, x, group_y, group_x, size)
@@ -110,22 +115,30 @@ def backward_query_map(
                 y[None, :], x[None, :], inside, KERNEL_Y, KERNEL_X,
             )  # fmt: skip
             weights = probabilities(logits, row_lse)
-            if grad_out is not None:
-                value = load_tile(
-                    values, tile_offsets(v_rows, 1, v_s[4], BLOCK_V), tile_mask(key_valid, BLOCK_V, VALUE_DIM)
-                )
-                grad_logits = logit_gradient(weights, dot(grad_result, tl.trans(value)), row_delta)
-            else:
+            if norm is not None:
+                row_sum += tl.sum(weights, 1)
+            if grad_q is not None:
                 grad_logits = -weights * row_delta[:, None]
-            accumulator += dot(grad_logits.to(key.dtype), key)
-        rows = token_offsets(gq_s, query_y, query_x, group_y, group_x, size)
-        place = grad_q + map_offset(gq_s, batch, head)
-        store_tile(place, tile_offsets(rows, 1, gq_s[4], BLOCK_D), mask_q, accumulator * scale)
+                if grad_out is not None:
+                    value = load_tile(
+                        values,
+                        tile_offsets(v_rows, 1, v_s[4], BLOCK_V),
+                        tile_mask(key_valid, BLOCK_V, VALUE_DIM),
+                    )
+                    grad_logits = logit_gradient(weights, dot(grad_result, tl.trans(value)), row_delta)
+                accumulator += dot(grad_logits.to(key.dtype), key)
+        if norm is not None:
+            tl.store(norm + delta_rows, 1.0 / row_sum, mask=query_valid)
+            accumulator = accumulator / row_sum[:, None]
+        if grad_q is not None:
+            rows = token_offsets(gq_s, query_y, query_x, group_y, group_x, size)
+            place = grad_q + map_offset(gq_s, batch, head)
+            store_tile(place, tile_offsets(rows, 1, gq_s[4], BLOCK_D), mask_q, accumulator * scale)
 
 
 @triton.jit
 def backward_key_map(
-    grad_k, grad_v, grad_out, lse, delta, q, k, v, rpb,
+    grad_k, grad_v, grad_out, lse, delta, norm, q, k, v, rpb,
     gk_s, gv_s, go_s, lse_s, q_s, k_s, v_s, size, heads, scale,
     KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
@@ -175,6 +188,8 @@ def backward_key_map(
             key_y[:, None], key_x[:, None], inside, KERNEL_Y, KERNEL_X,
         )  # fmt: skip
         weights = tl.exp2(logits - (column_lse * LOG2E)[None, :])
+        if norm is not None:
+            weights *= tl.load(norm + columns, mask=query_valid, other=0.0)[None, :]
         if grad_out is not None:
             columns = token_offsets(go_s, y, x, group_y, group_x, size)
             grad_result = load_tile(

@@ -36,7 +36,7 @@ from vitkernels.kernels.neighborhood_attention.triton_map import (
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
 def backward_rpb_map(
-    partials, grad_out, lse, delta, q, k, v, rpb, go_s, lse_s, q_s, k_s, v_s, size, batch, heads, chunks, blocks,
+    partials, grad_out, lse, delta, norm, q, k, v, rpb, go_s, lse_s, q_s, k_s, v_s, size, batch, heads, chunks, blocks,
     scale,
     KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
@@ -89,6 +89,8 @@ def backward_rpb_map(
             y[None, :], x[None, :], inside, KERNEL_Y, KERNEL_X,
         )  # fmt: skip
         weights = probabilities(logits, row_lse)
+        if norm is not None:
+            weights *= tl.load(norm + delta_rows, mask=query_valid, other=0.0)[:, None]
         if grad_out is not None:
             rows = token_offsets(go_s, query_y, query_x, group_y, group_x, size)
             grad_result = load_tile(
