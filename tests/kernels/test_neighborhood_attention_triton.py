@@ -98,9 +98,10 @@ CASES = [
     line(70, 16, d=16, dv=8, rpb=F32),
     line(70, 8, 3, causal=True, dtype=F32, d=9, dv=17, layout="heads_first"),
     line(12, 4, 3, rpb=F16, heads=2),
-    line(19, 5, d=130, dv=72, dtype=F32, rpb=F32),
+    line(19, 5, d=72, dv=24, dtype=F32, rpb=F32),
+    line(9, 3, d=24, dv=136, dtype=F32),
     line(20, 4, d=72, dv=256, rpb=F32, layout="packed"),
-    line(18, 3, 2, d=250, dv=136),
+    line(18, 3, 2, d=250, dv=130, rpb=F32),
 ]
 
 

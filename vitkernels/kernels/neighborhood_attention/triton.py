@@ -53,15 +53,17 @@ def configuration(
 ) -> tuple[tuple[int, ...], dict[str, int], int]:
     """The kernels' `size`, their constants, and the tiles of a map."""
     groups = tuple(-(-n // d) for n, d in zip(sizes, dilation, strict=True))
-    wide = max(head_dim, value_dim) > 64
-    block_m = min(32 if wide else 64, padded(groups[0] * groups[1]))
-    block_n = min(32, padded(groups[0] * groups[1]))
+    width, tokens = max(head_dim, value_dim), padded(groups[0] * groups[1])
+    # Of fp32 products both operands lie in registers.
+    narrow, wide = (64, 128) if itemsize == 2 else (32, 128)
+    block_m = min(tokens, 64 if width <= narrow else 32 if width <= wide or itemsize == 2 else 16)
+    block_n = min(block_m, 32)
     tile = tile_shape(block_m, block_n, groups, kernel)
     tiles = tuple(-(-n // t) for n, t in zip(groups, tile, strict=True))
     constants = {
         "TILE_Y": tile[0], "TILE_X": tile[1], "BLOCK_M": block_m, "BLOCK_N": block_n,
         "BLOCK_D": padded(head_dim), "BLOCK_V": padded(value_dim),
-        "num_warps": 4 if itemsize == 2 else 8, "num_stages": 1,
+        "num_warps": 8 if itemsize == 4 or width > 128 else 4, "num_stages": 1,
     }  # fmt: skip
     return (*sizes, *dilation, *tiles), constants, tiles[0] * tiles[1] * dilation[0] * dilation[1]
 
@@ -214,6 +216,8 @@ def _backward_rpb(
     window = kernel[0] * kernel[1]
     per_chunk = call.tiles * call.heads * blocks
     chunks = batch_chunks(call.batch, per_chunk, 4 * call.heads * window * height * width)
+    if max(constants["HEAD_DIM"], constants["VALUE_DIM"]) > 64:
+        constants = {**constants, "num_warps": 8}  # or it spills
     partials = _scratch(q, chunks, call.heads, window, height * width)
     backward_rpb_map[(chunks * per_chunk,)](
         partials, grad_out, lse, delta, norm, q, k, v, rpb, *call.strides(grad_out, lse, q, k, v), call.size,

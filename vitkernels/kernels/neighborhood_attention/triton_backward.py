@@ -5,7 +5,7 @@ axis). Nobody adds to another's result: no atomics, a fixed order.
 
 Floor per map and head: reads q, k, v, grad_out, lse and writes grad_q, grad_k, grad_v: s T (4 d + 3 dv) + 4 T
 bytes; 2 T K (3 d + 2 dv) FLOPs; T K exponentials. Here the second owner computes logits and their gradient again,
-2 T K (d + dv) FLOPs, and delta reads out.
+2 T K (d + dv) FLOPs, as does the walk for delta in float32; else delta reads out.
 """
 
 from __future__ import annotations
@@ -47,6 +47,38 @@ def delta_offsets(batch, heads, head, y, x, group_y, group_x, size):
 
 
 @triton.jit
+def query_block(
+    first, query, grad_result, row_lse, keys, values, rpb, k_s, v_s, query_y, query_x, group_y, group_x,
+    length_y, length_x, begin_y, begin_x, width, count, size, head, scale, HAS_GRAD_OUT: tl.constexpr,
+    KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_Y: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """(keys, softmax weights, their gradient) of a tile of queries and the keys from slot `first` of its box on."""
+    y, x, key_valid = box_numbers(first, begin_y, begin_x, width, count, BLOCK_N)
+    k_rows = token_offsets(k_s, y, x, group_y, group_x, size)
+    key = load_tile(keys, tile_offsets(k_rows, 1, k_s[4], BLOCK_D), tile_mask(key_valid, BLOCK_D, HEAD_DIM))
+    v_rows = token_offsets(v_s, y, x, group_y, group_x, size)
+    x = tl.where(key_valid, x, NOWHERE)
+    inside = in_window(
+        query_y[:, None], query_x[:, None], y[None, :], x[None, :], length_y, length_x,
+        KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, TILE_Y,
+    )  # fmt: skip
+    logits = neighbor_logits(
+        dot(query, tl.trans(key)), scale, rpb, head, query_y[:, None], query_x[:, None],
+        y[None, :], x[None, :], inside, KERNEL_Y, KERNEL_X,
+    )  # fmt: skip
+    weights = probabilities(logits, row_lse)
+    grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_GRAD_OUT:
+        value = load_tile(
+            values, tile_offsets(v_rows, 1, v_s[4], BLOCK_V), tile_mask(key_valid, BLOCK_V, VALUE_DIM)
+        )
+        grad_weights = dot(grad_result, tl.trans(value))
+    return key, weights, grad_weights
+
+
+@triton.jit
 def backward_query_map(
     grad_q, delta, norm, grad_out, grad_lse, out, lse, q, k, v, rpb,
     gq_s, go_s, gl_s, out_s, lse_s, q_s, k_s, v_s, size, heads, scale,
@@ -56,8 +88,12 @@ def backward_query_map(
 ):  # fmt: skip
     """Fills delta [batch, height, width, heads] and, unless they are absent, norm of the same shape and grad_q.
 
-    norm is what a row's softmax weights are to be multiplied by to sum to 1: lse is rounded, which in float32 scales
-    a whole row by more than its weights' own errors.
+    norm, for float32, is the factor with which a row's softmax weights sum to 1: lse is rounded, which scales a whole
+    row by more than its weights' own errors. There delta is the sum of weights and their gradients, from a walk of its
+    own, because the rounding of out would not cancel in rows of a single large weight.
+
+    local memory: up to 384 bytes: float32 products take whole rows of q and grad_out in registers, which beyond 64
+    channels are more than there are. Half precision does not spill.
     """
     program = tl.program_id(0)
     head = program % heads
@@ -68,14 +104,38 @@ def backward_query_map(
         tile % tiles, size, TILE_Y, TILE_X
     )
     query_y, query_x, query_valid = tile_numbers(first_y, first_x, end_y, end_x, TILE_Y, TILE_X, BLOCK_M)
-    row_delta = tl.zeros([BLOCK_M], tl.float32)
-    grad_result = tl.zeros([BLOCK_M, BLOCK_V], q.dtype.element_ty)
+    begin_y, height = keys_of(first_y, end_y, length_y, KERNEL_Y, CAUSAL_Y)
+    begin_x, width = keys_of(first_x, end_x, length_x, KERNEL_X, CAUSAL_X)
+    mask_q = tile_mask(query_valid, BLOCK_D, HEAD_DIM)
     mask_v = tile_mask(query_valid, BLOCK_V, VALUE_DIM)
+    row_delta = tl.zeros([BLOCK_M], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    grad_result = tl.zeros([BLOCK_M, BLOCK_V], q.dtype.element_ty)
     if grad_out is not None:
         rows = token_offsets(go_s, query_y, query_x, group_y, group_x, size)
         grad_result = load_tile(
             grad_out + map_offset(go_s, batch, head), tile_offsets(rows, 1, go_s[4], BLOCK_V), mask_v
         )
+    rows = token_offsets(q_s, query_y, query_x, group_y, group_x, size)
+    query = load_tile(q + map_offset(q_s, batch, head), tile_offsets(rows, 1, q_s[4], BLOCK_D), mask_q)
+    rows = token_offsets(lse_s, query_y, query_x, group_y, group_x, size)
+    row_lse = tl.load(lse + map_offset(lse_s, batch, head) + rows, mask=query_valid, other=INF)
+    keys = k + map_offset(k_s, batch, head)
+    values = v + map_offset(v_s, batch, head)
+    delta_rows = delta_offsets(batch, heads, head, query_y, query_x, group_y, group_x, size)
+    if norm is not None:
+        for first in range(0, height * width, BLOCK_N):
+            _, weights, grad_weights = query_block(
+                first, query, grad_result, row_lse, keys, values, rpb, k_s, v_s, query_y, query_x, group_y,
+                group_x, length_y, length_x, begin_y, begin_x, width, height * width, size, head, scale,
+                grad_out is not None, KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, HEAD_DIM, VALUE_DIM, TILE_Y,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+            )  # fmt: skip
+            row_sum += tl.sum(weights, 1)
+            row_delta += tl.sum(weights * grad_weights, 1)
+        row_delta = row_delta / row_sum
+        tl.store(norm + delta_rows, 1.0 / row_sum, mask=query_valid)
+    elif grad_out is not None:
         rows = token_offsets(out_s, query_y, query_x, group_y, group_x, size)
         result = load_tile(
             out + map_offset(out_s, batch, head), tile_offsets(rows, 1, out_s[4], BLOCK_V), mask_v
@@ -84,56 +144,23 @@ def backward_query_map(
     if grad_lse is not None:
         rows = token_offsets(gl_s, query_y, query_x, group_y, group_x, size)
         row_delta -= tl.load(grad_lse + map_offset(gl_s, batch, head) + rows, mask=query_valid, other=0.0)
-    delta_rows = delta_offsets(batch, heads, head, query_y, query_x, group_y, group_x, size)
     tl.store(delta + delta_rows, row_delta, mask=query_valid)
-    if grad_q is not None or norm is not None:
-        begin_y, height = keys_of(first_y, end_y, length_y, KERNEL_Y, CAUSAL_Y)
-        begin_x, width = keys_of(first_x, end_x, length_x, KERNEL_X, CAUSAL_X)
-        mask_q = tile_mask(query_valid, BLOCK_D, HEAD_DIM)
-        rows = token_offsets(q_s, query_y, query_x, group_y, group_x, size)
-        query = load_tile(q + map_offset(q_s, batch, head), tile_offsets(rows, 1, q_s[4], BLOCK_D), mask_q)
-        rows = token_offsets(lse_s, query_y, query_x, group_y, group_x, size)
-        row_lse = tl.load(lse + map_offset(lse_s, batch, head) + rows, mask=query_valid, other=INF)
-        keys = k + map_offset(k_s, batch, head)
-        values = v + map_offset(v_s, batch, head)
+    if grad_q is not None:
         accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
         for first in range(0, height * width, BLOCK_N):
-            y, x, key_valid = box_numbers(first, begin_y, begin_x, width, height * width, BLOCK_N)
-            k_rows = token_offsets(k_s, y, x, group_y, group_x, size)
-            key = load_tile(
-                keys, tile_offsets(k_rows, 1, k_s[4], BLOCK_D), tile_mask(key_valid, BLOCK_D, HEAD_DIM)
-            )
-            v_rows = token_offsets(v_s, y, x, group_y, group_x, size)
-            x = tl.where(key_valid, x, NOWHERE)
-            inside = in_window(
-                query_y[:, None], query_x[:, None], y[None, :], x[None, :], length_y, length_x,
-                KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, TILE_Y,
+            key, weights, grad_weights = query_block(
+                first, query, grad_result, row_lse, keys, values, rpb, k_s, v_s, query_y, query_x, group_y,
+                group_x, length_y, length_x, begin_y, begin_x, width, height * width, size, head, scale,
+                grad_out is not None, KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, HEAD_DIM, VALUE_DIM, TILE_Y,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
             )  # fmt: skip
-            logits = neighbor_logits(
-                dot(query, tl.trans(key)), scale, rpb, head, query_y[:, None], query_x[:, None],
-                y[None, :], x[None, :], inside, KERNEL_Y, KERNEL_X,
-            )  # fmt: skip
-            weights = probabilities(logits, row_lse)
-            if norm is not None:
-                row_sum += tl.sum(weights, 1)
-            if grad_q is not None:
-                grad_logits = -weights * row_delta[:, None]
-                if grad_out is not None:
-                    value = load_tile(
-                        values,
-                        tile_offsets(v_rows, 1, v_s[4], BLOCK_V),
-                        tile_mask(key_valid, BLOCK_V, VALUE_DIM),
-                    )
-                    grad_logits = logit_gradient(weights, dot(grad_result, tl.trans(value)), row_delta)
-                accumulator += dot(grad_logits.to(key.dtype), key)
+            grad_logits = logit_gradient(weights, grad_weights, row_delta)
+            accumulator += dot(grad_logits.to(key.dtype), key)
         if norm is not None:
-            tl.store(norm + delta_rows, 1.0 / row_sum, mask=query_valid)
             accumulator = accumulator / row_sum[:, None]
-        if grad_q is not None:
-            rows = token_offsets(gq_s, query_y, query_x, group_y, group_x, size)
-            place = grad_q + map_offset(gq_s, batch, head)
-            store_tile(place, tile_offsets(rows, 1, gq_s[4], BLOCK_D), mask_q, accumulator * scale)
+        rows = token_offsets(gq_s, query_y, query_x, group_y, group_x, size)
+        place = grad_q + map_offset(gq_s, batch, head)
+        store_tile(place, tile_offsets(rows, 1, gq_s[4], BLOCK_D), mask_q, accumulator * scale)
 
 
 @triton.jit
