@@ -37,7 +37,8 @@ def test_every_kernel_is_compiled_for_every_dtype_and_target(usage: list[kernel_
 def test_no_kernel_spills(usage: list[kernel_report.Usage]) -> None:
     failing = [f"{row.kernel} [{row.variant}] {row.target}: {row.local} bytes" for row in usage if row.fails]
     assert not failing, "local memory beyond what the source explains:\n" + "\n".join(failing)
-    assert all(row.local == 0 for row in usage if "tokens dense" not in row.variant)
+    explained = ("tokens dense", "d=256")
+    assert all(row.local == 0 for row in usage if not any(part in row.variant for part in explained))
 
 
 def test_shared_memory_fits_every_supported_gpu(usage: list[kernel_report.Usage]) -> None:
