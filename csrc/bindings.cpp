@@ -2,6 +2,7 @@
 
 #include "vitkernels/bind.h"
 #include "vitkernels/cpu_dispatch.h"
+#include "vitkernels/fingerprint.h"
 #include "vitkernels/parallel.h"
 #if VITKERNELS_WITH_CUDA
 #include "vitkernels/runtime.h"
@@ -13,6 +14,16 @@ namespace vitkernels::window_attention {
 void bind(py::module_& module);
 }
 namespace vitkernels::neighborhood_attention {
+void bind(py::module_& module);
+}
+namespace vitkernels::cascaded_group_attention {
+void bind(py::module_& module);
+}
+namespace vitkernels::kan_linear {
+void bind(py::module_& module);
+}
+
+namespace vitkernels::residual_ffn {
 void bind(py::module_& module);
 }
 
@@ -101,11 +112,49 @@ py::object signature(const py::tuple& tensors, const py::tuple& options) {
   return py::make_tuple(py::bytes(bytes), gradient);
 }
 
+// 16 bytes that follow from the dtypes, shapes, strides and elements of tensors and Nones. None where a
+// tensor is not a plain dense one in the memory of the CPU.
+py::object fingerprint(const py::tuple& tensors) {
+  vitkernels::Fingerprint result;
+  for (py::handle item : tensors) {
+    if (item.is_none()) {
+      result.add(0);
+      continue;
+    }
+    vitkernels::Argument tensor;
+    if (exchange.table == nullptr) {
+      if (!vitkernels::read_tuple(item.ptr(), &tensor)) return py::none();
+    } else {
+      vitkernels::DLTensor lent;
+      if (!exchange.is_plain(item.ptr())) return py::none();
+      if (exchange.table->borrow(item.ptr(), &lent) != 0) {
+        PyErr_Clear();
+        return py::none();
+      }
+      constexpr int CPU = 1;
+      if (lent.device.type != CPU || !vitkernels::read_borrowed(item.ptr(), &tensor)) return py::none();
+    }
+    result.add(static_cast<uint64_t>(tensor.dtype) * 8 + tensor.ndim + 1);
+    int64_t count = 1, reach = 1;
+    for (int i = 0; i < tensor.ndim; ++i) {
+      result.add(tensor.shape[i]);
+      result.add(tensor.view.stride[i]);
+      count *= tensor.shape[i];
+      reach += (tensor.shape[i] - 1) * tensor.view.stride[i];
+    }
+    if (count != 0 && count != reach) return py::none();
+    constexpr size_t bytes[] = {8, 4, 2, 2};
+    result.add(tensor.view.data, count * bytes[static_cast<int>(tensor.dtype)]);
+  }
+  return py::bytes(reinterpret_cast<const char*>(result.value), sizeof(result.value));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.def("use_exchange", &use_exchange);
   module.def("signature", &signature);
+  module.def("fingerprint", &fingerprint);
   module.attr("version") = VITKERNELS_VERSION;
   module.attr("compiler") = VITKERNELS_COMPILER;
   module.attr("cuda_archs") = VITKERNELS_CUDA_ARCHS;  // empty without CUDA kernels
@@ -124,6 +173,9 @@ PYBIND11_MODULE(_native, module) {
     return status;
   });
 
+  vitkernels::residual_ffn::bind(module);
   vitkernels::window_attention::bind(module);
   vitkernels::neighborhood_attention::bind(module);
+  vitkernels::cascaded_group_attention::bind(module);
+  vitkernels::kan_linear::bind(module);
 }

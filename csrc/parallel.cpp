@@ -23,12 +23,21 @@
 namespace vitkernels {
 namespace {
 
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#endif
+}
+
 struct Job {
   int64_t n;
   RangeFn fn;
   void* context;
+  TeamFn team = nullptr;  // instead of fn
+  TeamBarrier* barrier = nullptr;
 
   void run(int slot, int slots) const {
+    if (team) return team(context, slot, slots, *barrier);
     const int64_t begin = n / slots * slot + std::min<int64_t>(slot, n % slots);
     const int64_t end = begin + n / slots + (slot < n % slots ? 1 : 0);
     if (begin < end) fn(context, begin, end, slot);
@@ -169,9 +178,9 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(int64_t n, int threads, RangeFn fn, void* context) {
-  Job job{n, fn, context};
-  threads = static_cast<int>(std::min<int64_t>(threads, n));
+namespace {
+
+void run_job(Job job, int threads) {
   if (threads <= 1) return job.run(0, 1);
   if (const OpenMp& omp = openmp()) {
     if (omp.in_parallel()) return job.run(0, 1);
@@ -185,6 +194,30 @@ void parallel_for(int64_t n, int threads, RangeFn fn, void* context) {
   } else {
     pool().run(job, threads);
   }
+}
+
+}  // namespace
+
+void parallel_for(int64_t n, int threads, RangeFn fn, void* context) {
+  run_job(Job{n, fn, context}, static_cast<int>(std::min<int64_t>(threads, n)));
+}
+
+void parallel_team(int threads, TeamFn fn, void* context) {
+  TeamBarrier barrier;
+  run_job(Job{threads, nullptr, context, fn, &barrier}, threads);
+}
+
+void TeamBarrier::wait(int size) {
+  if (size == 1) return;
+  constexpr int kSpins = 4096;
+  const int phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
+    spins < kSpins ? pause() : std::this_thread::yield();
 }
 
 int worthwhile_threads(double work, int64_t items, int threads) {

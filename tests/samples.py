@@ -72,8 +72,62 @@ def _neighborhood(
     return make
 
 
+def _cascade(
+    heads: int, d: int, key_dim: int, size: tuple[int, int], tokens: int, largest: int
+) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        channels, rows = heads * d, 2 * key_dim + d
+        return {
+            "x": torch.randn(batch, channels, *size),
+            "qkv_weight": torch.randn(heads, rows, d) * d**-0.5,
+            "qkv_bias": torch.randn(heads, rows) * 0.5,
+            "dw_weight": torch.randn(heads, key_dim, largest, largest) / largest,
+            "dw_bias": torch.randn(heads, key_dim) * 0.5,
+            "attn_bias": torch.randn(heads, tokens),
+            "proj_weight": torch.randn(channels, channels) * channels**-0.5,
+            "proj_bias": torch.randn(channels) * 0.5,
+        }
+
+    return make
+
+
+def _ffn(channels: int, hidden: int, size: tuple[int, int], scales: bool, dw: bool) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        tensors = {
+            "x": torch.randn(batch, channels, *size),
+            "weight1": torch.randn(hidden, channels) * channels**-0.5,
+            "bias1": torch.randn(hidden),
+            "weight2": torch.randn(channels, hidden) * hidden**-0.5,
+            "bias2": torch.randn(channels),
+        }
+        if scales:
+            tensors |= {"scale1": torch.randn(hidden), "scale2": torch.randn(channels)}
+        if dw:
+            tensors |= {"dw_weight": torch.randn(channels, 3, 3) / 3, "dw_bias": torch.randn(channels)}
+        return tensors
+
+    return make
+
+
+def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        return {
+            "x": torch.randn(batch, *leading, channels),
+            "weight": torch.randn(outputs, channels * grids) / (channels * grids) ** 0.5,
+            "ln_weight": 1 + 0.2 * torch.randn(channels),
+            "ln_bias": 0.2 * torch.randn(channels),
+            "grid": torch.linspace(-2, 2, grids) + 0.1 * torch.randn(grids),
+        }
+
+    return make
+
+
 _x = torch.randn(2, 2, 15, 8)
+_pixels = torch.randn(2, 5, 3, 4)
 _map = torch.randn(2, 5, 7, 2, 4)
+_image = torch.randn(2, 10, 4, 7)
+_floats = torch.zeros
+_rows = torch.randn(2, 9)
 
 SAMPLES = [
     Sample(
@@ -132,7 +186,11 @@ SAMPLES = [
             ({"kernel_size": 3}, ValueError, "argument `kernel_size`: expected kernel_size * dilation <= 7"),
             ({"kernel_size": (3, 0)}, ValueError, "argument `kernel_size`: expected 2 positive ints"),
             ({"kernel_size": (3, 3, 3)}, TypeError, "argument `kernel_size`: expected 2 ints"),
-            ({"dilation": (2, 1)}, ValueError, "argument `kernel_size`: expected kernel_size * dilation <= 5"),
+            (
+                {"dilation": (2, 1)},
+                ValueError,
+                "argument `kernel_size`: expected kernel_size * dilation <= 5",
+            ),
             ({"dilation": 0}, ValueError, "argument `dilation`: expected 2 positive ints"),
             ({"is_causal": 1}, TypeError, "argument `is_causal`: expected a bool or 2 bools"),
             ({"is_causal": (False, True)}, ValueError, "argument `rpb`: expected None"),
@@ -152,7 +210,104 @@ SAMPLES = [
     Sample(
         "neighborhood_attention-dense-groups",
         ops.neighborhood_attention,
-        _neighborhood((4, 6), 1, 8, 8, (3, 5)),
-        {"kernel_size": (2, 3), "dilation": 2, "return_lse": True},
+        _neighborhood((4, 9), 1, 8, 8, (3, 5)),
+        {"kernel_size": (2, 3), "dilation": (2, 3), "return_lse": True},
     ),
+    Sample(
+        "cascaded_group_attention-windows",
+        ops.cascaded_group_attention,
+        _cascade(2, 5, 3, (4, 7), 8, 3),  # padded right to 4 x 8
+        {"window_size": (2, 4), "kernel_sizes": (3, 1), "residual": True},
+        bad=[
+            ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
+            ({"x": _image[0]}, ValueError, "argument `x`: expected shape"),
+            ({"x": _image[:, :9]}, ValueError, "argument `x`: expected channels in a positive multiple"),
+            ({"x": _image.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _image.double()}, TypeError, "argument `qkv_weight`: expected dtype float64"),
+            ({"qkv_weight": _floats(2, 11, 4)}, ValueError, "argument `qkv_weight`: expected shape"),
+            ({"qkv_bias": _floats(2, 12)}, ValueError, "argument `qkv_bias`: expected shape"),
+            ({"qkv_bias": _floats(2, 11).half()}, TypeError, "argument `qkv_bias`: expected dtype float32"),
+            ({"dw_weight": _floats(2, 3, 2, 2)}, ValueError, "argument `dw_weight`: expected shape"),
+            ({"dw_weight": _floats(2, 3, 3, 1)}, ValueError, "argument `dw_weight`: expected shape"),
+            ({"dw_weight": _floats(0, 3, 3, 3)}, ValueError, "argument `dw_weight`: expected at least one"),
+            ({"dw_bias": _floats(2)}, ValueError, "argument `dw_bias`: expected shape"),
+            ({"attn_bias": _floats(2, 9)}, ValueError, "argument `attn_bias`: expected shape"),
+            ({"attn_bias": _floats(2, 8).half()}, TypeError, "argument `attn_bias`: expected dtype float32"),
+            ({"proj_weight": _floats(10, 5)}, ValueError, "argument `proj_weight`: expected shape"),
+            ({"proj_bias": _floats(10).to("meta")}, ValueError, "argument `proj_bias`: expected device cpu"),
+            ({"window_size": (2, 0)}, ValueError, "argument `window_size`: expected 2 positive ints"),
+            ({"kernel_sizes": 3}, TypeError, "argument `kernel_sizes`: expected 2 ints"),
+            ({"kernel_sizes": (3, 2)}, ValueError, "argument `kernel_sizes`: expected odd ints up to the 3"),
+            ({"kernel_sizes": (3, 5)}, ValueError, "argument `kernel_sizes`: expected odd ints up to the 3"),
+            ({"scale": float("inf")}, ValueError, "argument `scale`: expected a finite number"),
+            ({"residual": 1}, TypeError, "argument `residual`: expected True or False"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample(
+        "cascaded_group_attention-one_window",
+        ops.cascaded_group_attention,
+        _cascade(3, 16, 16, (4, 4), 16, 5),
+        {"window_size": 4, "kernel_sizes": [5, 3, 3], "scale": 0.3},
+    ),
+    Sample(
+        "residual_ffn-depthwise",
+        ops.residual_ffn,
+        _ffn(5, 7, (3, 4), True, True),
+        bad=[
+            ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
+            ({"x": _pixels[0]}, ValueError, "argument `x`: expected shape"),
+            ({"x": _pixels.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _pixels.double()}, TypeError, "argument `weight1`: expected dtype float64"),
+            (
+                {"weight1": torch.zeros(7, 4)},
+                ValueError,
+                "argument `weight1`: expected shape [hidden, C] = [*, 5]",
+            ),
+            (
+                {"weight1": torch.zeros(7, 5, 3, 3)},
+                ValueError,
+                "argument `weight1`: expected shape [hidden, C, 1, 1]",
+            ),
+            ({"weight1": torch.zeros(0, 5)}, ValueError, "argument `weight1`: expected at least one"),
+            ({"weight2": torch.zeros(5, 6)}, ValueError, "argument `weight2`: expected shape"),
+            ({"weight2": torch.zeros(5, 7).half()}, TypeError, "argument `weight2`: expected dtype float32"),
+            ({"bias1": None}, TypeError, "argument `bias1`: expected a tensor"),
+            ({"bias1": torch.zeros(7).half()}, TypeError, "argument `bias1`: expected dtype float32"),
+            ({"bias2": torch.zeros(5).double()}, TypeError, "argument `bias2`: expected dtype float32"),
+            ({"bias2": torch.zeros(5).to("meta")}, ValueError, "argument `bias2`: expected device cpu"),
+            ({"scale1": torch.zeros(5)}, ValueError, "argument `scale1`: expected shape"),
+            ({"scale2": torch.zeros(5, 1)}, ValueError, "argument `scale2`: expected shape"),
+            ({"dw_weight": torch.zeros(5, 5, 5)}, ValueError, "argument `dw_weight`: expected shape"),
+            ({"dw_weight": None}, ValueError, "argument `dw_weight`: expected a tensor"),
+            ({"dw_bias": None}, ValueError, "argument `dw_bias`: expected a tensor"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample("residual_ffn-plain", ops.residual_ffn, _ffn(8, 4, (1, 5), False, False)),
+    Sample(
+        "kan_linear",
+        ops.kan_linear,
+        _kan(9, 8, 7),
+        bad=[
+            ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
+            ({"x": torch.tensor(1.0)}, TypeError, "argument `x`: expected a tensor [..., channels]"),
+            ({"x": _rows[:, :0]}, ValueError, "argument `x`: expected a last dimension of at least 1"),
+            ({"x": _rows[:, :8]}, ValueError, "argument `weight`: expected shape"),
+            ({"x": _rows.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _rows.half()}, TypeError, "argument `weight`: expected dtype float16"),
+            ({"weight": torch.zeros(7, 72).double()}, TypeError, "argument `weight`: expected dtype"),
+            ({"weight": torch.zeros(7, 72).to("meta")}, ValueError, "argument `weight`: expected device cpu"),
+            ({"weight": torch.zeros(0, 72)}, ValueError, "argument `weight`: expected a first dimension"),
+            ({"ln_weight": torch.ones(8)}, ValueError, "argument `ln_weight`: expected shape"),
+            ({"ln_bias": torch.zeros(9).half()}, TypeError, "argument `ln_bias`: expected dtype float32"),
+            ({"grid": torch.zeros(0)}, ValueError, "argument `grid`: expected at least 1 grid point"),
+            ({"grid": torch.zeros(2, 4)}, ValueError, "argument `grid`: expected shape"),
+            ({"inv_denominator": 0.0}, ValueError, "argument `inv_denominator`: expected a finite number"),
+            ({"inv_denominator": torch.ones(1)}, TypeError, "argument `inv_denominator`: expected a number"),
+            ({"eps": float("nan")}, ValueError, "argument `eps`: expected a finite number above 0"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample("kan_linear-maps", ops.kan_linear, _kan(5, 3, 8, 1, 4), {"inv_denominator": 1.7, "eps": 1e-3}),
 ]

@@ -9,11 +9,13 @@ import torch
 from randomise import randomise, relative_error
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as modules
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels
 from vitkernels import models
+from vitkernels.nn import kept
 from vitkernels.patching import packed
 
 
@@ -43,6 +45,19 @@ def _steps() -> dict[str, object]:
     def storage(pair):
         pair[0].weight.data = torch.rand(pair[0].weight.shape)
 
+    def through_data(pair):
+        pair[0].weight.data.mul_(2)
+
+    def one_element(pair):
+        pair[0].weight.detach().numpy()[5, 3, 2, 2] += 0.1
+
+    def sign(pair):
+        pair[0].weight.data.neg_()
+
+    def two_places(pair):
+        weight = pair[0].weight.data
+        weight[[0, 1]] = weight[[1, 0]]
+
     return {
         "load_state_dict": lambda pair: pair.load_state_dict(other.state_dict()),
         "assign": lambda pair: pair.load_state_dict(copy.deepcopy(other.state_dict()), assign=True),
@@ -53,6 +68,11 @@ def _steps() -> dict[str, object]:
         "double": lambda pair: pair.double(),
         "child": lambda pair: (pair[0].bfloat16().float(), pair[1].bfloat16().float()),
         "storage": storage,
+        "data": through_data,
+        "numpy": one_element,
+        "sign": sign,
+        "places": two_places,
+        "statistics_data": lambda pair: pair[1].running_var.data.mul_(3),
         "eps": lambda pair: setattr(pair[1], "eps", 0.5),
     }
 
@@ -73,15 +93,43 @@ def test_folded_weights_follow_their_sources(name: str) -> None:
         assert relative_error(pair(x), twin(x)) < 1e-6
 
 
-def test_no_new_weight_can_come_to_lie_at_a_noted_address() -> None:
+def test_without_fingerprints_versions_and_addresses_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "_native_fingerprint", None)
+    for name in set(_steps()) - {"data", "numpy", "sign", "places", "statistics_data"}:
+        test_folded_weights_follow_their_sources(name)
     pair, x = folded_pair()
-    vitkernels.apply(pair, fold_bn=True, verbose=False)
+    vitkernels.apply(pair, verbose=False)
     with torch.no_grad():
         pair(x)
         freed = {p.data_ptr() for p in pair.parameters()}
         for p in pair.parameters():
             p.data = p.data.clone()
+    # No new weight can come to lie at a noted address.
     assert freed <= {alias.data_ptr() for alias in pair.__dict__["_vitkernels_kept"].aliases}
+
+
+def test_weights_that_cannot_be_read_are_folded_in_every_call() -> None:
+    """A view with gaps: only versions could tell, and they miss edits through .data."""
+    pair, x = folded_pair()
+    pair[0].weight = nn.Parameter(torch.rand(6, 8, 3, 3)[:, ::2])
+    vitkernels.apply(pair, verbose=False)
+    with torch.no_grad():
+        before = pair(x)
+        assert "_vitkernels_kept" not in pair.__dict__
+        pair[0].weight.data.mul_(2)
+        assert relative_error(before, pair(x)) > 1e-3
+
+
+def test_a_fold_that_is_watched_is_not_kept() -> None:
+    pair, x = folded_pair()
+    vitkernels.apply(pair, verbose=False)
+    with torch.no_grad():
+        pair(x)
+        graph = make_fx(pair)(x)
+        weight = pair[0].weight
+        before = graph(x)
+        weight.mul_(2)
+        assert relative_error(graph(x), pair(x)) < 1e-6 < relative_error(graph(x), before)
 
 
 def test_folding_happens_once_and_leaves_gradients_right() -> None:
@@ -107,15 +155,15 @@ def test_folding_happens_once_and_leaves_gradients_right() -> None:
 def test_weights_are_packed_for_inference_in_fp32_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_LEAST_WORK", 0)
     pair, x = folded_pair()
-    sequence = nn.Sequential(copy.deepcopy(pair), nn.ReLU()).eval()
+    sequence, reference = nn.Sequential(copy.deepcopy(pair), nn.ReLU()).eval(), copy.deepcopy(pair)
     with torch.no_grad():
         expected, rectified = pair(x), sequence(x)
     for model in (pair, sequence):
         vitkernels.apply(model, fold_bn=True, verbose=False)
     with torch.inference_mode():
-        for size in (x, x[:1], x[:, :, :3]):  # packed for the first, run on all
-            pair(size)
-        assert pair.__dict__["_vitkernels_kept"].packed is not None
+        for size in (x, x[:1], x[:, :, :3], x[:, :, 1:3], x[:, :, :1], x):
+            assert relative_error(pair(size)[:, :, :1], reference(size)[:, :, :1]) < 1e-6
+            assert 0 < len(pair.__dict__["_vitkernels_kept"].packed) <= 3
         assert relative_error(pair(x), expected) < 1e-6
         assert pair(x).is_contiguous(memory_format=torch.channels_last)
         assert relative_error(sequence(x), rectified) < 1e-6
@@ -129,7 +177,7 @@ def test_weights_are_packed_for_inference_in_fp32_only(monkeypatch: pytest.Monke
     pair.eval()
     with torch.no_grad():
         assert torch.allclose(pair(x), expected, rtol=1e-5, atol=1e-5)
-        assert pair.__dict__["_vitkernels_kept"].packed is None
+        assert not pair.__dict__["_vitkernels_kept"].packed
 
 
 @pytest.fixture
@@ -141,7 +189,7 @@ def packed_pair(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module, 
     twin = copy.deepcopy(pair)
     vitkernels.apply(pair, fold_bn=True, verbose=False)
     pair(x)
-    assert pair.__dict__["_vitkernels_kept"].packed is not None
+    assert pair.__dict__["_vitkernels_kept"].packed
     return pair, twin, x
 
 

@@ -9,6 +9,7 @@ import sys
 import official_layers
 import pytest
 import torch
+from edits import EDITS
 from randomise import randomise, relative_error
 from timm_import import import_timm
 from torch import nn
@@ -60,7 +61,7 @@ def test_timm_logits_stay_and_revert_restores_them(name: str) -> None:
     with torch.no_grad():
         before = model(x)
         keys, state = list(model.state_dict()), traces(model)
-        for fold_bn in (False, True):
+        for fold_bn in (False, None):
             report = vitkernels.apply(model, fold_bn=fold_bn, verbose=False)
             assert report.skipped == []
             assert list(model.state_dict()) == keys
@@ -72,24 +73,46 @@ def test_timm_logits_stay_and_revert_restores_them(name: str) -> None:
             assert traces(model) == state
 
 
-def test_the_kernels_are_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = timm_model(), []
-    original = vitkernels.ops.window_attention
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """(operator, backend) of every call of an operator, in order."""
+    seen = []
 
-    def spy(*args, **kwargs):
-        calls.append(kwargs["backend"])
-        return original(*args, **kwargs)
+    def spy(name, original):
+        def call(*args, **kwargs):
+            seen.append((name, kwargs.get("backend")))
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(vitkernels.ops, "window_attention", spy)
+        return call
+
+    for name in vitkernels.ops.__all__:
+        monkeypatch.setattr(vitkernels.ops, name, spy(name, getattr(vitkernels.ops, name)))
+    return seen
+
+
+def test_the_kernels_are_really_used(calls) -> None:
+    model = timm_model()
     vitkernels.apply(model, backend="reference", verbose=False)
     calls.clear()
+    mixer, unit = ("cascaded_group_attention", "reference"), ("residual_ffn", None)
+    downsample = [unit, unit]
     with torch.no_grad():
         model(image())
-    assert calls == ["reference"] * 6 * 4
-    vitkernels.revert(model)
-    with torch.no_grad():
+        assert calls == [unit, mixer, unit, *2 * (downsample + [unit, mixer, unit] * 2), unit, mixer, unit]
+        calls.clear()
+        model.train()
         model(image())
-    assert len(calls) == 24
+        assert calls == [("window_attention", "reference")] * 6 * 4
+        calls.clear()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        model(image())
+        assert calls == [mixer] * 6, "norms frozen in a model that trains"
+        calls.clear()
+        vitkernels.revert(model.eval())
+        model(image())
+    assert calls == []
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -120,18 +143,19 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     squeeze_excite = 2 * 2
     assert counts == {
-        "window_attention": 6,
+        "cascaded_group_attention": 6,
         "window partition": 6,
         "batch norm folded": convolutions - squeeze_excite + 1,
         "ReLU fused": 1 + 6 * 2 + 2 * 2 + 2,
+        "residual fused": 6 * (1 + 5) + 2 * 2 * (1 + 2),
     }
     assert (
         "0.stages.2.blocks.2.mixer.m.attn",
         "CascadedGroupAttention",
-        "window_attention",
+        "cascaded_group_attention",
     ) in report.replaced
     assert [entry[:2] for entry in report.skipped] == [("", "Sequential"), ("1", "MultiheadAttention")]
-    for text in ("CascadedGroupAttention", "window_attention", "no kernel", "MultiheadAttention"):
+    for text in ("CascadedGroupAttention", "cascaded_group_attention", "no kernel", "MultiheadAttention"):
         assert text in str(report)
     again = vitkernels.apply(model, fold_bn=True, verbose=False)
     assert capsys.readouterr().out == ""
@@ -288,6 +312,103 @@ def test_the_official_classes_and_copies_of_them(side: int, size: int) -> None:
         assert torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("name", EDITS)
+def test_official_layers_follow_every_edit(name: str) -> None:
+    layer = randomise(official_layers.LocalWindowAttention(32, 16, 2, 1, 14, 7, (5, 3)))
+    model, x = nn.Sequential(layer).eval(), torch.randn(2, 32, 14, 14)
+    vitkernels.apply(model, verbose=False)
+    with torch.no_grad():
+        before = model(x)
+        EDITS[name](model)
+        x = x.to(layer.attn.attention_biases.dtype)
+        twin = copy.deepcopy(model)
+        vitkernels.revert(twin)
+        twin.train()
+        twin.eval()  # gathers its biases again
+        assert relative_error(model(x), twin(x)) < 1e-5
+        assert relative_error(model(x), before) > 1e-4 or name in ("double", "half_and_back")
+
+
+@pytest.mark.parametrize("name", sorted({*EDITS} - {"swap", "sign", "numpy"}))
+def test_residual_units_follow_every_edit(name: str, calls) -> None:
+    model = small_model()
+    vitkernels.apply(model, verbose=False)
+    with torch.no_grad():
+        model(image())
+        calls.clear()
+        EDITS[name](model)
+        x = image().to(next(model.parameters()).dtype)
+        got = model(x)
+        assert sum(name == "residual_ffn" for name, _ in calls) == 2 * 2 + 2
+        twin = copy.deepcopy(model)
+        vitkernels.revert(twin)
+        assert relative_error(got, twin(x)) < 1e-5
+
+
+def test_edits_of_a_residual_unit_are_seen() -> None:
+    """Its own weights are read in place, its norms and depthwise convolution through what is kept."""
+    model = small_model()
+    vitkernels.apply(model, verbose=False)
+    block, x = model.blocks1[0], torch.randn(2, 32, 7, 7)
+    with torch.no_grad():
+        block(x)
+        for tensor in (*block.dw0.parameters(), *block.ffn1.parameters(), *block.ffn0.buffers()):
+            before = block(x)
+            if tensor.is_floating_point():
+                tensor.data.flatten()[0] += 0.5
+                twin = copy.deepcopy(block)
+                vitkernels.revert(twin)
+                assert relative_error(block(x), twin(x)) < 1e-5
+                assert not torch.equal(block(x), before)
+
+
+@pytest.mark.parametrize(
+    "layer", ["dw0", "dw0.m", "dw0.m.c", "ffn0.m", "ffn0.m.pw1.bn", "ffn0.m.act", "mixer.m.attn"]
+)
+def test_hooks_inside_residual_units_run(layer: str) -> None:
+    block, x = small_model().blocks1[0], torch.randn(2, 32, 7, 7)
+    twin, seen = copy.deepcopy(block), []
+    vitkernels.apply(block, verbose=False)
+    for model in (block, twin):
+        model.get_submodule(layer).register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        assert relative_error(block(x), twin(x)) < 1e-5
+    (ours_in, ours_out), (theirs_in, theirs_out) = seen
+    assert relative_error(ours_in, theirs_in) < 1e-5
+    assert relative_error(ours_out, theirs_out) < 1e-5
+
+
+def test_a_residual_of_another_kind_is_left() -> None:
+    class Residual(models.efficientvit.Residual):
+        def forward(self, x):
+            return x - self.m(x)
+
+    ffn = Residual(models.efficientvit.FFN(8, 16))
+    Residual.__module__ = "elsewhere"
+    model, x = randomise(nn.Sequential(ffn)).eval(), torch.randn(2, 8, 4, 4)
+    with torch.no_grad():
+        expected = model(x)
+        report = vitkernels.apply(model, verbose=False)
+        assert "residual fused" not in [kernel for *_, kernel in report.replaced]
+        assert relative_error(model(x), expected) < 1e-6
+
+
+def test_frozen_norms_train_with_the_gradients_of_the_reference(calls) -> None:
+    x = image(2).double()
+    theirs, ours = (timm_model().double().train() for _ in range(2))
+    vitkernels.apply(ours, verbose=False)
+    calls.clear()
+    for model in (theirs, ours):
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        model(x).square().mean().backward()
+    assert [name for name, _ in calls] == ["cascaded_group_attention"] * 6
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert b.grad.norm() > 1e-12, name
+        assert relative_error(a.grad, b.grad) < 1e-9, name
+
+
 class Deceiver(official_layers.CascadedGroupAttention):
     def logits(self, q, k):
         return super().logits(q, k).relu()
@@ -297,7 +418,7 @@ def test_a_layer_that_computes_something_else_is_left() -> None:
     model = nn.Sequential(Deceiver(32, 16, 2, 1, 4, (5, 3)))
     model[0].register_forward_hook(lambda *_: pytest.fail("a user's hook ran during apply"))
     state = torch.random.get_rng_state()
-    report = vitkernels.apply(model, verbose=False)
+    report = vitkernels.apply(model, fold_bn=False, verbose=False)
     assert report.replaced == []
     assert "computes something else" in report.skipped[0][2]
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -406,6 +527,6 @@ def test_the_layers_of_this_package_take_a_backend() -> None:
     x = torch.randn(1, 32, 14, 14)
     with torch.no_grad():
         before = layer(x)
-        report = vitkernels.apply(layer, backend="reference", verbose=False)
-        assert [kernel for *_, kernel in report.replaced] == ["window partition", "window_attention"]
+        report = vitkernels.apply(layer, fold_bn=False, backend="reference", verbose=False)
+        assert [kernel for *_, kernel in report.replaced] == ["window partition", "cascaded_group_attention"]
         assert relative_error(layer(x), before) < 1e-5

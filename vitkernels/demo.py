@@ -22,7 +22,7 @@ Nothing is downloaded: the weights are random, so the logits mean nothing, but t
 
 SIZE = 224
 BATCHES = (1, 16)
-EAGER, APPLIED, FOLDED = "before", "after apply", "after apply, BN folded"
+EAGER, UNFOLDED, APPLIED = "before", "apply, BN not folded", "after apply"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,7 @@ def measure(variants: dict[str, Any], photo: Tensor, args: argparse.Namespace, n
                 device=args.device,
                 mode="fwd",
                 provider=variant,
-                ours=variant in (APPLIED, FOLDED),
+                ours=variant in (UNFOLDED, APPLIED),
             )
             row = record(row, "wall", spent, measured[EAGER])
             row.images_per_second = batch / spent.median
@@ -141,22 +141,22 @@ def execute(args: argparse.Namespace) -> int:
     image = normalize(shown[None]).to(device)
     original = plain(model)
     before = forward(original, image)
-    applied, folded = copy.deepcopy(model), copy.deepcopy(model)
+    applied, unfolded = copy.deepcopy(model), copy.deepcopy(model)
     console.print("\n[bold]vitkernels.apply(model)[/bold]")
     console.print(str(vitkernels.apply(applied, verbose=False)), markup=False, highlight=False)
-    vitkernels.apply(folded, fold_bn=True, verbose=False)
+    vitkernels.apply(unfolded, fold_bn=False, verbose=False)
     reverted = copy.deepcopy(applied)
     vitkernels.revert(reverted)
 
     rms = before.square().mean().sqrt().item()
     console.print(f"\nlogits of the photo: {before.numel()} values, rms {rms:.3g}")
-    for label, changed in ((APPLIED, applied), (FOLDED, folded)):
+    for label, changed in ((UNFOLDED, unfolded), (APPLIED, applied)):
         largest, relative = differences(forward(changed, image), before)
         console.print(f"  {label:<24} largest difference {largest:.2e}, norm-relative {relative:.2e}")
     same = torch.equal(forward(plain(reverted), image), before)
     console.print(f"  {'after revert':<24} {'bit for bit the same' if same else 'NOT the same'}")
 
-    variants: dict[str, Any] = {EAGER: original, APPLIED: applied, FOLDED: folded}
+    variants: dict[str, Any] = {EAGER: original, UNFOLDED: unfolded, APPLIED: applied}
     if args.compile:
         variants["torch.compile"] = torch.compile(copy.deepcopy(original), dynamic=False)
     threads = f", {torch.get_num_threads()} CPU thread(s)" if device.type == "cpu" else ""

@@ -1,6 +1,15 @@
 """The public operators."""
 
+from vitkernels.kernels.cascaded_group_attention import cascaded_group_attention
+from vitkernels.kernels.kan_linear import kan_linear
 from vitkernels.kernels.neighborhood_attention import neighborhood_attention
+from vitkernels.kernels.residual_ffn import residual_ffn
 from vitkernels.kernels.window_attention import window_attention
 
-__all__ = ["neighborhood_attention", "window_attention"]
+__all__ = [
+    "cascaded_group_attention",
+    "kan_linear",
+    "neighborhood_attention",
+    "residual_ffn",
+    "window_attention",
+]

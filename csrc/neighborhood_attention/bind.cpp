@@ -123,16 +123,16 @@ void bind(py::module_& module) {
                ScopedDevice scope(device);
                backward_cuda(p, stream);
              }));
-  module.def("neighborhood_attention_workspace_cuda",
-             [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v,
-                const Argument& grad_rpb, const Argument& q, const Argument& k, const Argument& v,
-                const Argument& rpb, int kernel_h, int kernel_w, int dilation_h, int dilation_w,
-                bool causal_h, bool causal_w, double scale) {
-               const Options options{kernel_h, kernel_w, dilation_h, dilation_w, causal_h, causal_w, scale};
-               Params p = make_params(options, q, k, v, rpb, {}, {});
-               set_gradients(&p, q, grad_q, grad_k, grad_v, grad_rpb);
-               return backward_workspace_cuda(p);
-             });
+  module.def(
+      "neighborhood_attention_workspace_cuda",
+      [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& grad_rpb,
+         const Argument& q, const Argument& k, const Argument& v, const Argument& rpb, int kernel_h,
+         int kernel_w, int dilation_h, int dilation_w, bool causal_h, bool causal_w, double scale) {
+        const Options options{kernel_h, kernel_w, dilation_h, dilation_w, causal_h, causal_w, scale};
+        Params p = make_params(options, q, k, v, rpb, {}, {});
+        set_gradients(&p, q, grad_q, grad_k, grad_v, grad_rpb);
+        return backward_workspace_cuda(p);
+      });
 #endif
 }
 

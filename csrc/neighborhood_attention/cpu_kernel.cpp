@@ -1,12 +1,12 @@
 // Neighborhood attention on one core, one instruction set.
 //
-// Floor of a map of T tokens and windows of K keys: forward 2 T K (d + dv) FLOPs and T K exponentials, backward
-// 2 T K (3 d + 2 dv) FLOPs and T K exponentials, at 2 FMAs a cycle. Each tensor crosses memory once.
+// Floor of a map of T tokens and windows of K keys: forward 2 T K (d + dv) FLOPs and T K exponentials,
+// backward 2 T K (3 d + 2 dv) FLOPs and T K exponentials, at 2 FMAs a cycle. Each tensor crosses memory once.
 //
-// A group of the dilation is walked through by tiles of query rows, keys and values being kept for as many rows as
-// a tile sees. In the backward pass one walk computes all gradients: those of keys and values are summed in rows
-// that are complete when the last query row that sees them has passed, so that a group has one owner and its sums
-// one order.
+// A group of the dilation is walked through by tiles of query rows, keys and values being kept for as many
+// rows as a tile sees. In the backward pass one walk computes all gradients: those of keys and values are
+// summed in rows that are complete when the last query row that sees them has passed, so that a group has one
+// owner and its sums one order.
 #include "cpu_kernel.h"
 
 #include "tile_cpu.h"
@@ -63,15 +63,17 @@ void forward_tile(const Params& p, const Group& g, const ForwardScratch<T>& w, c
                   const Tile<T>& tile) {
   constexpr int L = kLanes<T>;
   const int d = p.head_dim, dv = p.value_dim;
-  for (int r = 0; r < tile.rows; ++r)
+  for (int r = 0; r < tile.rows; ++r) {
+    g.prefetch<E>(p.q, tile.y0 + r, tile.x0 + L, L, d);
     pack(w.q + r * d * L, L, g.token<const E>(p.q, tile.y0 + r, tile.x0), p.q.stride[4], g.stride(p.q), d,
          tile.lanes, static_cast<T>(p.scale));
+  }
   tile.correlate(w.s, w.q, w.k);
   for (int r = 0; r < tile.rows; ++r) tile.softmax(w.s, r, bias, w.inverse + r * L, w.lse + r * L);
   tile.accumulate(w.out, w.s, w.v);
   for (int r = 0; r < tile.rows; ++r) {
-    unpack(g.token<E>(p.out, tile.y0 + r, tile.x0), p.out.stride[4], g.stride(p.out), w.out + r * dv * L, L, dv,
-           tile.lanes, w.inverse + r * L);
+    unpack(g.token<E>(p.out, tile.y0 + r, tile.x0), p.out.stride[4], g.stride(p.out), w.out + r * dv * L, L,
+           dv, tile.lanes, w.inverse + r * L);
     if (!p.lse) continue;
     T* lse = g.token<T>(p.lse, tile.y0 + r, tile.x0);
     for (int i = 0; i < tile.lanes; ++i) lse[i * g.stride(p.lse)] = w.lse[r * L + i];
@@ -147,11 +149,13 @@ void backward_tile(const Params& p, const Group& g, const BackwardScratch<T>& w,
   const int d = p.head_dim, dv = p.value_dim;
   const bool logits = p.grad_q || p.grad_k || p.grad_rpb;
   for (int r = 0; r < tile.rows; ++r) {
+    g.prefetch<E>(p.q, tile.y0 + r, tile.x0 + L, L, d);
+    if (p.grad_out) g.prefetch<E>(p.grad_out, tile.y0 + r, tile.x0 + L, L, dv);
     pack(w.q + r * d * L, L, g.token<const E>(p.q, tile.y0 + r, tile.x0), p.q.stride[4], g.stride(p.q), d,
          tile.lanes, static_cast<T>(p.scale));
     if (p.grad_out)
-      pack(w.grad_out + r * dv * L, L, g.token<const E>(p.grad_out, tile.y0 + r, tile.x0), p.grad_out.stride[4],
-           g.stride(p.grad_out), dv, tile.lanes, T(1));
+      pack(w.grad_out + r * dv * L, L, g.token<const E>(p.grad_out, tile.y0 + r, tile.x0),
+           p.grad_out.stride[4], g.stride(p.grad_out), dv, tile.lanes, T(1));
   }
   tile.correlate(w.p, w.q, w.k);
   if (logits && p.grad_out) tile.correlate(w.dl, w.grad_out, w.v);
@@ -196,7 +200,8 @@ void backward_group(const Params& p, const Group& g, const BackwardScratch<T>& w
       w.grad_k.clear_row(read);
       w.grad_v.clear_row(read);
     }
-    for (int x = 0; x < g.x.size; x += kLanes<T>) backward_tile<E, T>(p, g, w, Tile<T>(g, y, rows, x, w.mask));
+    for (int x = 0; x < g.x.size; x += kLanes<T>)
+      backward_tile<E, T>(p, g, w, Tile<T>(g, y, rows, x, w.mask));
     y += rows;
   }
   write_until(g.y.size);

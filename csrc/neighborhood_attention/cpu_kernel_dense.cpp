@@ -1,7 +1,6 @@
 // Neighborhood attention where each group of the dilation is one neighborhood: dense attention of at most 64
 // tokens, on one core, one instruction set. The floor is that of cpu_kernel.cpp.
 #include "cpu_kernel.h"
-
 #include "groups_cpu.h"
 #include "vitkernels/tile_attention_cpu.h"
 
@@ -104,8 +103,9 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     const Matrix<const T> k = w.key.template read<E>(g, p.k, T(1)),
                           v = w.value.template read<E>(g, p.v, T(1));
     // Channels are dense here, never tokens, so no odd token is computed on its own.
-    const ForwardTile<T> task{n,   width, 0,     p.head_dim, p.value_dim, w.q,  p.rpb ? w.expanded : nullptr,
-                              w.s, w.out, w.inverse, w.lse, w.row};
+    const ForwardTile<T> task{
+        n,   width, 0,         p.head_dim, p.value_dim, w.q, p.rpb ? w.expanded : nullptr,
+        w.s, w.out, w.inverse, w.lse,      w.row};
     task.run(k, v);
     unpack(w.value.data, 1, w.value.width, w.out, width, p.value_dim, n, w.inverse);
     w.value.template write<E>(g, p.out, w.ones);
@@ -171,8 +171,12 @@ void backward_group(const Params& p, const Group& g, const BackwardScratch<T>& w
     pack(w.v, width, v.data, v.channel, v.token, dv, n, T(1));
     grad_out = w.grad_out.template read<E>(g, p.grad_out, T(1));
   }
-  const BackwardTile<T> task{n,   width, n,   0,    d,    p.grad_out ? dv : 0, w.k, w.v, p.rpb ? w.expanded : nullptr,
-                             w.lse, w.delta, true, w.p, w.dl, nullptr, nullptr};
+  const BackwardTile<T> task{n,      width,   n,
+                             0,      d,       p.grad_out ? dv : 0,
+                             w.k,    w.v,     p.rpb ? w.expanded : nullptr,
+                             w.lse,  w.delta, true,
+                             w.p,    w.dl,    nullptr,
+                             nullptr};
   task.run(q, grad_out);
 
   if (p.grad_v) {
@@ -186,8 +190,8 @@ void backward_group(const Params& p, const Group& g, const BackwardScratch<T>& w
     w.key.template write<E>(g, p.grad_k, w.ones);
   }
   if (p.grad_q) {
-    multiply<T>(w.channel_width / kLanes<T>,
-                {n, n, w.dl, width, 1, w.k_channels, w.channel_width, nullptr, 0, w.query.data, w.channel_width});
+    multiply<T>(w.channel_width / kLanes<T>, {n, n, w.dl, width, 1, w.k_channels, w.channel_width, nullptr, 0,
+                                              w.query.data, w.channel_width});
     w.query.template write<E>(g, p.grad_q, w.scales);
   }
   for (int i = 0; p.grad_rpb && i < n * width; i += kLanes<T>)

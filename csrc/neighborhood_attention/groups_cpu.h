@@ -44,6 +44,18 @@ struct Group {
            (offset_x + cx * step_x) * view.stride[2] + head * view.stride[3];
   }
   ptrdiff_t stride(const View& view) const { return step_x * view.stride[2]; }
+
+  // Tokens lie too far apart for the hardware to see them coming.
+  template <class E>
+  void prefetch(const View& view, int cy, int cx, int count, int channels) const {
+    if (cy >= y.size) return;
+    const int last = imin(cx + count, x.size);
+    for (int c = cx; c < last; ++c) {
+      const char* at = reinterpret_cast<const char*>(token<const E>(view, cy, c));
+      for (int byte = 0; byte < channels * static_cast<int>(sizeof(E)); byte += 64)
+        __builtin_prefetch(at + byte, 0, 2);
+    }
+  }
 };
 
 VITKERNELS_INLINE int64_t group_count(const Params& p) {

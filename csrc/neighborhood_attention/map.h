@@ -3,8 +3,8 @@
 //
 // Floor, for N = batch * height * width queries a head of widths d, dv and a kernel of K keys: q, k, v and
 // out once, 2 N (d + dv) sizeof(T) bytes; 2 N K (d + dv) FLOPs; N K exponentials. Backward: eight tensors
-// once, 4 N (d + dv) sizeof(T) bytes; 2 N K (3 d + 2 dv) FLOPs. At K = 49, d = dv = 32 and 16 bits the forward
-// has 24.5 FLOPs a byte: the bytes are the limit by a factor of eight.
+// once, 4 N (d + dv) sizeof(T) bytes; 2 N K (3 d + 2 dv) FLOPs. At K = 49, d = dv = 32 and 16 bits the
+// forward has 24.5 FLOPs a byte: the bytes are the limit by a factor of eight.
 //
 // A tile of 8 x 8 queries at K = 7 x 7 meets 14 x 14 keys, packed into four tiles of 64; each warp computes
 // the 112 keys that its two rows of queries have to do with, so that 41 % of the pairs count. A group no

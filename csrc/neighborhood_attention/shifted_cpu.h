@@ -1,10 +1,10 @@
 // Products of neighborhood attention with queries in the vector lanes. Compiled once per instruction set.
 //
 // The lanes hold neighbouring queries of one row of a group, and a key is known by its shift: its column less
-// the query's. Keys lie with their columns side by side, so the keys of all lanes at one shift are one vector,
-// loaded from wherever it starts. A row of keys meets all query rows of a tile that see it, which share the
-// loads. Where the window is clamped at a border the shifts differ between lanes: the tile then takes the union
-// of them and a mask. Inside a map no product is wasted.
+// the query's. Keys lie with their columns side by side, so the keys of all lanes at one shift are one
+// vector, loaded from wherever it starts. A row of keys meets all query rows of a tile that see it, which
+// share the loads. Where the window is clamped at a border the shifts differ between lanes: the tile then
+// takes the union of them and a mask. Inside a map no product is wasted.
 #pragma once
 #include "groups_cpu.h"
 
@@ -24,8 +24,8 @@ constexpr int max_channels(int rows) {
   return kVectorRegisters == 32 ? many[rows] : few[rows];
 }
 
-// Rows of keys or values, [row][channel][left | columns | right], the margins being zeros; a ring of as many rows
-// as the tiles of queries need at a time.
+// Rows of keys or values, [row][channel][left | columns | right], the margins being zeros; a ring of as many
+// rows as the tiles of queries need at a time.
 template <class T>
 struct Ring {
   int slots, channels;
@@ -47,6 +47,7 @@ struct Ring {
   template <class E>
   void read(const Group& g, const View& view, int y) const {
     T* to = row(y);
+    g.prefetch<E>(view, y + 1, 0, g.x.size, channels);
     pack(to, static_cast<int>(pitch), g.token<const E>(view, y, 0), view.stride[4], g.stride(view), channels,
          g.x.size, T(1));
     // A longer group may have left its last column here.
@@ -66,8 +67,8 @@ struct Ring {
 
 // s[r][shift] = sum over channels of a[r][channel] * b[channel][shift]
 template <class T, int R, int J>
-static __attribute__((noinline)) void correlate_block(const T* a, ptrdiff_t a_row, const T* b, ptrdiff_t pitch,
-                                                      int channels, T* const* s, int shift) {
+static __attribute__((noinline)) void correlate_block(const T* a, ptrdiff_t a_row, const T* b,
+                                                      ptrdiff_t pitch, int channels, T* const* s, int shift) {
   constexpr int L = kLanes<T>;
   b += shift;
   for (int runs = ceil_div(channels, kRun), done = 0; runs > 0; --runs) {
@@ -109,8 +110,8 @@ VITKERNELS_INLINE void correlate_shifts(int count, const T* a, ptrdiff_t a_row, 
 }
 
 template <class T, int R>
-static void correlate_rows(const T* a, ptrdiff_t a_row, const T* b, ptrdiff_t pitch, int channels, T* const* s,
-                           int shifts) {
+static void correlate_rows(const T* a, ptrdiff_t a_row, const T* b, ptrdiff_t pitch, int channels,
+                           T* const* s, int shifts) {
   int shift = 0;
   for (int blocks = ceil_div(shifts, max_shifts(R)); blocks > 0; --blocks) {
     const int count = ceil_div(shifts - shift, blocks);
@@ -122,7 +123,8 @@ static void correlate_rows(const T* a, ptrdiff_t a_row, const T* b, ptrdiff_t pi
 // out[r][channel] += sum over shifts of p[r][shift] * b[channel][shift]; of b only what the mask lets pass.
 template <class T, int R, int C, bool Masked>
 static __attribute__((noinline)) void accumulate_block(const T* const* p, const T* mask, const T* b,
-                                                       ptrdiff_t pitch, int shifts, T* out, ptrdiff_t out_row) {
+                                                       ptrdiff_t pitch, int shifts, T* out,
+                                                       ptrdiff_t out_row) {
   constexpr int L = kLanes<T>;
   for (int shift = 0; shift < shifts;) {
     Vec<T> acc[R][C];
@@ -177,9 +179,9 @@ static void accumulate_rows(const T* const* p, const T* mask, const T* b, ptrdif
   }
 }
 
-// to[channel][shift] += sum over r of p[r][shift] * a[r][channel], of lanes that the mask lets pass. Shifts are
-// the outer loop: the vectors of neighbouring shifts overlap in memory, and a load must not catch up with the
-// store before it.
+// to[channel][shift] += sum over r of p[r][shift] * a[r][channel], of lanes that the mask lets pass. Shifts
+// are the outer loop: the vectors of neighbouring shifts overlap in memory, and a load must not catch up with
+// the store before it.
 template <class T, int R, bool Masked>
 static __attribute__((noinline)) void scatter_block(const T* const* p, const T* mask, const T* a,
                                                     ptrdiff_t a_row, int channels, int shifts, T* to,
@@ -203,8 +205,8 @@ static __attribute__((noinline)) void scatter_block(const T* const* p, const T* 
 }
 
 template <class T, int R>
-static void scatter_rows(int rows, const T* const* p, const T* mask, const T* a, ptrdiff_t a_row, int channels,
-                         int shifts, T* to, ptrdiff_t pitch) {
+static void scatter_rows(int rows, const T* const* p, const T* mask, const T* a, ptrdiff_t a_row,
+                         int channels, int shifts, T* to, ptrdiff_t pitch) {
   if (rows == R)
     mask ? scatter_block<T, R, true>(p, mask, a, a_row, channels, shifts, to, pitch)
          : scatter_block<T, R, false>(p, mask, a, a_row, channels, shifts, to, pitch);

@@ -36,7 +36,8 @@ struct Tile {
     using Bit = typename Bits<T>::type;
     for (int j = 0; j < shifts; ++j) {
       IntVec<T> pass = {};
-      for (int i = 0; i < lanes; ++i) pass[i] = static_cast<Bit>(low + j >= from[i] && low + j < to[i] ? -1 : 0);
+      for (int i = 0; i < lanes; ++i)
+        pass[i] = static_cast<Bit>(low + j >= from[i] && low + j < to[i] ? -1 : 0);
       store(memory + j * L, bit_cast<Vec<T>>(pass));
     }
   }
@@ -47,8 +48,8 @@ struct Tile {
     return row(s, r) + static_cast<ptrdiff_t>(key_row - first[r]) * shifts * L;
   }
 
-  // Calls visit(key row, first query row, query rows) for all rows of keys and the query rows that see them, at
-  // most `most` at a time.
+  // Calls visit(key row, first query row, query rows) for all rows of keys and the query rows that see them,
+  // at most `most` at a time.
   template <class Visit>
   __attribute__((always_inline)) void pairs(int most, Visit visit) const {
     for (int key = first[0], begin = 0, end = 0; key < last[rows - 1]; ++key) {
@@ -102,8 +103,8 @@ struct Tile {
     pairs(kRows, [&](int key, int r, int count) {
       T* from[kRows];
       pointers(from, s, r, count, key);
-      scatter_rows<T, kRows>(count, from, mask, a + r * a_row, a_row, b.channels, shifts, b.row(key) + x0 + low,
-                             b.pitch);
+      scatter_rows<T, kRows>(count, from, mask, a + r * a_row, a_row, b.channels, shifts,
+                             b.row(key) + x0 + low, b.pitch);
     });
   }
 
@@ -118,16 +119,21 @@ struct Tile {
   }
   IntVec<T> pass(int shift) const { return bit_cast<IntVec<T>>(load(mask + shift * L)); }
 
-  // Adds the bias and masks; returns the largest logit of each lane.
+  // Adds the bias and masks; returns the largest logit of each lane, NaN where none is a number.
   Vec<T> finish_logits(T* s, int r, const T* bias) const {
     const Vec<T> nothing = broadcast(-static_cast<T>(__builtin_inff()));
-    Vec<T> top = nothing;
+    Vec<T> top = broadcast(static_cast<T>(__builtin_nanf("")));
     entries(s, r, [&](T* at, int entry, int shift) {
       Vec<T> value = load(at);
       if (bias) value += broadcast(bias[entry]);
-      if (mask) value = pass(shift) ? value : nothing;
+      if (mask) {
+        const IntVec<T> seen = pass(shift);
+        top = vmax(top, seen ? value : top);
+        value = seen ? value : nothing;
+      } else {
+        top = vmax(top, value);  // value where top is NaN still
+      }
       if (bias || mask) store(at, value);
-      top = vmax(value, top);
     });
     return top;
   }
@@ -152,12 +158,12 @@ struct Tile {
     store(lse, top == nothing ? top : value);  // -inf, not NaN, where every logit is -inf
   }
 
-  // s <- e^(s - lse), and dl <- that times (dl - mean - rest), mean being the sum of s * dl. Two subtractions:
-  // where one key takes all, dl - mean is exactly 0.
+  // s <- the probabilities, and dl <- those times (dl - mean - rest), mean being the sum of s * dl.
+  // Probabilities are e^(s - lse) made to sum to 1: lse is rounded, and its error would scale a whole row of
+  // them.
   void probabilities(T* s, T* dl, int r, const T* bias, Vec<T> lse, Vec<T> rest) const {
-    const int n = keys(r);
     T *p = row(s, r), *d = dl ? row(dl, r) : nullptr;
-    Vec<T> mean = {}, run = {};
+    Vec<T> sum = {}, mean = {}, sum_run = {}, mean_run = {};
     int left = kRun;
     entries(s, r, [&](T* at, int entry, int shift) {
       Vec<T> value = load(at);
@@ -165,17 +171,32 @@ struct Tile {
       value = exp_softmax<T>(value - lse);
       if (mask) value = pass(shift) ? value : Vec<T>{};
       store(at, value);
-      if (!dl) return;
-      T* to = d + (at - p);
-      Vec<T> g = load(to);
-      if (mask) g = pass(shift) ? g : Vec<T>{};
-      if (mask) store(to, g);
-      run += value * g;
-      if (--left == 0) mean += run, run = Vec<T>{}, left = kRun;
+      sum_run += value;
+      if (dl) {
+        T* to = d + (at - p);
+        Vec<T> g = load(to);
+        if (mask) {
+          g = pass(shift) ? g : Vec<T>{};
+          store(to, g);
+        }
+        mean_run += value * g;
+      }
+      if (--left == 0) {
+        sum += sum_run;
+        mean += mean_run;
+        sum_run = mean_run = Vec<T>{};
+        left = kRun;
+      }
     });
-    if (!dl) return;
-    mean += run;
-    for (int i = 0; i < n; ++i) store(d + i * L, load(p + i * L) * ((load(d + i * L) - mean) - rest));
+    sum += sum_run;
+    // A lane beyond the last query has no probabilities.
+    const Vec<T> inverse = sum == T(0) ? Vec<T>{} : T(1) / sum;
+    mean = (mean + mean_run) * inverse;
+    for (int i = 0, n = keys(r); i < n; ++i) {
+      const Vec<T> value = load(p + i * L) * inverse;
+      store(p + i * L, value);
+      if (dl) store(d + i * L, value * ((load(d + i * L) - mean) - rest));
+    }
   }
 };
 

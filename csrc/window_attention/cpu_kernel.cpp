@@ -5,7 +5,7 @@
 #include "cpu_kernel.h"
 
 #include "vitkernels/tile_attention_cpu.h"
-#include "window_bias_cpu.h"
+#include "vitkernels/window_bias_cpu.h"
 
 namespace vitkernels::window_attention {
 namespace VITKERNELS_ISA {
@@ -19,8 +19,10 @@ constexpr int64_t kCachedLogits = 1 << 16;
 constexpr int64_t kMaxChunks = 64;
 
 int64_t chunk_windows(const Params& p) {
-  const int64_t chunk = (p.batch + kMaxChunks - 1) / kMaxChunks;
-  return chunk < 2 ? 2 : chunk;
+  // A chunk ends with the collection of its bias gradient, at the price of a fraction of a window.
+  const int64_t sixteenth = (p.batch + 15) / 16, least = (p.batch + kMaxChunks - 1) / kMaxChunks;
+  const int64_t chunk = sixteenth < 2 ? 2 : sixteenth > 8 ? 8 : sixteenth;
+  return chunk < least ? least : chunk;
 }
 int64_t chunk_count(const Params& p) {
   return (p.batch + chunk_windows(p) - 1) / chunk_windows(p);
@@ -36,6 +38,11 @@ Matrix<E> matrix(const View& view, int64_t batch, int64_t head) {
           view.stride[3]};
 }
 
+template <class T>
+WindowBias<T> make_bias(const Params& p, bool rows_are_queries, Scratch& scratch) {
+  return {p.window_h, p.window_w, p.signed_bias, rows_are_queries, scratch};
+}
+
 // ---- forward
 
 template <class T>
@@ -45,7 +52,8 @@ struct ForwardScratch {
   T *q, *k, *v, *bias, *s, *out, *inverse, *lse, *row;
   size_t size;
 
-  ForwardScratch(const Params& p, Scratch scratch) : tiling(p.tokens()), table(p, false, scratch) {
+  ForwardScratch(const Params& p, Scratch scratch)
+      : tiling(p.tokens()), table(make_bias<T>(p, false, scratch)) {
     const size_t n = p.tokens(), width = tiling.width;
     q = scratch.take<T>(p.head_dim * width);
     k = scratch.take<T>(converted(p) ? copy_size<T>(n, p.head_dim) : 0);
@@ -73,8 +81,8 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     const int tile = static_cast<int>(item / p.batch % tiling.count);
     const int start = tiling.start(tile), lanes = tiling.lanes(tile);
     if (p.bias_table && (h != bias_head || tile != bias_tile)) {
-      if (h != bias_head) w.table.read(p, h);
-      w.table.expand(w.bias, n, tiling, tile);
+      if (h != bias_head) w.table.read(p.bias_dtype, p.bias_table, h);
+      w.table.expand(w.bias, n, start, lanes, tiling.width);
       bias_head = h;
       bias_tile = tile;
     }
@@ -83,23 +91,22 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
 
     const Matrix<const T> k = readable<E, T>(matrix<const E>(p.k, b, h), n, p.head_dim, w.k);
     const Matrix<const T> v = readable<E, T>(matrix<const E>(p.v, b, h), n, p.value_dim, w.v);
-    const ForwardTile<T> task{n,
-                              tiling.width,
-                              odd_tokens(tiling, k.token == 1 && v.token == 1),
-                              p.head_dim,
-                              p.value_dim,
-                              w.q,
-                              p.bias_table ? w.bias : nullptr,
-                              w.s,
-                              w.out,
-                              w.inverse,
-                              w.lse,
-                              w.row};
-    task.run(k, v);
-
+    const int odd = odd_tokens(tiling, k.token == 1 && v.token == 1);
+    ForwardTile<T> task{
+        n,   tiling.width, odd,       p.head_dim, p.value_dim, w.q, p.bias_table ? w.bias : nullptr,
+        w.s, w.out,        w.inverse, w.lse,      w.row};
     const Matrix<E> out = matrix<E>(p.out, b, h);
-    unpack(out.data + start * out.token, out.channel, out.token, w.out, tiling.width, p.value_dim, lanes,
-           w.inverse);
+    E* first = out.data + start * out.token;
+    bool in_place = false;
+    if constexpr (kSame<E, T>) {
+      in_place = lanes_in_place<E, T>(out, lanes, odd);
+      if (in_place) {
+        task.out = first;
+        task.out_row = out.channel;
+      }
+    }
+    task.run(k, v);
+    if (!in_place) unpack(first, out.channel, out.token, w.out, tiling.width, p.value_dim, lanes, w.inverse);
     if (!p.lse) continue;
     T* lse =
         static_cast<T*>(p.lse.data) + b * p.lse.stride[0] + h * p.lse.stride[1] + start * p.lse.stride[2];
@@ -121,7 +128,9 @@ struct BackwardScratch {
   size_t size;
 
   BackwardScratch(const Params& params, Scratch scratch)
-      : tiling(params.tokens()), table(params, true, scratch), grad_table(params, true, scratch) {
+      : tiling(params.tokens()),
+        table(make_bias<T>(params, true, scratch)),
+        grad_table(make_bias<T>(params, true, scratch)) {
     const size_t n = params.tokens(), d = params.head_dim, dv = params.value_dim, width = tiling.width;
     cached = static_cast<int64_t>(n * width * tiling.count) <= kCachedLogits;
     channel_width = round_up_lanes<T>(params.head_dim);
@@ -190,6 +199,34 @@ void row_dots(T* delta, Matrix<const E> a, Matrix<const E> b, int tokens, int ch
   }
 }
 
+// The first lanes of a tile, [channel][lane]: as they lie where that can be, else packed.
+template <class T>
+struct Lanes {
+  const T* data;
+  ptrdiff_t row;
+};
+template <class E, class T>
+Lanes<T> lanes_of(Matrix<const E> m, const Tiling<T>& tiling, int tile, int odd, int channels, T* scratch) {
+  const int lanes = tiling.lanes(tile);
+  const E* first = m.data + tiling.start(tile) * m.token;
+  if constexpr (kSame<E, T>)
+    if (lanes_in_place<const E, T>(m, lanes, odd)) return {first, m.channel};
+  pack(scratch, tiling.width, first, m.channel, m.token, channels, lanes, T(1));
+  return {scratch, tiling.width};
+}
+
+// The gradient of the tile's keys or values: the sum over queries of m * weights.
+template <class E, class T>
+void store_sums(const BackwardTile<T>& task, Matrix<const T> m, int channels, const T* weights,
+                const T* odd_weights, Matrix<E> to, int start, T* scratch, const T* ones) {
+  E* first = to.data + start * to.token;
+  if constexpr (kSame<E, T>)
+    if (lanes_in_place<E, T>(to, task.lanes, task.odd))
+      return task.sum_queries(m, channels, weights, odd_weights, first, to.channel);
+  task.sum_queries(m, channels, weights, odd_weights, scratch, task.width);
+  unpack(first, to.channel, to.token, scratch, task.width, channels, task.lanes, ones);
+}
+
 template <class E, class T>
 void backward_window(const Params& p, const BackwardScratch<T>& w, WindowBias<T>& grad_table, int64_t b,
                      int64_t h) {
@@ -217,34 +254,26 @@ void backward_window(const Params& p, const BackwardScratch<T>& w, WindowBias<T>
   for (int tile = 0; tile < tiling.count; ++tile) {
     const int start = tiling.start(tile), lanes = tiling.lanes(tile);
     T* bias = p.bias_table ? w.tile_of(w.bias, tile, n) : nullptr;
-    if (bias && !w.cached) w.table.expand(bias, n, tiling, tile);
-    pack(w.k, width, k.data + start * k.token, k.channel, k.token, d, lanes, T(1));
-    if (p.grad_out) pack(w.v, width, v.data + start * v.token, v.channel, v.token, dv, lanes, T(1));
+    if (bias && !w.cached) w.table.expand(bias, n, start, lanes, width);
     const int odd = odd_tokens(tiling, q.token == 1 && (!p.grad_out || grad_out.token == 1));
-    const BackwardTile<T> task{n,   width, lanes,   odd,     d,       p.grad_out ? dv : 0,
-                               w.k, w.v,   bias,    w.lse,   w.delta, whole,
-                               w.p, w.dl,  w.odd_p, w.odd_dl};
+    const Lanes<T> keys = lanes_of<E, T>(k, tiling, tile, odd, d, w.k);
+    const Lanes<T> values = p.grad_out ? lanes_of<E, T>(v, tiling, tile, odd, dv, w.v) : Lanes<T>{};
+    T* const bias_sum = p.grad_bias_table && w.cached ? w.tile_of(w.grad_bias, tile, n) : nullptr;
+    const BackwardTile<T> task{n,         width,       lanes,   odd,      d,        p.grad_out ? dv : 0,
+                               keys.data, values.data, bias,    w.lse,    w.delta,  whole,
+                               w.p,       w.dl,        w.odd_p, w.odd_dl, keys.row, values.row,
+                               bias_sum};
     task.run(q, grad_out);
 
-    if (p.grad_v) {
-      task.sum_queries(grad_out, dv, w.p, w.odd_p, w.grad_v);
-      const Matrix<E> to = matrix<E>(p.grad_v, b, h);
-      unpack(to.data + start * to.token, to.channel, to.token, w.grad_v, width, dv, lanes, w.ones);
-    }
-    if (p.grad_k) {
-      task.sum_queries(q, d, w.dl, w.odd_dl, w.grad_k);
-      const Matrix<E> to = matrix<E>(p.grad_k, b, h);
-      unpack(to.data + start * to.token, to.channel, to.token, w.grad_k, width, d, lanes, w.ones);
-    }
+    if (p.grad_v)
+      store_sums<E, T>(task, grad_out, dv, w.p, w.odd_p, matrix<E>(p.grad_v, b, h), start, w.grad_v, w.ones);
+    if (p.grad_k)
+      store_sums<E, T>(task, q, d, w.dl, w.odd_dl, matrix<E>(p.grad_k, b, h), start, w.grad_k, w.ones);
     if (p.grad_q)
       multiply<T>(w.channel_width / kLanes<T>,
                   {n, lanes, w.dl, width, 1, w.k_channels + static_cast<ptrdiff_t>(start) * w.channel_width,
                    w.channel_width, tile ? w.grad_q : nullptr, w.channel_width, w.grad_q, w.channel_width});
-    if (p.grad_bias_table && !w.cached) grad_table.collect(w.dl, n, tiling, tile);
-    if (p.grad_bias_table && w.cached) {
-      T* sum = w.tile_of(w.grad_bias, tile, n);
-      for (int i = 0; i < n * width; i += kLanes<T>) store(sum + i, load(sum + i) + load(w.dl + i));
-    }
+    if (p.grad_bias_table && !w.cached) grad_table.collect(w.dl, n, start, lanes, width);
   }
   if (p.grad_q) {
     const Matrix<E> to = matrix<E>(p.grad_q, b, h);
@@ -268,9 +297,9 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
   for (int64_t item = begin; item < end; ++item) {
     const int64_t h = item / chunks, c = item % chunks;
     if (p.bias_table && h != bias_head) {
-      table.read(p, h);
+      table.read(p.bias_dtype, p.bias_table, h);
       for (int tile = 0; w.cached && tile < tiling.count; ++tile)
-        table.expand(w.tile_of(w.bias, tile, n), n, tiling, tile);
+        table.expand(w.tile_of(w.bias, tile, n), n, tiling.start(tile), tiling.lanes(tile), tiling.width);
       bias_head = h;
     }
     if (p.grad_bias_table) {
@@ -282,7 +311,8 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
     for (int64_t b = c * chunk; b < last; ++b) backward_window<E, T>(p, w, grad_table, b, h);
     if (p.grad_bias_table) {
       for (int tile = 0; w.cached && tile < tiling.count; ++tile)
-        grad_table.collect(w.tile_of(w.grad_bias, tile, n), n, tiling, tile);
+        grad_table.collect(w.tile_of(w.grad_bias, tile, n), n, tiling.start(tile), tiling.lanes(tile),
+                           tiling.width);
       grad_table.fold(static_cast<T*>(partials) + (c * p.heads + h) * p.entries(), p.entries());
     }
   }

@@ -37,8 +37,12 @@ def test_every_kernel_is_compiled_for_every_dtype_and_target(usage: list[kernel_
 def test_no_kernel_spills(usage: list[kernel_report.Usage]) -> None:
     failing = [f"{row.kernel} [{row.variant}] {row.target}: {row.local} bytes" for row in usage if row.fails]
     assert not failing, "local memory beyond what the source explains:\n" + "\n".join(failing)
-    explained = ("tokens dense", "d=256")
-    assert all(row.local == 0 for row in usage if not any(part in row.variant for part in explained))
+    heads = {"forward_heads", "backward_head"}  # of cascaded group attention, as their comments say
+    for row in usage:
+        allowed = 1 << 20 if "float32" in row.variant else 8
+        excepted = "tokens dense" in row.variant or (row.kernel in heads and row.local <= allowed)
+        excepted = excepted or (row.kernel.endswith("_map") and "d=256" in row.variant)  # of neighborhoods
+        assert row.local == 0 or excepted, row
 
 
 def test_shared_memory_fits_every_supported_gpu(usage: list[kernel_report.Usage]) -> None:
@@ -58,6 +62,27 @@ def test_batch_size_never_recompiles(tmp_path: Path, monkeypatch: pytest.MonkeyP
             q, out = torch.empty(batch, 1, 16, 16), torch.empty(batch, 1, 16, 32)
             launcher.forward(out, torch.empty(batch, 1, 16), q, q, out, table, 4, 4, False, 0.25)
     assert len(compiled) == 1
+
+
+def test_batch_size_never_recompiles_cascaded_group_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from vitkernels.kernels.cascaded_group_attention import triton as launcher
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    shapes = ((1, 48, 16), (1, 48), (1, 16, 3, 3), (1, 16), (1, 16), (16, 16), (16,))
+    weights = [torch.empty(shape, dtype=torch.float16) for shape in shapes]
+    with kernel_report.compile_only(80) as compiled:
+        for batch in (1, 2, 3, 16, 4096):
+            x = torch.empty(batch, 16, 4, 4, dtype=torch.float16)
+            heads = torch.empty(batch, 16, 16, dtype=torch.float16)
+            inputs = (x, *weights, 4, 4, [3], 0.25, True)
+            launcher.forward(x, heads, *inputs)
+            launcher.backward(*inputs[:8], x, None, x, heads, *inputs)
+    # Sums are reduced to weights in fp16, and once to the fp32 that a table is made of.
+    assert len(compiled) == len({function for function, _ in compiled}) + 1
 
 
 def test_a_spilling_kernel_is_seen() -> None:

@@ -132,7 +132,9 @@ class Problem:
 
 def named(case: tuple[Any, ...]) -> str:
     return "-".join(
-        "x".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in case if part is not None
+        "x".join(map(str, part)) if isinstance(part, tuple) else str(part)
+        for part in case
+        if part is not None
     )
 
 
@@ -153,7 +155,7 @@ CASES: list[tuple[Any, ...]] = [
     ((14, 14), (7, 7), (2, 2), 32, 32, "packed", True),
     ((7, 7), (7, 7), (1, 1), 32, 48, "offset", True),
     ((8, 16), (8, 8), (1, 2), 33, 3, "columns_first", True),
-    ((6, 10), (3, 2), (2, 5), 12, 12, "channels_first", False),
+    ((6, 20), (3, 4), (2, 5), 12, 20, "channels_first", False),
     ((11, 11), (11, 11), (1, 1), 16, 16, "offset", True),
     # maps and windows of width 1
     ((1, 9), (1, 3), (1, 2), 16, 16, "offset", True),

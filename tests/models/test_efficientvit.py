@@ -210,6 +210,6 @@ def test_files_that_cannot_be_read_name_the_argument(tmp_path, kind: str) -> Non
 
 
 def test_unknown_model() -> None:
-    assert models.list_models() == sorted(PUBLISHED)
+    assert [name for name in models.list_models() if name.startswith("efficientvit")] == sorted(PUBLISHED)
     with pytest.raises(ValueError, match=r"argument `name`.*'efficientvit_m7'.*Did you mean 'efficientvit_m"):
         vitkernels.models.create_model("efficientvit_m7")

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
+from edits import EDITS
 from randomise import randomise
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 from torch import nn
@@ -157,17 +159,117 @@ def test_a_constant_bias_of_a_head_changes_nothing() -> None:
         torch.testing.assert_close(module(x), before, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_cached_between_calls() -> None:
-    module, other = (
-        mixer(2, 7).eval(),
-        randomise(CascadedGroupAttention(32, 16, 2, 1, 7, (7, 5)), seed=1).eval(),
-    )
-    x = torch.randn(2, 32, 7, 7)
+def without_fold(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The composition, layer by layer: a hook on one keeps the module from folding."""
+    twin = copy.deepcopy(module)
+    twin.qkvs[0].register_forward_hook(lambda *_: None)
+    return twin(x)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_fold_follows_every_edit(name: str) -> None:
+    """The official code keeps its biases as a plain attribute, which such edits leave behind."""
+    module, x = mixer(2, 7).eval(), torch.randn(2, 32, 9, 7)
     with torch.no_grad():
+        before = module(x)
+        kept = module.__dict__["_vitkernels_kept"]
+        assert torch.equal(module(x), before)
+        assert module.__dict__["_vitkernels_kept"] is kept, "folded again without a reason"
+        EDITS[name](module)
+        x = x.to(module.attention_biases.dtype)
+        after, expected = module(x), without_fold(module, x)
+    assert after.dtype is expected.dtype
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    if name not in ("double", "half_and_back"):
+        assert not torch.allclose(after.float(), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_after_eval(dtype: torch.dtype) -> None:
+    """The official code fails here: half values times float probabilities."""
+    module, x = mixer(2, 7).eval(), torch.randn(2, 32, 14, 14)
+    with torch.no_grad():
+        exact = module(x)
+        theirs = without_fold(module.to(dtype), x.to(dtype))
+        ours = module(x.to(dtype))
+    assert ours.dtype is dtype
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
+def test_copies_fold_for_themselves() -> None:
+    module, x = mixer(2, 7).eval(), torch.randn(2, 32, 7, 7)
+    with torch.no_grad():
+        before = module(x)
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert "_vitkernels_kept" not in twin.__dict__
+            assert torch.equal(twin(x), before)
+            twin.proj[1].bn.bias += 1
+            torch.testing.assert_close(twin(x), before + 1)
+            assert torch.equal(module(x), before)
+    assert "_vitkernels_kept" in module.__dict__
+    assert "_vitkernels_kept" not in module.train().__dict__
+
+
+def test_frozen_norms_train_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detection trains with every batch norm in eval mode; the kernel then has the gradients of the definition."""
+    module = randomise(LocalWindowAttention(48, 16, 3, 1, resolution=14)).train().double()
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+    twin, x = copy.deepcopy(module), torch.randn(2, 48, 13, 9).double()
+    calls, original = [], ops.cascaded_group_attention
+    monkeypatch.setattr(
+        ops, "cascaded_group_attention", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+    )
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    weight = torch.randn_like(x)
+    (module(leaves[0]) * weight).sum().backward()
+    assert calls == [1]
+    side = twin.attn.resolution
+    padded = nn.functional.pad(leaves[1], (0, -x.shape[3] % side, 0, -x.shape[2] % side))
+    rows = [
+        torch.cat([plain_attention(twin.attn, window) for window in row.split(side, 3)], 3)
+        for row in padded.split(side, 2)
+    ]
+    (torch.cat(rows, 2)[:, :, :13, :9] * weight).sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    for (name, a), b in zip(module.named_parameters(), twin.parameters(), strict=True):
+        assert b.grad.abs().max() > 1e-9, name
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_residual_rides_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = randomise(LocalWindowAttention(32, 16, 2, 1, resolution=14)).eval(), torch.randn(2, 32, 14, 9)
+    calls, original = [], ops.cascaded_group_attention
+    monkeypatch.setattr(
+        ops, "cascaded_group_attention", lambda *a, **k: (calls.append(k["residual"]), original(*a, **k))[1]
+    )
+    with torch.no_grad():
+        expected = x + module(x)
+        torch.testing.assert_close(module.residual(x), expected, rtol=1e-5, atol=1e-5)
+        assert calls == [False, True]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module.residual(x).dtype is torch.float32, "a float32 map plus a bfloat16 one"
+            assert module.residual(x.bfloat16()).dtype is torch.bfloat16
+        assert calls[2:] == [False, True]
+        module.register_forward_hook(lambda _, __, y: 2 * y)
+        torch.testing.assert_close(module.residual(x), 2 * expected - x, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_and_live_norms_run_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = (
+        randomise(LocalWindowAttention(32, 16, 2, 1, resolution=14)).eval(),
+        torch.randn(1, 32, 14, 14),
+    )
+    monkeypatch.setattr(ops, "cascaded_group_attention", lambda *_, **__: pytest.fail("the fused kernel ran"))
+    for layer in (module.attn.qkvs[1], module.attn.dws[0].c, module.attn.proj[0], module.attn.proj[1].bn):
+        seen = []
+        handle = layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         module(x)
-        module.load_state_dict(other.state_dict())
-        assert torch.equal(module(x), other(x))
-        assert module.double()(x.double()).dtype is torch.float64
+        handle.remove()
+        assert seen == [1]
+    module.attn.dws[1].bn.train()
+    module(x)
 
 
 def test_loads_the_official_keys() -> None:

@@ -18,7 +18,7 @@ from vitkernels.bench.runner import Row, Settings
 Variant = Callable[[nn.Module], Any]
 
 
-def _applied(fold_bn: bool) -> Variant:
+def _applied(fold_bn: bool | None) -> Variant:
     def build(model: nn.Module) -> nn.Module:
         applied = clone(model)
         vitkernels.apply(applied, fold_bn=fold_bn, verbose=False)
@@ -44,12 +44,11 @@ VARIANTS: dict[str, Variant] = {
     "eager-folded": _eager_folded,
     "torch.compile": _compiled(_eager),
     "torch.compile-folded": _compiled(_eager_folded),
-    "vitkernels": _applied(False),
-    "vitkernels-folded": _applied(True),
-    "vitkernels+compile": _compiled(_applied(False)),
-    "vitkernels-folded+compile": _compiled(_applied(True)),
+    "vitkernels": _applied(None),
+    "vitkernels-unfolded": _applied(False),
+    "vitkernels+compile": _compiled(_applied(None)),
 }
-DEFAULT_VARIANTS = ("eager", "eager-folded", "vitkernels", "vitkernels-folded")
+DEFAULT_VARIANTS = ("eager", "eager-folded", "torch.compile", "vitkernels")
 
 
 def select(names: Sequence[str] | None) -> list[str]:

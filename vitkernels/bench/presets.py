@@ -59,3 +59,126 @@ WINDOW_MODELS: dict[str, tuple[WindowStage, ...]] = {
     "tinyvit_5m": _tinyvit((4, 5, 10)),
     "tinyvit_21m": _tinyvit((6, 12, 18)),
 }
+
+
+@dataclass(frozen=True)
+class MixerStage:
+    """A stage of a model with cascaded group attention."""
+
+    size: tuple[int, int]  # of the map
+    channels: int
+    window: int
+    kernel_sizes: tuple[int, ...]  # one a head
+    key_dim: int = 16
+
+    @property
+    def heads(self) -> int:
+        return len(self.kernel_sizes)
+
+
+def _mixers(
+    channels: tuple[int, int, int], heads: tuple[int, int, int], kernel_sizes: tuple[int, ...]
+) -> tuple[MixerStage, ...]:
+    # 224 px: maps of 14, 7 and 4.
+    return tuple(
+        MixerStage((side, side), width, min(side, 7), kernel_sizes[:count])
+        for side, width, count in zip((14, 7, 4), channels, heads, strict=True)
+    )
+
+
+def _detection(channels: tuple[int, int, int], kernel_sizes: tuple[int, ...]) -> tuple[MixerStage, ...]:
+    # 1333 x 800 px: windows of 7 in every stage, none of which divides the map.
+    return tuple(
+        MixerStage(size, width, 7, kernel_sizes)
+        for size, width in zip(((84, 50), (42, 25), (21, 13)), channels, strict=True)
+    )
+
+
+MIXER_MODELS: dict[str, tuple[MixerStage, ...]] = {
+    "efficientvit_m0": _mixers((64, 128, 192), (4, 4, 4), (5, 5, 5, 5)),
+    "efficientvit_m1": _mixers((128, 144, 192), (2, 3, 3), (7, 5, 3, 3)),
+    "efficientvit_m2": _mixers((128, 192, 224), (4, 3, 2), (7, 5, 3, 3)),
+    "efficientvit_m3": _mixers((128, 240, 320), (4, 3, 4), (5, 5, 5, 5)),
+    "efficientvit_m4": _mixers((128, 256, 384), (4, 4, 4), (7, 5, 3, 3)),
+    "efficientvit_m5": _mixers((192, 288, 384), (3, 3, 4), (7, 5, 3, 3)),
+    "efficientvit_m4_detection": _detection((128, 256, 384), (7, 5, 3, 3)),
+}
+
+
+@dataclass(frozen=True)
+class KanLayer:
+    """A FasterKAN layer of a model."""
+
+    rows: int  # per image
+    channels: int
+    outputs: int
+
+
+def _medvit(widths: tuple[int, int, int]) -> tuple[KanLayer, ...]:
+    # 224 px: the last block of stage 2 (28 x 28), every third of stage 3, all of stage 4 map C to 2 C and back.
+    layers = []
+    for side, width in zip((28, 14, 7), widths, strict=True):
+        layers += [KanLayer(side * side, width, 2 * width), KanLayer(side * side, 2 * width, width)]
+    return tuple(layers)
+
+
+KAN_MODELS: dict[str, tuple[KanLayer, ...]] = {
+    "medvit_tiny": _medvit((128, 192, 384)),
+    "medvit_small": _medvit((128, 256, 512)),
+    "medvit_base": _medvit((192, 384, 768)),
+    "medvit_large": _medvit((256, 512, 1024)),
+}
+
+
+@dataclass(frozen=True)
+class NeighborhoodLayer:
+    """A layer of neighborhood attention and the map it sees."""
+
+    sizes: tuple[int, ...]
+    heads: int
+    head_dim: int
+    value_dim: int
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    rpb: bool = True
+    is_causal: bool = False
+
+
+def _maps(
+    heads: tuple[int, ...],
+    dilations: tuple[tuple[int, ...], ...],
+    sides: tuple[int, ...] = (56, 28, 14, 7),
+    rpb: bool = True,
+) -> dict[str, NeighborhoodLayer]:
+    # One layer of each dilation that a stage has; kernel 7 and head dimension 32 throughout.
+    return {
+        f"stage {stage}" + (f" d{d}" if d > 1 else ""): NeighborhoodLayer(
+            (side, side), count, 32, 32, (7, 7), (d, d), rpb
+        )
+        for stage, (side, count, steps) in enumerate(zip(sides, heads, dilations, strict=False), 1)
+        for d in steps
+    }
+
+
+_NAT_HEADS = {
+    "mini": (2, 4, 8, 16),
+    "tiny": (2, 4, 8, 16),
+    "small": (3, 6, 12, 24),
+    "base": (4, 8, 16, 32),
+    "large": (6, 12, 24, 48),
+}
+_DINAT_STEPS = ((1, 8), (1, 4), (1, 2), (1,))
+_MEDVIT_HEADS = {"tiny": (2, 4, 6), "small": (2, 4, 8), "base": (3, 6, 12), "large": (3, 8, 16)}
+
+NEIGHBORHOOD_MODELS: dict[str, dict[str, NeighborhoodLayer]] = {
+    # MedViTV2's released models attend without dilation, and not at all in stage 4.
+    **{f"medvit_{size}": _maps(heads, ((1,),) * 3) for size, heads in _MEDVIT_HEADS.items()},
+    **{f"nat_{size}": _maps(heads, ((1,),) * 4) for size, heads in _NAT_HEADS.items() if size != "large"},
+    **{f"dinat_{size}": _maps(heads, _DINAT_STEPS) for size, heads in _NAT_HEADS.items()},
+    # natten has had no bias since 0.20; these are for a comparison with it.
+    **{
+        f"dinat_{size}_no_bias": _maps(_NAT_HEADS[size], _DINAT_STEPS, rpb=False)
+        for size in ("mini", "large")
+    },
+    "dinat_large_384": _maps(_NAT_HEADS["large"], ((1, 13), (1, 6), (1, 3), (1,)), (96, 48, 24, 12)),
+}

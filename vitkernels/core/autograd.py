@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 def plain_eager() -> bool:
     """Whether nothing watches, transforms or casts the calls, so that a kernel may run without its torch op."""
+    # Tracers other than Dynamo work under a dispatch mode.
     return not (
-        torch.compiler.is_compiling()
+        _dynamo_compiling()
         or _dispatch_modes()  # FlopCounterMode, FakeTensorMode, make_fx
         or _function_modes()
         or _functorch_active()
@@ -45,9 +46,12 @@ def apply_traced(operator: Operator, inputs: tuple[Any, ...]) -> Any:
     tensors = inputs[: len(operator.tensors)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return operator.traced.apply(*inputs)
-    return operator.forward_op(*inputs)
+    out = operator.forward_op(*inputs)
+    return (out,) if len(operator.outputs) == 1 else out
 
 
+_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_grad_enabled = torch.is_grad_enabled
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -71,6 +75,7 @@ def make_functions(
     # Dynamo rebuilds the closure of a Function, which works for ops, numbers and strings only.
     name, count = operator.name, len(operator.tensors)
     forward_op, backward_op = operator.forward_op, operator.backward_op
+    single = len(operator.outputs) == 1
 
     class Backward(torch.autograd.Function):
         """The backward as a node of its own, so that a second derivative is an error, not a zero."""
@@ -96,7 +101,7 @@ def make_functions(
 
         @staticmethod
         def forward(*args: Any) -> tuple[torch.Tensor, ...]:
-            return forward_op(*args)
+            return (forward_op(*args),) if single else forward_op(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -125,23 +130,28 @@ def make_functions(
         @staticmethod
         def forward(ctx: Any, params: tuple[Any, ...], *tensors: Any) -> tuple[torch.Tensor, ...]:
             outputs = operator.run_forward(*tensors, *params)
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*outputs, *tensors)
+            # What set_materialize_grads and save_for_backward do, without two Python calls.
+            ctx.materialize_grads = False
+            ctx.to_save = (*outputs, *tensors)
             ctx.params = params
             return outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            mask = list(ctx.needs_input_grad[1:])
-            if not any(grad is not None for grad in grads):
+            mask = list(ctx.needs_input_grad)[1:]
+            absent, batched = True, False
+            for grad in grads:  # a loop: a generator costs more than all it does here
+                if grad is not None:
+                    absent, batched = False, batched or _is_batched(grad)
+            if absent:
                 return (None, *([None] * count))
             run: Callable[..., Any] = operator.run_backward
-            if torch.is_grad_enabled():
+            if _grad_enabled():
                 run = Backward.apply
-            elif not plain_eager() or any(g is not None and _is_batched(g) for g in grads):
+            elif batched or not plain_eager():
                 run = backward_op  # is_grads_batched hands in tensors without storage
             results = run(*grads, *ctx.saved_tensors, *ctx.params, mask)
-            if not all(mask):
+            if False in mask:
                 results = (g if want else None for g, want in zip(results, mask, strict=True))
             return (None, *results)
 

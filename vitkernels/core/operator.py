@@ -148,13 +148,16 @@ class Operator:
         returns = ", ".join(["Tensor"] * len(self.outputs))
         # Fixed arity: an unwanted gradient comes back as an empty tensor, which the Function turns to None.
         gradients = ", ".join(["Tensor"] * len(tensors))
-        _library.define(f"{self.name}({declared}, {params}, str backend) -> ({returns})")
+        arguments = f"{declared}, {params}, str backend" if params else f"{declared}, str backend"
+        _library.define(f"{self.name}({arguments}) -> ({returns})")
         _library.define(
-            f"{self.name}_backward({grads}, {saved}, {declared}, {params}, str backend, bool[] output_mask)"
-            f" -> ({gradients})"
+            f"{self.name}_backward({grads}, {saved}, {arguments}, bool[] output_mask) -> ({gradients})"
         )
+        forward, forward_fake = self.run_forward, self._forward_fake
+        if len(self.outputs) == 1:  # one output is a bare tensor in a schema
+            forward, forward_fake = _only(forward), _only(forward_fake)
         for suffix, run, fake in (
-            ("", self.run_forward, self._forward_fake),
+            ("", forward, forward_fake),
             ("_backward", self.run_backward, self._backward_fake),
         ):
             _library.impl(self.name + suffix, run, "CPU")
@@ -165,11 +168,13 @@ class Operator:
 
     def run_forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The forward op's implementation: (*inputs, backend) -> outputs."""
-        *inputs, backend = args
-        outputs = tuple(allocate(*inputs) for allocate in self.allocate)
+        inputs = args[:-1]
+        outputs = []
+        for allocate in self.allocate:  # a loop: a generator costs as much as an allocation
+            outputs.append(allocate(*inputs))
         if outputs[0].numel():
-            self.backends[backend].load().forward(*outputs, *inputs)
-        return outputs
+            self.backends[args[-1]].load().forward(*outputs, *inputs)
+        return tuple(outputs)
 
     def _forward_fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         return tuple(allocate(*args[:-1]) for allocate in self.allocate)
@@ -181,7 +186,7 @@ class Operator:
         grads = self._empty_gradients(inputs, mask)
         if args[count].numel():
             wanted = (
-                grads if all(mask) else [g if want else None for g, want in zip(grads, mask, strict=True)]
+                [g if want else None for g, want in zip(grads, mask, strict=True)] if False in mask else grads
             )
             self.backends[args[-2]].load().backward(*wanted, *args[:-2])
         else:
@@ -208,6 +213,10 @@ class Operator:
         @register_flop_formula(getattr(torch.ops.vitkernels, f"{self.name}_backward"))
         def backward_flops(*args: Any, **_: Any) -> int:
             return flops(*args[2 * count : -2], mask=args[-1])
+
+
+def _only(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., Any]:
+    return lambda *args: run(*args)[0]
 
 
 _native_signature = native.load().signature if native.lends else None

@@ -1,5 +1,18 @@
 """Vision transformers built on the operators, and their weights."""
 
+from vitkernels.models.dinat import (
+    NAT,
+    dilations_for,
+    dinat_base,
+    dinat_large,
+    dinat_mini,
+    dinat_small,
+    dinat_tiny,
+    nat_base,
+    nat_mini,
+    nat_small,
+    nat_tiny,
+)
 from vitkernels.models.efficientvit import (
     EfficientViT,
     efficientvit_m0,
@@ -9,12 +22,21 @@ from vitkernels.models.efficientvit import (
     efficientvit_m4,
     efficientvit_m5,
 )
+from vitkernels.models.medvit import MedViT, medvit_base, medvit_large, medvit_small, medvit_tiny
 from vitkernels.models.registry import create_model, list_models
 from vitkernels.models.weights import to_official_state_dict, to_timm_state_dict
 
 __all__ = [
+    "NAT",
     "EfficientViT",
+    "MedViT",
     "create_model",
+    "dilations_for",
+    "dinat_base",
+    "dinat_large",
+    "dinat_mini",
+    "dinat_small",
+    "dinat_tiny",
     "efficientvit_m0",
     "efficientvit_m1",
     "efficientvit_m2",
@@ -22,6 +44,14 @@ __all__ = [
     "efficientvit_m4",
     "efficientvit_m5",
     "list_models",
+    "medvit_base",
+    "medvit_large",
+    "medvit_small",
+    "medvit_tiny",
+    "nat_base",
+    "nat_mini",
+    "nat_small",
+    "nat_tiny",
     "to_official_state_dict",
     "to_timm_state_dict",
 ]

@@ -24,6 +24,8 @@ class Residual(nn.Module):
         self.m = m
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.m, LocalWindowAttention):
+            return self.m.residual(x)
         return x + self.m(x)
 
 

@@ -9,11 +9,18 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from vitkernels.nn.cascaded_group_attention import resize_attention_biases
 
+# What a pickled numpy number, as an accuracy computed by scikit-learn, is made of.
+_NUMPY_NUMBERS: list[Any] = [
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64")),
+]
 _STEM = [(f"patch_embed.{2 * i}.", f"patch_embed.conv{i + 1}.") for i in range(4)]
 _DOWNSAMPLE = ["res1", "patchmerge", "res2"]
 
@@ -69,7 +76,8 @@ def _official_key(key: str) -> str:
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """Tensors by name from a `.safetensors` file, or from what `torch.load(weights_only=True)` reads.
 
-    An `argparse.Namespace` beside the weights, which many training scripts save, is read too.
+    An `argparse.Namespace` and numpy's numbers beside the weights, which many training scripts save, are read
+    too.
     A checkpoint's "model_ema", "model" or "state_dict" entry is taken where it has one, and the prefix
     "module." of a model wrapped for data parallelism is removed.
     """
@@ -83,7 +91,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             raise ImportError(f"{path} needs safetensors: pip install safetensors") from error
         content: Any = _load(load_file, path)
     else:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY_NUMBERS]):
             content = _load(torch.load, path, map_location="cpu", weights_only=True)
     for entry in ("model_ema", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
@@ -112,16 +120,20 @@ def _load(read: Callable[..., Any], path: Path, **options: Any) -> Any:
         ) from error
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Loads a file of weights into a model of the official layout; see `create_model`.
+def load_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: object) -> None:
+    """Loads what `read_state_dict` returned into a model of the official layout; see `create_model`.
+
+    Args:
+        source: where it came from, for the message.
 
     Raises:
         ValueError: keys or shapes differ; the message lists them and the model is unchanged.
     """
-    loaded = to_official_state_dict(read_state_dict(path))
+    loaded = to_official_state_dict(state_dict)
     own = model.state_dict()
-    if not any(key.startswith("head.") for key in own):
-        loaded = {key: value for key, value in loaded.items() if not key.startswith(("head.", "head_dist."))}
+    classifiers = tuple(f"{name}." for name in getattr(model, "classifiers", ("head", "head_dist")))
+    if not any(key.startswith(classifiers) for key in own):
+        loaded = {key: value for key, value in loaded.items() if not key.startswith(classifiers)}
     for key, value in loaded.items():
         if key.endswith("attention_biases") and key in own and value.shape[1:] != own[key].shape[1:]:
             loaded[key] = resize_attention_biases(value, round(own[key].shape[1] ** 0.5))
@@ -139,10 +151,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ]
     if problems:
         head = any(
-            key.startswith("head.") and key in own and own[key].shape != loaded[key].shape for key in loaded
+            key.startswith(classifiers) and key in own and own[key].shape != loaded[key].shape
+            for key in loaded
         )
         fix = "Build it with the file's num_classes, then call model.reset_classifier(n)." if head else ""
-        lines = [f"argument `weights`: {path} does not fit {type(model).__name__}:", *problems, fix]
+        lines = [f"argument `weights`: {source} does not fit {type(model).__name__}:", *problems, fix]
         raise ValueError("\n".join(line for line in lines if line))
     model.load_state_dict(loaded)
 

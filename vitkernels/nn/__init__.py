@@ -6,11 +6,19 @@ from vitkernels.nn.cascaded_group_attention import (
     resize_attention_biases,
 )
 from vitkernels.nn.conv_norm import ConvNorm, NormLinear
+from vitkernels.nn.drop_path import DropPath
+from vitkernels.nn.faster_kan import FasterKAN, FasterKANLayer
+from vitkernels.nn.neighborhood_attention import NeighborhoodAttention1D, NeighborhoodAttention2D
 
 __all__ = [
     "CascadedGroupAttention",
     "ConvNorm",
+    "DropPath",
+    "FasterKAN",
+    "FasterKANLayer",
     "LocalWindowAttention",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
     "NormLinear",
     "resize_attention_biases",
 ]

@@ -1,7 +1,9 @@
 """Cascaded group attention, the token mixer of EfficientViT (Liu et al., CVPR 2023), in windows.
 
 Each head sees its share of the channels plus the output of the head before it, so heads run one after
-another; `ops.window_attention` computes each head's attention on views of the convolutions' outputs.
+another. While the batch norms are in eval mode (frozen, in a module that trains) the whole mixer is one call of
+`ops.cascaded_group_attention`; with the batch's statistics the convolutions run one by one, and
+`ops.window_attention` computes each head's attention on views of their outputs.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from torch import nn
 
 from vitkernels import ops
 from vitkernels.core.checks import fail
-from vitkernels.nn.conv_norm import ConvNorm
+from vitkernels.nn.conv_norm import ConvNorm, has_hooks
+from vitkernels.nn.folded_cascade import mix_folded
+from vitkernels.nn.kept import KEPT, drop
 
 
 def bias_side(attention_biases: torch.Tensor) -> int:
@@ -85,6 +89,34 @@ def cascade(
     return proj(torch.cat(features, dim=1))
 
 
+def mix(module: Any, x: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+    """The mixer of a module with the official attributes, on a map of any size: folded where that can be."""
+    y = mix_folded(module, x, backend=backend)
+    if y is not None:
+        return y
+
+    def one_by_one(windows: torch.Tensor) -> torch.Tensor:
+        return cascade(
+            windows,
+            module.qkvs,
+            module.dws,
+            module.proj,
+            module.attention_biases,
+            key_dim=module.key_dim,
+            scale=module.scale,
+            backend=backend,
+        )
+
+    return in_windows(x, bias_side(module.attention_biases), one_by_one)
+
+
+def mix_windows(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """A window partition around a mixer that cuts its map into windows itself; hooks on it still see windows."""
+    if has_hooks(attn) or not isinstance(attn, CascadedGroupAttention):
+        return in_windows(x, bias_side(attn.attention_biases), attn)
+    return attn(x)
+
+
 def _tokens(x: torch.Tensor) -> torch.Tensor:
     """A map `[B, C, R, R]` as one head of tokens `[B, 1, R * R, C]`: a view in either memory format."""
     return x.flatten(2).transpose(1, 2).unsqueeze(1)
@@ -94,7 +126,9 @@ class CascadedGroupAttention(nn.Module):
     """Cascaded group attention: arguments, parameter names and `state_dict` of the official code.
 
     The checkpoint key `attention_bias_idxs` of the official code is accepted and dropped: the kernel
-    computes the index. Nothing derived from a parameter is kept between calls.
+    computes the index. The weights folded with the batch norms are kept between calls, and made again as soon as a
+    parameter or statistic changes by whatever means: on the CPU their contents tell. On a GPU autograd's version
+    counters do, which miss an edit in place through `.data`; `train()`, `eval()`, `.to()` and the like always count.
 
     Args:
         dim: channels, a multiple of num_heads.
@@ -148,12 +182,18 @@ class CascadedGroupAttention(nn.Module):
         return bias_side(self.attention_biases)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return in_windows(x, self.resolution, self._mix)
+        return mix(self, x)
 
-    def _mix(self, x: torch.Tensor) -> torch.Tensor:
-        return cascade(
-            x, self.qkvs, self.dws, self.proj, self.attention_biases, key_dim=self.key_dim, scale=self.scale
-        )
+    def train(self, mode: bool = True) -> CascadedGroupAttention:
+        drop(self)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> CascadedGroupAttention:
+        drop(self)
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != KEPT}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         state_dict.pop(prefix + "attention_bias_idxs", None)
@@ -197,7 +237,15 @@ class LocalWindowAttention(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return in_windows(x, self.attn.resolution, self.attn)
+        return mix_windows(self.attn, x)
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        """x + self(x), in one kernel where the mixer is one and nobody hooked into it."""
+        y = None
+        if not (has_hooks(self) or has_hooks(self.attn)):
+            backend = getattr(self.attn, "vitkernels_backend", None)  # given to a layer by `apply`
+            y = mix_folded(self.attn, x, residual=True, backend=backend)
+        return x + self(x) if y is None else y
 
 
 def resize_attention_biases(table: torch.Tensor, resolution: int) -> torch.Tensor:

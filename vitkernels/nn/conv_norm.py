@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules import module as modules
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class ConvNorm(nn.Sequential):
@@ -47,18 +49,20 @@ class NormLinear(nn.Sequential):
 
 
 def fold_conv_norm(
-    conv: nn.Conv2d, norm: nn.modules.batchnorm._BatchNorm
+    conv: nn.Conv2d, norm: _BatchNorm, out_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the one convolution equal to `norm(conv(x))` in eval mode. Differentiable."""
-    factor, shift, dtype = _affine(norm, conv.weight)
+    """Weight and bias of the one convolution equal to `norm(conv(x))` in eval mode. Differentiable.
+
+    Args:
+        out_dtype: of the result; default: the convolution's.
+    """
+    factor, bias, dtype = affine(norm, conv)
+    out_dtype = out_dtype or conv.weight.dtype
     weight = conv.weight.to(dtype) * factor.view(-1, 1, 1, 1)
-    bias = shift if conv.bias is None else shift + factor * conv.bias.to(dtype)
-    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+    return weight.to(out_dtype), bias.to(out_dtype)
 
 
-def fold_norm_linear(
-    norm: nn.modules.batchnorm._BatchNorm, linear: nn.Linear
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fold_norm_linear(norm: _BatchNorm, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of the one linear layer equal to `linear(norm(x))` in eval mode. Differentiable."""
     factor, shift, dtype = _affine(norm, linear.weight)
     matrix = linear.weight.to(dtype)
@@ -68,9 +72,13 @@ def fold_norm_linear(
     return (matrix * factor).to(linear.weight.dtype), bias.to(linear.weight.dtype)
 
 
-def _affine(
-    norm: nn.modules.batchnorm._BatchNorm, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+def affine(norm: _BatchNorm, conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+    """(factor, shift, dtype) with norm(conv(x)) = factor * (weight x) + shift in eval mode. Differentiable."""
+    factor, shift, dtype = _affine(norm, conv.weight)
+    return factor, shift if conv.bias is None else shift + factor * conv.bias.to(dtype), dtype
+
+
+def _affine(norm: _BatchNorm, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
     """Batch norm in eval mode as x * factor + shift, in fp32 at least: 16 bits would lose digits."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
@@ -81,3 +89,36 @@ def _affine(
     if norm.bias is not None:
         shift = shift + norm.bias.to(dtype)
     return factor, shift, dtype
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """Whether it is a Conv2d and nothing more."""
+    cls: type = type(module)
+    return cls is nn.Conv2d or (
+        issubclass(cls, nn.Conv2d)
+        and cls.forward is nn.Conv2d.forward
+        and cls._conv_forward is nn.Conv2d._conv_forward
+    )
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm and nothing more: some subclasses apply an activation too."""
+    cls: type = type(module)
+    return cls is nn.BatchNorm2d or (
+        issubclass(cls, _BatchNorm) and cls.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module must be called itself: somebody hooked into it or replaced its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+        or "forward" in module.__dict__
+    )

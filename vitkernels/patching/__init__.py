@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitkernels.core import backends
 from vitkernels.core.checks import fail
-from vitkernels.patching.layers import KEPT, Patched, patched_class
+from vitkernels.nn.kept import drop
+from vitkernels.patching.layers import Patched, patched_class
 from vitkernels.patching.match import match_attention, match_fold
 
 __all__ = ["Report", "apply", "revert"]
@@ -54,22 +55,28 @@ def _rows(entries: list[tuple[str, str, str]], prefix: str) -> list[tuple[str, s
 
 
 def apply(
-    model: nn.Module, *, fold_bn: bool = False, backend: str | None = None, verbose: bool = True
+    model: nn.Module, *, fold_bn: bool | None = None, backend: str | None = None, verbose: bool = True
 ) -> Report:
     """Replaces the forward of the layers that have a kernel, in place and reversibly.
 
     Supported: cascaded group attention and its windows (EfficientViT of timm, of the official code, and
-    copies of it: a layer matched by its class name is then compared with the kernel on random weights).
+    copies of it: a layer matched by its class name is then compared with the kernel on random weights);
+    neighborhood attention on sequences and maps (NATTEN of every version, and copies of it); and, while
+    their norms are in eval mode, every Conv2d + batch norm and batch norm + Linear pair as one layer, and
+    EfficientViT's residual units around the mixer as one kernel on the CPU. In train mode pairs run as before.
     Parameters, children, hooks and `state_dict` stay as they are; the model trains, compiles, copies, pickles
     and exports as before. Calling it again changes nothing. `revert` undoes it.
 
+    Folded weights follow their sources through training, loading, moving and edits of any kind. On the CPU their
+    contents are looked at in every call; on a GPU, and without the compiled extension, an edit in place through
+    `parameter.data` is not seen: call apply again after those. They take up to the memory of one more copy of the
+    weights that are folded, and in fp32 on the CPU, where the maps between the layers become channels-last, one more
+    for each of up to three shapes of the input.
+
     Args:
         model: a model or a part of one.
-        fold_bn: also run every Conv2d + batch norm and batch norm + Linear pair as one layer, while its norm
-            is in eval mode; in train mode the pair runs as before. The folded weights follow their sources
-            through training, loading and moving, but not through edits of `parameter.data`: call apply again
-            after those. They take the memory of one more copy of the weights, two in fp32 on the CPU, where
-            the maps between the layers become channels-last.
+        fold_bn: whether to fold batch norms. Default: yes, for the times that the model is in eval mode. True is that
+            too, and refuses a model that is in train mode now. False replaces attention layers only.
         backend: backend forced for the replaced attention layers; default: chosen call by call.
         verbose: print the report.
 
@@ -96,7 +103,7 @@ def apply(
     for name, module in list(model.named_modules()):
         match = match_attention(module, proven)
         folds = match is None
-        if match is None and fold_bn:
+        if match is None and fold_bn is not False:
             match = match_fold(module, proven)
         if match is None:
             own = bool(module._parameters) and module not in covered
@@ -106,12 +113,12 @@ def apply(
         if match.mixin is None:
             report.skipped.append((name, original.__name__, match.reason))
             continue
-        module.__dict__.pop(KEPT, None)
+        drop(module)
         module.__class__ = patched_class(original, match.mixin, None if folds else backend)
         report.replaced.append((name, original.__name__, match.kernel))
         if folds:
             covered.update(module.children())
-    if fold_bn and isinstance(model, _BatchNorm):
+    if fold_bn is not False and isinstance(model, _BatchNorm):
         report.skipped.append(("", type(model).__name__, "a batch norm alone folds into nothing"))
     if verbose:
         print(report)
@@ -125,7 +132,7 @@ def revert(model: nn.Module) -> int:
     restored = 0
     for module in model.modules():
         if isinstance(module, Patched):
-            module.__dict__.pop(KEPT, None)
+            drop(module)
             module.__class__ = module.vitkernels_original  # type: ignore[assignment]
             restored += 1
     return restored

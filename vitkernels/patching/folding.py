@@ -1,4 +1,4 @@
-"""Batch norms folded into their neighbours, and the ReLU behind them, for `apply(model, fold_bn=True)`."""
+"""Batch norms folded into their neighbours, and the ReLU behind them."""
 
 from __future__ import annotations
 
@@ -8,131 +8,61 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as modules
 
-from vitkernels.nn.conv_norm import fold_conv_norm, fold_norm_linear
+from vitkernels.nn.conv_norm import fold_conv_norm, fold_norm_linear, has_hooks
+from vitkernels.nn.kept import Kept, compute_dtype, keep, transformed
 from vitkernels.patching import packed
-from vitkernels.patching.layers import KEPT, Patched
+from vitkernels.patching.layers import Keeping, Patched
+
+_MOST_SHAPES = 3  # of inputs for which a weight stays packed
 
 
-class _Fold:
-    """A folded weight and bias, and the state of what they were made from."""
+class _Fold(Kept):
+    """A folded weight and bias."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         self.weight = weight
         self.bias = bias
         self.packable = False
-        self.packed: torch.Tensor | None = None
-        self.state: list[float] = []
-        self.aliases: list[torch.Tensor] = []
-
-    def remember(self, sources: list[torch.Tensor], eps: float) -> bool:
-        """Notes the state of the sources; False where it cannot be told when they change."""
-        try:
-            self.state = _state(sources, eps)
-        except RuntimeError:  # no version counter or no storage: inference, fake and functorch tensors
-            return False
-        # While these are held no other tensor can come to lie at an address in `state`.
-        self.aliases = [source.detach() for source in sources]
-        return True
-
-    def is_current(self, sources: list[torch.Tensor], eps: float) -> bool:
-        try:
-            return self.state == _state(sources, eps)
-        except RuntimeError:
-            return False
+        self.packed: dict[torch.Size, torch.Tensor] = {}  # by the shape of the input
 
 
-def _state(sources: list[torch.Tensor], eps: float) -> list[float]:
-    return [eps, *(number for source in sources for number in (source.data_ptr(), source._version))]
-
-
-def _transformed() -> bool:
-    """Whether a fold belongs to this call alone: it is traced, batched or carries tangents."""
-    return (
-        torch.compiler.is_compiling()
-        or _tracing_state() is not None
-        or _functorch_active()
-        or forward_ad._current_level >= 0
-    )
-
-
-_tracing_state = torch._C._get_tracing_state
-_functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-
-
-class _Folded(Patched):
-    """A pair of a batch norm and a convolution or linear layer, as one layer while the norm is in eval mode.
-
-    The folded weight is kept until one of its sources changes. Autograd's version counters tell, except for
-    edits through `.data`; leaving train mode, `.to()` and the like drop it in any case.
-    """
+class _Folded(Keeping):
+    """A pair of a batch norm and a convolution or linear layer, as one layer while the norm is in eval mode."""
 
     def _vitkernels_fold(
         self: Any, layer: nn.Module, norm: Any, fold: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     ) -> _Fold:
         first, second = (norm, layer) if fold is fold_norm_linear else (layer, norm)
-        if _transformed():
+        sources = sources_of(layer, norm)
+        if transformed() or (torch.is_grad_enabled() and requires_grad(sources)):
             return _Fold(*fold(first, second))
-        tensors, norms, buffers = layer._parameters, norm._parameters, norm._buffers
-        sources = [
-            tensor
-            for tensor in (
-                *(tensors["weight"], tensors["bias"], norms["weight"], norms["bias"]),
-                *(buffers["running_mean"], buffers["running_var"]),
-            )
-            if tensor is not None
-        ]
-        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            return _Fold(*fold(first, second))
-        dtype = _compute_dtype(sources[0])
-        kept = self.__dict__.get(KEPT)
-        if kept is not None and kept.weight.dtype is dtype and kept.is_current(sources, norm.eps):
-            return kept
-        with torch.inference_mode(False), torch.no_grad():
+        dtype = compute_dtype(sources[0])
+
+        def make() -> _Fold:
             kept = _Fold(*(tensor.to(dtype) for tensor in fold(first, second)))
-        # What is made during the capture of a CUDA graph lives in the graph's memory, not beyond it.
-        capturing = kept.weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not capturing and kept.remember(sources, norm.eps):
             kept.packable = isinstance(layer, nn.Conv2d) and packed.can_pack(layer, kept.weight)
-            self.__dict__[KEPT] = kept
-        return kept
+            return kept
 
-    def train(self: Any, mode: bool = True) -> Any:
-        self.__dict__.pop(KEPT, None)
-        return super().train(mode)  # type: ignore[misc]
-
-    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__.pop(KEPT, None)
-        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+        return keep(self, sources, (dtype, norm.eps), make)
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The dtype in which the layer will run: autocast's where it is on."""
-    kind = weight.device.type
-    if weight.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
-        return weight.dtype
-    return torch.get_autocast_dtype(kind)
+def sources_of(layer: Any, norm: Any) -> tuple[Any, ...]:
+    """Everything that a fold of the two follows from, but for the norm's eps; absent ones are None."""
+    tensors, norms, statistics = layer._parameters, norm._parameters, norm._buffers
+    return (
+        *(tensors["weight"], tensors["bias"], norms["weight"], norms["bias"]),
+        *(statistics["running_mean"], statistics["running_var"]),
+    )
+
+
+def requires_grad(sources: tuple[Any, ...]) -> bool:
+    return any(source is not None and source.requires_grad for source in sources)
 
 
 def _takes_part(module: nn.Module) -> bool:
     """Whether a child must be called itself: it is training, or somebody listens."""
-    return module.training or _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or modules._global_forward_hooks
-        or modules._global_forward_pre_hooks
-        or modules._global_backward_hooks
-        or modules._global_backward_pre_hooks
-    )
+    return module.training or has_hooks(module)
 
 
 class FoldedConvNorm(_Folded):
@@ -148,17 +78,26 @@ class FoldedConvNorm(_Folded):
             y = super().forward(x)  # type: ignore[misc]
             return torch.relu(y) if relu else y
         fold = self._vitkernels_fold(conv, norm, fold_conv_norm)
-        # Dispatch modes, as a FLOP counter, know aten's convolution, not oneDNN's. A fold that is traced or
-        # transformed is never packable, and a profile must show what runs without it.
-        if fold.packable and not _dispatch_modes() and _is_inference(x):
+        # A fold that is traced, transformed or watched is never packable: a FLOP counter knows aten's convolution,
+        # not oneDNN's.
+        if fold.packable and _is_inference(x):
             x = x.contiguous(memory_format=torch.channels_last)
             if packed.pays(conv, x):
-                if fold.packed is None:
-                    with torch.inference_mode(False), torch.no_grad():
-                        fold.packed = packed.pack(conv, fold.weight, x)
-                return packed.convolve(conv, x, fold.packed, fold.bias, relu)
+                weight = fold.packed.get(x.shape)
+                if weight is None:
+                    weight = _pack(conv, fold, x)
+                return packed.convolve(conv, x, weight, fold.bias, relu)
         y = conv._conv_forward(x, fold.weight, fold.bias)
         return torch.relu(y) if relu else y
+
+
+def _pack(conv: nn.Conv2d, fold: _Fold, x: torch.Tensor) -> torch.Tensor:
+    """Packs for inputs like x: a layout made for a batch of 1 was measured to take 4 times as long at 16."""
+    if len(fold.packed) >= _MOST_SHAPES:
+        fold.packed.clear()
+    with torch.inference_mode(False), torch.no_grad():
+        weight = fold.packed[x.shape] = packed.pack(conv, fold.weight, x)
+    return weight
 
 
 def _is_inference(x: torch.Tensor) -> bool:
@@ -177,41 +116,24 @@ class FoldedNormLinear(_Folded):
         return F.linear(x, fold.weight, fold.bias)
 
 
-def _with_relu(conv: Any, act: Any, x: torch.Tensor) -> torch.Tensor:
+def with_relu(conv: Any, act: Any, x: torch.Tensor) -> torch.Tensor:
     """act(conv(x)), in one call where the ReLU can ride on the convolution."""
     fused = type(act) is nn.ReLU and "forward" not in act.__dict__ and isinstance(conv, FoldedConvNorm)
-    if fused and not (_has_hooks(act) or _has_hooks(conv)):
+    if fused and not (has_hooks(act) or has_hooks(conv)):
         return conv(x, relu=True)
     return act(conv(x))
-
-
-class FusedSequence(Patched):
-    """A plain sequence in which ReLUs follow folded convolutions, as EfficientViT's stem."""
-
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        children = [*self._modules.values(), None]
-        position = 0
-        while (child := children[position]) is not None:
-            after = children[position + 1]
-            if isinstance(child, FoldedConvNorm) and type(after) is nn.ReLU:
-                x = _with_relu(child, after, x)
-                position += 2
-            else:
-                x = child(x)
-                position += 1
-        return x
 
 
 class FusedFFN(Patched):
     """Two pointwise convolutions with a ReLU between."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.pw2(_with_relu(self.pw1, self.act, x))
+        return self.pw2(with_relu(self.pw1, self.act, x))
 
 
 class FusedPatchMerging(Patched):
     """The inverted bottleneck between EfficientViT's stages."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        x = _with_relu(self.conv2, self.act, _with_relu(self.conv1, self.act, x))
+        x = with_relu(self.conv2, self.act, with_relu(self.conv1, self.act, x))
         return self.conv3(self.se(x))

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitkernels.nn.cascaded_group_attention import bias_side, cascade, in_windows
-
-# The one entry that a patched module may have in its __dict__: what folding.py keeps; copies do without.
-KEPT = "_vitkernels_kept"
+from vitkernels.nn.cascaded_group_attention import bias_side, in_windows, mix
+from vitkernels.nn.conv_norm import has_hooks
+from vitkernels.nn.kept import KEPT, drop
 
 
 class Patched:
@@ -72,27 +71,35 @@ def patched_class(original: type[nn.Module], mixin: type[Patched], backend: str 
     return _classes.setdefault(made_of, types.new_class(original.__name__, (mixin, original), exec_body=body))
 
 
-class WindowedCascade(Patched):
-    """Cascaded group attention through `ops.window_attention`."""
+class Keeping(Patched):
+    """A layer that keeps tensors derived from its parameters; `train()`, `.to()` and the like drop them."""
+
+    def train(self: Any, mode: bool = True) -> Any:
+        drop(self)
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        drop(self)
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+
+class WindowedCascade(Keeping):
+    """Cascaded group attention through `ops.cascaded_group_attention`, with live batch norms head by head."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return in_windows(x, bias_side(self.attention_biases), self._vitkernels_mix)
+        return mix(self, x, backend=self.vitkernels_backend)
 
-    def _vitkernels_mix(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return cascade(
-            x,
-            self.qkvs,
-            self.dws,
-            self.proj,
-            self.attention_biases,
-            key_dim=self.key_dim,
-            scale=self.scale,
-            backend=self.vitkernels_backend,
-        )
+
+def runs_as(module: Any, mixin: type[Patched]) -> bool:
+    """Whether a module's forward is the mixin's."""
+    return isinstance(module, mixin)
 
 
 class WindowPartition(Patched):
-    """Window partition, padding and reverse in the map's own memory format."""
+    """Window partition, padding and reverse, which the mixer in it does itself."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return in_windows(x, bias_side(self.attn.attention_biases), self.attn)
+        attn = self.attn
+        if runs_as(attn, WindowedCascade) and not has_hooks(attn):
+            return attn(x)
+        return in_windows(x, bias_side(attn.attention_biases), attn)

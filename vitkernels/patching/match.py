@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitkernels.core.backends import backend as backend_scope
 from vitkernels.nn.cascaded_group_attention import bias_side
-from vitkernels.patching.folding import (
-    FoldedConvNorm,
-    FoldedNormLinear,
-    FusedFFN,
-    FusedPatchMerging,
-    FusedSequence,
-)
+from vitkernels.nn.conv_norm import is_plain_conv, is_plain_norm
+from vitkernels.patching.folding import FoldedConvNorm, FoldedNormLinear, FusedFFN, FusedPatchMerging
 from vitkernels.patching.layers import Patched, WindowedCascade, WindowPartition, patched_class
+from vitkernels.patching.neighborhood import Neighborhood, rank_of, why_not_neighborhood
+from vitkernels.patching.residuals import FusedBlock, FusedResidual, FusedSequence
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,11 @@ def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
     names = {cls.__name__ for cls in type(module).__mro__}
     mixin: type[Patched]
     if "CascadedGroupAttention" in names:
-        mixin, kernel, reason = WindowedCascade, "window_attention", _why_not_cascade(module)
+        mixin, kernel, reason = WindowedCascade, "cascaded_group_attention", _why_not_cascade(module)
     elif "LocalWindowAttention" in names:
         mixin, kernel, reason = WindowPartition, "window partition", _why_not_windows(module)
+    elif rank_of(module):
+        mixin, kernel, reason = Neighborhood, "neighborhood_attention", why_not_neighborhood(module)
     elif "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower():
         return Match(None, reason="no kernel for this class")
     else:
@@ -57,7 +57,9 @@ def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
 def _prove(module: nn.Module, mixin: type[Patched], proven: dict[Any, str]) -> str:
     if isinstance(module, Patched) or type(module).__module__.startswith("vitkernels."):
         return ""
-    signature = (type(module), *((name, p.shape) for name, p in module.named_parameters()))
+    options = mixin.vitkernels_trial_options(module) if hasattr(mixin, "vitkernels_trial_options") else ()
+    types = (type(part) for part in module.modules())
+    signature = (*types, *options, *((name, p.shape) for name, p in module.named_parameters()))
     if signature not in proven:
         proven[signature] = _why_different(module, mixin)
     return proven[signature]
@@ -68,7 +70,7 @@ def match_fold(module: nn.Module, proven: dict[Any, str]) -> Match | None:
     children: list[Any] = list(module._modules.values())
     norms = [child for child in children if isinstance(child, _BatchNorm)]
     if not norms:
-        return _match_relu(module, children, proven)
+        return _match_container(module, children, proven)
     if not _is_sequence(module):
         return Match(None, reason="its batch norm is not in a plain sequence of layers")
     if not all(_is_plain_norm(norm) for norm in norms):
@@ -91,34 +93,65 @@ def _why_no_constants(layer: Any, norm: Any) -> str:
     return ""
 
 
-def _match_relu(module: nn.Module, children: list[Any], proven: dict[Any, str]) -> Match | None:
-    """A container that calls ReLUs on the outputs of pairs that fold: a plain sequence, or EfficientViT's."""
-    name = (module.vitkernels_original if isinstance(module, Patched) else type(module)).__name__
+def _match_container(module: nn.Module, children: list[Any], proven: dict[Any, str]) -> Match | None:
+    """A container whose children run in fewer calls: a plain sequence, or one of EfficientViT's."""
+    name, parts = _class_name(module), set(module._modules)
     mixin: type[Patched]
+    kernel = "ReLU fused"
     if _is_sequence(module):
-        if not any(_folds(a) and type(b) is nn.ReLU for a, b in itertools.pairwise(children)):
+        pairs = list(itertools.pairwise(children))
+        if any(_is_residual(a, _folds) and _is_residual(b, _is_ffn) for a, b in pairs):
+            kernel = "residual fused"
+        elif not any(_folds(a) and type(b) is nn.ReLU for a, b in pairs):
             return None
         mixin = FusedSequence
-    elif name in ("ConvMlp", "FFN") and set(module._modules) == {"pw1", "act", "pw2"} and _folds(module.pw1):
+    elif _is_ffn(module):
         mixin = FusedFFN
-    elif name == "PatchMerging" and {"conv1", "act", "conv2", "se", "conv3"} <= set(module._modules):
+    elif name == "PatchMerging" and {"conv1", "act", "conv2", "se", "conv3"} <= parts:
         mixin = FusedPatchMerging
+    elif _is_residual(module, lambda inner: _folds(inner) or _is_ffn(inner) or _is_mixer(inner)):
+        mixin, kernel = FusedResidual, "residual fused"
+    elif name.lower() == "efficientvitblock" and parts == {"dw0", "ffn0", "mixer", "dw1", "ffn1"}:
+        mixin, kernel = FusedBlock, "residual fused"
     else:
         return None
     if "forward" in module.__dict__ or (mixin is not FusedSequence and _prove(module, mixin, proven)):
         return None
-    return Match(mixin, "ReLU fused")
+    return Match(mixin, kernel)
+
+
+def _class_name(module: nn.Module) -> str:
+    return (module.vitkernels_original if isinstance(module, Patched) else type(module)).__name__
+
+
+def _is_ffn(module: nn.Module) -> bool:
+    parts = module._modules
+    return (
+        _class_name(module) in ("ConvMlp", "FFN")
+        and set(parts) == {"pw1", "act", "pw2"}
+        and _folds(parts["pw1"])
+    )
+
+
+def _is_mixer(module: nn.Module) -> bool:
+    return _class_name(module) in ("LocalWindowAttention", "CascadedGroupAttention")
+
+
+def _is_residual(module: nn.Module, accepts: Callable[[Any], bool]) -> bool:
+    named = _class_name(module) in ("Residual", "ResidualDrop")
+    return named and set(module._modules) == {"m"} and accepts(module._modules["m"])
 
 
 def _folds(module: Any) -> bool:
+    """Whether it is a pair of Conv2d and batch norm that folds."""
     children = list(module._modules.values())
     return _is_sequence(module) and _is_conv_norm(children) and not _why_no_constants(*children)
 
 
 def _is_conv_norm(children: list[Any]) -> bool:
-    if len(children) != 2 or not _is_plain_norm(children[1]) or not _is_plain(children[0], nn.Conv2d):
+    if len(children) != 2 or not _is_plain_norm(children[1]):
         return False
-    return type(children[0])._conv_forward is nn.Conv2d._conv_forward
+    return is_plain_conv(children[0]) and "forward" not in children[0].__dict__
 
 
 def _is_norm_linear(children: list[Any]) -> bool:
@@ -146,10 +179,7 @@ def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
 
 
 def _is_plain_norm(module: Any) -> bool:
-    """Whether it is a batch norm and nothing more: some subclasses apply an activation too."""
-    if not isinstance(module, _BatchNorm) or "forward" in module.__dict__:
-        return False
-    return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return is_plain_norm(module) and "forward" not in module.__dict__
 
 
 def _why_not_cascade(module: Any) -> str:
@@ -189,7 +219,8 @@ def _why_different(module: Any, mixin: type[Patched]) -> str:
         # Through train mode, for layers that keep something derived from their weights in eval mode.
         trial.train()
         trial.eval()
-        x = torch.randn(_trial_shape(trial, mixin), generator=generator)
+        shape_of = getattr(mixin, "vitkernels_trial_shape", None)
+        x = torch.randn(shape_of(trial) if shape_of else _trial_shape(trial), generator=generator)
         with torch.autocast("cpu", enabled=False), backend_scope("reference"):
             expected = trial(x)
             trial.__class__ = patched_class(type(trial), mixin, None)
@@ -201,21 +232,23 @@ def _why_different(module: Any, mixin: type[Patched]) -> str:
     return ""
 
 
-def _trial_shape(trial: Any, mixin: type[Patched]) -> tuple[int, int, int, int]:
+def _trial_shape(trial: Any) -> tuple[int, int, int, int]:
     first = next(m for m in trial.modules() if isinstance(m, nn.Conv2d))
-    if mixin not in (WindowedCascade, WindowPartition):
+    attention = next((m for m in trial.modules() if hasattr(m, "attention_biases")), None)
+    if attention is None:
         return 2, first.in_channels, 6, 6
-    attention = trial.attn if mixin is WindowPartition else trial
     side = bias_side(attention.attention_biases)
-    size = getattr(trial, "resolution", side) if mixin is WindowPartition else side
-    return 2, first.in_channels * len(attention.qkvs), size, size
+    windows = next((m for m in trial.modules() if m._modules.get("attn") is attention), None)
+    size = side if windows is None else getattr(windows, "resolution", side)
+    share = any(m is first for m in attention.modules())  # the convolution of one head
+    return 2, first.in_channels * (len(attention.qkvs) if share else 1), size, size
 
 
 def _randomise(module: nn.Module, generator: torch.Generator) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not tensor.is_floating_point():
             continue
-        if tensor.ndim == 4:
+        if tensor.ndim == 4 or (tensor.ndim == 2 and name.endswith("weight")):
             spread = tensor[0].numel() ** -0.5
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
         elif name.endswith(("running_var", "weight")):

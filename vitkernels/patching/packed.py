@@ -42,7 +42,7 @@ def pays(conv: nn.Conv2d, x: torch.Tensor) -> bool:
 
 
 def pack(conv: nn.Conv2d, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The weight in oneDNN's own layout, chosen for inputs like x (it takes others too)."""
+    """The weight in oneDNN's own layout, chosen for inputs like x (it takes others too, slower)."""
     return _reorder(weight.to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape))
 
 

@@ -1,7 +1,7 @@
 // Small matrices on the CPU: scratch, the one matrix product, and the way in and out of strided tensors.
 //
-// The product is C[r][l] = add[r][l] + sum_k A(r, k) * B[k][l]. A is read in place, one broadcast scalar at a
-// time and with any strides; B and C are scratch with l in the vector lanes.
+// The product is C[r][l] = (start[r] + add[r][l] + sum_k A(r, k) * B[k][l]) * factor[l]. A is read in place,
+// one broadcast scalar at a time and with any strides; B and C have l in the vector lanes.
 #pragma once
 #include "vitkernels/simd.h"
 
@@ -66,6 +66,8 @@ struct Product {
   ptrdiff_t add_row;
   T* c;
   ptrdiff_t c_row;
+  const T* start = nullptr;   // one number a row; null: nothing
+  const T* factor = nullptr;  // one number a lane, which multiplies the sums; null: nothing
 };
 
 template <class T, int V, int R>
@@ -73,9 +75,11 @@ static __attribute__((noinline)) void multiply_block(const Product<T>& p, int ro
   constexpr int lanes = kLanes<T>;
   Vec<T> acc[R][V];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    const Vec<T> first = p.start ? broadcast(p.start[row + r]) : Vec<T>{};
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
+    for (int v = 0; v < V; ++v) acc[r][v] = first;
+  }
 
   const T* a = p.a + row * p.a_row;
   const T* b = p.b + lane;
@@ -100,6 +104,14 @@ static __attribute__((noinline)) void multiply_block(const Product<T>& p, int ro
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] += load(add + r * p.add_row + v * lanes);
+  }
+  if (p.factor) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> f = load(p.factor + lane + v * lanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) acc[r][v] *= f;
+    }
   }
   T* c = p.c + row * p.c_row + lane;
 #pragma GCC unroll 16
@@ -144,9 +156,11 @@ static void multiply(int vecs, const Product<T>& p) {
       part.depth = ceil_div(p.depth - k, runs);
       part.a = p.a + k * p.a_k;
       part.b = p.b + k * p.b_k;
+      part.factor = runs == 1 ? p.factor : nullptr;
       multiply<T>(vecs, part);
       part.add = p.c;
       part.add_row = p.c_row;
+      part.start = nullptr;
     }
     return;
   }

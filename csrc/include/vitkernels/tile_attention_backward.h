@@ -186,8 +186,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       Acc d[KEY_BLOCKS][4];
       clear(d);
       if (WITH_D && present(problem.grad_out))
-        Engine::multiply_rows(d, shared.grad_out + row0 * ld_value, ld_value, shared.v, ld_value,
-                              value_depth, seen);
+        Engine::multiply_rows(d, shared.grad_out + row0 * ld_value, ld_value, shared.v, ld_value, value_depth,
+                              seen);
       if constexpr (OWNER == Owner::both) {
         VK_UNROLL
         for (int r = 0; r < 2; ++r) {

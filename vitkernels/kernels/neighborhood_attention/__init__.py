@@ -178,8 +178,10 @@ def _flops(
     scale: float,
     mask: list[bool] | None,
 ) -> int:
-    """2 x MACs of the two products, or of the products of the wanted gradients."""
-    pairs = q[0] * q[-2] * count_pairs(q[1:-2], kernel_size, dilation, is_causal)
+    """2 x MACs of the two products, or of the products of the wanted gradients; causal windows count as full."""
+    pairs = q[0] * q[-2]
+    for size, kernel in zip(q[1:-2], kernel_size, strict=True):
+        pairs *= size * kernel
     qk, pv = 2 * pairs * q[-1], 2 * pairs * v[-1]
     if mask is None:
         return qk + pv

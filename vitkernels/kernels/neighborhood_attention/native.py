@@ -88,5 +88,5 @@ def backward(
         run = module.neighborhood_attention_backward_cpu
     run(*native.place(q), 0 if workspace is None else workspace.data_ptr(), *tensors, *options)
     for grad, dense in zip(wanted, filled, strict=True):
-        if grad is not None and dense is not grad:
+        if grad is not None and dense is not None and dense is not grad:
             grad.copy_(dense)

@@ -47,8 +47,10 @@ def neighbors(
     """Keys of every query of a map, [tokens, window] each: flat token, flat rpb entry, whether it is seen."""
     token = entry = torch.zeros(1, 1, dtype=torch.int64, device=device)
     seen = torch.ones(1, 1, dtype=torch.bool, device=device)
-    for size, kernel, *rest in zip(sizes, kernel_size, stride, dilation, is_causal, strict=True):
-        position, relative, valid = axis_neighbors(size, kernel, *rest, device=device)
+    for size, kernel, step, spread, causal in zip(
+        sizes, kernel_size, stride, dilation, is_causal, strict=True
+    ):
+        position, relative, valid = axis_neighbors(size, kernel, step, spread, causal, device=device)
         token, entry, seen = (
             combine(outer[:, None, :, None], inner[None, :, None, :]).reshape(-1, outer.shape[1] * kernel)
             for combine, outer, inner in (

@@ -54,7 +54,30 @@ def backward(
     cuda: bool | None = None,
 ) -> None:
     """Fills the gradients that are not None; an incoming gradient that is None is zero."""
-    module = module or native.load()
+    if module is None:
+        module = native.load()
+        if native.lends and not q.is_cuda:
+            module.window_attention_backward_cpu(
+                torch.get_num_threads(),
+                *(
+                    0,
+                    0,
+                    grad_q,
+                    grad_k,
+                    grad_v,
+                    grad_bias_table,
+                    grad_out,
+                    grad_lse,
+                    out,
+                    lse,
+                    q,
+                    k,
+                    v,
+                    bias_table,
+                ),
+                *params,
+            )
+            return
     tensors = native.arguments(
         module,
         *(grad_q, grad_k, grad_v, grad_bias_table, grad_out, grad_lse, out, lse, q, k, v, bias_table),

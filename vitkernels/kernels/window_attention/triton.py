@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.core.triton_tiles import device_of, padded
-from vitkernels.kernels.window_attention.triton_bias import reduce_bias_gradient
+from vitkernels.core.triton_window_bias import reduce_bias_gradient
 from vitkernels.kernels.window_attention.triton_tiled import (
     backward_bias_tiled,
     backward_key_tiled,

@@ -27,7 +27,7 @@ from vitkernels.core.triton_tiles import (
     tile_mask,
     tile_offsets,
 )
-from vitkernels.kernels.window_attention.triton_bias import bias_logits, partial_offset
+from vitkernels.core.triton_window_bias import bias_logits, partial_offset
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from vitkernels.core.triton_tiles import (
     store_tile,
     tile_offsets,
 )
-from vitkernels.kernels.window_attention.triton_bias import bias_logits, partial_offset
+from vitkernels.core.triton_window_bias import bias_logits, partial_offset
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The learned bias of window attention in Triton: table entry of a token pair, and the table's gradient."""
+"""The learned bias of attention within windows: table entry of a token pair, and the table's gradient."""
 
 from __future__ import annotations
 

@@ -2,12 +2,9 @@
 // Compiled once per instruction set.
 #pragma once
 #include "vitkernels/matrix_cpu.h"
-#include "window_attention.h"
+#include "vitkernels/params.h"
 
-namespace vitkernels::window_attention {
-namespace VITKERNELS_ISA {
-
-using namespace vitkernels::VITKERNELS_ISA;
+namespace vitkernels::VITKERNELS_ISA {
 
 // The bias table of one head, mirrored so that for a row token (yr, xr) and a row yl of lane tokens the
 // Ww entries wanted are contiguous: at row yl - yr + Wh - 1, from column Ww - 1 - xr. In the forward pass
@@ -19,12 +16,12 @@ struct WindowBias {
   bool is_signed, rows_are_queries;
   T* mirrored;
 
-  WindowBias(const Params& p, bool rows_are_queries, Scratch& scratch)
-      : wh(p.window_h),
-        ww(p.window_w),
+  WindowBias(int window_h, int window_w, bool is_signed, bool rows_are_queries, Scratch& scratch)
+      : wh(window_h),
+        ww(window_w),
         // Whole vectors are loaded and stored from any column.
         pitch(2 * ww - 1 + kLanes<T>),
-        is_signed(p.signed_bias),
+        is_signed(is_signed),
         rows_are_queries(rows_are_queries),
         mirrored(scratch.take<T>(static_cast<size_t>(2 * wh - 1) * pitch)) {}
 
@@ -48,16 +45,17 @@ struct WindowBias {
       for (int x = 2 * ww - 1; x < pitch; ++x) row[x] = 0;
     }
   }
-  void read(const Params& p, int64_t head) {
-    switch (p.bias_dtype) {
+  // table: [heads, entries]
+  void read(DType dtype, const View& table, int64_t head) {
+    switch (dtype) {
       case DType::f64:
-        return read_as<double>(p.bias_table, head);
+        return read_as<double>(table, head);
       case DType::f32:
-        return read_as<float>(p.bias_table, head);
+        return read_as<float>(table, head);
       case DType::f16:
-        return read_as<f16>(p.bias_table, head);
+        return read_as<f16>(table, head);
       case DType::bf16:
-        return read_as<bf16>(p.bias_table, head);
+        return read_as<bf16>(table, head);
     }
   }
 
@@ -82,24 +80,27 @@ struct WindowBias {
     }
   }
 
-  // dst[row][lane] for all row tokens and one tile of lanes. Stores whole vectors: a slice's overhang is
-  // overwritten by the next one, the last row's goes to kLanes elements of slack.
-  void expand(T* dst, int rows, const Tiling<T>& tiling, int tile) const {
-    for (int r = 0; r < rows; ++r, dst += tiling.width)
-      slices(r, tiling.start(tile), tiling.lanes(tile), [dst](const T* slice, int lane, int count) {
+  // dst[row][lane] for all row tokens and the lane tokens [start, start + lanes). Stores whole vectors: a
+  // slice's overhang is overwritten by the next one, the last row's goes to kLanes elements of slack.
+  void expand(T* dst, int rows, int start, int lanes, int width) const {
+    for (int r = 0; r < rows; ++r, dst += width)
+      slices(r, start, lanes, [dst](const T* slice, int lane, int count) {
         for (int i = 0; i < count; i += kLanes<T>) store(dst + lane + i, load(slice + i));
       });
   }
 
-  // The transpose of expand: mirrored += src. Slices overlap, so their rows are added one at a time.
-  void collect(const T* src, int rows, const Tiling<T>& tiling, int tile) {
-    for (int r = 0; r < rows; ++r, src += tiling.width)
-      slices(r, tiling.start(tile), tiling.lanes(tile), [src](T* slice, int lane, int count) {
-        for (int i = 0; i < count; i += kLanes<T>)
-          store(slice + i, load(slice + i) + load_first(src + lane + i, imin(kLanes<T>, count - i)));
-      });
+  // The transpose of expand: mirrored += src. Slices overlap, so their rows are added one at a time: rows of
+  // equal column first, whose slices coincide, since a load that overlaps a recent store waits for it.
+  void collect(const T* src, int rows, int start, int lanes, int width) {
+    for (int x = 0; x < ww; ++x)
+      for (int r = x; r < rows; r += ww) {
+        const T* row = src + static_cast<ptrdiff_t>(r) * width;
+        slices(r, start, lanes, [row](T* slice, int lane, int count) {
+          for (int i = 0; i < count; i += kLanes<T>)
+            store(slice + i, load(slice + i) + load_first(row + lane + i, imin(kLanes<T>, count - i)));
+        });
+      }
   }
 };
 
-}  // namespace VITKERNELS_ISA
-}  // namespace vitkernels::window_attention
+}  // namespace vitkernels::VITKERNELS_ISA

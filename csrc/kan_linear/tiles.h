@@ -1,0 +1,259 @@
+// What the CUDA kernels of the FasterKAN layer share: tile sizes, the basis made into shared memory, tile
+// loads.
+//
+// Products run on the engines of the tile-attention core: mma.m16n8k16 for f16 and bf16 weights, fused
+// multiply-adds for f32 and f64. Phi never leaves shared memory: a tile of it is made from x while the
+// product of the tile before runs.
+#pragma once
+#include "kan_linear.h"
+#include "vitkernels/device.h"
+#include "vitkernels/tile_attention_engine.h"
+
+namespace vitkernels::kan_linear {
+
+using tile_attention::clear;
+using tile_attention::Engine;
+using tile_attention::round_up;
+using tile_attention::Span;
+
+// T is the type of the weight.
+template <class T>
+struct Config {
+  static constexpr bool HALF = sizeof(T) == 2;
+  static constexpr int WARPS = HALF ? 8 : 4, THREADS = 32 * WARPS;
+  static constexpr int ROWS = 16 * WARPS;          // of y and du; also outputs of a tile of dW
+  static constexpr int OUTPUTS = HALF ? 128 : 64;  // of a tile of y
+  static constexpr int DEPTH = 64;                 // columns of Phi of a tile, so the most grid points
+  static constexpr int PAD =
+      static_cast<int>(16 / sizeof(T));  // keeps ldmatrix and vector loads free of conflicts
+  static constexpr int LD = DEPTH + PAD;
+  static constexpr int BUFFERS = sizeof(T) == 8 ? 1 : 2;  // within 99 KB of shared memory
+  static constexpr int GRAD_DEPTH = HALF ? 64 : 32;       // outputs at a time in dPhi = dY W
+  static constexpr int WEIGHT_ROWS = 32;                  // rows at a time in dW = dY^T Phi
+};
+
+// X is the type of x, T of the weight.
+template <class X, class T>
+struct Problem {
+  using Acc = accumulate_t<X>;
+
+  int64_t rows, x_row, weight_row, grad_row;
+  int channels, grids, outputs;
+  int slice, width, padded,
+      slices;  // channels of a tile of Phi, their columns, rounded up to 16; tiles in all
+  const X* x;
+  const T *weight, *grad_y;
+  const Acc *ln_weight, *ln_bias, *grid, *mean, *rstd;
+  Acc inverse;
+
+  explicit Problem(const Params& p)
+      : rows(p.rows),
+        x_row(p.x.stride[0]),
+        weight_row(p.weight.stride[0]),
+        grad_row(p.grad_y.stride[0]),
+        channels(p.channels),
+        grids(p.grids),
+        outputs(p.outputs),
+        x(static_cast<const X*>(p.x.data)),
+        weight(static_cast<const T*>(p.weight.data)),
+        grad_y(static_cast<const T*>(p.grad_y.data)),
+        ln_weight(static_cast<const Acc*>(p.ln_weight.data)),
+        ln_bias(static_cast<const Acc*>(p.ln_bias.data)),
+        grid(static_cast<const Acc*>(p.grid.data)),
+        mean(static_cast<const Acc*>(p.mean.data)),
+        rstd(static_cast<const Acc*>(p.rstd.data)),
+        inverse(static_cast<Acc>(p.inv_denominator)) {
+    if (grids > Config<T>::DEPTH) throw std::runtime_error("kan_linear: takes grids of up to 64 points");
+    slice = Config<T>::DEPTH / grids;
+    width = slice * grids;
+    padded = round_up(width, 16);
+    slices = (channels + slice - 1) / slice;
+  }
+
+  VK_HOST_DEVICE int64_t depth() const { return static_cast<int64_t>(channels) * grids; }
+  // Columns of the weight that belong to a slice.
+  VK_DEVICE int columns(int index) const {
+    const int rest = channels - index * slice;
+    return (rest < slice ? rest : slice) * grids;
+  }
+  VK_DEVICE Acc normed(int64_t row, int channel) const {
+    return (to_accumulate(x[row * x_row + channel]) - mean[row]) * rstd[row];
+  }
+  VK_DEVICE Acc u(Acc normed, int channel) const { return normed * ln_weight[channel] + ln_bias[channel]; }
+};
+
+// e^(-2 |distance|). FAST: by the special-function unit, for results that are rounded to 16 bits.
+template <bool FAST, class Acc>
+VK_DEVICE Acc decay(Acc distance) {
+  const Acc magnitude = distance < Acc(0) ? -distance : distance;
+  if constexpr (FAST) {
+    return exp2_fast(magnitude * (-2.0f * LOG2E));
+  } else {
+    return exp_(Acc(-2) * magnitude);
+  }
+}
+
+// phi = 4 e / (1 + e)^2 neither overflows nor cancels, whatever u and the grid.
+template <class Acc>
+VK_DEVICE Acc phi_of(Acc e) {
+  const Acc q = Acc(1) / (Acc(1) + e);
+  return Acc(4) * e * q * q;
+}
+
+// tanh beside it; never sqrt(1 - phi), which cancels near a centre.
+template <class Acc>
+VK_DEVICE Acc tanh_of(Acc distance, Acc e) {
+  const Acc magnitude = distance < Acc(0) ? -distance : distance;
+  if (magnitude < Acc(0.25)) {
+    // 1 - e would lose digits: Lambert's continued fraction keeps them.
+    const Acc square = distance * distance;
+    Acc fraction = Acc(15);
+    VK_UNROLL
+    for (int odd = 13; odd > 0; odd -= 2) fraction = Acc(odd) + square / fraction;
+    return distance / fraction;
+  }
+  const Acc far = (Acc(1) - e) / (Acc(1) + e);
+  return distance < Acc(0) ? -far : far;
+}
+
+// phi of eight decays with two reciprocals instead of eight: the denominators lie in [1, 2].
+VK_DEVICE void phi_of_eight(float (&values)[8]) {
+  VK_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    float d[4];
+    VK_UNROLL
+    for (int j = 0; j < 4; ++j) d[j] = 1.0f + values[i + j];
+    const float low = d[0] * d[1], high = d[2] * d[3], both = 1.0f / (low * high);
+    const float q_low = both * high, q_high = both * low;
+    const float q[4] = {q_low * d[1], q_low * d[0], q_high * d[3], q_high * d[2]};
+    VK_UNROLL
+    for (int j = 0; j < 4; ++j) values[i + j] *= 4.0f * q[j] * q[j];
+  }
+}
+
+// For eight grid points and 16-bit weights: the decay is the lesser of e^(2 u / h) e^(-2 g / h) and its
+// inverse, so two exponentials serve a whole channel. `tables` is shared memory for 16 floats, ready after a
+// barrier.
+constexpr int CENTRES = 8;
+constexpr float WIDEST_CENTRE = 60.0f,
+                WIDEST_U = 100.0f;  // exponents of two; the products may overflow or vanish
+
+// Whether the grid is narrow enough for the tables.
+template <class X, class T>
+VK_DEVICE bool prepare_centres(float* tables, const Problem<X, T>& p) {
+  if (!Config<T>::HALF || p.grids != CENTRES) return false;
+  const float unit = static_cast<float>(p.inverse) * (2.0f * LOG2E);
+  bool narrow = true;
+  for (int m = 0; m < CENTRES; ++m) {
+    const float exponent = static_cast<float>(p.grid[m]) * unit;
+    narrow = narrow && exponent <= WIDEST_CENTRE && exponent >= -WIDEST_CENTRE;
+  }
+  if (thread_x() < CENTRES) {
+    const float exponent = static_cast<float>(p.grid[thread_x()]) * unit;
+    tables[thread_x()] = exp2_fast(-exponent);
+    tables[CENTRES + thread_x()] = exp2_fast(exponent);
+  }
+  return narrow;
+}
+
+VK_DEVICE void decay_of_eight(float (&values)[8], float exponent, const float* tables) {
+  exponent = exponent > WIDEST_U ? WIDEST_U : exponent < -WIDEST_U ? -WIDEST_U : exponent;
+  const float up = exp2_fast(exponent), down = exp2_fast(-exponent);
+  VK_UNROLL
+  for (int m = 0; m < CENTRES; m += 4) {
+    const auto falling = Vec<float, 4>::load(tables + m), rising = Vec<float, 4>::load(tables + CENTRES + m);
+    VK_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const float ratio = up * falling[e], inverse = down * rising[e];
+      values[m + e] = ratio < inverse ? ratio : inverse;
+    }
+  }
+}
+
+// Phi of `ROWS` rows from `first_row` on (zeros from end_row on) and of one slice of channels, to tile
+// [ROWS][LD].
+template <int ROWS, int THREADS, class X, class T>
+VK_DEVICE void make_phi(T* tile, const Problem<X, T>& p, int64_t first_row, int64_t end_row, int index,
+                        const float* tables, bool narrow) {
+  using Acc = typename Problem<X, T>::Acc;
+  constexpr int LD = Config<T>::LD;
+  VK_NO_UNROLL
+  for (int i = thread_x(); i < ROWS * p.slice; i += THREADS) {
+    const int r = static_cast<unsigned>(i) / static_cast<unsigned>(p.slice), c = i - r * p.slice;
+    const int channel = index * p.slice + c;
+    const int64_t row = first_row + r;
+    T* to = tile + r * LD + c * p.grids;
+    const bool inside = row < end_row && channel < p.channels;
+    const Acc u = inside ? p.u(p.normed(row, channel), channel) : Acc(0);
+    if constexpr (Config<T>::HALF) {
+      if (narrow) {
+        float values[8];
+        decay_of_eight(values, u * (p.inverse * (2.0f * LOG2E)), tables);
+        phi_of_eight(values);
+        Vec<T, 8> packed;
+        VK_UNROLL
+        for (int m = 0; m < 8; ++m) packed[m] = from_float<T>(inside ? values[m] : 0.0f);
+        packed.store(to);
+        continue;
+      }
+    }
+    VK_NO_UNROLL
+    for (int m = 0; m < p.grids; ++m)
+      to[m] =
+          from_accumulate<T>(inside ? phi_of(decay<Config<T>::HALF>((u - p.grid[m]) * p.inverse)) : Acc(0));
+  }
+}
+
+// The columns of Phi that pad a tile to the depth of a product.
+template <int ROWS, int THREADS, class X, class T>
+VK_DEVICE void clear_padding(T* tile, const Problem<X, T>& p) {
+  const int columns = p.padded - p.width;
+  for (int i = thread_x(); i < ROWS * columns; i += THREADS)
+    tile[i / columns * Config<T>::LD + p.width + i % columns] = from_float<T>(0.0f);
+}
+
+// tile[r][0 .. padded) = source[r * stride ..], zeros beyond `rows` or `columns`; padded is a multiple of 16.
+// Asynchronous where everything is aligned: call cp_async_commit() after it.
+template <int ROWS, int THREADS, class T>
+VK_DEVICE void load_matrix(T* tile, int ld, const T* source, int64_t stride, int64_t rows, int columns,
+                           int padded) {
+  constexpr int WIDTH = 16 / sizeof(T);
+  const int chunks = padded / WIDTH;
+  const bool aligned =
+      stride % WIDTH == 0 && columns % WIDTH == 0 && reinterpret_cast<uintptr_t>(source) % 16 == 0;
+  VK_NO_UNROLL
+  for (int i = thread_x(); i < ROWS * chunks; i += THREADS) {
+    const int r = static_cast<unsigned>(i) / static_cast<unsigned>(chunks), column = (i - r * chunks) * WIDTH;
+    T* to = tile + r * ld + column;
+    if (aligned) {
+      const bool valid = r < rows && column < columns;
+      cp_async16(to, valid ? source + r * stride + column : source, valid);
+      continue;
+    }
+    Vec<T, WIDTH> values;
+    VK_UNROLL
+    for (int e = 0; e < WIDTH; ++e)
+      values[e] = r < rows && column + e < columns ? source[r * stride + column + e] : from_float<T>(0.0f);
+    values.store(to);
+  }
+}
+
+// Calls run(X(), T()) with the types of x and of the weight.
+template <class Run>
+auto with_dtypes(const Params& p, Run run) {
+  switch (p.x_dtype) {
+    case DType::f64:
+      return run(double(), double());
+    case DType::f16:
+      return run(half_t(), half_t());
+    case DType::bf16:
+      return run(bfloat16_t(), bfloat16_t());
+    case DType::f32:
+      if (p.weight_dtype == DType::f16) return run(float(), half_t());
+      if (p.weight_dtype == DType::bf16) return run(float(), bfloat16_t());
+      return run(float(), float());
+  }
+  throw std::runtime_error("kan_linear: unknown dtype");
+}
+
+}  // namespace vitkernels::kan_linear
