@@ -305,7 +305,8 @@ def test_wrong_results_are_rejected(guarded: Guarded, monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "window_start", wrong_window_start)
     results.append(run_kernels(case, inputs, memory))
     for result, name in product(results, truth):
-        with pytest.raises(AssertionError, match="exceeds"):
+        # A wrong border reaches offsets beyond the table, where its guards are NaN.
+        with pytest.raises(AssertionError, match="exceeds|not finite"):
             compare(case, {**right, name: result[name]}, baseline, truth)
 
 
