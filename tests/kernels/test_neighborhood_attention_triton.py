@@ -306,7 +306,7 @@ def test_wrong_results_are_rejected(guarded: Guarded, monkeypatch: pytest.Monkey
     results.append(run_kernels(case, inputs, memory))
     for result, name in product(results, truth):
         # A wrong border reaches offsets beyond the table, where its guards are NaN.
-        with pytest.raises(AssertionError, match="exceeds|not finite"):
+        with pytest.raises(AssertionError, match=r"exceeds|not finite"):
             compare(case, {**right, name: result[name]}, baseline, truth)
 
 
