@@ -41,6 +41,7 @@ def test_no_kernel_spills(usage: list[kernel_report.Usage]) -> None:
     for row in usage:
         allowed = 1 << 20 if "float32" in row.variant else 8
         excepted = "tokens dense" in row.variant or (row.kernel in heads and row.local <= allowed)
+        excepted = excepted or (row.kernel.endswith("_map") and "d=256" in row.variant)  # of neighborhoods
         assert row.local == 0 or excepted, row
 
 

@@ -204,6 +204,18 @@ def _cuda_limits(q: Any, k: Any, v: Any, rpb: Any, kernel_size: Any, *_: Any) ->
     return reasons
 
 
+def _triton_limits(q: Any, k: Any, v: Any, rpb: Any, kernel_size: Any, *_: Any) -> list[str]:
+    reasons = []
+    width, sizes = max(q.shape[-1], v.shape[-1]), q.shape[1:-2]
+    if width > 256:
+        reasons.append(f"takes head_dim and value_dim up to 256, got {width}")
+    # What 32 bits hold of a token, and 24 of its slot in the box of queries that a tile of keys meets.
+    met = [min(size, 2 * kernel + 64) for size, kernel in zip(sizes, kernel_size, strict=True)]
+    if math.prod(sizes) > 2**30 or math.prod(met) > 2**20:
+        reasons.append(f"takes maps of up to 2**30 tokens and kernels of up to 480 x 480, got {kernel_size}")
+    return reasons
+
+
 _NATIVE = "vitkernels.kernels.neighborhood_attention.native"
 
 operator = Operator(
@@ -220,6 +232,8 @@ operator = Operator(
             "triton",
             "vitkernels.kernels.neighborhood_attention.triton",
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
+            limits=_triton_limits,
+            skips_by_products=True,
         ),
         Backend("cpu", _NATIVE, skips_by_products=True),
     ),
