@@ -92,9 +92,11 @@ VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, 
   }
 }
 
-// Two blocks on an SM leave 128 registers a thread.
+// Two blocks on an SM leave 128 registers a thread. The 72 logits of a thread in the largest windows do not
+// fit in there beside the rest, and such windows fill the shared memory of an SM sooner anyway.
 template <class T, int KEYS>
-VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_tensor_kernel(Problem problem, Layout layout) {
+VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, (KEYS > 64 ? 1 : 2))
+    forward_tensor_kernel(Problem problem, Layout layout) {
   const Params& params = problem.params;
   char* shared = shared_memory();
   T *z = reinterpret_cast<T*>(shared + layout.z), *y = reinterpret_cast<T*>(shared + layout.y),
