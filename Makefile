@@ -6,7 +6,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.t
 SOURCES := $(shell find csrc vitkernels/_native* -name '*' -type f 2>/dev/null) setup.py pyproject.toml CMakeLists.txt
 export VITKERNELS_BUILD_DIR ?= $(CURDIR)/build/cmake
 
-.PHONY: install test demo bench lint format kernels clean
+.PHONY: install test test-thorough demo bench lint format kernels clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +21,10 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	touch $@
 
 test: install
+	$(PY) -m pytest tests -m "not thorough"
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels -k triton -m "not thorough"
+
+test-thorough: install
 	$(PY) -m pytest tests
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels -k triton
 
