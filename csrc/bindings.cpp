@@ -16,6 +16,9 @@ void bind(py::module_& module);
 namespace vitkernels::neighborhood_attention {
 void bind(py::module_& module);
 }
+namespace vitkernels::polyline_path_attention {
+void bind(py::module_& module);
+}
 namespace vitkernels::cascaded_group_attention {
 void bind(py::module_& module);
 }
@@ -176,6 +179,7 @@ PYBIND11_MODULE(_native, module) {
   vitkernels::residual_ffn::bind(module);
   vitkernels::window_attention::bind(module);
   vitkernels::neighborhood_attention::bind(module);
+  vitkernels::polyline_path_attention::bind(module);
   vitkernels::cascaded_group_attention::bind(module);
   vitkernels::kan_linear::bind(module);
 }

@@ -72,6 +72,15 @@ def _neighborhood(
     return make
 
 
+def _polyline(height: int, width: int, heads: int, d: int, dv: int) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        tensors = {name: torch.randn(batch, height, width, heads, d) for name in "qk"}
+        tensors["v"] = torch.randn(batch, height, width, heads, dv)
+        return tensors | {f"log_decay_{axis}": -torch.rand(batch, height, width, heads) for axis in "wh"}
+
+    return make
+
+
 def _cascade(
     heads: int, d: int, key_dim: int, size: tuple[int, int], tokens: int, largest: int
 ) -> Callable[..., Any]:
@@ -212,6 +221,36 @@ SAMPLES = [
         ops.neighborhood_attention,
         _neighborhood((4, 9), 1, 8, 8, (3, 5)),
         {"kernel_size": (2, 3), "dilation": (2, 3), "return_lse": True},
+    ),
+    Sample(
+        "polyline_path_attention-whole",
+        ops.polyline_path_attention,
+        _polyline(5, 7, 2, 4, 3),
+        bad=[
+            ({"q": "text"}, TypeError, "argument `q`: expected a tensor"),
+            ({"q": _map[0]}, ValueError, "argument `q`: expected shape"),
+            ({"q": _map.int(), "k": _map.int(), "v": _map.int()}, TypeError, "argument `q`: expected dtype"),
+            ({"k": _map[:, 1:]}, ValueError, "argument `k`: expected shape"),
+            ({"k": _map.double()}, TypeError, "argument `k`: expected dtype float32"),
+            ({"v": _map[..., :0]}, ValueError, "argument `v`: expected a last dimension of at least 1"),
+            ({"v": _map.to("meta")}, ValueError, "argument `v`: expected device cpu"),
+            ({"log_decay_w": None}, TypeError, "argument `log_decay_w`: expected a tensor"),
+            ({"log_decay_w": _map[..., 0].mT}, ValueError, "argument `log_decay_w`: expected shape"),
+            ({"log_decay_w": _map[..., 0].half()}, TypeError, "argument `log_decay_w`: expected dtype"),
+            ({"log_decay_h": _map}, ValueError, "argument `log_decay_h`: expected shape"),
+            ({"log_decay_h": _map[..., 0].double()}, TypeError, "argument `log_decay_h`: expected dtype"),
+            ({"mode": "chunk"}, ValueError, "argument `mode`: expected 'whole' or 'criss_cross'"),
+            ({"mode": True}, TypeError, "argument `mode`: expected 'whole' or 'criss_cross'"),
+            ({"scale": float("nan")}, ValueError, "argument `scale`: expected a finite number"),
+            ({"scale": torch.ones(1)}, TypeError, "argument `scale`: expected a number"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample(
+        "polyline_path_attention-criss_cross",
+        ops.polyline_path_attention,
+        _polyline(4, 3, 2, 5, 5),
+        {"mode": "criss_cross", "scale": 0.3},
     ),
     Sample(
         "cascaded_group_attention-windows",

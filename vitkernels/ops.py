@@ -3,6 +3,7 @@
 from vitkernels.kernels.cascaded_group_attention import cascaded_group_attention
 from vitkernels.kernels.kan_linear import kan_linear
 from vitkernels.kernels.neighborhood_attention import neighborhood_attention
+from vitkernels.kernels.polyline_path_attention import polyline_path_attention
 from vitkernels.kernels.residual_ffn import residual_ffn
 from vitkernels.kernels.window_attention import window_attention
 
@@ -10,6 +11,7 @@ __all__ = [
     "cascaded_group_attention",
     "kan_linear",
     "neighborhood_attention",
+    "polyline_path_attention",
     "residual_ffn",
     "window_attention",
 ]
