@@ -214,7 +214,11 @@ class PPMA(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Logits; with features_only the list of `forward_intermediates`."""
-        return self.forward_intermediates(x) if self.features_only else self.forward_head(self.forward_features(x))
+        return (
+            self.forward_intermediates(x)
+            if self.features_only
+            else self.forward_head(self.forward_features(x))
+        )
 
     def convert_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weights of a classifier, detector or segmenter, as this model takes them.
@@ -222,7 +226,9 @@ class PPMA(nn.Module):
         Of a detector's file the backbone is taken; a backbone takes the weights of a classifier, which has no
         `outnorm`s: these stay as they are.
         """
-        backbone = {key.removeprefix("backbone."): v for key, v in state_dict.items() if key.startswith("backbone.")}
+        backbone = {
+            key.removeprefix("backbone."): v for key, v in state_dict.items() if key.startswith("backbone.")
+        }
         loaded = backbone or dict(state_dict)
         if not self.features_only:
             return loaded

@@ -132,8 +132,8 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor], so
         ValueError: keys or shapes differ; the message lists them and the model is unchanged.
     """
     loaded = to_official_state_dict(state_dict)
-    if hasattr(model, "convert_state_dict"):
-        loaded = model.convert_state_dict(loaded)
+    convert: Any = getattr(model, "convert_state_dict", dict)
+    loaded = convert(loaded)
     own = model.state_dict()
     classifiers = tuple(f"{name}." for name in getattr(model, "classifiers", ("head", "head_dist")))
     if not any(key.startswith(classifiers) for key in own):
