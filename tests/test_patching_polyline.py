@@ -189,6 +189,8 @@ def test_reasons() -> None:
     layer.q_proj = nn.Identity()
     assert reason(layer) == "q_proj is not a Linear"
     named = official.MambaAttentionAllDouble(16, 2)
+    named.path_embed.dt_linear = nn.Linear(8, 2)
+    assert reason(named) == "path_embed.dt_linear is not a Linear to two decays without a bias"
     del named.path_embed.A_log
     assert reason(named) == "path_embed has no attribute A_log"
     del named.lepe

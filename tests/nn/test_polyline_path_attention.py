@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from randomise import relative_error
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 from torch import nn
+from torch.nn.utils import prune
 
 from vitkernels import ops
 from vitkernels.nn import PolylinePathAttention, RasterRotation
@@ -174,6 +175,24 @@ def test_v_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options == {"mode": "whole", "scale": 8**-0.5, "backend": None}
     assert log_decay_w.shape == log_decay_h.shape == (1, 3, 4, 2)
     assert max(log_decay_w.max(), log_decay_h.max()) <= 0
+
+
+def test_hooks_on_the_decays_are_called() -> None:
+    module, x, seen = layer("whole"), torch.randn(2, 3, 4, 16), []
+    expected = module(x)
+    handle = module.path_embed.dt_linear.register_forward_hook(
+        lambda _, __, output: seen.append(output.shape)
+    )
+    assert relative_error(module(x), expected) < 1e-6
+    assert seen == [(2, 3, 4, 2, 2)]
+    handle.remove()
+    prune.l1_unstructured(module.path_embed.dt_linear, "weight", 8)  # recomputes the weight before every call
+    assert relative_error(module(x), expected) > 1e-3
+    module.path_embed.dt_linear.weight_orig.data.zero_()
+    zeroed = module(x)
+    module.path_embed.dt_linear = nn.Linear(8, 2, bias=False)
+    nn.init.zeros_(module.path_embed.dt_linear.weight)
+    assert relative_error(module(x), zeroed) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,6 +15,7 @@ from torch import nn
 
 from vitkernels import ops
 from vitkernels.core.checks import fail
+from vitkernels.nn.conv_norm import has_hooks
 from vitkernels.nn.kept import KEPT, Kept, drop, keep, transformed
 
 _MODES = ("whole", "criss_cross")
@@ -140,10 +141,20 @@ class PathEmbed(nn.Module):
 
 def log_decays(path_embed: Any, x: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What `PathEmbed` computes, from a module with its parameters; in float32 at least."""
-    steps = path_embed.dt_linear(x.unflatten(-1, (num_heads, -1)))
+    width, linear = x.shape[2], path_embed.dt_linear
+    heads = x.unflatten(-1, (num_heads, -1))
+    if has_hooks(linear):
+        steps = linear(heads).movedim(-1, 0)
+    else:  # each decay in a piece, which costs less than both for every token, and their views
+        steps = (linear.weight @ heads.flatten(0, 3).t()).unflatten(-1, heads.shape[:-1])
     steps = steps if steps.dtype is torch.float64 else steps.float()
-    rate = -path_embed.A_log.to(steps.dtype).exp()[:, None]
-    log_decay_w, log_decay_h = (F.softplus(steps + path_embed.dt_bias[:, None]) * rate).unbind(-1)
+
+    # Over a row at a time: broadcasting over the few heads alone takes as long as the exponentials.
+    def rowwise(parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.to(steps.dtype).expand(width, num_heads).flatten()
+
+    rows = F.softplus(steps.flatten(-2) + rowwise(path_embed.dt_bias)) * -rowwise(path_embed.A_log).exp()
+    log_decay_w, log_decay_h = rows.unflatten(-1, (width, num_heads)).unbind(0)
     return log_decay_w, log_decay_h
 
 

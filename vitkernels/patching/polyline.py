@@ -53,6 +53,9 @@ def why_not_polyline(module: Any) -> str:
         return f"path_embed has no attribute {', '.join(missing)}"
     if type(module.q_proj) is not nn.Linear:
         return "q_proj is not a Linear"
+    linear = module.path_embed.dt_linear
+    if type(linear) is not nn.Linear or linear.bias is not None or linear.out_features != 2:
+        return "path_embed.dt_linear is not a Linear to two decays without a bias"
     return "" if _mode_of(module) else "whether it is whole or criss-cross attention cannot be told"
 
 
