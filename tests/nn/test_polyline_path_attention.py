@@ -52,7 +52,11 @@ def results(forward, module: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [(5, 7), (1, 6), (6, 1)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(5, 7), (1, 6), (6, 1), *(pytest.param(s, marks=pytest.mark.thorough) for s in ((14, 14), (7, 23)))],
+    ids=str,
+)
 def test_equals_the_definition(mode: str, size: tuple[int, int]) -> None:
     draws = []
     for seed in range(3):  # held to the rule together: of one, PyTorch's own error is a matter of luck
