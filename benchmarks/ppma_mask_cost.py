@@ -23,15 +23,15 @@ from vitkernels.bench import gate, timing
 from vitkernels.bench.host_model import clone, plain
 from vitkernels.nn.polyline_path_attention import PolylinePathAttention, rotate, rotation_of
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+Attend = Callable[[torch.Tensor], torch.Tensor]
 
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Attend:
+def sdpa(q: torch.Tensor, k: torch.Tensor, scale: float) -> Attend:
     """Values to outputs, over the last axis but one, by PyTorch's fused attention."""
     return lambda values: F.scaled_dot_product_attention(q, k, values, scale=scale)
 
 
-def matmuls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Any:
+def matmuls(q: torch.Tensor, k: torch.Tensor, scale: float) -> Attend:
     """The same with the probabilities in memory: criss-cross attention needs each of them twice."""
     probabilities = (q * scale @ k.transpose(-1, -2)).softmax(-1)
     return lambda values: probabilities @ values
@@ -40,7 +40,7 @@ def matmuls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
 class PlainAttention(PolylinePathAttention):
     """The layer without decays."""
 
-    way: Any
+    way: Callable[[torch.Tensor, torch.Tensor, float], Attend]
 
     def forward(self, x: torch.Tensor, rel_pos: Any = None) -> torch.Tensor:
         q, k, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -50,10 +50,10 @@ class PlainAttention(PolylinePathAttention):
         q, k = rotate(q, table), rotate(k, table)
         if self.mode == "whole":
             q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-            out = self.way(q, k, v, self.scaling)(v).transpose(1, 2).reshape(x.shape)
+            out = self.way(q, k, self.scaling)(v).transpose(1, 2).reshape(x.shape)
         else:
-            along = self.way(*(t.transpose(2, 3) for t in (q, k, v)), self.scaling)
-            down = self.way(*(t.permute(0, 2, 3, 1, 4) for t in (q, k, v)), self.scaling)
+            along = self.way(*(t.transpose(2, 3) for t in (q, k)), self.scaling)
+            down = self.way(*(t.permute(0, 2, 3, 1, 4) for t in (q, k)), self.scaling)
 
             def rows(values: torch.Tensor) -> torch.Tensor:
                 return along(values.transpose(2, 3)).transpose(2, 3)
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict[tuple[int, str], dict[str, timin
     add("--size", type=int, nargs="+", default=[224], help="side, or height and width")
     add("--batch", type=int, nargs="+", default=[1, 8])
     add("--mode", nargs="+", choices=["fwd", "fwd+bwd"], default=["fwd"])
-    add("--networks", nargs="+", help="only those whose names begin so; 'vitkernels' is always there")
+    add("--networks", nargs="+", help="only these, beside 'vitkernels'")
     add("--seconds", type=float, default=3.0, help="CPU time of each network")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -132,9 +132,7 @@ def main(argv: list[str] | None = None) -> dict[tuple[int, str], dict[str, timin
     chosen = networks(model)
     if args.networks:
         wanted = ("vitkernels", *args.networks)
-        chosen = {
-            name: pair for name, pair in chosen.items() if name == "vitkernels" or name.startswith(wanted[1:])
-        }
+        chosen = {name: pair for name, pair in chosen.items() if name in wanted}
     if note := timing.busy():
         print(note)
     results = {}

@@ -35,7 +35,7 @@ def test_a_twin_that_is_wrong_is_not_timed(script) -> None:
     model = models.create_model("ppma_t", **SMALL).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    wrong = script.without_mask(model, lambda q, k, v, scale: script.sdpa(q, k, v, 2 * scale))
+    wrong = script.without_mask(model, lambda q, k, scale: script.sdpa(q, k, 2 * scale))
     bare = script.plain(script.with_zero_decays(model))
     with pytest.raises(SystemExit, match="WRONG"):
         script.held_to_the_truth(wrong, bare, torch.randn(1, 3, 64, 64))
