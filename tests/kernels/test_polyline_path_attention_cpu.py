@@ -101,7 +101,7 @@ class Problem:
         results = self.run() if results is None else results
         for name, got, base, true in zip(NAMES, results, baseline, truth, strict=True):
             if not true.any():  # a decay that belongs to no step, or a softmax of one key
-                assert (got.abs() <= torch.finfo(self.dtype).eps).all()
+                assert (got.abs() <= 16 * torch.finfo(self.dtype).eps).all()
                 continue
             # A decay's gradient sums those of the scores that its step lies between, which nearly cancel.
             reduced = self.sizes[0] * self.sizes[1] if "decay" in name else 1
@@ -245,59 +245,66 @@ def test_expanded_decays_and_a_packed_projection(mode: str) -> None:
 
 
 MEMORY = """
-import resource, sys, torch
+import pathlib, sys, torch
 from vitkernels import ops
 torch.set_num_threads(2)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def memory(what):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
 warm = [torch.randn(1, 5, 6, 8, 32, requires_grad=True) for _ in "qkv"]
 decays = [-torch.rand(1, 5, 6, 8) for _ in "wh"]
 ops.polyline_path_attention(*warm, *decays, backend=sys.argv[1]).sum().backward()
-height, width = int(sys.argv[2]), int(sys.argv[3])
-tensors = [torch.randn(1, height, width, 8, 32, requires_grad=True) for _ in "qkv"]
-tensors += [(-0.1 * torch.rand(1, height, width, 8)).requires_grad_() for _ in "wh"]
-before = peak()
+tensors = [torch.randn(1, 50, 84, 8, 32, requires_grad=True) for _ in "qkv"]
+tensors += [(-0.1 * torch.rand(1, 50, 84, 8)).requires_grad_() for _ in "wh"]
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = memory("VmRSS")
 ops.polyline_path_attention(*tensors, backend=sys.argv[1]).sum().backward()
-print(peak() - before)
+print(memory("VmHWM") - before)
 """
 
 
-def peak_memory(backend: str, height: int, width: int) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, backend, str(height), str(width)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def peak_memory(backend: str) -> int:
+    """What forward and backward of 50x84 tokens and 8 heads need beyond their inputs."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, backend], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+
+
+@on_linux
 def test_peak_memory_is_linear_in_tokens() -> None:
-    """Forward and backward of 50x84 tokens and 8 heads, where one N x N matrix of all heads takes 564 MB."""
-    used = peak_memory("cpu", 50, 84)
+    """One N x N matrix of all heads would take 564 MB."""
+    used = peak_memory("cpu")
     tensor = 50 * 84 * 8 * 32 * 4
     assert 0 < used < 16 * tensor, f"{used / 1e6:.1f} MB, {used / tensor:.1f} times q"
 
 
+@on_linux
 @pytest.mark.thorough
 def test_peak_memory_is_a_twentieth_of_the_eager_form() -> None:
-    ours, eager = peak_memory("cpu", 50, 84), peak_memory("reference", 50, 84)
+    ours, eager = peak_memory("cpu"), peak_memory("reference")
     print(f"{ours / 1e6:.1f} MB against {eager / 1e6:.1f} MB")
     assert 20 * ours < eager
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx512"])
-def test_other_instruction_sets(isa: str) -> None:
-    """The whole file's kinds once more, in a process that asks for another set."""
-    from vitkernels.core.native import load
-
-    if isa == "avx512" and load().cpu_isa() != "avx512":
-        pytest.skip("this processor has no AVX-512")
-    selected = "test_wrong_results or test_scores_far or float32_decays or (matches and (7x9 or 9x17))"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", selected, "-p", "no:cacheprovider"],
-        env={**os.environ, "VITKERNELS_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
+def _in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "VITKERNELS_CPU_ISA": isa}
+    return subprocess.run(
+        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=600, check=False
     )
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lesser_instruction_sets(isa: str) -> None:
+    """This file's own numerical tests, with the kernels of a lesser processor."""
+    asked = _in_process(isa, "-c", "from vitkernels.core import native; print(native.load().cpu_isa())")
+    if asked.returncode != 0 and isa != "baseline":
+        assert f"VITKERNELS_CPU_ISA={isa}: not available" in asked.stderr, asked.stderr
+        pytest.skip(f"{isa} is not available on this processor or in this build")
+    assert asked.stdout.strip() == isa, asked.stderr
+    if extension.load().cpu_isa() == isa:
+        return  # what this very process tests
+    tests = "(matches_reference and not bfloat16) or half_tensors or far_apart"
+    done = _in_process(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, __file__)
     assert done.returncode == 0, done.stdout[-4000:]
