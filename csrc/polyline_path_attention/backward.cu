@@ -36,7 +36,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(DELTA_THREADS, 1) delta_kernel(DeltaCall call) {
   const int y = field.by_width.divide(index), token = y << 16 | (index - y * field.width);
 
   const auto dot = [&](const View& a, const View& b) {
-    const Matrix<T, Field> left(a, field, batch, head, call.value_dim), right(b, field, batch, head, call.value_dim);
+    const Matrix<T, Field> left(a, field, batch, head, call.value_dim),
+        right(b, field, batch, head, call.value_dim);
     const T *p = left.data + left.position(token), *q = right.data + right.position(token);
     const int lane = lane_id() % LANES;
     Acc sum = Acc(0);
@@ -67,8 +68,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(DELTA_THREADS, 1) delta_kernel(DeltaCall call) {
 void make_deltas(DType dtype, const DeltaCall& call, Stream stream) {
   const int64_t threads = int64_t{4} * call.field.batch * call.field.tokens() * call.field.heads;
   tile_attention::with_dtype(dtype, [&](auto zero) {
-    launch(delta_kernel<decltype(zero)>, Dim3{(threads + DELTA_THREADS - 1) / DELTA_THREADS}, DELTA_THREADS, 0,
-           stream, call);
+    launch(delta_kernel<decltype(zero)>, Dim3{(threads + DELTA_THREADS - 1) / DELTA_THREADS}, DELTA_THREADS,
+           0, stream, call);
   });
 }
 
@@ -104,7 +105,8 @@ struct Plan {
         for (void*& side : direction) side = take(params, tokens * sum);
       }
       if (!params.criss_cross) {
-        for (void*& side : corners) side = take(params, planes * field.tiles * field.slab_capacity(rows) * 2 * sum);
+        for (void*& side : corners)
+          side = take(params, planes * field.tiles * field.slab_capacity(rows) * 2 * sum);
       }
     }
     if (params.criss_cross) {
@@ -159,9 +161,11 @@ void set_keys(BackwardCall* call, const Params& params, const Pair& first, const
 
 void whole(const Params& params, const Plan& plan, Stream stream) {
   const Pair pair{on_field(params.grad_out), on_field(params.v)};
-  if (plan.want_d)
+  const Field field(params, Sweep::whole, plan.rows);
+  const bool one_tile = field.tiles == 1;
+  if (plan.want_d && !one_tile)
     make_deltas(params.dtype,
-                {Field(params, Sweep::whole, plan.rows),
+                {field,
                  params.value_dim,
                  pair.a,
                  on_field(params.out),
@@ -174,6 +178,7 @@ void whole(const Params& params, const Plan& plan, Stream stream) {
     BackwardCall call = make_call(params, plan, Sweep::whole, side == 1);
     if (side == 0) {
       set_queries(&call, params, pair, {});
+      call.makes_delta = one_tile && plan.want_d;
     } else {
       set_keys(&call, params, pair, {});
       call.product_factor = 0.5;
@@ -183,7 +188,7 @@ void whole(const Params& params, const Plan& plan, Stream stream) {
         call.grad_sums[direction] = plan.of_tokens[direction][side];
       call.corners = plan.corners[side];
     }
-    if (present(call.grad_x) || present(call.grad_z) || plan.want_decays)
+    if (present(call.grad_x) || present(call.grad_z) || plan.want_decays || call.makes_delta)
       backward_whole(params.dtype, own, plan.rows, call, stream);
   }
 }
@@ -203,7 +208,10 @@ void criss_cross(const Params& params, const Plan& plan, Stream stream) {
     call.delta[0] = nullptr;
     backward_lines(params.dtype, Own::keys, plan.rows, call, stream);
   }
-  if (plan.want_d) {
+  const auto one_tile = [&](int direction) {
+    return Field(params, sweep_of(direction), plan.rows).tiles == 1;
+  };
+  if (plan.want_d && !(one_tile(0) && one_tile(1))) {
     // delta[0] is the rows', whose product is the second of the two that make up out.
     make_deltas(params.dtype,
                 {Field(params, Sweep::whole, plan.rows),
@@ -222,13 +230,14 @@ void criss_cross(const Params& params, const Plan& plan, Stream stream) {
       BackwardCall call = make_call(params, plan, sweep_of(direction), direction == 1);
       if (own == Own::queries) {
         set_queries(&call, params, with_out, through);
+        call.makes_delta = plan.want_d && one_tile(direction);
       } else {
         set_keys(&call, params, with_out, through);
         call.product = 1;
       }
       call.adds_x = call.adds_z = direction == 1;
       if (want_decays) call.grad_sums[0] = plan.of_tokens[direction][own == Own::queries ? 0 : 1];
-      if (present(call.grad_x) || present(call.grad_z) || want_decays)
+      if (present(call.grad_x) || present(call.grad_z) || want_decays || call.makes_delta)
         backward_lines(params.dtype, own, plan.rows, call, stream);
     }
   }

@@ -1,15 +1,16 @@
 // The backward kernel. Deterministic: every sum has one owner and a fixed order.
 //
 // With G = grad_out / 2, P the probabilities and D = P * (dP - delta) the gradient of the logits:
-//   whole         dP = G v^T, delta = G . (P v), for both P; grad_q = scale D k, grad_k = scale D^T q with the sum
+//   whole         dP = G v^T, delta = G . (P v), for both P; grad_q = scale D k, grad_k = scale D^T q with
+//   the sum
 //                 D of both; grad_v = (P + P')^T G
 //   criss-cross   dP = G (A_h v)^T + dY1 v^T in the rows, G (A_w v)^T + dY2 v^T in the columns, where
 //                 dY1 = A_h^T G and dY2 = A_w^T G; grad_v = A_w^T dY1 + A_h^T dY2
 //
 // One kernel for both sides. A block owns a tile of queries and sees all tiles of keys, or owns keys and sees
 // queries: then the probabilities it computes are transposed, and stand in its registers as the left operand
-// of the products with q and with G as they stood, in a block of queries, for that with k. Nothing goes through
-// shared memory but, for the decays of the whole mode, the gradients of one mask.
+// of the products with q and with G as they stood, in a block of queries, for that with k. Nothing goes
+// through shared memory but, for the decays of the whole mode, the gradients of one mask.
 #pragma once
 #include "tiles.h"
 
@@ -25,7 +26,7 @@ struct BackwardCall {
   View z[2], w[2];  // dP = z[0] w[0]^T / 2 + z[1] w[1]^T; the latter may be absent
   View grad_x;      // scale D y, may be absent
   View grad_z;      // keys: P w[product] * product_factor, may be absent
-  int product = 0;                  // 1 where there are two pairs
+  int product = 0;  // 1 where there are two pairs
   double product_factor = 1.0;
   bool adds_x = false, adds_z = false;  // to what there is
   int channel = 0;                      // the first of at most COLUMNS channels of grad_x and grad_z
@@ -33,8 +34,10 @@ struct BackwardCall {
   // Acc [batch, heads, height, width]. Whole: of the mask with its corner in the own row, and of the other;
   // lines: the first alone.
   const void* lse[2] = {};
-  const void* delta[2] = {};  // of the queries; absent where D is not needed
-  const void* sums[2] = {};   // along the rows, down the columns; lines: that of their direction
+  void* delta[2] = {};       // of the queries; absent where D is not needed
+  bool makes_delta = false;  // queries that see one tile of keys: delta = sum(P * dP), which no rounding of a
+                             // product has been through, is written instead of read
+  const void* sums[2] = {};  // along the rows, down the columns; lines: that of their direction
 
   // Gradients of the cumulative sums; see SumGradients. Absent: not wanted.
   void* grad_sums[2] = {};
@@ -65,7 +68,8 @@ struct BackwardLayout {
     z[1] = carver.take<T>(further);
     w[0] = carver.take<T>(elements);
     // Where not both fit, one follows the other through the same memory.
-    const bool in_turn = carver.used() + further * static_cast<int64_t>(sizeof(T)) > tile_attention::SHARED_LIMIT;
+    const bool in_turn =
+        carver.used() + further * static_cast<int64_t>(sizeof(T)) > tile_attention::SHARED_LIMIT;
     w[1] = in_turn ? w[0] : carver.take<T>(further);
     const int slab = WHOLE ? call.field.slab_capacity(ROWS) : 0;
     own_slab = carver.take<Vec<Acc, 2>>(slab);
@@ -79,8 +83,8 @@ struct BackwardLayout {
 // Adds to the corners in the own tile's rows what the gradients of one mask between two tiles give them. A
 // thread owns corner e throughout, so that no two threads add to one; own tokens and others in index order.
 template <int ROWS, class Acc>
-VK_DEVICE void add_corners(Vec<Acc, 2>* corners, const Acc* gradient, int ld, const Field& field, int own_tile,
-                           int other_tile, int thread, int threads) {
+VK_DEVICE void add_corners(Vec<Acc, 2>* corners, const Acc* gradient, int ld, const Field& field,
+                           int own_tile, int other_tile, int thread, int threads) {
   const int own_first = own_tile * ROWS, other_first = other_tile * ROWS;
   const int own_count = field.filled(ROWS, own_tile), other_count = field.filled(ROWS, other_tile);
   const int begin = field.slab_begin(ROWS, own_tile), length = field.slab_length(ROWS, own_tile);
@@ -154,7 +158,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
   const Acc scale = static_cast<Acc>(call.scale * Exp::unit);
   const Span seen = field.line_slots(row0);
   const bool want_decays = call.grad_sums[0] != nullptr;
-  const bool want_d = present(call.grad_x) || want_decays;
+  const bool want_d = present(call.grad_x) || want_decays || call.makes_delta;
   const bool two_pairs = !WHOLE && present(call.z[1]), in_turn = layout.w[1] == layout.w[0];
   const auto matrix = [&](const View& view, int channels) {
     return Matrix<T, Field>(view, field, item.batch, item.head, channels);
@@ -164,7 +168,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
   const auto statistics_of = [&](int mask, int token) {
     if (token < 0) return Vec<Acc, 2>{{INFINITY, Acc(0)}};
     const Acc lse = of_plane(call.lse[mask])[field.index(token)] * static_cast<Acc>(Exp::unit);
-    return Vec<Acc, 2>{{lse, call.delta[mask] == nullptr ? Acc(0) : of_plane(call.delta[mask])[field.index(token)]}};
+    const Acc* delta = call.makes_delta ? nullptr : of_plane(call.delta[mask]);
+    return Vec<Acc, 2>{{lse, delta == nullptr ? Acc(0) : delta[field.index(token)]}};
   };
 
   load_tile(at(layout.x), ld_head, matrix(call.x, call.head_dim), group, own);
@@ -189,6 +194,24 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
       for (int r = 0; r < 2; ++r) own_statistics[mask][r] = statistics_of(mask, own(lane_row + 8 * r));
     }
   }
+  const auto statistics_at = [&](int mask, int r, int column) -> const Vec<Acc, 2>& {
+    return OWN == Own::queries ? own_statistics[mask][r] : statistics[mask * ROWS + column];
+  };
+  const auto make_delta = [&](const auto& p, int mask, const auto& d, Span seen) {
+    VK_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      Acc sum = Acc(0);
+      VK_UNROLL
+      for (int j = 0; j < BLOCKS; ++j) {
+        if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) continue;
+        sum += p[j][2 * r] * d[j][2 * r] + p[j][2 * r + 1] * d[j][2 * r + 1];
+      }
+      own_statistics[mask][r][1] = warp_sum<4>(sum);
+      const int token = own(lane_row + 8 * r);
+      if (lane_column == 0 && token >= 0)
+        static_cast<Acc*>(call.delta[mask])[plane + field.index(token)] = own_statistics[mask][r][1];
+    }
+  };
 
   Acc of_x[COLUMNS / 8][4], of_z[OWN == Own::keys ? COLUMNS / 8 : 1][4];
   clear(of_x);
@@ -222,12 +245,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
     Acc p[BLOCKS][4], other_p[WHOLE ? BLOCKS : 1][4];
     clear(p);
     clear(other_p);
-    Engine::multiply_rows(p, at(layout.x) + row0 * ld_head, ld_head, at(layout.y), ld_head, head_depth, seen);
+    multiply_rows<Engine>(p, at(layout.x) + row0 * ld_head, ld_head, at(layout.y), ld_head, head_depth, seen);
     logits.make(p, other_p, scale, field, others, own_slab, other_slab, i, seen);
     Acc d[BLOCKS][4];
     clear(d);
     if (want_d) {
-      Engine::multiply_rows(d, at(layout.z[0]) + row0 * ld_value, ld_value, at(layout.w[0]), ld_value,
+      multiply_rows<Engine>(d, at(layout.z[0]) + row0 * ld_value, ld_value, at(layout.w[0]), ld_value,
                             value_depth, seen);
       VK_UNROLL
       for (int j = 0; j < BLOCKS; ++j) {
@@ -244,8 +267,24 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
         group.sync();
       }
       if (want_d)
-        Engine::multiply_rows(d, at(layout.z[1]) + row0 * ld_value, ld_value, at(layout.w[1]), ld_value,
+        multiply_rows<Engine>(d, at(layout.z[1]) + row0 * ld_value, ld_value, at(layout.w[1]), ld_value,
                               value_depth, seen);
+    }
+    VK_UNROLL
+    for (int j = 0; j < BLOCKS; ++j) {
+      if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) continue;
+      VK_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        const int column = 8 * j + lane_column + c % 2;
+        p[j][c] = Exp::exp(p[j][c] - statistics_at(0, c / 2, column)[0]);
+        if constexpr (WHOLE) other_p[j][c] = Exp::exp(other_p[j][c] - statistics_at(1, c / 2, column)[0]);
+      }
+    }
+    if constexpr (OWN == Own::queries) {
+      if (call.makes_delta) {
+        make_delta(p, 0, d, seen);
+        if constexpr (WHOLE) make_delta(other_p, 1, d, seen);
+      }
     }
     VK_UNROLL
     for (int j = 0; j < BLOCKS; ++j) {
@@ -254,19 +293,15 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
       VK_UNROLL
       for (int c = 0; c < 4; ++c) {
         const int column = 8 * j + lane_column + c % 2, r = c / 2;
-        const auto& here = OWN == Own::queries ? own_statistics[0][r] : statistics[column];
-        p[j][c] = Exp::exp(p[j][c] - here[0]);
-        of_mask[c] = p[j][c] * (d[j][c] - here[1]);
+        of_mask[c] = p[j][c] * (d[j][c] - statistics_at(0, r, column)[1]);
         if constexpr (WHOLE) {
-          const auto& there = OWN == Own::queries ? own_statistics[MASKS - 1][r] : statistics[ROWS + column];
-          const Acc q = Exp::exp(other_p[j][c] - there[0]);
-          const Acc of_other_mask = q * (d[j][c] - there[1]);
+          const Acc of_other_mask = other_p[j][c] * (d[j][c] - statistics_at(1, r, column)[1]);
           if (want_decays) {
             const auto &u = logits.own[r], &w = others[column];
             of_sums[0][r] += sign_or_zero<Acc>(u.x() - w.x()) * of_mask[c];
             of_sums[MASKS - 1][r] += sign_or_zero<Acc>(u.y() - w.y()) * of_other_mask;
           }
-          p[j][c] += q;
+          p[j][c] += other_p[j][c];
           d[j][c] = of_mask[c] + of_other_mask;
         } else {
           if (want_decays)
@@ -287,7 +322,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
                                  round_up(channels_from(call.channel, call.head_dim), 16) / 8, seen);
     if constexpr (OWN == Own::keys) {
       if (present(call.grad_z) && call.channel < value_depth)
-        Engine::multiply_registers(of_z, p, scratch, at(call.product == 0 ? layout.w[0] : layout.w[1]) + call.channel, ld_value,
+        Engine::multiply_registers(of_z, p, scratch,
+                                   at(call.product == 0 ? layout.w[0] : layout.w[1]) + call.channel, ld_value,
                                    round_up(channels_from(call.channel, call.value_dim), 16) / 8, seen);
     }
     group.sync();  // before the next tile overwrites an operand; and the gradients of the mask are there
@@ -300,7 +336,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
   }
 
   // The others' tiles are free: the results go through them.
-  const auto finish = [&](auto& result, const View& view, int channels, T* tile, int ld, bool adds, double by) {
+  const auto finish = [&](auto& result, const View& view, int channels, T* tile, int ld, bool adds,
+                          double by) {
     if (!present(view) || call.channel >= channels) return;
     const Matrix<T, Field> target = matrix(view, channels_from(call.channel, channels));
     Acc factor = static_cast<Acc>(by);
@@ -330,7 +367,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
     }
   }
   if constexpr (WHOLE) {
-    const int64_t tile = (static_cast<int64_t>(item.batch) * field.heads + item.head) * field.tiles + item.tile;
+    const int64_t tile =
+        (static_cast<int64_t>(item.batch) * field.heads + item.head) * field.tiles + item.tile;
     auto* target = static_cast<Vec<Acc, 2>*>(call.corners) + tile * field.slab_capacity(ROWS);
     for (int e = group.thread; e < field.slab_length(ROWS, item.tile); e += THREADS) target[e] = corners[e];
   }

@@ -6,8 +6,8 @@ namespace {
 constexpr int THREADS = 128;
 constexpr int AHEAD = 8;  // elements that a thread loads before it adds them up
 
-// A thread owns a row or a column of one head and walks along it, in index order: the sums of negative numbers
-// then never increase, not even by rounding.
+// A thread owns a row or a column of one head and walks along it, in index order: the sums of negative
+// numbers then never increase, not even by rounding.
 struct Lines {
   int batch, heads, height, width;
 

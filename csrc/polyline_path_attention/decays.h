@@ -9,14 +9,15 @@ namespace vitkernels::polyline_path_attention {
 struct SumGradients {
   // [batch, heads, height, width], of the tokens as queries and as keys
   const void* of_tokens[2][2] = {};  // [direction][side]
-  // Whole: of the corners in the rows of a tile of queries, and of keys; [batch, heads, tiles, capacity] pairs
-  // (along, down).
+  // Whole: of the corners in the rows of a tile of queries, and of keys; [batch, heads, tiles, capacity]
+  // pairs (along, down).
   const void* corners[2] = {};
 };
 
 // Fills params.cum.
 void cumulate(const Params& params, Stream stream);
-// Fills grad_log_decay_w and grad_log_decay_h, if present. `field` is that of the tiles of `rows` that the corners are of.
+// Fills grad_log_decay_w and grad_log_decay_h, if present. `field` is that of the tiles of `rows` that the
+// corners are of.
 void decay_gradients(const Params& params, const SumGradients& gradients, const Field& field, int rows,
                      Stream stream);
 

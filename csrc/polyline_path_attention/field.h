@@ -8,8 +8,8 @@
 //
 // One of the two tiles that meet is a block's own, the other comes to it. Own and other change places between
 // the queries' and the keys' side of the backward, and so do the two masks, which makes the two sides one
-// kernel: seen from an own token u = (i, j) and another w = (r, l), the mask with its corner at (i, l), in the
-// own row, is M for a query and M^T for a key; the mask with its corner at (r, j) is the other one:
+// kernel: seen from an own token u = (i, j) and another w = (r, l), the mask with its corner at (i, l), in
+// the own row, is M for a query and M^T for a key; the mask with its corner at (r, j) is the other one:
 //   own corner     s_c (Cw[u] - Cw[i, l]) + s_r (Ch[i, l] - Ch[w])      s_c = sign(j - l), s_r = sign(i - r)
 //   other corner   s_c (Cw[r, j] - Cw[w]) + s_r (Ch[u] - Ch[r, j])
 // So a tile needs the sums of its own tokens and of its rows' tokens, the other ones included: a slab of less
@@ -45,7 +45,7 @@ struct Field {
   int batch = 0, heads = 0, height = 0, width = 0;
   Divisor by_width;
   bool columns = false;
-  int length = 0, lines = 0;            // tokens of a line, lines of a map
+  int length = 0, lines = 0;             // tokens of a line, lines of a map
   int slots = 0, tiles = 0, groups = 0;  // slots of a line in a tile, tiles of a line, groups of lines
   int slot_bits = 0;
 
@@ -56,8 +56,12 @@ struct Field {
         width(params.width),
         by_width(params.width),
         columns(sweep == Sweep::columns),
-        length(sweep == Sweep::whole ? height * width : columns ? height : width),
-        lines(sweep == Sweep::whole ? 1 : columns ? width : height) {
+        length(sweep == Sweep::whole ? height * width
+               : columns             ? height
+                                     : width),
+        lines(sweep == Sweep::whole ? 1
+              : columns             ? width
+                                    : height) {
     slots = sweep == Sweep::whole || length > rows / 2 ? rows : length > 16 ? 32 : 16;
     while ((1 << slot_bits) < slots) ++slot_bits;
     const int together = rows / slots;
@@ -121,7 +125,8 @@ struct Field {
   struct Positions {  // of a View with strides (batch, head, x, channel, y)
     int64_t stride_y, stride_x;
 
-    VK_DEVICE Positions(const View& view, const Field&) : stride_y(view.stride[4]), stride_x(view.stride[2]) {}
+    VK_DEVICE Positions(const View& view, const Field&)
+        : stride_y(view.stride[4]), stride_x(view.stride[2]) {}
     VK_DEVICE int64_t operator()(int token) const {
       return (token >> 16) * stride_y + (token & 0xffff) * stride_x;
     }
@@ -154,8 +159,9 @@ View from_channel(View view, int first) {
 inline void check_sizes(const Params& params) {
   if (params.batch > 0x7fffffff || params.height > 0x7fff || params.width > 0x7fff ||
       static_cast<int64_t>(params.height) * params.width > 0x3fffffff)
-    throw std::runtime_error("polyline path attention: the batch must be below 2^31, height and width below 2^15, "
-                             "height * width below 2^30");
+    throw std::runtime_error(
+        "polyline path attention: the batch must be below 2^31, height and width below 2^15, "
+        "height * width below 2^30");
   if (params.head_dim > tile_attention::MAX_CHANNELS || params.value_dim > tile_attention::MAX_CHANNELS)
     throw std::runtime_error("polyline path attention: head_dim and value_dim must be at most " +
                              std::to_string(tile_attention::MAX_CHANNELS) + ", got " +
@@ -185,7 +191,7 @@ VK_DEVICE Acc sign_or_zero(int n) {
 // slab of its tile.
 template <class Acc>
 struct Standing {
-  Vec<Acc, 2> sums;    // along the row, down the column
+  Vec<Acc, 2> sums;   // along the row, down the column
   Vec<int, 4> place;  // y, x, row in the slab, unused
 
   VK_DEVICE int y() const { return place[0]; }

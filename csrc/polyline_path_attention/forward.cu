@@ -21,8 +21,19 @@ void forward_with(const ForwardCall& whole, Stream stream) {
 
 template <class T>
 ForwardCall make_call(const Params& params, Sweep sweep, int rows) {
-  ForwardCall call{Field(params, sweep, rows), params.head_dim, params.value_dim, params.scale,
-                   on_field(params.q), on_field(params.k), {}, {}, {}, {}, {}, {}, {}};
+  ForwardCall call{Field(params, sweep, rows),
+                   params.head_dim,
+                   params.value_dim,
+                   params.scale,
+                   on_field(params.q),
+                   on_field(params.k),
+                   {},
+                   {},
+                   {},
+                   {},
+                   {},
+                   {},
+                   {}};
   using Acc = accumulate_t<T>;
   const bool second = sweep == Sweep::columns;
   for (int i = 0; i < 2; ++i) {

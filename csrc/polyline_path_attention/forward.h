@@ -12,7 +12,8 @@ struct ForwardCall {
   double scale;
   View q, k, v;
   View other_v;  // lines: further values, may be absent
-  // whole: the mean of the two products with v; lines: that with v, or if there is `mean_with` the mean of both
+  // whole: the mean of the two products with v; lines: that with v, or if there is `mean_with` the mean of
+  // both
   View out;
   View mean_with;
   View second_out;      // whole: the first product; lines: that with other_v
@@ -105,7 +106,9 @@ VK_DEVICE void rescale(Acc (&sums)[COLUMNS / 8][4], const Acc (&factor)[2]) {
 
 // Blocks of an SM that the registers must allow: latency is hidden by other blocks.
 template <class T, bool WHOLE>
-constexpr int FORWARD_MIN_BLOCKS = std::is_floating_point_v<T> ? 2 : WHOLE ? 3 : 4;
+constexpr int FORWARD_MIN_BLOCKS = std::is_floating_point_v<T> ? 2
+                                   : WHOLE                     ? 3
+                                                               : 4;
 
 template <class Engine, bool WHOLE>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCKS<typename Engine::T, WHOLE>))
@@ -123,7 +126,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
   auto* const own_slab = reinterpret_cast<Vec<Acc, 2>*>(base + layout.own_slab);
   auto* const other_slab = reinterpret_cast<Vec<Acc, 2>*>(base + layout.other_slab);
   T *const q = at(layout.q), *const k = at(layout.k), *const v = at(layout.v),
-          *const other_v = at(layout.other_v);
+           *const other_v = at(layout.other_v);
   T* const scratch = at(layout.scratch) + group.first_row * (Engine::SCRATCH / ROWS);
 
   const int lane_row = group.first_row + lane_id() / 4, lane_column = lane_id() % 4 * 2;
@@ -165,7 +168,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
     Acc p[BLOCKS][4], other_p[WHOLE ? BLOCKS : 1][4];
     clear(p);
     clear(other_p);
-    Engine::multiply_rows(p, q + group.first_row * layout.ld_head, layout.ld_head, k, layout.ld_head, depth,
+    multiply_rows<Engine>(p, q + group.first_row * layout.ld_head, layout.ld_head, k, layout.ld_head, depth,
                           seen);
     logits.make(p, other_p, scale, field, others, own_slab, other_slab, i, seen);
     Acc correction[2];

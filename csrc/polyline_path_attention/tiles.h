@@ -1,4 +1,5 @@
-// What the forward and the backward kernels do alike with a tile: the decays beside it, its logits, its result.
+// What the forward and the backward kernels do alike with a tile: the decays beside it, its logits, its
+// result.
 #pragma once
 #include <cmath>
 
@@ -106,6 +107,29 @@ struct Logits {
     }
   }
 };
+
+// sums += a b^T as Engine::multiply_rows. In float and double long products are summed in parts, as matrix
+// libraries do: one running sum over 128 channels would err several times as much, and in the criss-cross
+// mode one product follows another.
+template <class Engine, class T, class Acc, int TILES>
+VK_DEVICE void multiply_rows(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb, int depth,
+                             Span seen) {
+  constexpr int PART = 32;
+  if (!std::is_floating_point_v<T> || depth <= PART)
+    return Engine::multiply_rows(sums, a, lda, b, ldb, depth, seen);
+  VK_NO_UNROLL
+  for (int first = 0; first < depth; first += PART) {
+    Acc part[TILES][4];
+    clear(part);
+    Engine::multiply_rows(part, a + first, lda, b + first, ldb, depth - first < PART ? depth - first : PART,
+                          seen);
+    VK_UNROLL
+    for (int j = 0; j < TILES; ++j) {
+      VK_UNROLL
+      for (int c = 0; c < 4; ++c) sums[j][c] += part[j][c];
+    }
+  }
+}
 
 // sums = sums * factor + the tile's elements, each of which only this lane touches.
 template <class T, class Acc, int TILES>

@@ -12,6 +12,7 @@ import twin
 from guarded import Guarded, Layout
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
+import vitkernels.kernels.polyline_path_attention as declaration
 from vitkernels.kernels.polyline_path_attention import native, reference
 
 pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
@@ -125,9 +126,7 @@ def run_kernels(case: Case, inputs: Inputs, memory: Memory) -> Results:
     by_products = memory.by_products()
     native.forward(*by_products, *inputs.tensors, *case.params, module=module, cuda=True)
     like = (*(memory.map(width) for width in (case.d, case.d, case.dv)), memory.decay(), memory.decay())
-    grads = [
-        None if name in case.missing else tensor for name, tensor in zip(NAMES, like, strict=True)
-    ]
+    grads = [None if name in case.missing else tensor for name, tensor in zip(NAMES, like, strict=True)]
     native.backward(
         *(*grads, inputs.grad_out, None, None, None, *by_products, *inputs.tensors, *case.params),
         module=module,
@@ -222,7 +221,9 @@ def test_matches_reference(case: Case) -> None:
 @pytest.mark.parametrize("criss_cross", [False, True])
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("sizes", [(25, 42), (7, 7), (14, 14), (3, 130), (40, 3), (11, 33)], ids=str)
-def test_matches_reference_on_larger_maps(sizes: tuple[int, int], dtype: torch.dtype, criss_cross: bool) -> None:
+def test_matches_reference_on_larger_maps(
+    sizes: tuple[int, int], dtype: torch.dtype, criss_cross: bool
+) -> None:
     check(Case(*sizes, criss_cross, d=16, dv=16, dtype=dtype, decay=F64 if dtype == F64 else F32), seed=1)
 
 
@@ -275,7 +276,7 @@ def test_constant_decays_without_a_stride(criss_cross: bool) -> None:
         Case(2, 66, True, dtype=BF16, d=8, dv=8),
         Case(4, 17, dtype=F32, d=8, dv=40),
         Case(4, 17, True, dtype=F32, d=8, dv=8),
-        Case(3, 128, True, dtype=BF16, d=128, dv=128, heads=1),
+        Case(1, 66, True, dtype=BF16, d=128, dv=128),
         Case(5, 4, dtype=F64, d=8, dv=8),
     ],
     ids=str,
@@ -305,6 +306,25 @@ def test_too_large_is_refused(case: Case, message: str) -> None:
     memory = Memory(case)
     with pytest.raises(RuntimeError, match=message):
         run_kernels(case, make_inputs(case, memory), memory)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, F16], ids=str)
+def test_declaration_knows_what_fits(dtype: torch.dtype) -> None:
+    case = Case(2, 2500, dtype=dtype, d=24, dv=40)
+    memory = Memory(case)
+    inputs = make_inputs(case, memory)
+    with pytest.raises(RuntimeError, match="a tile needs [0-9]+ bytes of shared memory") as error:
+        native.backward(
+            *(memory.map(case.d), None, None, memory.decay(), None, inputs.grad_out, None, None, None),
+            *(*memory.by_products(), *inputs.tensors, *case.params),
+            module=twin.load(),
+            cuda=True,
+        )
+    needed = int(str(error.value).partition("needs ")[2].split()[0])
+    declared = declaration._slab_bytes(inputs.tensors[0], inputs.tensors[2])
+    assert needed <= declared <= needed + 48
+    (reason,) = declaration._cuda_limits(*inputs.tensors, False)
+    assert "narrower maps" in reason
 
 
 def test_sanitizers_find_nothing() -> None:
