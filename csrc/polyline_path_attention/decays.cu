@@ -41,11 +41,6 @@ struct Line {
     }
     length = down ? lines.height : lines.width;
   }
-  // Where the line begins, and its step, in a tensor [batch, height, width, heads].
-  VK_DEVICE int64_t begin(const View& view) const {
-    return batch * view.stride[0] + head * view.stride[3] + at * (down ? view.stride[2] : view.stride[1]);
-  }
-  VK_DEVICE int64_t step(const View& view) const { return down ? view.stride[1] : view.stride[2]; }
   VK_DEVICE int64_t plane(const Lines& lines) const {
     return (batch * lines.heads + head) * lines.height * lines.width;
   }
@@ -55,6 +50,25 @@ struct Line {
   }
 };
 
+// A line's elements in a tensor [batch, height, width, heads], one tensor for each direction.
+template <class D>
+class Walk {
+ public:
+  VK_DEVICE Walk(const Line& line, const View& along, const View& downward)
+      : data_(line.down ? begin(line, downward, downward.stride[2]) : begin(line, along, along.stride[1])),
+        step_(line.down ? downward.stride[1] : along.stride[2]) {}
+  VK_DEVICE D& operator[](int position) const { return data_[position * step_]; }
+
+ private:
+  VK_DEVICE static D* begin(const Line& line, const View& view, int64_t stride) {
+    return static_cast<D*>(view.data) + line.batch * view.stride[0] + line.head * view.stride[3] +
+           line.at * stride;
+  }
+
+  D* data_;
+  int64_t step_;
+};
+
 template <class D>
 VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
     cumulate_kernel(Lines lines, View log_decay_w, View log_decay_h, accumulate_t<D>* along,
@@ -62,16 +76,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
   const int64_t number = static_cast<int64_t>(block_x()) * THREADS + thread_x();
   if (number >= lines.all()) return;
   const Line line(lines, number, true);
-  const View& view = line.down ? log_decay_h : log_decay_w;
-  const D* source = static_cast<const D*>(view.data) + line.begin(view);
-  const int64_t step = line.step(view);
+  const Walk<const D> source(line, log_decay_w, log_decay_h);
   accumulate_t<D>* target = (line.down ? downward : along) + line.plane(lines);
   double sum = 0.0;
   for (int first = 0; first < line.length; first += AHEAD) {
     double decays[AHEAD];
     VK_UNROLL
-    for (int e = 0; e < AHEAD; ++e)
-      decays[e] = first + e < line.length ? to_double(source[(first + e) * step]) : 0.0;
+    for (int e = 0; e < AHEAD; ++e) decays[e] = first + e < line.length ? to_double(source[first + e]) : 0.0;
     VK_UNROLL
     for (int e = 0; e < AHEAD; ++e) {
       if (first + e >= line.length) break;
@@ -89,13 +100,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
   const int64_t number = static_cast<int64_t>(block_x()) * THREADS + thread_x();
   if (number >= lines.all()) return;
   const Line line(lines, number, false);
-  const View& view = line.down ? grad_h : grad_w;
-  if (!present(view)) return;
-  D* target = static_cast<D*>(view.data) + line.begin(view);
-  const int64_t step = line.step(view), plane = line.plane(lines);
-  const int direction = line.down ? 1 : 0;
-  const auto* of_queries = static_cast<const Acc*>(gradients.of_tokens[direction][0]) + plane;
-  const auto* of_keys = static_cast<const Acc*>(gradients.of_tokens[direction][1]) + plane;
+  if (!present(line.down ? grad_h : grad_w)) return;
+  const Walk<D> target(line, grad_w, grad_h);
+  const int64_t plane = line.plane(lines);
+  const auto of_tokens = [&](int side) {
+    const void* of = line.down ? gradients.of_tokens[1][side] : gradients.of_tokens[0][side];
+    return static_cast<const Acc*>(of) + plane;
+  };
+  const Acc *const of_queries = of_tokens(0), *const of_keys = of_tokens(1);
   const int capacity = field.slab_capacity(rows);
   const int64_t first_tile = (line.batch * lines.heads + line.head) * field.tiles;
 
@@ -107,8 +119,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
     const int row = (line.down ? position : line.at) * lines.width;
     for (int tile = row / rows; tile <= (row + lines.width - 1) / rows; ++tile) {
       const int64_t at = (first_tile + tile) * capacity + index - field.slab_begin(rows, tile);
+      VK_UNROLL
       for (int side = 0; side < 2; ++side)
-        gradient += static_cast<const Vec<Acc, 2>*>(gradients.corners[side])[at][direction];
+        gradient += static_cast<const Acc*>(gradients.corners[side])[2 * at + (line.down ? 1 : 0)];
     }
     return gradient;
   };
@@ -123,7 +136,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
       if (position < 0) break;
       sum += parts[e];
       // Element 0 influences nothing.
-      target[position * step] = from_accumulate<D>(static_cast<Acc>(position == 0 ? 0.0 : sum));
+      target[position] = from_accumulate<D>(static_cast<Acc>(position == 0 ? 0.0 : sum));
     }
   }
 }

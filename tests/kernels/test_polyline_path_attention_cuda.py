@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -313,7 +313,7 @@ def test_declaration_knows_what_fits(dtype: torch.dtype) -> None:
     case = Case(2, 2500, dtype=dtype, d=24, dv=40)
     memory = Memory(case)
     inputs = make_inputs(case, memory)
-    with pytest.raises(RuntimeError, match="a tile needs [0-9]+ bytes of shared memory") as error:
+    with pytest.raises(RuntimeError, match=r"a tile needs [0-9]+ bytes of shared memory") as error:
         native.backward(
             *(memory.map(case.d), None, None, memory.decay(), None, inputs.grad_out, None, None, None),
             *(*memory.by_products(), *inputs.tensors, *case.params),
@@ -336,7 +336,6 @@ def test_sanitizers_find_nothing() -> None:
         "import kernels.test_polyline_path_attention_cuda as tests\n"
         "for dtype in (torch.float64, torch.float32, torch.float16):\n"
         "    for criss_cross in (False, True):\n"
-        "        case = tests.Case(6, 12, criss_cross, d=16, dv=24, dtype=dtype)\n"
-        "        tests.check(tests.replace(case, layout='cropped'))\n"
+        "        tests.check(tests.Case(6, 12, criss_cross, d=16, dv=24, dtype=dtype, layout='cropped'))\n"
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
