@@ -283,11 +283,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
     }
     if (field.length == 1) clear(d);  // exactly: what rounding left of dP - delta is no gradient
     if (present(call.grad_x) && call.channel < head_depth)
-      Engine::multiply_registers(of_x, d, scratch, at(layout.y) + call.channel, ld_head,
+      multiply_registers<Engine>(of_x, d, scratch, at(layout.y) + call.channel, ld_head,
                                  round_up(channels_from(call.channel, call.head_dim), 16) / 8, seen);
     if constexpr (OWN == Own::keys) {
       if (present(call.grad_z) && call.channel < value_depth)
-        Engine::multiply_registers(of_z, p, scratch,
+        multiply_registers<Engine>(of_z, p, scratch,
                                    at(call.product == 0 ? layout.w[0] : layout.w[1]) + call.channel, ld_value,
                                    round_up(channels_from(call.channel, call.value_dim), 16) / 8, seen);
     }

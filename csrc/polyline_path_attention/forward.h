@@ -71,15 +71,18 @@ struct Softmax {
       max[r] = of_row;
       sum[r] *= correction[r];
     }
+    Acc part[2] = {Acc(0), Acc(0)};  // a map has many tiles: one running sum would err more
     VK_UNROLL
     for (int j = 0; j < BLOCKS; ++j) {
       if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) continue;
       VK_UNROLL
       for (int c = 0; c < 4; ++c) {
         p[j][c] = Exp::exp(p[j][c] - guard(max[c / 2]));
-        sum[c / 2] += p[j][c];
+        part[c / 2] += p[j][c];
       }
     }
+    sum[0] += part[0];
+    sum[1] += part[1];
   }
   VK_DEVICE void finish() {
     VK_UNROLL
@@ -179,11 +182,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
 
     cp_async_wait<0>();
     group.sync();
-    Engine::multiply_registers(first, p, scratch, v, layout.ld_value, value_blocks, seen);
+    multiply_registers<Engine>(first, p, scratch, v, layout.ld_value, value_blocks, seen);
     if constexpr (WHOLE) {
-      Engine::multiply_registers(second, other_p, scratch, v, layout.ld_value, value_blocks, seen);
+      multiply_registers<Engine>(second, other_p, scratch, v, layout.ld_value, value_blocks, seen);
     } else if (two_values) {
-      Engine::multiply_registers(second, p, scratch, other_v, layout.ld_value, value_blocks, seen);
+      multiply_registers<Engine>(second, p, scratch, other_v, layout.ld_value, value_blocks, seen);
     }
     group.sync();  // before the next tile, or the output, overwrites keys and values
   }

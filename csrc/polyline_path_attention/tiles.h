@@ -131,6 +131,25 @@ VK_DEVICE void multiply_rows(Acc (&sums)[TILES][4], const T* a, int lda, const T
   }
 }
 
+// sums += p b as Engine::multiply_registers, in float and double a tile's part on its own: a map has many
+// tiles.
+template <class Engine, class T, class Acc, int TILES>
+VK_DEVICE void multiply_registers(Acc (&sums)[TILES][4], const Acc (&p)[Engine::ROWS / 8][4], T* scratch,
+                                  const T* b, int ldb, int tiles, Span seen) {
+  if constexpr (std::is_floating_point_v<T>) {
+    Acc part[TILES][4];
+    clear(part);
+    Engine::multiply_registers(part, p, scratch, b, ldb, tiles, seen);
+    VK_UNROLL
+    for (int j = 0; j < TILES; ++j) {
+      VK_UNROLL
+      for (int c = 0; c < 4; ++c) sums[j][c] += part[j][c];
+    }
+  } else {
+    Engine::multiply_registers(sums, p, scratch, b, ldb, tiles, seen);
+  }
+}
+
 // sums = sums * factor + the tile's elements, each of which only this lane touches.
 template <class T, class Acc, int TILES>
 VK_DEVICE void add_tile(Acc (&sums)[TILES][4], const T* tile, int ld, int tiles, Acc factor0, Acc factor1) {
