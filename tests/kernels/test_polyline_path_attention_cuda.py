@@ -327,6 +327,7 @@ def test_declaration_knows_what_fits(dtype: torch.dtype) -> None:
     assert "narrower maps" in reason
 
 
+@pytest.mark.thorough  # the sanitized build alone takes minutes
 def test_sanitizers_find_nothing() -> None:
     """Address and undefined-behaviour sanitizers over each engine and each side of the backward."""
     done = twin.run_sanitized(
@@ -336,6 +337,7 @@ def test_sanitizers_find_nothing() -> None:
         "import kernels.test_polyline_path_attention_cuda as tests\n"
         "for dtype in (torch.float64, torch.float32, torch.float16):\n"
         "    for criss_cross in (False, True):\n"
-        "        tests.check(tests.Case(6, 12, criss_cross, d=16, dv=24, dtype=dtype, layout='cropped'))\n"
+        "        tests.check(tests.Case(6, 12, criss_cross, d=16, dv=24, dtype=dtype, layout='cropped'))\n",
+        operators=("polyline_path_attention",),
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
