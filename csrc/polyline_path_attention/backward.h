@@ -1,9 +1,8 @@
 // The backward kernel. Deterministic: every sum has one owner and a fixed order.
 //
 // With G = grad_out / 2, P the probabilities and D = P * (dP - delta) the gradient of the logits:
-//   whole         dP = G v^T, delta = G . (P v), for both P; grad_q = scale D k, grad_k = scale D^T q with
-//   the sum
-//                 D of both; grad_v = (P + P')^T G
+//   whole         dP = G v^T, delta = G . (P v), for both P; grad_q = scale D k and grad_k = scale D^T q with
+//                 the sum D of both; grad_v = (P + P')^T G
 //   criss-cross   dP = G (A_h v)^T + dY1 v^T in the rows, G (A_w v)^T + dY2 v^T in the columns, where
 //                 dY1 = A_h^T G and dY2 = A_w^T G; grad_v = A_w^T dY1 + A_h^T dY2
 //
@@ -338,8 +337,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
     for (int e = group.thread; e < field.slab_length(ROWS, item.tile); e += THREADS) target[e] = corners[e];
   }
 }
-
-// ---- on the host ----
 
 template <class Engine, bool WHOLE>
 void backward_with(Own own, const BackwardCall& all, Stream stream) {

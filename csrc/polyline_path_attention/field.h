@@ -168,8 +168,6 @@ inline void check_sizes(const Params& params) {
                              std::to_string(params.head_dim) + " and " + std::to_string(params.value_dim));
 }
 
-// ---- masks ----
-
 // 1, or -1 for negative n. At 0 what it multiplies is 0 too, but for a gradient: see sign_or_zero.
 template <class Acc>
 VK_DEVICE Acc sign(int n) {

@@ -66,7 +66,7 @@ struct Softmax {
     }
     VK_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const Acc of_row = tile_attention_max(tile_max[r], max[r]);
+      const Acc of_row = row_max(tile_max[r], max[r]);
       correction[r] = Exp::exp(max[r] - guard(of_row));
       max[r] = of_row;
       sum[r] *= correction[r];
@@ -91,7 +91,7 @@ struct Softmax {
   VK_DEVICE Acc lse(int r) const { return (max[r] + Exp::log(sum[r])) * static_cast<Acc>(1.0 / Exp::unit); }
 
  private:
-  VK_DEVICE static Acc tile_attention_max(Acc of_lane, Acc before) {
+  VK_DEVICE static Acc row_max(Acc of_lane, Acc before) {
     const Acc of_row = warp_max<4>(of_lane);
     return of_row > before ? of_row : before;
   }
