@@ -89,8 +89,9 @@ void add_to_sums(const T* dl, int first, int count, int width, T* dsums) {
   for (int r = 0; r < count; ++r) {
     const T* row = dl + static_cast<ptrdiff_t>(r) * width;
     Vec<T> sum = {};
-    for (int i = 0; i < width; i += L) {
-      const Vec<T> directed = towards<T>(load(row + i), positions_from<T>(i), first + r);
+    IntVec<T> lanes = positions_from<T>(0);
+    for (int i = 0; i < width; i += L, lanes += L) {
+      const Vec<T> directed = towards<T>(load(row + i), lanes, first + r);
       store(dsums + i, load(dsums + i) + directed);
       sum += directed;
     }

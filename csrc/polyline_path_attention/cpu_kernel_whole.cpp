@@ -60,19 +60,21 @@ struct Forward {
   // scores <- e^(scores - top), top being the largest so far; the sums grow.
   __attribute__((noinline)) void exponentiate(int r0, int v, Softmax<T>& state) const {
     T* s = tile(r0) + v * L;
-    const int keys = (end(r0) - r0) * map.width;
+    // Stores might change what is behind a reference, as far as the compiler knows.
+    const int columns = map.width, keys = (end(r0) - r0) * columns, last = end(r0);
+    const ptrdiff_t width = block.width;
     Vec<T> top = state.top[0];
-    for (int i = 0; i < keys; ++i) top = vmax(load(s + static_cast<ptrdiff_t>(i) * block.width), top);
+    for (int i = 0; i < keys; ++i) top = vmax(load(s + i * width), top);
     const Vec<T> fade = exp_softmax<T>(state.top[0] - top);
     state.top[0] = top;
     store(w.tops + (r0 / step * block.rows + v) * L, top);
     const T* near = w.factors.near_row(map, v);
     Vec<T> sum[2] = {state.sum[0] * fade, state.sum[1] * fade};
-    for (int r = r0; r < end(r0); ++r) {
+    for (int r = r0; r < last; ++r) {
       const T *drop = w.factors.drop_row(map, v, r, 0, map.height), *far = w.factors.far_row(map, r);
       const Vec<T> fall = exp_softmax<T>(block.log_fall(map, v, r));
       Vec<T> run[2] = {};
-      for (int l = 0; l < map.width; ++l, s += block.width) {
+      for (int l = 0; l < columns; ++l, s += width) {
         const Vec<T> e = exp_softmax<T>(load(s) - top);
         store(s, e);
         run[0] += e * (load(near + l * L) * drop[l]);
@@ -92,17 +94,19 @@ struct Forward {
     const Vec<T> fade = exp_softmax<T>(load(w.tops + (r0 / step * block.rows + v) * L) - state.top[0]);
     const Vec<T> scale1 = fade / state.sum[0], half1 = scale1 * T(0.5), half2 = fade / state.sum[1] * T(0.5);
     const T* near = w.factors.near_row(map, v);
-    for (int r = r0; r < end(r0); ++r) {
+    const int columns = map.width, last = end(r0);
+    const ptrdiff_t width = block.width;
+    for (int r = r0; r < last; ++r) {
       const T *drop = w.factors.drop_row(map, v, r, 0, map.height), *far = w.factors.far_row(map, r);
       const Vec<T> half_fall = half2 * exp_softmax<T>(block.log_fall(map, v, r));
       if (keep_first) {
-        for (int l = 0; l < map.width; ++l, s += block.width, to += block.width, first += block.width) {
+        for (int l = 0; l < columns; ++l, s += width, to += width, first += width) {
           const Vec<T> e = load(s), mine = e * (load(near + l * L) * drop[l]);
           store(first, mine * scale1);
           store(to, mine * half1 + e * (load(far + l * L) * half_fall));
         }
       } else {
-        for (int l = 0; l < map.width; ++l, s += block.width, to += block.width)
+        for (int l = 0; l < columns; ++l, s += width, to += width)
           store(to, load(s) * (load(near + l * L) * (half1 * drop[l]) + load(far + l * L) * half_fall));
       }
     }

@@ -128,6 +128,10 @@ struct Backward {
     T* sums = w.row_sums + static_cast<ptrdiff_t>(v) * map.width * L;
     const T* near = w.factors.near_row(map, v);
     const int y = block.y0 + v;
+    // Stores might change what is behind a reference, as far as the compiler knows.
+    const int columns = map.width;
+    const ptrdiff_t width = block.width;
+    const Vec<T> shift1 = lse1[v], shift2 = lse2[v], mean1 = delta1[v], mean2 = delta2[v];
     const Vec<T> half = broadcast(T(0.5)), ratio = exp_softmax<T>(lse1[v] - lse2[v]);
     for (int r = t0; r < t1; ++r) {
       if (Decays && r == y) copy_sums(v, w.before);
@@ -137,19 +141,19 @@ struct Backward {
       const Vec<T> fall = exp_softmax<T>(log_fall) * ratio;
       const T later = r < y ? T(1) : r > y ? T(-1) : T(0);
       Vec<T> falls = {};
-      for (int l = 0; l < map.width; ++l, s += block.width, dp += block.width) {
+      for (int l = 0; l < columns; ++l, s += width, dp += width) {
         Vec<T> p1, p2;
         if constexpr (Logits) {
-          p1 = exp_softmax<T>(load(s) + (block.log_near(map, v, l) + block.log_drop(map, v, r, l)) - lse1[v]);
-          p2 = exp_softmax<T>(load(s) + (block.log_far(map, r, l) + log_fall) - lse2[v]);
+          p1 = exp_softmax<T>(load(s) + (block.log_near(map, v, l) + block.log_drop(map, v, r, l)) - shift1);
+          p2 = exp_softmax<T>(load(s) + (block.log_far(map, r, l) + log_fall) - shift2);
         } else {
-          const Vec<T> e = exp_softmax<T>(load(s) - lse1[v]);
+          const Vec<T> e = exp_softmax<T>(load(s) - shift1);
           p1 = e * (load(near + l * L) * drop[l]);
           p2 = e * (load(far + l * L) * fall);
         }
         p1 *= half;
         p2 *= half;
-        const Vec<T> d1 = p1 * (load(dp) - delta1[v]), d2 = p2 * (load(dp) - delta2[v]);
+        const Vec<T> d1 = p1 * (load(dp) - mean1), d2 = p2 * (load(dp) - mean2);
         store(s, p1 + p2);
         store(dp, d1 + d2);
         if constexpr (Decays) {

@@ -30,10 +30,11 @@ struct Line {
 
   Line(const Params& p, int64_t item, int sweep)
       : length(line_length(p, sweep)), vertical(is_vertical(sweep)) {
+    // Heads change fastest: they lie side by side.
     const int lines = lines_of_map(p, sweep);
-    index = static_cast<int>(item % lines);
-    head = static_cast<int>(item / lines % p.heads);
-    batch = item / lines / p.heads;
+    head = static_cast<int>(item % p.heads);
+    index = static_cast<int>(item / p.heads % lines);
+    batch = item / p.heads / lines;
   }
   template <class E>
   E* first(const View& view) const {

@@ -106,8 +106,8 @@ VITKERNELS_INLINE Vec<T> towards(Vec<T> x, IntVec<T> lanes, int position) {
 template <class T>
 VITKERNELS_INLINE IntVec<T> positions_from(int first) {
   IntVec<T> lanes;
-  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = static_cast<typename Bits<T>::type>(first + i);
-  return lanes;
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i;
+  return lanes + static_cast<typename Bits<T>::type>(first);
 }
 
 // to[i] += the sum of the lanes of rows[i], for `count` rows that follow each other.

@@ -13,9 +13,9 @@ namespace VITKERNELS_ISA {
 
 constexpr int kBlockRows = kMaxVecs;
 
-// Rows of keys at a time: enough keys for the products to run at speed, and few enough for L1.
+// Rows of keys at a time: as many keys as one run of a product, and few enough for L1.
 VITKERNELS_INLINE int tile_rows(const Params& p) {
-  return imin(p.height, ceil_div(64, p.width));
+  return p.width >= 64 ? 1 : imin(p.height, 64 / p.width);
 }
 
 // One head: keys and values [token][channel], sums of decays [y][column], columns padded with the last one.
