@@ -100,7 +100,12 @@ class _Sweep:
             lines, length, head_dim, v.shape[-1], q.element_size()
         )  # fmt: skip
         self.programs = (batch * self.size[2] * self.size[3] * self.heads,)
-        self.one = self.size[3] == 1  # a program owns whole lines
+        # Of products in float32 the operands lie in registers, too many of them to own both sides of a wide head.
+        wide = q.element_size() == 4 and max(head_dim, v.shape[-1]) > 64
+        self.one = self.size[3] == 1 and not wide  # a program owns whole lines
+        self.backward_constants = self.constants
+        if q.element_size() == 4 or max(head_dim, v.shape[-1]) > 64:
+            self.backward_constants = {**self.constants, "num_warps": 8}
 
     def strides(self, *tensors: Tensor | None) -> tuple[tuple[int, ...], ...]:
         """(batch, line, position, head, and if there are any, channel)."""
@@ -121,7 +126,7 @@ class _Sweep:
     def rows(self, rows: Tensor, queries: Sides, keys: Sides, sums: Tensor, scale: float) -> None:
         rows_lines[self.programs](
             rows, *queries, *keys, sums, *self.strides(*queries, *keys), self.size, self.planes, self.heads,
-            sums.numel(), scale, **self.constants,
+            sums.numel(), scale, **self.backward_constants,
         )  # fmt: skip
 
     def backward(
@@ -131,7 +136,7 @@ class _Sweep:
         """gradients: grad, other_grad, grad_v, passed, part, other_part."""
         backward_lines[self.programs](
             *gradients, *owners, *walked, sums, lse, rows, *self.strides(*gradients[:4], *owners, *walked), self.size,
-            self.planes, self.heads, sums.numel(), scale, KEYS=keys, ONE=one, ADD=add, **self.constants,
+            self.planes, self.heads, sums.numel(), scale, KEYS=keys, ONE=one, ADD=add, **self.backward_constants,
         )  # fmt: skip
 
 
@@ -252,6 +257,7 @@ def _backward_whole(
     """Fills the gradients of q, k and v; returns the parts of those of the sums."""
     batch, height, width, heads, head_dim = q.shape
     size, constants = whole_configuration(height, width, head_dim, v.shape[4], q.element_size())
+    constants = {**constants, "num_warps": 8}  # tables and two softmaxes spill in four
     programs = (batch * size[2] * size[3] * heads,)
     planes, pair = (batch, heads, height, width), lse[0].numel()
     exact = q.dtype is torch.float32

@@ -112,10 +112,11 @@ def backward_lines(
         later = positions[:, None] >= other_positions[None, :]
         logits = dot(token, tl.trans(other)) * (scale * LOG2E) + line_mask(own, other_sums, later)
         there = met(lines, other_lines, other_positions, size, LINES)
+        if KEYS:
+            there = tl.trans(met(other_lines, lines, positions, size, LINES))
         if ONE:
-            # Keys below: a query's weights are a column, and whole.
-            there = met(other_lines, lines, positions, size, LINES)
-            logits = tl.where(tl.trans(there), logits, -INF)
+            # A query's weights are a column, and all of them are here.
+            logits = tl.where(there, logits, -INF)
             weights = tl.exp2(logits - tl.max(logits, 0)[None, :])
             weights = weights / tl.sum(weights, 0)[None, :]
         elif rows is None:
