@@ -80,6 +80,9 @@ def backward_lines(
     sums. With ADD grad, other_grad and grad_v are added to what they hold. With ONE, which is for KEYS and lines of one
     block, other_grad and other_part are what the queries would have given, and lse and rows are not read; where
     nothing but passed is wanted, lse is.
+
+    local memory: up to 128 bytes: float32 products take whole rows of their operands in registers, which beyond 64
+    channels are more than there are.
     """
     batch, head, line, block = line_place(size, heads, LINES)
     lines, positions, valid = line_tokens(line, block * BLOCK_M, size, LINES, BLOCK_M)
