@@ -105,7 +105,8 @@ class _Sweep:
         self.one = self.size[3] == 1 and not wide  # a program owns whole lines
         self.backward_constants = self.constants
         if q.element_size() == 4 or max(head_dim, v.shape[-1]) > 64:
-            self.backward_constants = {**self.constants, "num_warps": 8}
+            # Left alone, ptxas squeezes it into 128 registers and spills.
+            self.backward_constants = {**self.constants, "num_warps": 8, "maxnreg": 255}
 
     def strides(self, *tensors: Tensor | None) -> tuple[tuple[int, ...], ...]:
         """(batch, line, position, head, and if there are any, channel)."""
@@ -257,7 +258,12 @@ def _backward_whole(
     """Fills the gradients of q, k and v; returns the parts of those of the sums."""
     batch, height, width, heads, head_dim = q.shape
     size, constants = whole_configuration(height, width, head_dim, v.shape[4], q.element_size())
-    constants = {**constants, "num_warps": 8}  # tables and two softmaxes spill in four
+    # Tables of corners and two softmaxes leave few registers. Products of half precision take their rows by warps: more
+    # of those than rows would compute the same twice.
+    if q.element_size() == 4:
+        constants = {**constants, "num_warps": 8, "maxnreg": 192}
+    else:
+        constants = {**constants, "BLOCK_N": 16}
     programs = (batch * size[2] * size[3] * heads,)
     planes, pair = (batch, heads, height, width), lse[0].numel()
     exact = q.dtype is torch.float32
