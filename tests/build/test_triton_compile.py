@@ -42,6 +42,8 @@ def test_no_kernel_spills(usage: list[kernel_report.Usage]) -> None:
         allowed = 1 << 20 if "float32" in row.variant else 8
         excepted = "tokens dense" in row.variant or (row.kernel in heads and row.local <= allowed)
         excepted = excepted or (row.kernel.endswith("_map") and "d=256" in row.variant)  # of neighborhoods
+        wide = "float32" in row.variant and "d=128" in row.variant
+        excepted = excepted or (row.kernel == "backward_lines" and wide)  # of polyline paths
         assert row.local == 0 or excepted, row
 
 

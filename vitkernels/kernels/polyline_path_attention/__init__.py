@@ -182,6 +182,16 @@ def _slab_bytes(q: torch.Tensor, v: torch.Tensor) -> int:
     return rows * (32 + 4 * sums + (rows + 8) * sums + (scratch + 2 * channels) * size) + 6 * slab * sums + 48
 
 
+def _triton_limits(q: Any, k: Any, v: Any, *_: Any) -> list[str]:
+    reasons = []
+    width = max(q.shape[-1], v.shape[-1])
+    if width > 128:
+        reasons.append(f"takes head_dim and value_dim up to 128, got {width}")
+    if q.shape[1] * q.shape[2] > 2**30:
+        reasons.append(f"takes maps of up to 2**30 tokens, got {q.shape[1]} x {q.shape[2]}")
+    return reasons
+
+
 _NATIVE = "vitkernels.kernels.polyline_path_attention.native"
 
 operator = Operator(
@@ -198,6 +208,7 @@ operator = Operator(
             "triton",
             "vitkernels.kernels.polyline_path_attention.triton",
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
+            limits=_triton_limits,
         ),
         Backend("cpu", _NATIVE, skips_by_products=True),
     ),
