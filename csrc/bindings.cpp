@@ -19,6 +19,12 @@ void bind(py::module_& module);
 namespace vitkernels::polyline_path_attention {
 void bind(py::module_& module);
 }
+namespace vitkernels::polyline_path_mask {
+void bind(py::module_& module);
+}
+namespace vitkernels::polyline_path_scan {
+void bind(py::module_& module);
+}
 namespace vitkernels::cascaded_group_attention {
 void bind(py::module_& module);
 }
@@ -180,6 +186,8 @@ PYBIND11_MODULE(_native, module) {
   vitkernels::window_attention::bind(module);
   vitkernels::neighborhood_attention::bind(module);
   vitkernels::polyline_path_attention::bind(module);
+  vitkernels::polyline_path_mask::bind(module);
+  vitkernels::polyline_path_scan::bind(module);
   vitkernels::cascaded_group_attention::bind(module);
   vitkernels::kan_linear::bind(module);
 }
