@@ -65,14 +65,14 @@ def results(
 
 
 def launch(
-    module: Any, tensors: Inputs, grad: torch.Tensor, *params: bool, **options: Any
+    backend: Any, tensors: Inputs, grad: torch.Tensor, /, *params: bool, **options: Any
 ) -> dict[str, torch.Tensor]:
     """The same from a backend's module, which fills outputs that hold NaN."""
     first = next(iter(tensors.values()))
     out = torch.full(output_shape(tensors), float("nan"), dtype=first.dtype)
-    module.forward(out, *tensors.values(), *params, **options)
+    backend.forward(out, *tensors.values(), *params, **options)
     grads = {name: torch.full_like(t, float("nan")) for name, t in tensors.items()}
-    module.backward(*grads.values(), grad.to(out.dtype), out, *tensors.values(), *params, **options)
+    backend.backward(*grads.values(), grad.to(out.dtype), out, *tensors.values(), *params, **options)
     return {"out": out, **grads}
 
 

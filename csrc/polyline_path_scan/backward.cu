@@ -38,6 +38,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(MOST_THREADS, 3)
     const int length = active ? grid.length : 0;  // an idle lane sees zeros
 
     Acc x[SEGMENT][N], g[SEGMENT][N], a[SEGMENT], after[N] = {}, grad_after[N] = {};
+    VK_ROLLED
     for (int segment = segments - 1; segment >= 0; --segment) {
       VK_UNROLL
       for (int v = 0; v < N; ++v) {
@@ -58,6 +59,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(MOST_THREADS, 3)
       }
     }
     Acc f[N] = {}, mu[N] = {};
+    VK_ROLLED
     for (int segment = 0; segment < segments; ++segment) {
       const int first = segment * SEGMENT;
       load_decays(a, decay, decays.place, first, grid.length);

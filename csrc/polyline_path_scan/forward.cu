@@ -27,6 +27,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(MOST_THREADS, 4)
   T* target = to.at<T>(b, line, head) + c;
 
   Acc x[SEGMENT][N], a[SEGMENT], after[N] = {};
+  VK_ROLLED
   for (int segment = segments - 1; segment >= 0; --segment) {
     VK_UNROLL
     for (int v = 0; v < N; ++v) states[(segment * N + v) * threads] = after[v];
@@ -40,6 +41,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(MOST_THREADS, 4)
     }
   }
   Acc f[N] = {};
+  VK_ROLLED
   for (int segment = 0; segment < segments; ++segment) {
     const int first = segment * SEGMENT;
     load_decays(a, decay, decays.place, first, grid.length);

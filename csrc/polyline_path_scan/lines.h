@@ -10,6 +10,9 @@
 #include "polyline_path_scan.h"
 #include "vitkernels/device.h"
 
+// Unrolled copies of a segment would take the registers of twice as many threads.
+#define VK_ROLLED _Pragma("unroll 1")
+
 namespace vitkernels::polyline_path_scan {
 
 constexpr int SEGMENT = 8;  // tokens in registers: independent loads
