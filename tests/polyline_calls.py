@@ -82,7 +82,7 @@ def check(got: dict[str, torch.Tensor], tensors: Inputs, grad: torch.Tensor, *pa
     baseline = results(reference, tensors, grad, *params)
     wide = {name: t.double() for name, t in tensors.items()}
     truth = results(reference, wide, grad.to(first.dtype).double(), *params)
-    batch, height, width, heads = tensors["log_decay_w"].shape
+    height, width = tensors["log_decay_w"].shape[1:3]
     # Pairs of tokens (mask), or channels and tokens (scan) whose terms meet in the gradient of a decay.
     terms = height * width * max(height, width) if "x" not in tensors else height * width * first.shape[-1]
     assert not got["log_decay_w"][:, :, 0].any()

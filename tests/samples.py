@@ -305,9 +305,7 @@ SAMPLES = [
             ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
         ],
     ),
-    Sample(
-        "polyline_path_scan-transposed", ops.polyline_path_scan, _decays(4, 3, 1, 9), {"transpose": True}
-    ),
+    Sample("polyline_path_scan-transposed", ops.polyline_path_scan, _decays(4, 3, 1, 9), {"transpose": True}),
     Sample(
         "cascaded_group_attention-windows",
         ops.cascaded_group_attention,

@@ -1,11 +1,11 @@
 // Backward: the gradient of the mask, read once, to the gradients of the decays.
 //
 // A decay receives the gradients of all pairs whose way leads across it. Every pair lies on two lines: its
-// query's row (transposed: column), where the gradients of all keys in one place of the line are alike, and its
-// key's column (row), where those of all queries of the owner are. So one pass over the gradient makes two
-// tables, `own` [planes][owners][chunks][steps][steps] and `shared` [planes][owners][tokens]; both then become,
-// for each line, running sums away from the pair's other end, which are what the decays receive from its pairs,
-// and are added up in order.
+// query's row (transposed: column), where the gradients of all keys in one place of the line are alike, and
+// its key's column (row), where those of all queries of the owner are. So one pass over the gradient makes
+// two tables, `own` [planes][owners][chunks][steps][steps] and `shared` [planes][owners][tokens]; both then
+// become, for each line, running sums away from the pair's other end, which are what the decays receive from
+// its pairs, and are added up in order.
 //
 // Floor: (H W)^2 elements a head over the bandwidth; the tables are 2 / H or 2 / W of that.
 #include "sums.h"
@@ -43,7 +43,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
   const int row_chunk = block_x() % per_owner % cut.row_chunks;
   const int column_chunk = block_x() % per_owner / cut.row_chunks;
   const int owner = static_cast<int>(item % owners);
-  const Pairs<Transpose, Acc> pairs{sums + plane * tokens, sums + (s.planes + plane) * tokens, s.width, owner};
+  const Pairs<Transpose, Acc> pairs{sums + plane * tokens, sums + (s.planes + plane) * tokens, s.width,
+                                    owner};
   own += (item * cut.chunks(Transpose) + (Transpose ? column_chunk : row_chunk)) * steps * steps;
 
   const int group = thread_x() / cut.columns, groups = cut.rows / ROWS;
@@ -75,8 +76,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
         g[q][u] = Acc(0);
         if (inside && j < s.height) {
           g[q][u] = to_accumulate(row[static_cast<int64_t>(j) * s.width]);
-          if (!Log)
-            g[q][u] *= exp_(part[u] + between(query, step0 + q, value[u], pairs.position(j, l)));
+          if (!Log) g[q][u] *= exp_(part[u] + between(query, step0 + q, value[u], pairs.position(j, l)));
         }
         total[u] += g[q][u];
       }
@@ -132,8 +132,8 @@ struct Lines {
   bool inner_is_end;  // whether a line's number, or its owner, is where the other end of its pairs stands
 };
 
-// Turns the gradients of the pairs (end, place) into what the decay before each place receives from them all. The
-// chunks of a line are added up on the way.
+// Turns the gradients of the pairs (end, place) into what the decay before each place receives from them all.
+// The chunks of a line are added up on the way.
 template <class Acc>
 VK_KERNEL void VK_LAUNCH_BOUNDS(SMALL_THREADS, 1) cross_kernel(Lines lines, Acc* table) {
   const int64_t index = static_cast<int64_t>(block_x()) * SMALL_THREADS + thread_x();
@@ -209,16 +209,18 @@ void launch_backward(const Params& p, Stream stream) {
 
   const auto blocks = [](int64_t threads) { return Dim3{(threads + SMALL_THREADS - 1) / SMALL_THREADS}; };
   if (const View& grad = Transpose ? p.grad_h : p.grad_w) {
-    const Lines lines{items, chunks * steps * steps, steps, 1, steps * steps, p.steps(), p.steps(), chunks, p.owners(),
-                      true};
+    const Lines lines{
+        items, chunks * steps * steps, steps, 1, steps * steps, p.steps(), p.steps(), chunks, p.owners(),
+        true};
     launch(cross_kernel<Acc>, blocks(items * steps), SMALL_THREADS, 0, stream, lines, own);
     launch(sum_kernel<T>, blocks(p.planes() * tokens), SMALL_THREADS, 0, stream, Shape(p), Transpose, true,
            chunks * steps * steps, p.steps(), steps, own, grad);
   }
   if (const View& grad = Transpose ? p.grad_w : p.grad_h) {
     const int count = Transpose ? p.height : p.width, places = p.owners();
-    const Lines lines{items, tokens, Transpose ? p.width : 1, Transpose ? 1 : p.width, 0, count, places, 1, p.owners(),
-                      false};
+    const Lines lines{
+        items,      tokens, Transpose ? p.width : 1, Transpose ? 1 : p.width, 0, count, places, 1,
+        p.owners(), false};
     launch(cross_kernel<Acc>, blocks(items * count), SMALL_THREADS, 0, stream, lines, shared);
     launch(sum_kernel<T>, blocks(p.planes() * tokens), SMALL_THREADS, 0, stream, Shape(p), Transpose, false,
            p.owners() * tokens, p.owners(), tokens, shared, grad);

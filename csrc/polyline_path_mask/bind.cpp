@@ -28,8 +28,8 @@ Params make_params(bool log, bool transpose, const Argument& decay_w, const Argu
 // index or a number of threads.
 template <class Run>
 auto forward_with(Run run) {
-  return [run](int where, uintptr_t stream, uintptr_t workspace, const Argument& mask, const Argument& decay_w,
-               const Argument& decay_h, bool log, bool transpose) {
+  return [run](int where, uintptr_t stream, uintptr_t workspace, const Argument& mask,
+               const Argument& decay_w, const Argument& decay_h, bool log, bool transpose) {
     Params p = make_params(log, transpose, decay_w, decay_h);
     p.mask = mask.view;
     p.workspace = reinterpret_cast<void*>(workspace);
@@ -40,9 +40,9 @@ auto forward_with(Run run) {
 
 template <class Run>
 auto backward_with(Run run) {
-  return [run](int where, uintptr_t stream, uintptr_t workspace, const Argument& grad_w, const Argument& grad_h,
-               const Argument& grad_mask, const Argument& decay_w, const Argument& decay_h, bool log,
-               bool transpose) {
+  return [run](int where, uintptr_t stream, uintptr_t workspace, const Argument& grad_w,
+               const Argument& grad_h, const Argument& grad_mask, const Argument& decay_w,
+               const Argument& decay_h, bool log, bool transpose) {
     Params p = make_params(log, transpose, decay_w, decay_h);
     p.grad_w = grad_w.view;
     p.grad_h = grad_h.view;
@@ -67,7 +67,8 @@ void bind(py::module_& module) {
                ScopedDevice scope(device);
                forward_cuda(p, stream);
              }));
-  module.def("polyline_path_mask_backward_cuda", backward_with([](const Params& p, int device, Stream stream) {
+  module.def("polyline_path_mask_backward_cuda",
+             backward_with([](const Params& p, int device, Stream stream) {
                ScopedDevice scope(device);
                backward_cuda(p, stream);
              }));

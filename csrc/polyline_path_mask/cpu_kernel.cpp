@@ -2,7 +2,8 @@
 //
 // Floor: the (H W)^2 elements of a head cross memory once, written forward, read backward. One vector of them
 // takes a load, an addition and a store into a buffer in L1, from where whole cache lines leave for memory
-// without being read first; exp(M) takes an exponential more, which hides behind the writes.
+// without being read first. exp(M) is a product of exponentials where M is a sum, and those are few: of
+// tables of a row of queries, or where these fit in L2 of all keys and columns.
 //
 // Lines of H or W tokens start at multiples of a vector here ("pitch"), in the mask they do not: stores run
 // over the end of a line and the next line overwrites what they left, loads run over and nobody looks.
@@ -36,14 +37,17 @@ struct Sums {
     h = scratch.take<T>(static_cast<size_t>(height) * pitch);
   }
 
+  // Whether another one was loaded before.
   template <class E>
-  void load_plane(const Params& p, int64_t wanted) {
-    if (wanted == plane) return;
+  bool load_plane(const Params& p, int64_t wanted) {
+    if (wanted == plane) return false;
     plane = wanted;
     const int64_t b = plane / p.heads, head = plane % p.heads;
     const View *decay_w = &p.decay_w, *decay_h = &p.decay_h;
-    const E* from_w = static_cast<const E*>(decay_w->data) + b * decay_w->stride[0] + head * decay_w->stride[3];
-    const E* from_h = static_cast<const E*>(decay_h->data) + b * decay_h->stride[0] + head * decay_h->stride[3];
+    const E* from_w =
+        static_cast<const E*>(decay_w->data) + b * decay_w->stride[0] + head * decay_w->stride[3];
+    const E* from_h =
+        static_cast<const E*>(decay_h->data) + b * decay_h->stride[0] + head * decay_h->stride[3];
     for (int i = 0; i < height; ++i) {
       T sum = 0;
       for (int l = 0; l < pitch; ++l) {
@@ -55,6 +59,7 @@ struct Sums {
             inside ? above + load_one(from_h + i * decay_h->stride[1] + l * decay_h->stride[2]) : T(0);
       }
     }
+    return true;
   }
 
   // to[l] = the decays of row i between columns k and l.
@@ -73,12 +78,25 @@ struct Sums {
       for (int l = 0; l < pitch; ++l) to[static_cast<size_t>(j) * pitch + l] = (row[l] - at[l]) * sign;
     }
   }
-  // The decays of column k between rows i and j.
-  T down_column(int k, int i, int j) const {
-    const T a = h[static_cast<size_t>(i) * pitch + k], b = h[static_cast<size_t>(j) * pitch + k];
-    return j < i ? a - b : b - a;
+  // to[j] = the decays of column k between rows i and j.
+  void down_column(int k, int i, T* to) const {
+    const T* column = h + k;
+    const T at = column[static_cast<size_t>(i) * pitch];
+    for (int j = 0; j < height; ++j) {
+      const T here = column[static_cast<size_t>(j) * pitch];
+      to[j] = j < i ? at - here : here - at;
+    }
   }
 };
+
+// The first `count` elements, and those that fill up the last vector.
+template <class T>
+void exponentials(T* x, size_t count) {
+  for (size_t i = 0; i < count; i += kLanes<T>) store(x + i, exp_softmax<T>(load(x + i)));
+}
+
+// Tables up to this many bytes stay in L2 beside what else is there.
+constexpr size_t kTableBytes = 256 << 10;
 
 // ---- forward
 
@@ -86,25 +104,23 @@ template <class E>
 struct ForwardScratch {
   using T = Compute<E>;
   Sums<T> sums;
-  T *table, *line;
+  // Of a row of queries: the parts of the mask that belong to keys, and those that belong to a place on a
+  // line. Transposed, for exp(M), the parts of keys for each column of queries, if they fit.
+  T *table, *line, *down, *products;
   E* buffer;
   size_t size;
 
   ForwardScratch(const Params& p, Scratch scratch) : sums(p, scratch) {
-    table = p.transpose ? nullptr : scratch.take<T>(static_cast<size_t>(p.height) * sums.pitch);
+    const size_t plane = static_cast<size_t>(p.height) * sums.pitch;
+    const bool fits = p.transpose && !p.log && plane * p.width * sizeof(T) <= kTableBytes;
+    table = p.transpose ? nullptr : scratch.take<T>(plane);
     line = scratch.take<T>(sums.pitch);
+    down = scratch.take<T>(p.height + kLanes<T>);
+    products = fits ? scratch.take<T>(plane * p.width) : nullptr;
     buffer = scratch.take<E>(StreamWriter<E>::buffer_size(sums.pitch));
     size = scratch.used;
   }
 };
-
-template <bool Log, class T>
-VITKERNELS_INLINE Vec<T> finish(Vec<T> x) {
-  if constexpr (Log)
-    return x;
-  else
-    return exp_softmax<T>(x);
-}
 
 template <class E, bool Log>
 void forward_range(const Params& p, bool stream, int64_t begin, int64_t end, void* memory) {
@@ -112,27 +128,46 @@ void forward_range(const Params& p, bool stream, int64_t begin, int64_t end, voi
   constexpr int L = kLanes<T>;
   ForwardScratch<E> s(p, Scratch(memory));
   const int width = p.width, height = p.height, pitch = s.sums.pitch;
+  const size_t plane = static_cast<size_t>(height) * pitch;
   const int64_t tokens = p.tokens();
   StreamWriter<E> writer(static_cast<E*>(p.mask.data) + begin * width * tokens, s.buffer, stream);
   for (int64_t item = begin; item < end; ++item) {
     const int i = static_cast<int>(item % height);
-    s.sums.template load_plane<E>(p, item / height);
-    if (!p.transpose) s.sums.down_columns(i, s.table);
+    const bool another = s.sums.template load_plane<E>(p, item / height);
+    if (another && s.products) {
+      for (int k = 0; k < width; ++k)
+        for (int j = 0; j < height; ++j) s.sums.along_row(j, k, s.products + k * plane + j * pitch);
+      exponentials(s.products, width * plane);
+    }
+    if (!p.transpose) {
+      s.sums.down_columns(i, s.table);
+      if (!Log) exponentials(s.table, plane);
+    }
     for (int k = 0; k < width; ++k) {
-      if (p.transpose)
+      if (p.transpose) {
         for (int l = 0; l < pitch; ++l) s.line[l] = l < k ? T(-1) : T(1);
-      else
+        s.sums.down_column(k, i, s.down);
+        if (s.products) exponentials(s.down, height);
+      } else {
         s.sums.along_row(i, k, s.line);
+        if (!Log) exponentials(s.line, width);
+      }
       for (int j = 0; j < height; ++j) {
         E* to = writer.place();
-        if (p.transpose) {
-          const T* row = s.sums.w + static_cast<size_t>(j) * pitch;
-          const T at = row[k], down = s.sums.down_column(k, i, j);
-          for (int l = 0; l < width; l += L)
-            store(to + l, finish<Log, T>((load(row + l) - at) * load(s.line + l) + down));
-        } else {
+        if (!p.transpose) {
           const T* row = s.table + static_cast<size_t>(j) * pitch;
-          for (int l = 0; l < width; l += L) store(to + l, finish<Log, T>(load(row + l) + load(s.line + l)));
+          for (int l = 0; l < width; l += L)
+            store(to + l, Log ? load(row + l) + load(s.line + l) : load(row + l) * load(s.line + l));
+        } else if (s.products) {
+          const T *row = s.products + k * plane + j * pitch, down = s.down[j];
+          for (int l = 0; l < width; l += L) store(to + l, load(row + l) * down);
+        } else {
+          const T* row = s.sums.w + static_cast<size_t>(j) * pitch;
+          const T at = row[k], down = s.down[j];
+          for (int l = 0; l < width; l += L) {
+            const Vec<T> sum = (load(row + l) - at) * load(s.line + l) + down;
+            store(to + l, Log ? sum : exp_softmax<T>(sum));
+          }
         }
         writer.advance(width);
       }
@@ -147,7 +182,7 @@ template <class E>
 struct BackwardScratch {
   using T = Compute<E>;
   Sums<T> sums;
-  T *table, *line, *gradient, *pairs, *own;
+  T *table, *line, *down, *gradient, *pairs, *own;
   size_t size;
 
   BackwardScratch(const Params& p, Scratch scratch) : sums(p, scratch) {
@@ -155,6 +190,7 @@ struct BackwardScratch {
     const int longest = imin(p.height, p.width) == p.height ? p.width : p.height;
     table = scratch.take<T>(plane);
     line = scratch.take<T>(sums.pitch);
+    down = scratch.take<T>(p.height + kLanes<T>);
     gradient = scratch.take<T>(plane);
     pairs = scratch.take<T>(longest + kLanes<T>);
     own = scratch.take<T>(longest);
@@ -174,7 +210,7 @@ void add_crossings(const T* pairs, int at, int count, T* sums) {
 // One row of the gradient: adds it to `gradient` [H][pitch], and sums it over the rows j (down) or along each
 // (across) into `pairs`.
 template <class E, bool Log, bool Transpose>
-void take_row(const Params& p, const BackwardScratch<E>& s, const E* row, int i, int k) {
+void take_row(const Params& p, const BackwardScratch<E>& s, const E* row) {
   using T = Compute<E>;
   constexpr int L = kLanes<T>;
   const int width = p.width, height = p.height, pitch = s.sums.pitch, last = (ceil_div(width, L) - 1) * L;
@@ -182,15 +218,13 @@ void take_row(const Params& p, const BackwardScratch<E>& s, const E* row, int i,
     const E* from = row + static_cast<size_t>(j) * width;
     T* gradient = s.gradient + static_cast<size_t>(j) * pitch;
     const T* table = s.table + static_cast<size_t>(j) * pitch;
-    T down = 0;
-    if (!Log && Transpose) down = s.sums.down_column(k, i, j);
     Vec<T> sum{};
     for (int l = 0; l <= last; l += L) {
       // The last vector of a line is cut off, for the sum across it and where the tensor ends.
       Vec<T> g = l < last ? load(from + l) : load_first(from + l, width - l);
       if constexpr (!Log) {
-        const Vec<T> beside = Transpose ? broadcast(down) : load(s.line + l);
-        g *= exp_softmax<T>(load(table + l) + beside);
+        g *= load(table + l);
+        g *= Transpose ? broadcast(s.down[j]) : load(s.line + l);
       }
       store(gradient + l, load(gradient + l) + g);
       if constexpr (Transpose)
@@ -219,6 +253,7 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
         for (int j = 0; j < height; ++j) s.sums.along_row(j, owner, s.table + static_cast<size_t>(j) * pitch);
       else
         s.sums.down_columns(owner, s.table);
+      exponentials(s.table, static_cast<size_t>(height) * pitch);
     }
     for (int q = 0; q < height * pitch; ++q) s.gradient[q] = 0;
     for (int t = 0; t < steps; ++t) s.own[t] = 0;
@@ -226,10 +261,13 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
       const int i = Transpose ? step : owner, k = Transpose ? owner : step;
       if (!Transpose)
         for (int l = 0; l < pitch; ++l) s.pairs[l] = 0;
-      if (!Log && !Transpose) s.sums.along_row(i, k, s.line);
+      if (!Log) {
+        Transpose ? s.sums.down_column(k, i, s.down) : s.sums.along_row(i, k, s.line);
+        exponentials(Transpose ? s.down : s.line, Transpose ? height : width);
+      }
       const E* row = static_cast<const E*>(grad.data) + b * grad.stride[0] + head * grad.stride[1] +
                      (static_cast<int64_t>(i) * width + k) * grad.stride[2];
-      take_row<E, Log, Transpose>(p, s, row, i, k);
+      take_row<E, Log, Transpose>(p, s, row);
       if (own) add_crossings(s.pairs, step, steps, s.own);
     }
     if (own) {

@@ -47,8 +47,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 4)
 template <class T, bool Transpose, bool Log, int N>
 void launch_forward(const Params& p, Stream stream) {
   const int64_t blocks = (p.owners() * (p.tokens() / N) + THREADS - 1) / THREADS;
-  launch(forward_kernel<T, Transpose, Log, N>, Dim3{p.planes() * blocks}, THREADS, 0, stream, Shape(p), p.owners(),
-         p.steps(), blocks, static_cast<const accumulate_t<T>*>(p.workspace), static_cast<T*>(p.mask.data));
+  launch(forward_kernel<T, Transpose, Log, N>, Dim3{p.planes() * blocks}, THREADS, 0, stream, Shape(p),
+         p.owners(), p.steps(), blocks, static_cast<const accumulate_t<T>*>(p.workspace),
+         static_cast<T*>(p.mask.data));
 }
 
 template <class T, bool Transpose, bool Log>

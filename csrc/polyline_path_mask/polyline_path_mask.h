@@ -1,5 +1,6 @@
-// Polyline path mask: M[(i,k),(j,l)] = (decays of row i between columns k and l) + (decays of column l between
-// rows i and j), for all pairs of tokens of a grid; exp(M); their transposes; and the gradients of the decays.
+// Polyline path mask: M[(i,k),(j,l)] = (decays of row i between columns k and l) + (decays of column l
+// between rows i and j), for all pairs of tokens of a grid; exp(M); their transposes; and the gradients of
+// the decays.
 #pragma once
 #include "vitkernels/params.h"
 
@@ -16,8 +17,8 @@ struct Params {
   View mask;              // [B, heads, H W, H W]; forward, dense
 
   // Backward only. Each gradient may be absent.
-  View grad_mask;       // as mask, the last dimension dense
-  View grad_w, grad_h;  // [B, H, W, heads]
+  View grad_mask;             // as mask, the last dimension dense
+  View grad_w, grad_h;        // [B, H, W, heads]
   void* workspace = nullptr;  // workspace_cuda() bytes
 
   int64_t planes() const { return batch * heads; }

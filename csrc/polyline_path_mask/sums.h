@@ -84,7 +84,8 @@ VK_DEVICE Acc between(Acc at_p, int p, Acc at_q, int q) {
 }
 
 // How the mask comes about for the pairs of one owner: the query's row i, or transposed its column k. A key
-// (j, l) has a part that all the owner's queries share, and a value of its own that each query's differs from:
+// (j, l) has a part that all the owner's queries share, and a value of its own that each query's differs
+// from:
 //   M[(i,k),(j,l)]  = (column l from i to j) + (row i from k to l):     a part by i, a value in row i
 //   Mt[(i,k),(j,l)] = (row j from k to l) + (column k from i to j):     a part by k, a value in column k
 template <bool Transpose, class Acc>
@@ -105,7 +106,8 @@ struct Pairs {
   VK_DEVICE static int position(int j, int l) { return Transpose ? j : l; }
   // The token number of the query at a step.
   VK_DEVICE int64_t query(int step) const {
-    return Transpose ? static_cast<int64_t>(step) * width + owner : static_cast<int64_t>(owner) * width + step;
+    return Transpose ? static_cast<int64_t>(step) * width + owner
+                     : static_cast<int64_t>(owner) * width + step;
   }
 };
 

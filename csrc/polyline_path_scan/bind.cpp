@@ -70,7 +70,8 @@ void bind(py::module_& module) {
                ScopedDevice scope(device);
                forward_cuda(p, stream);
              }));
-  module.def("polyline_path_scan_backward_cuda", backward_with([](const Params& p, int device, Stream stream) {
+  module.def("polyline_path_scan_backward_cuda",
+             backward_with([](const Params& p, int device, Stream stream) {
                ScopedDevice scope(device);
                backward_cuda(p, stream);
              }));

@@ -42,8 +42,8 @@ void run_lines(const Loop& l, const Pass& pass, int64_t begin, int64_t end, int 
     l.kernel.product(l.params, pass.axis, *pass.from, *pass.to, begin, end, scratch);
 }
 
-// All passes over an image and head while it is in the caches, where there are enough of them for the threads;
-// else one pass after the other, the lines shared out.
+// All passes over an image and head while it is in the caches, where there are enough of them for the
+// threads; else one pass after the other, the lines shared out.
 void run(const Params& p, const Pass* passes, int count, int threads) {
   const CpuKernel& cpu = kernel();
   const double elements = static_cast<double>(p.planes()) * p.height * p.width * p.head_dim;
@@ -91,8 +91,7 @@ void backward_cpu(const Params& p, int threads) {
   } else {
     passes[count++] = {second, &p.grad_y, nullptr, &p.buffer};
   }
-  if (wants_first || p.wants_x)
-    passes[count++] = {first, &p.buffer, wants_first ? &p.x : nullptr, &p.buffer};
+  if (wants_first || p.wants_x) passes[count++] = {first, &p.buffer, wants_first ? &p.x : nullptr, &p.buffer};
   run(p, passes, count, threads);
 }
 

@@ -1,8 +1,8 @@
 // One-dimensional products with symmetric masks on one core, one instruction set.
 //
-// Floor: x and y cross memory once, an image and head staying in L2 between the axes; about four operations an
-// element and axis. A line of tokens goes through the registers twice, from its end and from its start, with
-// the channels of a head in the lanes; what the first way leaves for the second is in L1.
+// Floor: x and y cross memory once, an image and head staying in L2 between the axes; about four operations
+// an element and axis. A line of tokens goes through the registers twice, from its end and from its start,
+// with the channels of a head in the lanes; what the first way leaves for the second is in L1.
 #include "cpu_kernel.h"
 
 #include "vitkernels/matrix_cpu.h"
@@ -74,8 +74,8 @@ void load_decays(const View& view, DType dtype, const Line& line, int count, T* 
     for (int i = 0; i < count; ++i) to[i] = static_cast<T>(load_one(from + i * line.step));
   });
   for (int i = 0; i < count; i += kLanes<T>) store(to + i, exp_softmax<T>(load(to + i)));
-  // Nothing comes before the first token. In the sums it would add nothing, but for the not a number that 0 times
-  // an infinity is.
+  // Nothing comes before the first token. In the sums it would add nothing, but for the not a number that 0
+  // times an infinity is.
   to[0] = 0;
 }
 
@@ -85,7 +85,8 @@ VITKERNELS_INLINE void load_token(const E* from, int channels, Vec<Compute<E>> (
   constexpr int L = kLanes<Compute<E>>;
 #pragma GCC unroll 4
   for (int v = 0; v < N - 1; ++v) to[v] = load(from + v * L);
-  to[N - 1] = channels == N * L ? load(from + (N - 1) * L) : load_first(from + (N - 1) * L, channels - (N - 1) * L);
+  to[N - 1] =
+      channels == N * L ? load(from + (N - 1) * L) : load_first(from + (N - 1) * L, channels - (N - 1) * L);
 }
 template <class E, int N>
 VITKERNELS_INLINE void store_token(E* to, int channels, const Vec<Compute<E>> (&from)[N]) {
@@ -118,7 +119,8 @@ void product_line(const LineScratch<Compute<E>>& s, int count, int channels, con
   }
   Vec<T> f[N] = {};
   for (int i = 0; i < count; ++i) {
-    const T *values = s.first + static_cast<size_t>(i) * N * L, *later = s.second + static_cast<size_t>(i) * N * L;
+    const T *values = s.first + static_cast<size_t>(i) * N * L,
+            *later = s.second + static_cast<size_t>(i) * N * L;
     Vec<T> y[N];
 #pragma GCC unroll 4
     for (int v = 0; v < N; ++v) {
@@ -131,8 +133,8 @@ void product_line(const LineScratch<Compute<E>>& s, int count, int channels, con
 
 // The same of the gradient, and sums[i] += what token i's decay receives, lane by lane.
 template <class E, int N>
-void gradient_line(const LineScratch<Compute<E>>& s, int count, int channels, const E* grad, int64_t grad_step,
-                   const E* from, int64_t from_step, E* to, int64_t to_step) {
+void gradient_line(const LineScratch<Compute<E>>& s, int count, int channels, const E* grad,
+                   int64_t grad_step, const E* from, int64_t from_step, E* to, int64_t to_step) {
   using T = Compute<E>;
   constexpr int L = kLanes<T>;
   Vec<T> after[N] = {}, grad_after[N] = {};

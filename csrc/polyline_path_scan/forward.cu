@@ -1,7 +1,7 @@
 // Forward: two products along lines, columns then rows, or rows then columns.
 //
-// Floor: x read and y written once an axis over the bandwidth; the second way along a line finds it in L2. The
-// second product works in place, so nothing is stored beside y.
+// Floor: x read and y written once an axis over the bandwidth; the second way along a line finds it in L2.
+// The second product works in place, so nothing is stored beside y.
 #include "lines.h"
 
 namespace vitkernels::polyline_path_scan {
@@ -71,12 +71,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(MOST_THREADS, 4)
 }
 
 template <class T, class D, int N>
-void launch_product(const Grid& grid, const Tokens& decays, const Tokens& from, const Tokens& to, Stream stream) {
+void launch_product(const Grid& grid, const Tokens& decays, const Tokens& from, const Tokens& to,
+                    Stream stream) {
   const size_t bytes = sizeof(accumulate_t<T>) * N * grid.segments();
   const int threads = threads_for(bytes);
   const int64_t items = grid.all_lines() * (grid.head_dim / N);
-  launch(product_kernel<T, D, N>, Dim3{(items + threads - 1) / threads}, threads, threads * bytes, stream, grid,
-         decays, from, to);
+  launch(product_kernel<T, D, N>, Dim3{(items + threads - 1) / threads}, threads, threads * bytes, stream,
+         grid, decays, from, to);
 }
 
 }  // namespace

@@ -37,8 +37,8 @@ struct Tokens {
   }
   // Whether groups of `count` elements start at multiples of themselves.
   bool aligned(size_t size, int count) const {
-    return reinterpret_cast<uintptr_t>(data) % (size * count) == 0 && batch % count == 0 && line % count == 0 &&
-           place % count == 0 && head % count == 0;
+    return reinterpret_cast<uintptr_t>(data) % (size * count) == 0 && batch % count == 0 &&
+           line % count == 0 && place % count == 0 && head % count == 0;
   }
 };
 

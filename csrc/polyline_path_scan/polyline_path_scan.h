@@ -2,8 +2,8 @@
 // its gradients.
 //
 // Along one axis, with decays a: f_i = x_i + a_i f_(i-1), r_i = x_i + a_(i+1) r_(i+1), y = f + r - x. The
-// product is symmetric, so its gradient is itself: dx_i = lambda_i + mu_i - dy_i with mu and lambda the f and r
-// of dy. And d log a_i = a_i * sum over channels of (lambda_i f_(i-1) + mu_(i-1) r_i).
+// product is symmetric, so its gradient is itself: dx_i = lambda_i + mu_i - dy_i with mu and lambda the f and
+// r of dy. And d log a_i = a_i * sum over channels of (lambda_i f_(i-1) + mu_(i-1) r_i).
 #pragma once
 #include "vitkernels/params.h"
 

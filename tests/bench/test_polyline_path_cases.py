@@ -19,7 +19,9 @@ def inputs_of(case, problem, batch=1, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_reference_and_plain_pytorch_agree(case, dtype):
     for text in ("size=3x4,heads=2", "size=4x3,heads=1,transpose=1"):
-        truth, baseline = runner.truth_and_baseline(case, inputs_of(case, case.parse_shape(text), 1, dtype), True)
+        truth, baseline = runner.truth_and_baseline(
+            case, inputs_of(case, case.parse_shape(text), 1, dtype), True
+        )
         assert set(truth) == set(baseline)
         assert {"out", "log_decay_w", "log_decay_h"} <= set(truth)
 

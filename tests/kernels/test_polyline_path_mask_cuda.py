@@ -69,7 +69,9 @@ def test_strided_inputs(log, transpose, kernels):
     grad = gradient_like(tensors)
     want = launch(native, tensors, grad, log, transpose, **kernels)
     for label, views in strided(tensors):
-        got = launch(native, views, grad.transpose(0, 1).contiguous().transpose(0, 1), log, transpose, **kernels)
+        got = launch(
+            native, views, grad.transpose(0, 1).contiguous().transpose(0, 1), log, transpose, **kernels
+        )
         for name in want:
             assert torch.equal(got[name], want[name]), f"{label}: {name}"
 

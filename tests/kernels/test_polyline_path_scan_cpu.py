@@ -122,9 +122,7 @@ def test_each_gradient_alone(transpose, wanted):
     tensors = scan_inputs(1, 5, 4, 2, 6)
     grad = gradient_like(tensors)
     want = launch(native, tensors, grad, transpose)
-    grads = {
-        n: torch.full_like(t, float("nan")) if n in wanted.split() else None for n, t in tensors.items()
-    }
+    grads = {n: torch.full_like(t, float("nan")) if n in wanted.split() else None for n, t in tensors.items()}
     native.backward(*grads.values(), grad, want["out"], *tensors.values(), transpose)
     for name, gradient in grads.items():
         if gradient is not None:

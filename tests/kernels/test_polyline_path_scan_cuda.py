@@ -22,7 +22,17 @@ DTYPES = [
     pytest.param(BF16, F32, id="bf16-fp32"),
 ]
 # One token, lines, whole and broken segments; one channel, pairs and odd numbers of them, more than a warp has.
-SHAPES = [(1, 1, 3), (1, 9, 4), (9, 1, 2), (3, 4, 5), (7, 7, 16), (8, 16, 1), (5, 17, 38), (2, 3, 96), (3, 2, 33)]
+SHAPES = [
+    (1, 1, 3),
+    (1, 9, 4),
+    (9, 1, 2),
+    (3, 4, 5),
+    (7, 7, 16),
+    (8, 16, 1),
+    (5, 17, 38),
+    (2, 3, 96),
+    (3, 2, 33),
+]
 each_transpose = pytest.mark.parametrize("transpose", [False, True])
 
 
@@ -114,9 +124,7 @@ def test_each_gradient_alone(transpose, wanted, kernels):
     tensors = scan_inputs(1, 5, 4, 2, 6)
     grad = gradient_like(tensors)
     want = launch(native, tensors, grad, transpose, **kernels)
-    grads = {
-        n: torch.full_like(t, float("nan")) if n in wanted.split() else None for n, t in tensors.items()
-    }
+    grads = {n: torch.full_like(t, float("nan")) if n in wanted.split() else None for n, t in tensors.items()}
     native.backward(*grads.values(), grad, want["out"], *tensors.values(), transpose, **kernels)
     for name, gradient in grads.items():
         if gradient is not None:

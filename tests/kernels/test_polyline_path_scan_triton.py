@@ -84,9 +84,7 @@ def test_each_gradient_alone(wanted):
     tensors = scan_inputs(1, 3, 2, 1, 3)
     grad = gradient_like(tensors)
     want = launch(launcher, tensors, grad, True)
-    grads = {
-        n: torch.full_like(t, float("nan")) if n in wanted.split() else None for n, t in tensors.items()
-    }
+    grads = {n: torch.full_like(t, float("nan")) if n in wanted.split() else None for n, t in tensors.items()}
     launcher.backward(*grads.values(), grad, want["out"], *tensors.values(), True)
     for name, gradient in grads.items():
         if gradient is not None:

@@ -194,9 +194,7 @@ class PolylineStage:
     whole: bool  # over all pairs of tokens; else within rows and columns
 
 
-def _ppma(
-    sizes: tuple[tuple[int, int], ...], heads: tuple[int, ...], whole: int
-) -> dict[str, PolylineStage]:
+def _ppma(sizes: tuple[tuple[int, int], ...], heads: tuple[int, ...], whole: int) -> dict[str, PolylineStage]:
     # Head dimension 16 in the first stage, 32 in the others; the last `whole` stages attend to all tokens.
     return {
         f"stage {i + 1}": PolylineStage(size, count, 16 if i == 0 else 32, i >= 4 - whole)

@@ -28,8 +28,9 @@ def polyline_path_attention_unnormalized(
 
     The released models add the logarithm of the mask to the scores instead, before a softmax of each of L and L^T:
     that is `ops.polyline_path_attention`, which is the one to train with. This one is for comparison and composed
-    of operators. "softmax" makes the [tokens, tokens] matrices; "linear" takes time and memory linear in the tokens, by
-    two products of L with the outer products of k and v (the paper's Theorem 3), which are head_dim times as large as v.
+    of operators. "softmax" makes the [tokens, tokens] matrices. "linear" takes time and memory linear in the tokens,
+    by two products of L with the outer products of k and v (the paper's Theorem 3), which are head_dim times as large
+    as v.
 
     Args:
         q: [batch, height, width, heads, head_dim].

@@ -37,7 +37,9 @@ def parse_shape(text: str) -> MaskProblem:
     for name in ("log", "transpose"):
         if fields[name] not in (0, 1):
             raise ValueError(f"shape: expected {name} in 0, 1; got {fields[name]}")
-    return MaskProblem("shape", fields["size"], fields["heads"], bool(fields["log"]), bool(fields["transpose"]))
+    return MaskProblem(
+        "shape", fields["size"], fields["heads"], bool(fields["log"]), bool(fields["transpose"])
+    )
 
 
 def make_inputs(

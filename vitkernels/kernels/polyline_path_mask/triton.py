@@ -3,8 +3,8 @@
 Both directions work on tiles of keys [rows, columns] that belong to one owner, the query's row i (transposed: its
 column k), and run along the owner's queries:
 
-    M[(i,k),(j,l)]  = (column l from i to j) + (row i from k to l)     a part by i, a value in row i
-    Mt[(i,k),(j,l)] = (row j from k to l) + (column k from i to j)     a part by k, a value in column k
+    M[(i,k),(j,c)]  = (column c from i to j) + (row i from k to c)     a part by i, a value in row i
+    Mt[(i,k),(j,c)] = (row j from k to c) + (column k from i to j)     a part by k, a value in column k
 
 Floor: (H W)^2 elements a head over the bandwidth, written forward, read backward. The sums of the decays, and the
 sums over partial tables at the end, are smaller by a factor of the grid's side and left to PyTorch.
@@ -33,18 +33,18 @@ def _between(at_p, p, at_q, q):
 
 
 @triton.jit
-def _keys(along, down, owner, j, l, HEIGHT, WIDTH, TRANSPOSE: tl.constexpr):
+def _keys(along, down, owner, j, c, HEIGHT, WIDTH, TRANSPOSE: tl.constexpr):
     """Of a tile of keys: the part of the mask that the owner's queries share, and the value each differs from."""
-    inside = (j < HEIGHT) & (l < WIDTH)
-    tokens = j * WIDTH + l
+    inside = (j < HEIGHT) & (c < WIDTH)
+    tokens = j * WIDTH + c
     if TRANSPOSE:
         at = tl.load(along + j * WIDTH + owner, mask=j < HEIGHT, other=0.0)
-        part = _between(at, owner, tl.load(along + tokens, mask=inside, other=0.0), l)
+        part = _between(at, owner, tl.load(along + tokens, mask=inside, other=0.0), c)
         value = tl.load(down + j * WIDTH + owner, mask=j < HEIGHT, other=0.0)
     else:
-        at = tl.load(down + owner * WIDTH + l, mask=l < WIDTH, other=0.0)
+        at = tl.load(down + owner * WIDTH + c, mask=c < WIDTH, other=0.0)
         part = _between(at, owner, tl.load(down + tokens, mask=inside, other=0.0), j)
-        value = tl.load(along + owner * WIDTH + l, mask=l < WIDTH, other=0.0)
+        value = tl.load(along + owner * WIDTH + c, mask=c < WIDTH, other=0.0)
     return part, value, tokens, inside
 
 
@@ -75,9 +75,9 @@ def forward_mask(
     along = sums + plane * tokens_all
     down = sums + (planes + plane) * tokens_all
     j = (tile // column_tiles * BLOCK_J + tl.arange(0, BLOCK_J))[:, None]
-    l = (tile % column_tiles * BLOCK_L + tl.arange(0, BLOCK_L))[None, :]
-    part, value, tokens, inside = _keys(along, down, owner, j, l, HEIGHT, WIDTH, TRANSPOSE)
-    position = j if TRANSPOSE else l
+    c = (tile % column_tiles * BLOCK_L + tl.arange(0, BLOCK_L))[None, :]
+    part, value, tokens, inside = _keys(along, down, owner, j, c, HEIGHT, WIDTH, TRANSPOSE)
+    position = j if TRANSPOSE else c
     base = mask + plane * tokens_all * tokens_all
     for step in range(0, steps):
         at, token = _query(along, down, owner, step, WIDTH, TRANSPOSE)
@@ -106,9 +106,9 @@ def backward_mask(
     along = sums + plane * tokens_all
     down = sums + (planes + plane) * tokens_all
     j = (tile // column_tiles * BLOCK_J + tl.arange(0, BLOCK_J))[:, None]
-    l = (tile % column_tiles * BLOCK_L + tl.arange(0, BLOCK_L))[None, :]
-    part, value, tokens, inside = _keys(along, down, owner, j, l, HEIGHT, WIDTH, TRANSPOSE)
-    position = j if TRANSPOSE else l
+    c = (tile % column_tiles * BLOCK_L + tl.arange(0, BLOCK_L))[None, :]
+    part, value, tokens, inside = _keys(along, down, owner, j, c, HEIGHT, WIDTH, TRANSPOSE)
+    position = j if TRANSPOSE else c
     base = grad + plane // heads * grad_b + plane % heads * grad_head
     if TRANSPOSE:
         table = own + (item * column_tiles + tile % column_tiles) * steps * steps
@@ -175,7 +175,18 @@ def forward(mask: Tensor, log_decay_w: Tensor, log_decay_h: Tensor, log: bool, t
     owners = width if transpose else height
     with device_of(mask):
         forward_mask[(batch * heads * owners * grid_j * grid_l,)](
-            mask, sums, batch * heads, height, width, grid_j, grid_l, log, transpose, rows, columns, num_warps=4
+            mask,
+            sums,
+            batch * heads,
+            height,
+            width,
+            grid_j,
+            grid_l,
+            log,
+            transpose,
+            rows,
+            columns,
+            num_warps=4,
         )
 
 

@@ -84,7 +84,7 @@ def _allocate(x: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def _flops(x: Any, *rest: Any, mask: list[bool] | None) -> int:
     """2 x MACs of the composed products with the masks of rows and columns, or of the wanted gradients."""
-    batch, height, width, heads, head_dim = x
+    height, width = x[1:3]
     along, down = (2 * math.prod(x) * size for size in (width, height))
     if mask is None:
         return along + down

@@ -36,7 +36,8 @@ def forward(
     module = module or native.load()
     on_device = x.is_cuda if cuda is None else cuda
     run = module.polyline_path_scan_forward_cuda if on_device else module.polyline_path_scan_forward_cpu
-    tensors = native.arguments(module, y, dense_channels(x), log_decay_w, log_decay_h)
+    tokens = dense_channels(x)  # named: a copy must outlive the call
+    tensors = native.arguments(module, y, tokens, log_decay_w, log_decay_h)
     run(*native.place(x), *tensors, transpose)
 
 
@@ -65,10 +66,9 @@ def backward(
     run = module.polyline_path_scan_backward_cuda if on_device else module.polyline_path_scan_backward_cpu
     place = gradient_place(grad_x, x)
     (buffer,) = native.arguments(module, place)
+    upstream, tokens = dense_channels(grad_y), dense_channels(x)  # named: copies must outlive the call
     tensors = native.arguments(
-        module,
-        *(grad_log_decay_w, grad_log_decay_h, dense_channels(grad_y), dense_channels(x)),
-        *(log_decay_w, log_decay_h),
+        module, grad_log_decay_w, grad_log_decay_h, upstream, tokens, log_decay_w, log_decay_h
     )
     run(*native.place(x), buffer, grad_x is not None, *tensors, transpose)
     if grad_x is not None and place is not grad_x:

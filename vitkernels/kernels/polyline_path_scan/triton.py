@@ -127,8 +127,8 @@ def gradient_lines(
 
 def strides(tensor: Tensor, rows: bool) -> tuple[int, ...]:
     """Of tokens or decays along rows or columns: image, line, place, head."""
-    b, i, l, head = tensor.stride()[:4]
-    return (b, i, l, head) if rows else (b, l, i, head)
+    b, row, column, head = tensor.stride()[:4]
+    return (b, row, column, head) if rows else (b, column, row, head)
 
 
 def configuration(length: int, head_dim: int) -> dict[str, int]:
