@@ -5,6 +5,7 @@ Environment:
     VITKERNELS_BUILD_NATIVE 0: no compiled extension at all (Triton and reference backends only)
     VITKERNELS_CUDA_ARCHS   CMake architecture list, e.g. "80;90a-real"; default: the GPU present, else
                             80 (with PTX), 90a, 120
+    VITKERNELS_OPERATORS    comma-separated operators to build the CUDA and CPU kernels of; default: all
     VITKERNELS_CMAKE_ARGS   further CMake arguments
     MAX_JOBS                parallel compile jobs; default: bounded by cores and memory
 """
@@ -136,6 +137,8 @@ class CMakeBuild(build_ext):
         ]
         if os.name != "nt":
             arguments.append("-GNinja")
+        if operators := os.environ.get("VITKERNELS_OPERATORS"):
+            arguments.append(f"-DVITKERNELS_OPERATORS={operators.replace(',', ';')}")
         cuda, nvcc = os.environ.get("VITKERNELS_BUILD_CUDA"), nvcc_compiler()
         if cuda == "1" and not nvcc:
             raise SystemExit(

@@ -10,31 +10,14 @@
 
 namespace py = pybind11;
 
-namespace vitkernels::window_attention {
-void bind(py::module_& module);
-}
-namespace vitkernels::neighborhood_attention {
-void bind(py::module_& module);
-}
-namespace vitkernels::polyline_path_attention {
-void bind(py::module_& module);
-}
-namespace vitkernels::polyline_path_mask {
-void bind(py::module_& module);
-}
-namespace vitkernels::polyline_path_scan {
-void bind(py::module_& module);
-}
-namespace vitkernels::cascaded_group_attention {
-void bind(py::module_& module);
-}
-namespace vitkernels::kan_linear {
-void bind(py::module_& module);
-}
-
-namespace vitkernels::residual_ffn {
-void bind(py::module_& module);
-}
+namespace vitkernels {
+#define VITKERNELS_OPERATOR(name) \
+  namespace name {                \
+  void bind(py::module_& module); \
+  }
+VITKERNELS_BOUND_OPERATORS
+#undef VITKERNELS_OPERATOR
+}  // namespace vitkernels
 
 namespace {
 
@@ -182,12 +165,11 @@ PYBIND11_MODULE(_native, module) {
     return status;
   });
 
-  vitkernels::residual_ffn::bind(module);
-  vitkernels::window_attention::bind(module);
-  vitkernels::neighborhood_attention::bind(module);
-  vitkernels::polyline_path_attention::bind(module);
-  vitkernels::polyline_path_mask::bind(module);
-  vitkernels::polyline_path_scan::bind(module);
-  vitkernels::cascaded_group_attention::bind(module);
-  vitkernels::kan_linear::bind(module);
+  py::list operators;
+#define VITKERNELS_OPERATOR(name)  \
+  vitkernels::name::bind(module); \
+  operators.append(#name);
+  VITKERNELS_BOUND_OPERATORS
+#undef VITKERNELS_OPERATOR
+  module.attr("operators") = py::tuple(operators);
 }

@@ -3,9 +3,10 @@
 
     python scripts/kernel_report.py [--target 80 --target 90a] [--only cuda|triton] [--op NAME] [--json FILE]
 
-CUDA sources are compiled by nvcc to cubins. Triton kernels are compiled by running the package's own
+CUDA kernels are read from the objects of the last build (in VITKERNELS_BUILD_DIR, default build/cmake) where
+those are up to date and hold the target, else compiled by nvcc. Triton kernels are compiled by running the package's own
 launchers on CPU tensors with launching replaced by compiling, so what is reported is what a GPU would be
-given. Both are read with cuobjdump; for CUDA kernels, shared memory is the static part. Exits with 1 when a
+given. All are read with cuobjdump; for CUDA kernels, shared memory is the static part. Exits with 1 when a
 kernel uses local memory (spills, or arrays indexed at run time) without its source saying why, on a line
 "local memory: up to <n> bytes: <reason>".
 """
@@ -19,6 +20,7 @@ import functools
 import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -72,10 +74,11 @@ def find_tool(name: str) -> str:
     raise SystemExit(f"kernel_report: {name} is neither on PATH nor inside triton; install one of them.")
 
 
-def resource_usage(cubin: Path) -> dict[str, tuple[int, int, int]]:
-    """kernel (mangled) -> (registers, static shared bytes, local bytes) of a cubin."""
+def resource_usage(binary: Path, target: str = "") -> dict[str, tuple[int, int, int]]:
+    """kernel (mangled) -> (registers, static shared bytes, local bytes) of a cubin, or an object's for a target."""
+    only = [f"-arch=sm_{target}"] if target else []
     text = subprocess.run(
-        [find_tool("cuobjdump"), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+        [find_tool("cuobjdump"), "-res-usage", *only, str(binary)], capture_output=True, text=True, check=True
     ).stdout
     usage = {}
     for name, row in re.findall(r"Function ([^:\s]+):\s*\n\s*(REG:.*)", text):
@@ -216,24 +219,40 @@ def short_name(signature: str) -> tuple[str, str]:
     return name.strip(), rest.rpartition(">")[0]
 
 
-def cuda_usage(source: Path, target: str) -> list[Usage]:
-    """Every kernel of a CUDA source, compiled for the target."""
+def built_object(source: Path) -> Path | None:
+    """The object that the last build made of a CUDA source, unless a file it may include is newer."""
+    if ROOT not in source.parents:
+        return None
+    build = Path(os.environ.get("VITKERNELS_BUILD_DIR", ROOT / "build" / "cmake"))
+    built = build / "CMakeFiles" / "cuda_kernels.dir" / source.relative_to(ROOT).parent / f"{source.name}.o"
+    if not built.exists():
+        return None
+    included = [*(ROOT / "csrc" / "include").rglob("*"), *source.parent.iterdir()]
+    return built if built.stat().st_mtime > max(file.stat().st_mtime for file in included) else None
+
+
+def compile_source(source: Path, target: str) -> tuple[dict[str, tuple[int, int, int]], dict[str, int]]:
+    """(resource usage, bytes spilled) of every kernel of a CUDA source."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        options = [
-            f"-arch=sm_{target}",
-            "-std=c++17",
-            "-O3",
-            f"-I{ROOT / 'csrc' / 'include'}",
-            f"-I{ROOT / 'csrc'}",
-        ]
+        includes = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}"]
+        options = [f"-arch=sm_{target}", "-std=c++17", "-O3", "--expt-relaxed-constexpr", *includes]
         command = [find_tool("nvcc"), "-cubin", "-Xptxas=-v", *options, "-o", str(cubin), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"kernel_report: nvcc failed on {source}:\n{done.stderr}")
-        usage = resource_usage(cubin)
-    spills = spilled_bytes(done.stderr)
+        return resource_usage(cubin), spilled_bytes(done.stderr)
+
+
+def cuda_usage(source: Path, target: str) -> list[Usage]:
+    """Every kernel of a CUDA source, as built for the target; compiled here where no build is up to date."""
     reason = EXPLANATION.search(source.read_text())
+    allowed = int(reason.group(1)) if reason else 0
+    built = built_object(source)
+    usage, spills = (resource_usage(built, target) if built else {}), {}
+    # Only the compiler's own output tells spills from other local memory.
+    if not usage or any(local > allowed for _, _, local in usage.values()):
+        usage, spills = compile_source(source, target)
     names = demangle(list(usage))
     rows = []
     for mangled, (registers, shared, local) in usage.items():
@@ -250,7 +269,7 @@ def cuda_usage(source: Path, target: str) -> list[Usage]:
                 spills=spills.get(mangled, 0),
                 threads=0,
                 explanation=reason.group(2) if reason and local else "",
-                allowed=int(reason.group(1)) if reason else 0,
+                allowed=allowed,
             )
         )
     return rows
@@ -271,7 +290,9 @@ def collect(
     if "triton" in languages:
         modules = triton_modules(operator)
         jobs += [functools.partial(triton_usage, m, d, t) for m in modules for d in dtypes for t in targets]
-    with ProcessPoolExecutor(max_workers=max(1, min(workers, len(jobs)))) as pool:
+    # Spawned, since a fork of a process with running threads may find their locks held for ever.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, min(workers, len(jobs))), context) as pool:
         futures = [pool.submit(job) for job in jobs]
         return [row for future in futures for row in future.result()]
 

@@ -18,14 +18,8 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "csrc" / "twin"
-OPERATORS = (
-    "window_attention",
-    "neighborhood_attention",
-    "cascaded_group_attention",
-    "kan_linear",
-    "polyline_path_mask",
-    "polyline_path_scan",
-)
+# Those with CUDA kernels.
+OPERATORS = tuple(sorted({kernel.parent.name for kernel in SOURCE.parent.glob("*/*.cu")} - {"twin"}))
 # The schedules that tests try: VITKERNELS_SEEDS=250 before a release, or after a change to a barrier.
 SEEDS = range(int(os.environ.get("VITKERNELS_SEEDS") or 8))
 

@@ -121,6 +121,9 @@ def _operators() -> dict[str, Any]:
             if declared is None and backend != "reference":
                 by_backend[backend] = {"dtypes": [], "devices": {}, "missing": f"no {backend} implementation"}
                 continue
+            if backend in ("cpu", "cuda") and (reason := native.why_left_out(name)):
+                by_backend[backend] = {"dtypes": [], "devices": {}, "missing": reason}
+                continue
             dtypes = declared.dtypes if declared is not None else backends.FLOAT_DTYPES
             by_backend[backend] = {
                 "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],

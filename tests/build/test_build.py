@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -26,7 +27,9 @@ call = dict(window=4)
 out = vitkernels.ops.window_attention(q, q, v, **call)
 want = vitkernels.ops.window_attention(q, q, v, **call, backend="reference")
 torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
-print(json.dumps({"where": vitkernels.__file__, "native": native.status(),
+x, weight, ones = torch.randn(2, 8), torch.randn(4, 64), torch.ones(8)
+left_out = vitkernels.supported_backends("kan_linear", x, weight, ones, ones, torch.linspace(-2, 2, 8))
+print(json.dumps({"where": vitkernels.__file__, "native": native.status(), "left_out": left_out,
                   "supported": vitkernels.supported_backends("window_attention", q, q, v, **call)}))
 """
 
@@ -57,7 +60,12 @@ def path_without_nvcc() -> str:
 
 def build_wheel(sources: Path, no_torch: Path, target: Path, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VITKERNELS_", "CUDA"))}
-    environment |= {"PYTHONPATH": str(no_torch), "VITKERNELS_BUILD_DIR": str(target / "cmake"), **variables}
+    environment |= {
+        "PYTHONPATH": str(no_torch),
+        "VITKERNELS_BUILD_DIR": str(target / "cmake"),
+        "VITKERNELS_OPERATORS": "window_attention",  # all are built by what installs the tests
+        **variables,
+    }
     command = [
         sys.executable,
         "-m",
@@ -108,6 +116,7 @@ def test_wheel_with_nvcc(sources, no_torch, tmp_path):
     assert wheel.stat().st_size < 20 * MEGABYTE
     facts = use(wheel)
     assert facts["native"]["cuda_archs"] == "80-real, 80-virtual"
+    assert facts["native"]["operators"] == ["window_attention"]
     assert facts["supported"]["cpu"] == []
 
 
@@ -121,7 +130,25 @@ def test_wheel_without_nvcc(sources, no_torch, tmp_path):
     facts = use(wheel)
     assert not facts["native"]["cuda"]
     assert facts["supported"]["cpu"] == []
+    assert "VITKERNELS_OPERATORS" in facts["left_out"]["cpu"][0]
     assert facts["supported"]["cuda"]
+
+
+def test_an_unknown_operator_is_an_error(sources, no_torch, tmp_path):
+    built = build_wheel(
+        sources, no_torch, tmp_path, VITKERNELS_BUILD_CUDA="0", VITKERNELS_OPERATORS="window_atention"
+    )
+    assert built.returncode != 0
+    assert "there is no operator window_atention" in built.stdout + built.stderr
+
+
+def test_the_installed_extension_is_small():
+    """With every operator; the wheels built here have one."""
+    spec = importlib.util.find_spec("vitkernels._native")
+    assert spec is not None, "the extension is not installed"
+    size = Path(spec.origin).stat().st_size
+    print(f"{spec.origin}: {size / MEGABYTE:.2f} MB")
+    assert size < 20 * MEGABYTE
 
 
 def test_an_nvcc_that_fails_means_cpu_kernels(sources, no_torch, tmp_path):

@@ -388,6 +388,7 @@ def test_mistakes_are_noticed(mistake: str, dtype: torch.dtype) -> None:
             assert_close_to_truth(name, got[name], baseline[name], truth[name], factor=GRADIENT, dtype=dtype)
 
 
+@pytest.mark.thorough  # the sanitized build alone takes minutes
 def test_sanitizers_find_nothing() -> None:
     """Address and undefined-behaviour sanitizers over each path, forward and backward."""
     done = twin.run_sanitized(

@@ -133,6 +133,7 @@ def test_more_than_64_grid_points_are_refused(kernels):
         launch(native, inputs(4, 3, 5, 65), torch.ones(4, 5), **kernels)
 
 
+@pytest.mark.thorough  # the sanitized build alone takes minutes
 def test_sanitizers_find_nothing():
     code = (
         "import torch\n"

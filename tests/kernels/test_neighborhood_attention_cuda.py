@@ -209,6 +209,7 @@ def test_too_large_is_refused(case: Case, message: str) -> None:
         run_kernels(case, make_inputs(case, Memory(case)), Memory(case))
 
 
+@pytest.mark.thorough  # the sanitized build alone takes minutes
 def test_sanitizers_find_nothing() -> None:
     """Address and undefined-behaviour sanitizers over each engine and each owner of the backward."""
     done = twin.run_sanitized(

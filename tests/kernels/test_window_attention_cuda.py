@@ -278,6 +278,7 @@ def test_too_wide_is_refused() -> None:
         run_kernels(case, make_inputs(case, Guarded()), Guarded())
 
 
+@pytest.mark.thorough  # the sanitized build alone takes minutes
 def test_sanitizers_find_nothing() -> None:
     """Address and undefined-behaviour sanitizers over each engine and each owner of the backward."""
     done = twin.run_sanitized(

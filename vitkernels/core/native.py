@@ -25,6 +25,18 @@ def why_missing() -> str:
     return _error
 
 
+def holds(operator: str) -> bool:
+    """Whether the extension has the kernels of an operator."""
+    return _module is not None and operator in _module.operators
+
+
+def why_left_out(operator: str) -> str:
+    """Why an extension that is there lacks an operator; empty where it holds it."""
+    if _module is None or operator in _module.operators:
+        return ""
+    return "the extension was built without this operator (VITKERNELS_OPERATORS)"
+
+
 def load() -> ModuleType:
     """The compiled extension.
 
@@ -119,6 +131,7 @@ def status() -> dict[str, Any]:
         "error": "",
         "version": _module.version,
         "compiler": _module.compiler,
+        "operators": _module.operators,
         "isa": _module.cpu_isa(),
         "openmp": _module.openmp_runtime(),
         "dlpack_exchange": lends,

@@ -134,6 +134,8 @@ class Operator:
     def _why_not(self, name: str, inputs: tuple[Any, ...]) -> list[str]:
         if name not in self.backends:
             return [f"the operator has no {name} implementation"]
+        if name in ("cpu", "cuda") and (reason := native.why_left_out(self.name)):
+            return [reason]
         return self.backends[name].why_not(inputs[0], inputs)
 
     def supported(self, inputs: tuple[Any, ...]) -> dict[str, list[str]]:

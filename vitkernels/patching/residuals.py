@@ -141,7 +141,7 @@ def _run_unit(dw: Any, ffn: Any, x: torch.Tensor) -> torch.Tensor | None:
 def _has_kernel(x: torch.Tensor) -> bool:
     return (
         x.device.type == "cpu"
-        and not native.why_missing()
+        and native.holds("residual_ffn")
         and not transformed()
         and not torch.is_autocast_enabled("cpu")
         and backends.requested(None) in (None, "cpu")
