@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,9 +98,12 @@ def _flops(x: Any, *rest: Any, mask: list[bool] | None) -> int:
 _NATIVE = "vitkernels.kernels.polyline_path_scan.native"
 
 
-def _triton_limits(x: Any, *_: Any) -> list[str]:
-    longest = max(x.shape[1:3])
-    return [f"takes rows and columns of up to 1024 tokens, got {longest}"] if longest > 1024 else []
+def _longest(tokens: int) -> Callable[..., list[str]]:
+    def limits(x: Any, *_: Any) -> list[str]:
+        got = max(x.shape[1:3])
+        return [f"takes rows and columns of up to {tokens} tokens, got {got}"] if got > tokens else []
+
+    return limits
 
 
 operator = Operator(
@@ -111,12 +115,12 @@ operator = Operator(
     allocate=(_allocate,),
     reference=reference.forward,
     backends=(
-        Backend("cuda", _NATIVE),
+        Backend("cuda", _NATIVE, limits=_longest(1536)),  # by the shared memory of a warp
         Backend(
             "triton",
             "vitkernels.kernels.polyline_path_scan.triton",
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
-            limits=_triton_limits,
+            limits=_longest(1024),
         ),
         Backend("cpu", _NATIVE),
     ),
