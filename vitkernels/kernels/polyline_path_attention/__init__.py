@@ -111,8 +111,9 @@ def _check(
 
 def saved_products(device: torch.device, criss_cross: bool) -> int:
     """How many products with v the forward pass saves (see native.py)."""
-    on_cpu = device.type == "cpu" and not interpreting()
-    return (2 if on_cpu else 3) if criss_cross else (0 if on_cpu else 1)
+    if not criss_cross:
+        return 1
+    return 2 if device.type == "cpu" and not interpreting() else 3
 
 
 def _accumulate(q: torch.Tensor) -> torch.dtype:

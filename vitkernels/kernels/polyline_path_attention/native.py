@@ -12,8 +12,8 @@ float64 for float64 inputs; all contiguous)::
                                        channels laid out as in out.
                                        whole: (P1 v), the first of the two unhalved softmax outputs; the other is
                                        2 out - P1 v.   criss-cross: (A_w v, A_h v, A_h (A_w v)); A_w (A_h v) likewise.
-                                       The CPU, which has whole rows of probabilities in cache, saves () and
-                                       (A_w v, A_h v) alone: `saved_products` counts them.
+                                       The CPU, which has all keys of a line in cache, saves the first two of those
+                                       alone: `saved_products` counts them.
 
 The mask, with i, r rows, j, l columns, and by the order of the indices alone (never |.|, never clamped)::
 

@@ -1,0 +1,31 @@
+// Between cpu.cpp, compiled once, and cpu_kernel*.cpp, compiled once per instruction set.
+#pragma once
+#include <stddef.h>
+
+#include "polyline_path_attention.h"
+
+namespace vitkernels::polyline_path_attention {
+
+// A range of items [begin, end) is computed with `scratch` bytes of 64-byte aligned memory. What an item
+// computes does not depend on the range, so results do not depend on the number of threads.
+struct Loop {
+  int64_t (*items)(const Params&);
+  size_t (*scratch)(const Params&);
+  void (*run)(const Params&, int64_t begin, int64_t end, void* scratch);
+};
+
+// The criss-cross passes cross rows, then columns, then rows; a sweep must be over when the next begins.
+constexpr int kSweeps = 3;
+
+// `sums` fills cum, which all others read.
+#define VITKERNELS_POLYLINE_LOOPS(isa)                                         \
+  namespace isa {                                                              \
+  extern const Loop kSums, kWholeForward, kWholeBackward;                      \
+  extern const Loop kCrissCrossForward[kSweeps], kCrissCrossBackward[kSweeps]; \
+  }
+VITKERNELS_POLYLINE_LOOPS(baseline)
+VITKERNELS_POLYLINE_LOOPS(avx2)
+VITKERNELS_POLYLINE_LOOPS(avx512)
+#undef VITKERNELS_POLYLINE_LOOPS
+
+}  // namespace vitkernels::polyline_path_attention

@@ -1,0 +1,101 @@
+// Rows and columns of a map, the lines in which criss-cross attention works. Compiled once per instruction
+// set.
+#pragma once
+#include "maps_cpu.h"
+
+namespace vitkernels::polyline_path_attention {
+namespace VITKERNELS_ISA {
+
+// Rows, then columns, then rows again.
+VITKERNELS_INLINE bool is_vertical(int sweep) {
+  return sweep == 1;
+}
+VITKERNELS_INLINE int line_length(const Params& p, int sweep) {
+  return is_vertical(sweep) ? p.height : p.width;
+}
+VITKERNELS_INLINE int lines_of_map(const Params& p, int sweep) {
+  return is_vertical(sweep) ? p.width : p.height;
+}
+// Channels of two tensors side by side, the second after the last of the first.
+template <class T>
+VITKERNELS_INLINE int pair_pitch(const Params& p) {
+  return round_up_lanes<T>(p.value_dim + round_up_lanes<T>(p.value_dim));
+}
+
+// One row or column of one head.
+struct Line {
+  int64_t batch;
+  int head, index, length;
+  bool vertical;
+
+  Line(const Params& p, int64_t item, int sweep)
+      : length(line_length(p, sweep)), vertical(is_vertical(sweep)) {
+    // Heads change fastest: they lie side by side.
+    const int lines = lines_of_map(p, sweep);
+    head = static_cast<int>(item % p.heads);
+    index = static_cast<int>(item / p.heads % lines);
+    batch = item / p.heads / lines;
+  }
+  template <class E>
+  E* first(const View& view) const {
+    return vertical ? token<E>(view, batch, head, 0, index) : token<E>(view, batch, head, index, 0);
+  }
+  ptrdiff_t step(const View& view) const { return vertical ? view.stride[1] : view.stride[2]; }
+
+  // [token][channel]
+  template <class E, class T>
+  void read(const View& view, int channels, T factor, T* to, int pitch) const {
+    pack(to, pitch, first<const E>(view), step(view), view.stride[4], length, channels, factor);
+  }
+  // [channel][token] of the tokens from `begin` on
+  template <class E, class T>
+  void read_lanes(const View& view, int begin, int count, int channels, T factor, T* to, int width) const {
+    pack(to, width, first<const E>(view) + begin * step(view), view.stride[4], step(view), channels, count,
+         factor);
+  }
+  template <class E, class T>
+  void write_lanes(const View& view, int begin, int count, int channels, const T* from, int width,
+                   const T* factors) const {
+    unpack(first<E>(view) + begin * step(view), view.stride[4], step(view), from, width, channels, count,
+           factors);
+  }
+
+  // Its sums of decays, padded with the last one to `padded` elements.
+  template <class T>
+  void read_sums(const Params& p, T* to, int padded) const {
+    const T* from = plane<const T>(p.cum, vertical, batch, head) +
+                    (vertical ? index : static_cast<ptrdiff_t>(index) * p.width);
+    const ptrdiff_t step = vertical ? p.width : 1;
+    for (int i = 0; i < padded; ++i) to[i] = from[imin(i, length - 1) * step];
+  }
+  template <class T>
+  T* lse(const Params& p) const {
+    return plane<T>(p.lse, vertical, batch, head) +
+           (vertical ? index : static_cast<ptrdiff_t>(index) * p.width);
+  }
+  ptrdiff_t lse_step(const Params& p) const { return vertical ? p.width : 1; }
+};
+
+// mask[row][lane]: what the decays between tokens row0 + row and lane0 + lane of the line add up to.
+template <class T>
+static void fill_mask(const T* sums, int row0, int rows, int lane0, int width, T* mask) {
+  constexpr int L = kLanes<T>;
+  for (int i = 0; i < width; i += L) {
+    const int lane = lane0 + i;
+    const Vec<T> at_lanes = load(sums + lane);
+    const IntVec<T> lanes = positions_from<T>(lane);
+    T* to = mask + i;
+    int row = 0;
+    for (; row < rows && row0 + row <= lane; ++row, to += width) store(to, at_lanes - sums[row0 + row]);
+    for (; row < rows && row0 + row < lane + L; ++row, to += width)
+      store(to, between<T>(at_lanes, sums[row0 + row], lanes, row0 + row));
+    for (; row < rows; ++row, to += width) store(to, sums[row0 + row] - at_lanes);
+  }
+}
+
+VITKERNELS_INLINE int64_t sweep_items(const Params& p, int sweep) {
+  return p.batch * p.heads * lines_of_map(p, sweep);
+}
+
+}  // namespace VITKERNELS_ISA
+}  // namespace vitkernels::polyline_path_attention

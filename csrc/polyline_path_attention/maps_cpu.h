@@ -1,0 +1,133 @@
+// Maps and their decays on the CPU: tokens in and out of strided tensors, sums of decays, and the gradients
+// of those. Compiled once per instruction set.
+#pragma once
+#include "cpu_kernel.h"
+#include "vitkernels/tile_attention_cpu.h"
+
+namespace vitkernels::polyline_path_attention {
+namespace VITKERNELS_ISA {
+
+using namespace vitkernels::VITKERNELS_ISA;
+
+template <class E>
+VITKERNELS_INLINE E* token(const View& view, int64_t batch, int head, int y, int x) {
+  return static_cast<E*>(view.data) + batch * view.stride[0] + static_cast<ptrdiff_t>(y) * view.stride[1] +
+         static_cast<ptrdiff_t>(x) * view.stride[2] + head * view.stride[3];
+}
+
+// A tensor [pair][batch][head][y][x], from one head on.
+template <class T>
+VITKERNELS_INLINE T* plane(const View& view, int which, int64_t batch, int head) {
+  return static_cast<T*>(view.data) + which * view.stride[0] + batch * view.stride[1] + head * view.stride[2];
+}
+
+// One product with v that was saved, as a tensor [batch][y][x][head][channel].
+template <class E>
+VITKERNELS_INLINE View saved_product(const Params& p, int which) {
+  View view = p.out;
+  view.data = static_cast<E*>(p.partial.data) + which * p.partial.stride[0];
+  return view;
+}
+
+// One head's tokens, row by row, as [token][channel].
+template <class E, class T>
+static void read_map(const Params& p, const View& view, int64_t batch, int head, int channels, T factor,
+                     T* to) {
+  const int pitch = round_up_lanes<T>(channels);
+  for (int y = 0; y < p.height; ++y)
+    pack(to + static_cast<ptrdiff_t>(y) * p.width * pitch, pitch, token<const E>(view, batch, head, y, 0),
+         view.stride[2], view.stride[4], p.width, channels, factor);
+}
+template <class E, class T>
+static void write_map(const Params& p, const View& view, int64_t batch, int head, int channels,
+                      const T* factors, const T* from) {
+  const int pitch = round_up_lanes<T>(channels);
+  for (int y = 0; y < p.height; ++y)
+    unpack(token<E>(view, batch, head, y, 0), view.stride[2], view.stride[4],
+           from + static_cast<ptrdiff_t>(y) * p.width * pitch, pitch, p.width, channels, factors);
+}
+
+// ---- decays
+
+template <class E, class Visit>
+VITKERNELS_INLINE void by_decay(const Params& p, Visit visit) {
+  if constexpr (!kSame<E, float>) {
+    if (p.decay_dtype == p.dtype) return visit(E{});
+  }
+  if constexpr (!kSame<E, double>) visit(float{});
+}
+
+// In double: what a float keeps of a sum is then its rounding alone, and sums of decays <= 0 fall
+// monotonously.
+template <class T, class D>
+static void sum_decays(const Params& p, int64_t batch, int head, D) {
+  T *along = plane<T>(p.cum, 0, batch, head), *down = plane<T>(p.cum, 1, batch, head);
+  for (int y = 0; y < p.height; ++y) {
+    double sum = 0;
+    for (int x = 0; x < p.width; ++x) {
+      sum += load_one(token<const D>(p.log_decay_w, batch, head, y, x));
+      along[static_cast<ptrdiff_t>(y) * p.width + x] = static_cast<T>(sum);
+    }
+  }
+  for (int x = 0; x < p.width; ++x) {
+    double sum = 0;
+    for (int y = 0; y < p.height; ++y) {
+      sum += load_one(token<const D>(p.log_decay_h, batch, head, y, x));
+      down[static_cast<ptrdiff_t>(y) * p.width + x] = static_cast<T>(sum);
+    }
+  }
+}
+
+// From the gradients of `count` sums, `step` apart, to those of the decays: each decay is in its own sum and
+// in all later ones. The first is in no difference of two sums.
+template <class T, class D>
+static void differentiate_sums(const T* grad, ptrdiff_t step, int count, D* to, ptrdiff_t to_step) {
+  double sum = 0;
+  for (int i = count - 1; i > 0; --i) {
+    sum += grad[i * step];
+    store_one(to + i * to_step, static_cast<Compute<D>>(sum));
+  }
+  store_one(to, Compute<D>(0));
+}
+
+// What the decays between the lanes' positions and another add up to, from the sums at both: the later's less
+// the earlier's, by the order of the positions alone.
+template <class T>
+VITKERNELS_INLINE Vec<T> between(Vec<T> at_lanes, T at, IntVec<T> lanes, int position) {
+  const Vec<T> rise = at_lanes - at;
+  return lanes >= static_cast<typename Bits<T>::type>(position) ? rise : -rise;
+}
+// x where the lane's position is the later one, -x where the earlier, 0 where they are the same.
+template <class T>
+VITKERNELS_INLINE Vec<T> towards(Vec<T> x, IntVec<T> lanes, int position) {
+  const auto at = static_cast<typename Bits<T>::type>(position);
+  return lanes > at ? x : lanes < at ? -x : Vec<T>{};
+}
+template <class T>
+VITKERNELS_INLINE IntVec<T> positions_from(int first) {
+  IntVec<T> lanes;
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i;
+  return lanes + static_cast<typename Bits<T>::type>(first);
+}
+
+// to[i] += the sum of the lanes of rows[i], for `count` rows that follow each other.
+template <class T>
+static void add_across(T* to, const T* rows, int count) {
+  constexpr int L = kLanes<T>;
+  int i = 0;
+  for (; i + L <= count; i += L) {
+    Vec<T> block[L];
+#pragma GCC unroll 16
+    for (int j = 0; j < L; ++j) block[j] = load(rows + (i + j) * L);
+    transpose<T>(block);
+#pragma GCC unroll 4
+    for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int j = 0; j < half; ++j) block[j] += block[j + half];
+    store(to + i, load(to + i) + block[0]);
+  }
+  for (; i < count; ++i) to[i] += across<T>(load(rows + i * L));
+}
+
+}  // namespace VITKERNELS_ISA
+}  // namespace vitkernels::polyline_path_attention
