@@ -20,7 +20,7 @@ from torch import Tensor
 from vitkernels.core.triton_tiles import device_of
 from vitkernels.kernels.polyline_path_scan.native import dense_channels, gradient_place
 
-TILE = 2048  # elements of a program's tile of tokens
+TILE = 2048  # elements of a program's tile of tokens; half as many where two tensors are scanned both ways
 
 
 @triton.jit
@@ -131,16 +131,18 @@ def strides(tensor: Tensor, rows: bool) -> tuple[int, ...]:
     return (b, row, column, head) if rows else (b, column, row, head)
 
 
-def configuration(length: int, head_dim: int) -> dict[str, int]:
+def configuration(length: int, head_dim: int, gradient: bool) -> dict[str, int]:
+    tile, a_thread = (TILE // 2, 4) if gradient else (TILE, 8)  # elements; more of them spill
     block_t = triton.next_power_of_2(length)
-    block_c = max(1, min(triton.next_power_of_2(head_dim), TILE // block_t))
-    return {"BLOCK_T": block_t, "BLOCK_C": block_c, "num_warps": max(1, min(8, block_t * block_c // 256))}
+    block_c = max(1, min(triton.next_power_of_2(head_dim), tile // block_t))
+    warps = max(1, min(8, block_t * block_c // (32 * a_thread)))
+    return {"BLOCK_T": block_t, "BLOCK_C": block_c, "num_warps": warps}
 
 
 def _product(out: Tensor, x: Tensor, decays: Tensor, rows: bool) -> None:
     batch, height, width, heads, head_dim = x.shape
     lines, length = (height, width) if rows else (width, height)
-    config = configuration(length, head_dim)
+    config = configuration(length, head_dim, False)
     channel_tiles = triton.cdiv(head_dim, config["BLOCK_C"])
     product_lines[(batch * lines * heads * channel_tiles,)](
         out, x, decays, lines, heads, channel_tiles, length, head_dim, *strides(out, rows), *strides(x, rows),
@@ -158,7 +160,7 @@ def _gradient(
     lines, length = (height, width) if rows else (width, height)
     gradient_lines[(batch * lines * heads,)](
         out, grad_decays, grad, x, decays, lines, heads, length, head_dim, *strides(out, rows), *strides(grad, rows),
-        *strides(x, rows), *strides(decays, rows), *strides(grad_decays, rows), **configuration(length, head_dim),
+        *strides(x, rows), *strides(decays, rows), *strides(grad_decays, rows), **configuration(length, head_dim, True),
     )  # fmt: skip
 
 
