@@ -42,6 +42,9 @@ def test_no_kernel_spills(usage: list[kernel_report.Usage]) -> None:
         allowed = 1 << 20 if "float32" in row.variant else 8
         excepted = "tokens dense" in row.variant or (row.kernel in heads and row.local <= allowed)
         excepted = excepted or (row.kernel.endswith("_map") and "d=256" in row.variant)  # of neighborhoods
+        excepted = excepted or (
+            row.kernel == "gradient_lines" and row.local <= 8
+        )  # of the polyline path scan
         assert row.local == 0 or excepted, row
 
 

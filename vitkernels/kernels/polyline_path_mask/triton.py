@@ -252,8 +252,8 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
             decays = torch.empty(2, 1, height, width, 2, dtype=dtype)
             mask = torch.empty(1, 2, height * width, height * width, dtype=dtype)
 
-            def call(decays: Tensor = decays, mask: Tensor = mask, options: Any = (log, transpose)) -> None:
+            def call(decays: Any = decays, mask: Tensor = mask, options: Any = (log, transpose)) -> None:
                 forward(mask, *decays, *options)
-                backward(*torch.empty_like(decays), mask, mask, *decays, *options)
+                backward(*decays.clone(), mask, mask, *decays, *options)
 
             yield f"{height}x{width} {'log ' if log else ''}{'transposed' if transpose else ''}".strip(), call
