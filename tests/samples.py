@@ -18,6 +18,7 @@ class Sample:
     Attributes:
         make: (dtype, device, batch) -> tensor arguments by name; all floating and differentiable.
         kwargs: the other arguments.
+        products: whether the composition multiplies matrices, which autocast casts and FLOP counters count.
         bad: argument name -> bad values for it, each with a part of the message expected.
     """
 
@@ -25,6 +26,7 @@ class Sample:
     function: Callable[..., Any]
     make: Callable[..., dict[str, torch.Tensor]]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    products: bool = True
     bad: list[tuple[dict[str, Any], type[Exception], str]] = field(default_factory=list)
 
     @property
@@ -76,6 +78,14 @@ def _polyline(height: int, width: int, heads: int, d: int, dv: int) -> Callable[
     def make(batch: int) -> dict[str, torch.Tensor]:
         tensors = {name: torch.randn(batch, height, width, heads, d) for name in "qk"}
         tensors["v"] = torch.randn(batch, height, width, heads, dv)
+        return tensors | {f"log_decay_{axis}": -torch.rand(batch, height, width, heads) for axis in "wh"}
+
+    return make
+
+
+def _decays(height: int, width: int, heads: int, d: int | None = None) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        tensors = {} if d is None else {"x": torch.randn(batch, height, width, heads, d)}
         return tensors | {f"log_decay_{axis}": -torch.rand(batch, height, width, heads) for axis in "wh"}
 
     return make
@@ -134,6 +144,7 @@ def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[...
 _x = torch.randn(2, 2, 15, 8)
 _pixels = torch.randn(2, 5, 3, 4)
 _map = torch.randn(2, 5, 7, 2, 4)
+_cells = torch.zeros(2, 3, 4, 2)
 _image = torch.randn(2, 10, 4, 7)
 _floats = torch.zeros
 _rows = torch.randn(2, 9)
@@ -252,6 +263,49 @@ SAMPLES = [
         _polyline(4, 3, 2, 5, 5),
         {"mode": "criss_cross", "scale": 0.3},
     ),
+    Sample(
+        "polyline_path_mask",
+        ops.polyline_path_mask,
+        _decays(3, 4, 2),
+        products=False,
+        bad=[
+            ({"log_decay_w": "text"}, TypeError, "argument `log_decay_w`: expected a tensor"),
+            ({"log_decay_w": _map}, ValueError, "argument `log_decay_w`: expected shape"),
+            ({"log_decay_w": _cells.int()}, TypeError, "argument `log_decay_w`: expected dtype"),
+            ({"log_decay_h": _cells[:, 1:]}, ValueError, "argument `log_decay_h`: expected shape"),
+            ({"log_decay_h": _cells.double()}, TypeError, "argument `log_decay_h`: expected dtype float32"),
+            ({"log_decay_h": _cells.to("meta")}, ValueError, "argument `log_decay_h`: expected device cpu"),
+            ({"log": 1}, TypeError, "argument `log`: expected True or False"),
+            ({"transpose": None}, TypeError, "argument `transpose`: expected True or False"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample(
+        "polyline_path_mask-transposed",
+        ops.polyline_path_mask,
+        _decays(5, 3, 1),
+        {"log": False, "transpose": True},
+        products=False,
+    ),
+    Sample(
+        "polyline_path_scan",
+        ops.polyline_path_scan,
+        _decays(5, 7, 2, 4),
+        bad=[
+            ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
+            ({"x": _map[0]}, ValueError, "argument `x`: expected shape"),
+            ({"x": _map.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"log_decay_w": None}, TypeError, "argument `log_decay_w`: expected a tensor"),
+            ({"log_decay_w": _map[..., 0].mT}, ValueError, "argument `log_decay_w`: expected shape"),
+            ({"log_decay_w": _map[..., 0].half()}, TypeError, "argument `log_decay_w`: expected dtype"),
+            ({"log_decay_h": _map}, ValueError, "argument `log_decay_h`: expected shape"),
+            ({"log_decay_h": _map[..., 0].double()}, TypeError, "argument `log_decay_h`: expected dtype"),
+            ({"log_decay_h": _map[..., 0].to("meta")}, ValueError, "argument `log_decay_h`: expected device"),
+            ({"transpose": 1}, TypeError, "argument `transpose`: expected True or False"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample("polyline_path_scan-transposed", ops.polyline_path_scan, _decays(4, 3, 1, 9), {"transpose": True}),
     Sample(
         "cascaded_group_attention-windows",
         ops.cascaded_group_attention,

@@ -4,6 +4,8 @@ from vitkernels.kernels.cascaded_group_attention import cascaded_group_attention
 from vitkernels.kernels.kan_linear import kan_linear
 from vitkernels.kernels.neighborhood_attention import neighborhood_attention
 from vitkernels.kernels.polyline_path_attention import polyline_path_attention
+from vitkernels.kernels.polyline_path_mask import polyline_path_mask
+from vitkernels.kernels.polyline_path_scan import polyline_path_scan
 from vitkernels.kernels.residual_ffn import residual_ffn
 from vitkernels.kernels.window_attention import window_attention
 
@@ -12,6 +14,8 @@ __all__ = [
     "kan_linear",
     "neighborhood_attention",
     "polyline_path_attention",
+    "polyline_path_mask",
+    "polyline_path_scan",
     "residual_ffn",
     "window_attention",
 ]

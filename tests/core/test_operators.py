@@ -123,7 +123,7 @@ def test_autocast(sample, device, dtype):
     with torch.autocast(device, dtype):
         outputs = outputs_of(sample(tensors))
         reference = outputs_of(sample(tensors, backend="reference"))
-    assert outputs[0].dtype is dtype
+    assert outputs[0].dtype is (dtype if sample.products else torch.float32)
     assert [o.dtype for o in outputs] == [o.dtype for o in reference]
     torch.testing.assert_close(outputs[0].float(), reference[0].float(), atol=0.06, rtol=0.06)
     grads = torch.autograd.grad(outputs[0].float().square().sum(), list(tensors.values()))
@@ -464,7 +464,8 @@ def test_flop_counter_agrees_with_the_composition(sample):
             outputs[0].sum().backward()
         return counter.get_total_flops()
 
-    assert count("cpu") == count("reference") > 0
+    assert count("cpu") == count("reference")
+    assert (count("reference") > 0) == sample.products
 
 
 @each_sample

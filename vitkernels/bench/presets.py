@@ -182,3 +182,36 @@ NEIGHBORHOOD_MODELS: dict[str, dict[str, NeighborhoodLayer]] = {
     },
     "dinat_large_384": _maps(_NAT_HEADS["large"], ((1, 13), (1, 6), (1, 3), (1,)), (96, 48, 24, 12)),
 }
+
+
+@dataclass(frozen=True)
+class PolylineStage:
+    """A stage of a model with polyline path attention."""
+
+    size: tuple[int, int]  # of the map
+    heads: int
+    head_dim: int
+    whole: bool  # over all pairs of tokens; else within rows and columns
+
+
+def _ppma(sizes: tuple[tuple[int, int], ...], heads: tuple[int, ...], whole: int) -> dict[str, PolylineStage]:
+    # Head dimension 16 in the first stage, 32 in the others; the last `whole` stages attend to all tokens.
+    return {
+        f"stage {i + 1}": PolylineStage(size, count, 16 if i == 0 else 32, i >= 4 - whole)
+        for i, (size, count) in enumerate(zip(sizes, heads, strict=True))
+    }
+
+
+_PPMA_224 = ((56, 56), (28, 28), (14, 14), (7, 7))
+_PPMA_512 = ((128, 128), (64, 64), (32, 32), (16, 16))
+_PPMA_DETECTION = ((200, 336), (100, 168), (50, 84), (25, 42))  # 800 x 1344 px
+_PPMA_1024 = ((256, 256), (128, 128), (64, 64), (32, 32))
+
+PPMA_MODELS: dict[str, dict[str, PolylineStage]] = {
+    "ppma_t": _ppma(_PPMA_224, (4, 4, 8, 16), 2),
+    "ppma_s": _ppma(_PPMA_224, (4, 4, 8, 16), 1),
+    "ppma_b": _ppma(_PPMA_224, (5, 5, 10, 16), 1),
+    "ppma_t_512": _ppma(_PPMA_512, (4, 4, 8, 16), 2),
+    "ppma_t_detection": _ppma(_PPMA_DETECTION, (4, 4, 8, 16), 2),
+    "ppma_t_1024": _ppma(_PPMA_1024, (4, 4, 8, 16), 2),
+}
