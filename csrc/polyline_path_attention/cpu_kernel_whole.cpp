@@ -87,8 +87,9 @@ struct Forward {
     state.sum[1] = sum[1];
   }
 
-  // The weights of one tile from e^(scores - top).
-  __attribute__((noinline)) void weigh(int r0, int v, const Softmax<T>& state, bool keep_first) const {
+  // The weights of one tile from e^(scores - top); the first softmax's own too, wanted or not, so that the
+  // output has the same bits with and without a gradient.
+  __attribute__((noinline)) void weigh(int r0, int v, const Softmax<T>& state) const {
     const T* s = tile(r0) + v * L;
     T *to = w.weights + v * L, *first = w.first_weights + v * L;
     const Vec<T> fade = exp_softmax<T>(load(w.tops + (r0 / step * block.rows + v) * L) - state.top[0]);
@@ -99,15 +100,10 @@ struct Forward {
     for (int r = r0; r < last; ++r) {
       const T *drop = w.factors.drop_row(map, v, r, 0, map.height), *far = w.factors.far_row(map, r);
       const Vec<T> half_fall = half2 * exp_softmax<T>(block.log_fall(map, v, r));
-      if (keep_first) {
-        for (int l = 0; l < columns; ++l, s += width, to += width, first += width) {
-          const Vec<T> e = load(s), mine = e * (load(near + l * L) * drop[l]);
-          store(first, mine * scale1);
-          store(to, mine * half1 + e * (load(far + l * L) * half_fall));
-        }
-      } else {
-        for (int l = 0; l < columns; ++l, s += width, to += width)
-          store(to, load(s) * (load(near + l * L) * (half1 * drop[l]) + load(far + l * L) * half_fall));
+      for (int l = 0; l < columns; ++l, s += width, to += width, first += width) {
+        const Vec<T> e = load(s), mine = e * (load(near + l * L) * drop[l]);
+        store(first, mine * scale1);
+        store(to, mine * half1 + e * (load(far + l * L) * half_fall));
       }
     }
   }
@@ -143,12 +139,12 @@ struct Forward {
     }
     state = {{top1, top2}, {sum1, sum2}};
   }
-  __attribute__((noinline)) void weigh_logits(int r0, int v, const Softmax<T>& state, bool keep_first) const {
+  __attribute__((noinline)) void weigh_logits(int r0, int v, const Softmax<T>& state) const {
     T *to = w.weights + v * L, *first = w.first_weights + v * L;
     const Vec<T> scale1 = T(1) / state.sum[0], half1 = scale1 * T(0.5), half2 = T(0.5) / state.sum[1];
     logits(r0, end(r0), v, [&](Vec<T> a, Vec<T> b) {
       const Vec<T> mine = exp_softmax<T>(a - state.top[0]);
-      if (keep_first) store(first, mine * scale1);
+      store(first, mine * scale1);
       store(to, mine * half1 + exp_softmax<T>(b - state.top[1]) * half2);
       to += block.width;
       first += block.width;
@@ -179,8 +175,7 @@ struct Forward {
       for (int v = 0; v < block.rows; ++v) reduce_logits(v, states[v]);
     }
     for (int r = 0; r < map.height; r = end(r)) {
-      for (int v = 0; v < block.rows; ++v)
-        apart ? weigh_logits(r, v, states[v], keep_first) : weigh(r, v, states[v], keep_first);
+      for (int v = 0; v < block.rows; ++v) apart ? weigh_logits(r, v, states[v]) : weigh(r, v, states[v]);
       multiply_values(r, w.weights, w.out);
       if (keep_first) multiply_values(r, w.first_weights, w.first);
     }
