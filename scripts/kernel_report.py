@@ -4,9 +4,9 @@
     python scripts/kernel_report.py [--target 80 --target 90a] [--only cuda|triton] [--op NAME] [--json FILE]
 
 CUDA kernels are read from the objects of the last build (in VITKERNELS_BUILD_DIR, default build/cmake) where
-those are up to date and hold the target, else compiled by nvcc. Triton kernels are compiled by running the package's own
-launchers on CPU tensors with launching replaced by compiling, so what is reported is what a GPU would be
-given. All are read with cuobjdump; for CUDA kernels, shared memory is the static part. Exits with 1 when a
+those are up to date and hold the target, else compiled by nvcc. Triton kernels are compiled by running the
+package's own launchers on CPU tensors with launching replaced by compiling, so what is reported is what a GPU
+would be given. All are read with cuobjdump; for CUDA kernels, shared memory is the static part. Exits with 1 when a
 kernel uses local memory (spills, or arrays indexed at run time) without its source saying why, on a line
 "local memory: up to <n> bytes: <reason>".
 """

@@ -231,7 +231,7 @@ def backward(
     with device_of(q):
         parts = run(*wanted, grad_out, out, lse, cum, products, q, k, v, scale)
         for axis, (grad, part) in enumerate(zip(decays, parts, strict=True)):
-            if grad is not None:
+            if grad is not None and part is not None:
                 grid, (planes, size), constants = _scan_programs(axis, q.shape)
                 decay_gradient[grid](
                     grad, part, planes, _decay_strides(axis, grad), size, q.shape[3], part[0].numel(), part.shape[0],
@@ -261,7 +261,7 @@ def _backward_whole(
     # Tables of corners and two softmaxes leave few registers. Products of half precision take their rows by warps: more
     # of those than rows would compute the same twice.
     if q.element_size() == 4:
-        constants = {**constants, "num_warps": 8, "maxnreg": 192}
+        constants = {**constants, "num_warps": 8, "maxnreg": 255}
     else:
         constants = {**constants, "BLOCK_N": 16}
     programs = (batch * size[2] * size[3] * heads,)
@@ -317,6 +317,7 @@ def _backward_criss_cross(
             gradients = (grad_k, grad_q, grad_v, passed, key_part, query_part)
             sweep.backward(gradients, keys, queries, sums, norm, None, scale, one=True, add=last)
             continue
+        assert scratch is not None
         sweep.rows(scratch, queries, keys, sums, scale)
         gradients = (grad_k, None, grad_v, passed, key_part, None)
         sweep.backward(gradients, keys, queries, sums, norm, scratch, scale, add=last)
@@ -349,6 +350,6 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
 
         def call(saved=(out, lse, cum, partial), inputs=inputs):
             forward(*saved, *inputs)
-            backward(*inputs[:5], saved[0], None, None, None, *saved, *inputs)
+            backward(*inputs[:5], saved[0], None, None, None, *saved, *inputs)  # type: ignore[call-arg]
 
         yield f"{height}x{width} d={channels}{' criss-cross' if criss_cross else ''}", call

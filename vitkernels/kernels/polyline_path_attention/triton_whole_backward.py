@@ -113,6 +113,8 @@ def backward_whole(
     parts_w and parts_h [2 + 2 tiles_x] planes take the gradients of the sums: one of the owners themselves a side, and
     of the corners, which lie in the owners' rows, one a side and column of tiles. rows are delta, [2] planes, or with
     EXACT what rows_whole says, in place of lse.
+
+    local memory: up to 8 bytes: in half precision keys of 128 channels own two tiles and two sums of as many registers.
     """
     BLOCK_M: tl.constexpr = TILE_Y * TILE_X
     batch, head, tile = owner_place(size, heads)
