@@ -154,3 +154,16 @@ def test_a_small_medvit_learns_the_digits_on_the_fused_kernels(train: ModuleType
     losses = [sum(entry["losses"]) / len(entry["losses"]) for entry in history]
     assert losses[-1] < 0.9 * losses[0]
     assert history[-1]["accuracy"] > 0.25  # chance is 0.1
+
+
+def test_a_small_ppma_learns_the_digits_on_the_fused_kernels(train: ModuleType) -> None:
+    """A narrow, shallow PPMA, both kinds of attention in it: above chance after two epochs."""
+    arguments = ["--model", "ppma_t", "--model-args", "depths=(1,1,2,1)", "embed_dims=(16,32,48,64)"]
+    arguments += ["num_heads=(2,2,3,4)", "projection=128", "drop_path_rate=0", "--data", "digits"]
+    arguments += ["--limit", "240", "--size", "64", "--batch-size", "8", "--lr", "2e-3", "--epochs", "2"]
+    with vitkernels.backend("cpu"):  # no reference where a kernel does not fit: it raises
+        history = train.main([*arguments, "--device", "cpu"])
+    print([f"{entry['accuracy']:.1%} after {entry['seconds']:.0f} s" for entry in history])
+    losses = [sum(entry["losses"]) / len(entry["losses"]) for entry in history]
+    assert losses[-1] < 0.9 * losses[0]
+    assert history[-1]["accuracy"] > 0.25  # chance is 0.1

@@ -47,10 +47,10 @@ def _ours(name: str) -> nn.Module:
 
 
 def randomize(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Random norm parameters and statistics and attention biases, in place; returns the model.
+    """Random norm parameters and statistics, attention biases and layer scales, in place; returns the model.
 
-    At their usual initial values EfficientViT's residual branches (gamma 0) add exactly nothing, so that any
-    mixer, right or wrong, would give the same logits.
+    At their usual initial values EfficientViT's residual branches (norm weights of 0) add exactly nothing, and those
+    with layer scale (1e-6 in PPMA-B) next to nothing, so that any mixer, right or wrong, would give the same logits.
     """
 
     def positive(tensor: Tensor | None) -> None:
@@ -71,6 +71,8 @@ def randomize(model: nn.Module, generator: torch.Generator) -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith("attention_biases"):
                 centred(parameter, 1.0)
+            elif name.rpartition(".")[2] in ("gamma1", "gamma2", "gamma_1", "gamma_2"):
+                positive(parameter)
     return model
 
 

@@ -23,11 +23,13 @@ from vitkernels.models.efficientvit import (
     efficientvit_m5,
 )
 from vitkernels.models.medvit import MedViT, medvit_base, medvit_large, medvit_small, medvit_tiny
+from vitkernels.models.ppma import PPMA, ppma_b, ppma_s, ppma_t
 from vitkernels.models.registry import create_model, list_models
 from vitkernels.models.weights import to_official_state_dict, to_timm_state_dict
 
 __all__ = [
     "NAT",
+    "PPMA",
     "EfficientViT",
     "MedViT",
     "create_model",
@@ -52,6 +54,9 @@ __all__ = [
     "nat_mini",
     "nat_small",
     "nat_tiny",
+    "ppma_b",
+    "ppma_s",
+    "ppma_t",
     "to_official_state_dict",
     "to_timm_state_dict",
 ]

@@ -78,7 +78,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
     An `argparse.Namespace` and numpy's numbers beside the weights, which many training scripts save, are read
     too.
-    A checkpoint's "model_ema", "model" or "state_dict" entry is taken where it has one, and the prefix
+    A checkpoint's "model_ema", "model", "models" or "state_dict" entry is taken where it has one, and the prefix
     "module." of a model wrapped for data parallelism is removed.
     """
     path = Path(path)
@@ -93,14 +93,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     else:
         with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY_NUMBERS]):
             content = _load(torch.load, path, map_location="cpu", weights_only=True)
-    for entry in ("model_ema", "model", "state_dict"):
+    for entry in ("model_ema", "model", "models", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
             content = content[entry]
             break
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         found = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(
-            f"argument `weights`: expected a state_dict, or a checkpoint with one under 'model', "
+            f"argument `weights`: expected a state_dict, or a checkpoint with one under 'model', 'models', "
             f"'state_dict' or 'model_ema'; {path} holds {found}."
         )
     return {key.removeprefix("module."): value for key, value in content.items()}
@@ -123,6 +123,8 @@ def _load(read: Callable[..., Any], path: Path, **options: Any) -> Any:
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: object) -> None:
     """Loads what `read_state_dict` returned into a model of the official layout; see `create_model`.
 
+    A model with other layouts of its own has a method `convert_state_dict`.
+
     Args:
         source: where it came from, for the message.
 
@@ -130,6 +132,8 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor], so
         ValueError: keys or shapes differ; the message lists them and the model is unchanged.
     """
     loaded = to_official_state_dict(state_dict)
+    convert: Any = getattr(model, "convert_state_dict", dict)
+    loaded = convert(loaded)
     own = model.state_dict()
     classifiers = tuple(f"{name}." for name in getattr(model, "classifiers", ("head", "head_dist")))
     if not any(key.startswith(classifiers) for key in own):

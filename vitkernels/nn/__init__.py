@@ -9,6 +9,7 @@ from vitkernels.nn.conv_norm import ConvNorm, NormLinear
 from vitkernels.nn.drop_path import DropPath
 from vitkernels.nn.faster_kan import FasterKAN, FasterKANLayer
 from vitkernels.nn.neighborhood_attention import NeighborhoodAttention1D, NeighborhoodAttention2D
+from vitkernels.nn.polyline_path_attention import PolylinePathAttention, RasterRotation
 
 __all__ = [
     "CascadedGroupAttention",
@@ -20,5 +21,7 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NormLinear",
+    "PolylinePathAttention",
+    "RasterRotation",
     "resize_attention_biases",
 ]

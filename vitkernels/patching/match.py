@@ -18,6 +18,7 @@ from vitkernels.nn.conv_norm import is_plain_conv, is_plain_norm
 from vitkernels.patching.folding import FoldedConvNorm, FoldedNormLinear, FusedFFN, FusedPatchMerging
 from vitkernels.patching.layers import Patched, WindowedCascade, WindowPartition, patched_class
 from vitkernels.patching.neighborhood import Neighborhood, rank_of, why_not_neighborhood
+from vitkernels.patching.polyline import PolylinePath, is_polyline, why_not_polyline
 from vitkernels.patching.residuals import FusedBlock, FusedResidual, FusedSequence
 
 
@@ -44,6 +45,8 @@ def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
         mixin, kernel, reason = WindowPartition, "window partition", _why_not_windows(module)
     elif rank_of(module):
         mixin, kernel, reason = Neighborhood, "neighborhood_attention", why_not_neighborhood(module)
+    elif is_polyline(module):
+        mixin, kernel, reason = PolylinePath, "polyline_path_attention", why_not_polyline(module)
     elif "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower():
         return Match(None, reason="no kernel for this class")
     else:
@@ -219,17 +222,24 @@ def _why_different(module: Any, mixin: type[Patched]) -> str:
         # Through train mode, for layers that keep something derived from their weights in eval mode.
         trial.train()
         trial.eval()
-        shape_of = getattr(mixin, "vitkernels_trial_shape", None)
-        x = torch.randn(shape_of(trial) if shape_of else _trial_shape(trial), generator=generator)
+        inputs = _trial_inputs(trial, mixin, generator)
         with torch.autocast("cpu", enabled=False), backend_scope("reference"):
-            expected = trial(x)
+            expected = trial(*inputs)
             trial.__class__ = patched_class(type(trial), mixin, None)
-            error = (trial(x) - expected).norm() / expected.norm()
+            error = (trial(*inputs) - expected).norm() / expected.norm()
     except Exception as exception:
         return f"could not be compared with the kernel: {type(exception).__name__}: {exception}"
     if not error < 1e-4:
         return f"computes something else than its class name says (relative difference {error:.1e})"
     return ""
+
+
+def _trial_inputs(trial: Any, mixin: Any, generator: torch.Generator) -> tuple[Any, ...]:
+    """What a mixin says that its layers are tried on: inputs, or the shape of the only one."""
+    if hasattr(mixin, "vitkernels_trial_inputs"):
+        return mixin.vitkernels_trial_inputs(trial, generator)
+    shape_of = getattr(mixin, "vitkernels_trial_shape", _trial_shape)
+    return (torch.randn(shape_of(trial), generator=generator),)
 
 
 def _trial_shape(trial: Any) -> tuple[int, int, int, int]:

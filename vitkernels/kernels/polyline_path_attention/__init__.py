@@ -157,6 +157,41 @@ def _flops(
     return qk * (grad_q + grad_k) + pv * logits + through + last * grad_v
 
 
+def _cuda_limits(q: Any, k: Any, v: Any, ldw: Any, ldh: Any, criss_cross: bool, *_: Any) -> list[str]:
+    reasons = []
+    height, width, head_dim, value_dim = *q.shape[1:3], q.shape[-1], v.shape[-1]
+    if max(head_dim, value_dim) > 128:
+        reasons.append(f"takes head_dim and value_dim up to 128, got {max(head_dim, value_dim)}")
+    if max(height, width) >= 2**15 or height * width >= 2**30:
+        reasons.append(
+            f"takes maps of fewer than 2**15 rows and columns and 2**30 tokens, got {height}x{width}"
+        )
+    elif not criss_cross and _slab_bytes(q, v) > 101376:
+        # what fits into shared memory beside the tiles
+        reasons.append(f"takes narrower maps, or head_dim and value_dim, in whole mode, got {width} columns")
+    return reasons
+
+
+def _slab_bytes(q: torch.Tensor, v: torch.Tensor) -> int:
+    """Shared memory of a tile of the backward pass, in its smallest form (backward.h, BackwardLayout)."""
+    height, width, size = q.shape[1], q.shape[2], q.element_size()
+    rows, sums = 64 if size == 2 else 16, max(size, 4)
+    slab = min(height, (rows + width - 2) // width + 1) * width
+    channels = sum((t.shape[-1] + 15) // 16 * 16 + 16 // size for t in (q, v))
+    scratch = 0 if size == 2 else rows + 16 // size
+    return rows * (32 + 4 * sums + (rows + 8) * sums + (scratch + 2 * channels) * size) + 6 * slab * sums + 48
+
+
+def _triton_limits(q: Any, k: Any, v: Any, *_: Any) -> list[str]:
+    reasons = []
+    width = max(q.shape[-1], v.shape[-1])
+    if width > 128:
+        reasons.append(f"takes head_dim and value_dim up to 128, got {width}")
+    if q.shape[1] * q.shape[2] > 2**30:
+        reasons.append(f"takes maps of up to 2**30 tokens, got {q.shape[1]} x {q.shape[2]}")
+    return reasons
+
+
 _NATIVE = "vitkernels.kernels.polyline_path_attention.native"
 
 operator = Operator(
@@ -168,11 +203,12 @@ operator = Operator(
     allocate=(_allocate_out, _allocate_pair, _allocate_pair, _allocate_partial),
     reference=reference.forward,
     backends=(
-        Backend("cuda", _NATIVE),
+        Backend("cuda", _NATIVE, limits=_cuda_limits),
         Backend(
             "triton",
             "vitkernels.kernels.polyline_path_attention.triton",
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
+            limits=_triton_limits,
         ),
         Backend("cpu", _NATIVE, skips_by_products=True),
     ),
