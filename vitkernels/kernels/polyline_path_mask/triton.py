@@ -253,7 +253,9 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
             mask = torch.empty(1, 2, height * width, height * width, dtype=dtype)
 
             def call(decays: Any = decays, mask: Tensor = mask, options: Any = (log, transpose)) -> None:
-                forward(mask, *decays, *options)
-                backward(*decays.clone(), mask, mask, *decays, *options)
+                inputs: list[Any] = [*decays, *options]
+                forward(mask, *inputs)
+                arguments: list[Any] = [*decays.clone(), mask, mask, *inputs]
+                backward(*arguments)
 
             yield f"{height}x{width} {'log ' if log else ''}{'transposed' if transpose else ''}".strip(), call

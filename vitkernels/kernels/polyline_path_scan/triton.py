@@ -216,7 +216,9 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
         decays = torch.empty(2, 1, height, width, 2)
 
         def call(x: Tensor = x, decays: Any = decays) -> None:
-            forward(torch.empty_like(x), x, *decays, False)
-            backward(torch.empty_like(x), *decays.clone(), x, x, x, *decays, False)
+            inputs: list[Any] = [x, *decays, False]
+            forward(torch.empty_like(x), *inputs)
+            arguments: list[Any] = [torch.empty_like(x), *decays.clone(), x, x, *inputs]
+            backward(*arguments)
 
         yield f"{height}x{width} d={d}", call
