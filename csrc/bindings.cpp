@@ -166,7 +166,7 @@ PYBIND11_MODULE(_native, module) {
   });
 
   py::list operators;
-#define VITKERNELS_OPERATOR(name)  \
+#define VITKERNELS_OPERATOR(name) \
   vitkernels::name::bind(module); \
   operators.append(#name);
   VITKERNELS_BOUND_OPERATORS

@@ -159,7 +159,7 @@ def _flops(
 
 def _cuda_limits(q: Any, k: Any, v: Any, ldw: Any, ldh: Any, criss_cross: bool, *_: Any) -> list[str]:
     reasons = []
-    height, width, head_dim, value_dim = *q.shape[1:3], q.shape[-1], v.shape[-1]
+    height, width, head_dim, value_dim = q.shape[1], q.shape[2], q.shape[-1], v.shape[-1]
     if max(head_dim, value_dim) > 128:
         reasons.append(f"takes head_dim and value_dim up to 128, got {max(head_dim, value_dim)}")
     if max(height, width) >= 2**15 or height * width >= 2**30:
