@@ -25,7 +25,7 @@ int rows_of(const Params& p, int stage) {
 }
 
 // u and the hidden layer of a group stay in the second-level cache while the weights stream by.
-constexpr int64_t kGroupBytes = 320 << 10;
+constexpr int64_t kGroupBytes = 352 << 10;
 
 Plan make_plan(const Params& p, int threads) {
   const int64_t element = p.dtype == DType::f64 ? 8 : 4;

@@ -14,8 +14,15 @@ using namespace vitkernels::VITKERNELS_ISA;
 
 namespace {
 
-// Rows of a matrix product whose result stays in L1 while the runs of its terms are added up.
-constexpr int kChunk = 32;
+// Most rows of a product that are multiplied with a panel of B while it is in L1, beside them.
+constexpr int kChunk = 64;
+// Terms summed in one chain: each run loads and stores the sums anew, for which kRun alone is short.
+constexpr int kTerms = 2 * kRun;
+
+// Rows of each chunk but the last: even ones, since a short chunk fetches panels for little work.
+int chunk_rows(int rows) {
+  return ceil_div(ceil_div(rows, ceil_div(rows, kChunk)), 4) * 4;
+}
 
 // What a group covers: whole images, or some rows of one.
 struct Group {
@@ -167,26 +174,26 @@ VITKERNELS_INLINE void fetch(const View& weight, int row, int rows, int k, int t
     for (int i = 0; i < terms * static_cast<int>(sizeof(E)); i += 64) __builtin_prefetch(at + i);
 }
 
-// product[row][token] = sum over k of weight[begin + row][k] * b[k][token], for up to kChunk rows of those
+// product[row][token] = sum over k of weight[begin + row][k] * b[k][token], for up to `most` rows of those
 // before `end`. The terms are added in runs; while one is computed the weights of the next come from the
 // third-level cache or beyond, in pieces too short for the processor to foresee.
 template <class E, class T>
-void product_rows(const View& weight, int begin, int end, int depth, const T* b, int pitch, int vecs,
-                  T* product, T* scratch) {
-  const int rows = imin(kChunk, end - begin);
+void product_rows(const View& weight, int begin, int end, int most, int depth, const T* b, int pitch,
+                  int vecs, T* product, T* scratch) {
+  const int rows = imin(most, end - begin);
   const Matrix<const E> source{static_cast<const E*>(weight.data) + begin * weight.stride[0],
                                weight.stride[0], weight.stride[1]};
   const Matrix<const T> a = readable<E, T>(source, rows, depth, scratch);
   Product<T> part{rows, depth, a.data, a.token, a.channel, b, pitch, nullptr, 0, product, pitch};
-  for (int runs = ceil_div(depth, kRun), k = 0; runs > 0; --runs, k += part.depth) {
+  for (int runs = ceil_div(depth, kTerms), k = 0; runs > 0; --runs, k += part.depth) {
     part.depth = ceil_div(depth - k, runs);
     if (runs > 1)
       fetch<E>(weight, begin, rows, k + part.depth, part.depth);
     else if (begin + rows < end)
-      fetch<E>(weight, begin + rows, imin(kChunk, end - begin - rows), 0, kRun);
+      fetch<E>(weight, begin + rows, imin(most, end - begin - rows), 0, kTerms);
     part.a = a.data + k * a.channel;
     part.b = b + static_cast<ptrdiff_t>(k) * pitch;
-    multiply<T>(vecs, part);
+    multiply<T>(vecs, part, kTerms);
     part.add = product;
     part.add_row = pitch;
   }
@@ -196,10 +203,11 @@ template <class E, class T>
 void hidden_rows(const Params& p, int pitch, int vecs, int begin, int end, const Own<T>& own, const T* u,
                  T* hidden) {
   constexpr int L = kLanes<T>;
-  for (int row = begin; row < end; row += kChunk) {
-    const int count = imin(kChunk, end - row);
+  const int most = chunk_rows(end - begin);
+  for (int row = begin; row < end; row += most) {
+    const int count = imin(most, end - row);
     T* chunk = hidden + static_cast<ptrdiff_t>(row) * pitch;
-    product_rows<E, T>(p.weight1, row, end, p.channels, u, pitch, vecs, chunk, own.weights);
+    product_rows<E, T>(p.weight1, row, end, most, p.channels, u, pitch, vecs, chunk, own.weights);
     for (int r = 0; r < count; ++r, chunk += pitch) {
       const Vec<T> scale = broadcast(element<T>(p, p.scale1, row + r, T(1)));
       const Vec<T> bias = broadcast(element<T>(p, p.bias1, row + r));
@@ -216,9 +224,10 @@ void output_rows(const Params& p, const Group& g, int pitch, int vecs, int begin
   const int map = g.rows * p.width;
   E* out = static_cast<E*>(p.out.data);
   for (int i = 0; i < map + L; i += L) store(own.ones + i, broadcast(T(1)));
-  for (int row = begin; row < end; row += kChunk) {
-    const int count = imin(kChunk, end - row);
-    product_rows<E, T>(p.weight2, row, end, p.hidden, hidden, pitch, vecs, own.product, own.weights);
+  const int most = chunk_rows(end - begin);
+  for (int row = begin; row < end; row += most) {
+    const int count = imin(most, end - row);
+    product_rows<E, T>(p.weight2, row, end, most, p.hidden, hidden, pitch, vecs, own.product, own.weights);
     for (int r = 0; r < count; ++r) {
       T* y = own.product + static_cast<ptrdiff_t>(r) * pitch;
       const T* residual = u + static_cast<ptrdiff_t>(row + r) * pitch;

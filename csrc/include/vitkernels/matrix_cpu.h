@@ -149,15 +149,15 @@ constexpr int kRun = 8;
 #endif
 
 template <class T>
-static void multiply(int vecs, const Product<T>& p) {
-  if (p.depth > kRun) {
+static void multiply(int vecs, const Product<T>& p, int run = kRun) {
+  if (p.depth > run) {
     Product<T> part = p;
-    for (int runs = ceil_div(p.depth, kRun), k = 0; runs > 0; --runs, k += part.depth) {
+    for (int runs = ceil_div(p.depth, run), k = 0; runs > 0; --runs, k += part.depth) {
       part.depth = ceil_div(p.depth - k, runs);
       part.a = p.a + k * p.a_k;
       part.b = p.b + k * p.b_k;
       part.factor = runs == 1 ? p.factor : nullptr;
-      multiply<T>(vecs, part);
+      multiply<T>(vecs, part, run);
       part.add = p.c;
       part.add_row = p.c_row;
       part.start = nullptr;
