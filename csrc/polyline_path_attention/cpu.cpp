@@ -9,14 +9,15 @@ namespace vitkernels::polyline_path_attention {
 namespace {
 
 struct Kernels {
-  const Loop *sums, *whole_forward, *whole_backward, *criss_cross_forward, *criss_cross_backward;
+  const Loop *sums, *whole_forward, *whole_backward, *criss_cross_forward, *criss_cross_backward,
+      *heads_forward, *heads_backward;
 };
 
 Kernels kernels() {
-#define VITKERNELS_POLYLINE_KERNELS(isa)                                             \
-  {                                                                                  \
-    &isa::kSums, &isa::kWholeForward, &isa::kWholeBackward, isa::kCrissCrossForward, \
-        isa::kCrissCrossBackward                                                     \
+#define VITKERNELS_POLYLINE_KERNELS(isa)                                                        \
+  {                                                                                             \
+    &isa::kSums, &isa::kWholeForward, &isa::kWholeBackward, isa::kCrissCrossForward,            \
+        isa::kCrissCrossBackward, &isa::kCrissCrossForwardHeads, &isa::kCrissCrossBackwardHeads \
   }
 #ifdef VITKERNELS_X86_ISAS
   if (selected_isa() == Isa::avx512) return VITKERNELS_POLYLINE_KERNELS(avx512);
@@ -25,6 +26,8 @@ Kernels kernels() {
   return VITKERNELS_POLYLINE_KERNELS(baseline);
 #undef VITKERNELS_POLYLINE_KERNELS
 }
+
+constexpr size_t kHeadBytes = 4 << 20;
 
 size_t aligned(size_t bytes) {
   return (bytes + 63) / 64 * 64;
@@ -88,6 +91,12 @@ int64_t chunk_maps(const Params& p) {
   return std::clamp<int64_t>((6 << 20) / std::max<int64_t>(map, 1), 1, p.batch);
 }
 
+// Whether every thread has heads to take through the sweeps, each in no more memory than its share of the
+// caches.
+bool by_heads(const Params& p, int threads, size_t scratch) {
+  return p.criss_cross && p.batch * p.heads >= threads && scratch <= kHeadBytes;
+}
+
 // A tensor [pair][batch][...] of `each` elements a map.
 View pair_of_maps(void* data, int64_t maps, int64_t each) {
   View view;
@@ -114,15 +123,18 @@ void forward_cpu(const Params& given, int threads) {
                 chunk = p.criss_cross ? chunk_maps(p) : p.batch;
   const int64_t values = tokens * p.heads * p.value_dim;
   const size_t sums = p.cum ? 0 : aligned(2 * p.batch * p.heads * tokens * accumulate_size(p.dtype));
+  const size_t head = p.criss_cross ? aligned(cpu.heads_forward->scratch(p)) : 0;
+  const bool heads = by_heads(p, threads, head);
   const size_t between =
-      p.criss_cross && !p.partial ? aligned(2 * chunk * values * element_size(p.dtype)) : 0;
-  const size_t scratch = largest_scratch(loops, sweeps, p);
+      p.criss_cross && !p.partial && !heads ? aligned(2 * chunk * values * element_size(p.dtype)) : 0;
+  const size_t scratch = heads ? head : largest_scratch(loops, sweeps, p);
   char* memory = static_cast<char*>(thread_scratch(sums + between + scratch * threads));
   if (!p.cum) {
     p.cum = pair_of_maps(memory, p.batch, p.heads * tokens);
     p.cum.stride[2] = tokens;
   }
   run(*cpu.sums, p, threads, 10.0 * p.batch * p.heads * tokens, nullptr, 0);
+  if (heads) return run(*cpu.heads_forward, p, threads, products(p), memory + sums, scratch);
   for (int64_t first = 0; first < p.batch; first += chunk) {
     Params part = chunk_of(p, first, std::min(chunk, p.batch - first));
     if (between) part.partial = pair_of_maps(memory + sums, chunk, values);
@@ -134,6 +146,13 @@ void forward_cpu(const Params& given, int threads) {
 void backward_cpu(const Params& p, int threads) {
   const Kernels cpu = kernels();
   const Loop* loops = p.criss_cross ? cpu.criss_cross_backward : cpu.whole_backward;
+  if (p.criss_cross) {
+    const size_t head = aligned(cpu.heads_backward->scratch(p));
+    if (by_heads(p, threads, head)) {
+      char* memory = static_cast<char*>(thread_scratch(head * threads));
+      return run(*cpu.heads_backward, p, threads, 2.5 * products(p), memory, head);
+    }
+  }
   const int sweeps = p.criss_cross ? kSweeps : 1;
   const int64_t chunk = p.criss_cross ? chunk_maps(p) : p.batch;
   const int64_t lanes = 64 / accumulate_size(p.dtype);  // of the widest vector

@@ -17,11 +17,13 @@ struct Loop {
 // The criss-cross passes cross rows, then columns, then rows; a sweep must be over when the next begins.
 constexpr int kSweeps = 3;
 
-// `sums` fills cum, which all others read.
+// `sums` fills cum, which all others read. Each item of the loops over heads takes one head of one map
+// through all three sweeps: the same results, with less memory traffic where a head's map fits into a cache.
 #define VITKERNELS_POLYLINE_LOOPS(isa)                                         \
   namespace isa {                                                              \
   extern const Loop kSums, kWholeForward, kWholeBackward;                      \
   extern const Loop kCrissCrossForward[kSweeps], kCrissCrossBackward[kSweeps]; \
+  extern const Loop kCrissCrossForwardHeads, kCrissCrossBackwardHeads;         \
   }
 VITKERNELS_POLYLINE_LOOPS(baseline)
 VITKERNELS_POLYLINE_LOOPS(avx2)

@@ -84,6 +84,76 @@ void forward_range(const Params& p, int sweep, int64_t begin, int64_t end, void*
   for (int64_t item = begin; item < end; ++item) forward_line<E>(p, sweep, Line(p, item, sweep), w);
 }
 
+template <class E>
+struct HeadScratch {
+  View q, k, v, out, products;
+  char* sweeps;
+  size_t size;
+
+  HeadScratch(const Params& p, Scratch scratch) {
+    q = gathered<E>(p, p.head_dim, &scratch);
+    k = gathered<E>(p, p.head_dim, &scratch);
+    v = gathered<E>(p, p.value_dim, &scratch);
+    out = gathered<E>(p, p.value_dim, &scratch);
+    const ptrdiff_t each = static_cast<ptrdiff_t>(p.height) * p.width * p.value_dim;
+    products.data = scratch.take<E>(2 * each);
+    products.stride[0] = each;
+    sweeps = scratch.base + scratch.used;
+    size = scratch.used;
+    size_t largest = 0;
+    for (int sweep = 0; sweep < kSweeps; ++sweep) {
+      const size_t needed = ForwardScratch<Compute<E>>(p, sweep, Scratch(nullptr)).size;
+      largest = needed > largest ? needed : largest;
+    }
+    size += largest;
+  }
+};
+
+template <class E>
+void forward_heads(const Params& p, int64_t begin, int64_t end, void* memory) {
+  const HeadScratch<E> w(p, Scratch(memory));
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t map = item / p.heads;
+    const int head = static_cast<int>(item % p.heads);
+    Params one = head_of<E>(p, map, head);
+    one.q = w.q, one.k = w.k, one.v = w.v, one.out = w.out, one.partial = w.products;
+    copy_head<E>(p, p.q, map, head, one.q, 0, 0, p.head_dim);
+    copy_head<E>(p, p.k, map, head, one.k, 0, 0, p.head_dim);
+    copy_head<E>(p, p.v, map, head, one.v, 0, 0, p.value_dim);
+    for (int sweep = 0; sweep < kSweeps; ++sweep)
+      forward_range<E>(one, sweep, 0, sweep_items(one, sweep), w.sweeps);
+    copy_head<E>(p, one.out, 0, 0, p.out, map, head, p.value_dim);
+    for (int i = 0; p.partial && i < 2; ++i)
+      copy_head<E>(p, saved_product<E>(one, i), 0, 0, saved_product<E>(p, i), map, head, p.value_dim);
+  }
+}
+
+int64_t head_items(const Params& p) {
+  return p.batch * p.heads;
+}
+size_t head_scratch(const Params& p) {
+  switch (p.dtype) {
+    case DType::f64:
+      return HeadScratch<double>(p, Scratch(nullptr)).size;
+    case DType::f32:
+      return HeadScratch<float>(p, Scratch(nullptr)).size;
+    default:
+      return HeadScratch<f16>(p, Scratch(nullptr)).size;
+  }
+}
+void forward_by_heads(const Params& p, int64_t begin, int64_t end, void* scratch) {
+  switch (p.dtype) {
+    case DType::f64:
+      return forward_heads<double>(p, begin, end, scratch);
+    case DType::f32:
+      return forward_heads<float>(p, begin, end, scratch);
+    case DType::f16:
+      return forward_heads<f16>(p, begin, end, scratch);
+    case DType::bf16:
+      return forward_heads<bf16>(p, begin, end, scratch);
+  }
+}
+
 // ---- by sweep and dtype
 
 template <int Sweep>
@@ -114,6 +184,7 @@ void forward(const Params& p, int64_t begin, int64_t end, void* scratch) {
 const Loop kCrissCrossForward[kSweeps] = {{forward_items<0>, forward_scratch<0>, forward<0>},
                                           {forward_items<1>, forward_scratch<1>, forward<1>},
                                           {forward_items<2>, forward_scratch<2>, forward<2>}};
+const Loop kCrissCrossForwardHeads{head_items, head_scratch, forward_by_heads};
 
 }  // namespace VITKERNELS_ISA
 }  // namespace vitkernels::polyline_path_attention

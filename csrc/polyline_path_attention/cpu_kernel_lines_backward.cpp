@@ -239,6 +239,81 @@ void backward_range(const Params& p, int sweep, int64_t begin, int64_t end, void
   for (int64_t item = begin; item < end; ++item) backward_line<E>(p, sweep, Line(p, item, sweep), between, w);
 }
 
+template <class E>
+struct HeadScratch {
+  View q, k, v, grad_out, out, products;
+  void* between;
+  char* sweeps;
+  size_t size;
+
+  HeadScratch(const Params& p, Scratch scratch) {
+    using T = Compute<E>;
+    const ptrdiff_t tokens = static_cast<ptrdiff_t>(p.height) * p.width;
+    q = gathered<E>(p, p.head_dim, &scratch);
+    k = gathered<E>(p, p.head_dim, &scratch);
+    v = gathered<E>(p, p.value_dim, &scratch);
+    grad_out = gathered<E>(p, p.value_dim, &scratch);
+    out = grad_out;  // only its strides count, for those of the saved products
+    products.data = scratch.take<E>(2 * tokens * p.value_dim);
+    products.stride[0] = tokens * p.value_dim;
+    const int d_pitch = round_up_lanes<T>(p.head_dim), v_pitch = round_up_lanes<T>(p.value_dim);
+    between = scratch.take<T>(tokens * (2 * d_pitch + 3 * v_pitch));
+    sweeps = scratch.base + scratch.used;
+    size_t largest = 0;
+    for (int sweep = 0; sweep < kSweeps; ++sweep) {
+      const size_t needed = BackwardScratch<T>(p, sweep, Scratch(nullptr)).size;
+      largest = needed > largest ? needed : largest;
+    }
+    size = scratch.used + largest;
+  }
+};
+
+template <class E>
+void backward_heads(const Params& p, int64_t begin, int64_t end, void* memory) {
+  const HeadScratch<E> w(p, Scratch(memory));
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t map = item / p.heads;
+    const int head = static_cast<int>(item % p.heads);
+    Params one = head_of<E>(p, map, head);
+    one.q = w.q, one.k = w.k, one.v = w.v, one.grad_out = w.grad_out;
+    one.out = w.out, one.partial = w.products, one.workspace = w.between;
+    copy_head<E>(p, p.q, map, head, one.q, 0, 0, p.head_dim);
+    copy_head<E>(p, p.k, map, head, one.k, 0, 0, p.head_dim);
+    copy_head<E>(p, p.v, map, head, one.v, 0, 0, p.value_dim);
+    copy_head<E>(p, p.grad_out, map, head, one.grad_out, 0, 0, p.value_dim);
+    for (int i = 0; i < 2; ++i)
+      copy_head<E>(p, saved_product<E>(p, i), map, head, saved_product<E>(one, i), 0, 0, p.value_dim);
+    for (int sweep = 0; sweep < kSweeps; ++sweep)
+      backward_range<E>(one, sweep, 0, sweep_items(one, sweep), w.sweeps);
+  }
+}
+
+int64_t head_items(const Params& p) {
+  return p.batch * p.heads;
+}
+size_t head_scratch(const Params& p) {
+  switch (p.dtype) {
+    case DType::f64:
+      return HeadScratch<double>(p, Scratch(nullptr)).size;
+    case DType::f32:
+      return HeadScratch<float>(p, Scratch(nullptr)).size;
+    default:
+      return HeadScratch<f16>(p, Scratch(nullptr)).size;
+  }
+}
+void backward_by_heads(const Params& p, int64_t begin, int64_t end, void* scratch) {
+  switch (p.dtype) {
+    case DType::f64:
+      return backward_heads<double>(p, begin, end, scratch);
+    case DType::f32:
+      return backward_heads<float>(p, begin, end, scratch);
+    case DType::f16:
+      return backward_heads<f16>(p, begin, end, scratch);
+    case DType::bf16:
+      return backward_heads<bf16>(p, begin, end, scratch);
+  }
+}
+
 // ---- by sweep and dtype
 
 template <int Sweep>
@@ -269,6 +344,7 @@ void backward(const Params& p, int64_t begin, int64_t end, void* scratch) {
 const Loop kCrissCrossBackward[kSweeps] = {{backward_items<0>, backward_scratch<0>, backward<0>},
                                            {backward_items<1>, backward_scratch<1>, backward<1>},
                                            {backward_items<2>, backward_scratch<2>, backward<2>}};
+const Loop kCrissCrossBackwardHeads{head_items, head_scratch, backward_by_heads};
 
 }  // namespace VITKERNELS_ISA
 }  // namespace vitkernels::polyline_path_attention

@@ -97,5 +97,53 @@ VITKERNELS_INLINE int64_t sweep_items(const Params& p, int sweep) {
   return p.batch * p.heads * lines_of_map(p, sweep);
 }
 
+// ---- one head gathered, so that all sweeps over it run in the second-level cache: in a tensor of many heads
+// its tokens lie far apart, a cache line or two each, and every sweep would fetch them anew
+
+// A tensor [y][x][channel] in scratch, as that of one map and one head.
+template <class E>
+static View gathered(const Params& p, int channels, Scratch* scratch) {
+  View view;
+  view.data = scratch->take<E>(static_cast<size_t>(p.height) * p.width * channels);
+  view.stride[0] = view.stride[3] = 0;
+  view.stride[1] = static_cast<ptrdiff_t>(p.width) * channels;
+  view.stride[2] = channels;
+  view.stride[4] = 1;
+  return view;
+}
+
+template <class E>
+static void copy_head(const Params& p, const View& from, int64_t from_map, int from_head, const View& to,
+                      int64_t to_map, int to_head, int channels) {
+  for (int y = 0; y < p.height; ++y)
+    for (int x = 0; x < p.width; ++x)
+      __builtin_memcpy(token<E>(to, to_map, to_head, y, x), token<const E>(from, from_map, from_head, y, x),
+                       channels * sizeof(E));
+}
+
+template <class E>
+static void move_to(View* view, int64_t map, int head) {
+  if (*view) view->data = token<E>(*view, map, head, 0, 0);
+}
+
+// The problem of one head of one map, its tensors where they are.
+template <class E>
+static Params head_of(const Params& p, int64_t map, int head) {
+  using T = Compute<E>;
+  Params one = p;
+  one.batch = 1;
+  one.heads = 1;
+  View* const gradients[] = {&one.grad_q, &one.grad_k, &one.grad_v};
+  for (View* view : gradients) move_to<E>(view, map, head);
+  by_decay<E>(p, [&](auto d) {
+    using D = decltype(d);
+    move_to<D>(&one.grad_log_decay_w, map, head);
+    move_to<D>(&one.grad_log_decay_h, map, head);
+  });
+  if (p.lse) one.lse.data = plane<T>(p.lse, 0, map, head);
+  one.cum.data = plane<T>(p.cum, 0, map, head);
+  return one;
+}
+
 }  // namespace VITKERNELS_ISA
 }  // namespace vitkernels::polyline_path_attention

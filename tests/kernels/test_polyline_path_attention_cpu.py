@@ -218,7 +218,16 @@ def test_absent_results_change_nothing(mode: str) -> None:
     ("mode", "sizes"), [("whole", (14, 14)), ("whole", (5, 70)), ("criss_cross", (28, 9))]
 )
 def test_threads_do_not_change_a_bit(mode: str, sizes: tuple[int, int]) -> None:
-    problem = Problem(sizes, 16, 16, mode, batch=5)
+    same_bits_by_threads(Problem(sizes, 16, 16, mode, batch=5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_heads_apart_and_lines_of_all_heads_give_the_same_bits(dtype: torch.dtype) -> None:
+    """One head occupies one thread, which takes it through the sweeps alone; more threads share its lines."""
+    same_bits_by_threads(Problem((31, 40), 20, 24, "criss_cross", dtype, batch=1, heads=1))
+
+
+def same_bits_by_threads(problem: Problem) -> None:
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):

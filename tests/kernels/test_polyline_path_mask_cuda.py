@@ -109,6 +109,7 @@ def test_each_gradient_alone(log, transpose, wanted, kernels):
             assert torch.equal(gradient, want[wanted])
 
 
+@pytest.mark.thorough  # the sanitized build alone takes minutes
 def test_sanitizers_find_nothing():
     code = (
         "import torch\n"

@@ -131,6 +131,7 @@ def test_each_gradient_alone(transpose, wanted, kernels):
             torch.testing.assert_close(gradient, want[name])
 
 
+@pytest.mark.thorough  # the sanitized build alone takes minutes
 def test_sanitizers_find_nothing():
     code = (
         "import torch\n"
