@@ -128,30 +128,11 @@ void forward_heads(const Params& p, int64_t begin, int64_t end, void* memory) {
   }
 }
 
-int64_t head_items(const Params& p) {
-  return p.batch * p.heads;
-}
 size_t head_scratch(const Params& p) {
-  switch (p.dtype) {
-    case DType::f64:
-      return HeadScratch<double>(p, Scratch(nullptr)).size;
-    case DType::f32:
-      return HeadScratch<float>(p, Scratch(nullptr)).size;
-    default:
-      return HeadScratch<f16>(p, Scratch(nullptr)).size;
-  }
+  return by_dtype(p, [&](auto e) { return HeadScratch<decltype(e)>(p, Scratch(nullptr)).size; });
 }
 void forward_by_heads(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.dtype) {
-    case DType::f64:
-      return forward_heads<double>(p, begin, end, scratch);
-    case DType::f32:
-      return forward_heads<float>(p, begin, end, scratch);
-    case DType::f16:
-      return forward_heads<f16>(p, begin, end, scratch);
-    case DType::bf16:
-      return forward_heads<bf16>(p, begin, end, scratch);
-  }
+  by_dtype(p, [&](auto e) { forward_heads<decltype(e)>(p, begin, end, scratch); });
 }
 
 // ---- by sweep and dtype
@@ -167,16 +148,7 @@ size_t forward_scratch(const Params& p) {
 }
 template <int Sweep>
 void forward(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.dtype) {
-    case DType::f64:
-      return forward_range<double>(p, Sweep, begin, end, scratch);
-    case DType::f32:
-      return forward_range<float>(p, Sweep, begin, end, scratch);
-    case DType::f16:
-      return forward_range<f16>(p, Sweep, begin, end, scratch);
-    case DType::bf16:
-      return forward_range<bf16>(p, Sweep, begin, end, scratch);
-  }
+  by_dtype(p, [&](auto e) { forward_range<decltype(e)>(p, Sweep, begin, end, scratch); });
 }
 
 }  // namespace

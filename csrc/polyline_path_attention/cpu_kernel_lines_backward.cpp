@@ -288,30 +288,11 @@ void backward_heads(const Params& p, int64_t begin, int64_t end, void* memory) {
   }
 }
 
-int64_t head_items(const Params& p) {
-  return p.batch * p.heads;
-}
 size_t head_scratch(const Params& p) {
-  switch (p.dtype) {
-    case DType::f64:
-      return HeadScratch<double>(p, Scratch(nullptr)).size;
-    case DType::f32:
-      return HeadScratch<float>(p, Scratch(nullptr)).size;
-    default:
-      return HeadScratch<f16>(p, Scratch(nullptr)).size;
-  }
+  return by_dtype(p, [&](auto e) { return HeadScratch<decltype(e)>(p, Scratch(nullptr)).size; });
 }
 void backward_by_heads(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.dtype) {
-    case DType::f64:
-      return backward_heads<double>(p, begin, end, scratch);
-    case DType::f32:
-      return backward_heads<float>(p, begin, end, scratch);
-    case DType::f16:
-      return backward_heads<f16>(p, begin, end, scratch);
-    case DType::bf16:
-      return backward_heads<bf16>(p, begin, end, scratch);
-  }
+  by_dtype(p, [&](auto e) { backward_heads<decltype(e)>(p, begin, end, scratch); });
 }
 
 // ---- by sweep and dtype
@@ -327,16 +308,7 @@ size_t backward_scratch(const Params& p) {
 }
 template <int Sweep>
 void backward(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.dtype) {
-    case DType::f64:
-      return backward_range<double>(p, Sweep, begin, end, scratch);
-    case DType::f32:
-      return backward_range<float>(p, Sweep, begin, end, scratch);
-    case DType::f16:
-      return backward_range<f16>(p, Sweep, begin, end, scratch);
-    case DType::bf16:
-      return backward_range<bf16>(p, Sweep, begin, end, scratch);
-  }
+  by_dtype(p, [&](auto e) { backward_range<decltype(e)>(p, Sweep, begin, end, scratch); });
 }
 
 }  // namespace

@@ -97,6 +97,25 @@ VITKERNELS_INLINE int64_t sweep_items(const Params& p, int sweep) {
   return p.batch * p.heads * lines_of_map(p, sweep);
 }
 
+// visit(element of the tensors' dtype)
+template <class Visit>
+VITKERNELS_INLINE auto by_dtype(const Params& p, Visit visit) {
+  switch (p.dtype) {
+    case DType::f64:
+      return visit(double{});
+    case DType::f32:
+      return visit(float{});
+    case DType::f16:
+      return visit(f16{});
+    default:
+      return visit(bf16{});
+  }
+}
+
+VITKERNELS_INLINE int64_t head_items(const Params& p) {
+  return p.batch * p.heads;
+}
+
 // ---- one head gathered, so that all sweeps over it run in the second-level cache: in a tensor of many heads
 // its tokens lie far apart, a cache line or two each, and every sweep would fetch them anew
 
