@@ -162,9 +162,9 @@ inline void check_sizes(const Params& params) {
     throw std::runtime_error(
         "polyline path attention: the batch must be below 2^31, height and width below 2^15, "
         "height * width below 2^30");
-  if (params.head_dim > tile_attention::MAX_CHANNELS || params.value_dim > tile_attention::MAX_CHANNELS)
+  if (params.head_dim > tile_attention::MAX_COLUMNS || params.value_dim > tile_attention::MAX_COLUMNS)
     throw std::runtime_error("polyline path attention: head_dim and value_dim must be at most " +
-                             std::to_string(tile_attention::MAX_CHANNELS) + ", got " +
+                             std::to_string(tile_attention::MAX_COLUMNS) + ", got " +
                              std::to_string(params.head_dim) + " and " + std::to_string(params.value_dim));
 }
 

@@ -122,6 +122,10 @@ def _cases() -> Iterator[Case]:
         yield square((9, 9), 5, d=100, dv=40, dtype=dtype)
         yield square((12, 6), 5, d=3, dv=7, dtype=dtype, rpb=dtype)  # nothing is a multiple of anything
     yield square((9, 8), 5, d=128, dv=128, dtype=BF16)  # the widest accumulators
+    yield square((9, 8), 5, d=256, dv=136, dtype=F16, rpb=F16, heads=1, batch=1)  # gradients in two passes
+    yield square((9, 4), 3, d=136, dv=250, dtype=BF16, heads=1, batch=1)
+    yield square((6, 5), 3, d=200, dv=256, dtype=F32, rpb=F32, heads=1, batch=1)
+    yield square((8, 8), 4, 2, d=144, dv=200, dtype=F16, rpb=F16, heads=1, batch=1)  # groups in one small tile
     yield square((16, 14), 7, d=32, dv=32, dtype=BF16, rpb=BF16)
     yield square((7, 9), 3, d=20, dv=100, dtype=F64, rpb=F64)  # values in two passes
     yield square((9, 8), 3, dtype=F16, rpb=F32)
@@ -181,6 +185,7 @@ def assert_no_schedule_changes_a_bit(case: Case) -> None:
         square((9, 9), 3, rpb=F16),  # several tiles; keys and values in one pass
         square((9, 8), 5, dv=72, dtype=BF16, rpb=BF16),  # ... and in two
         square((9, 9), 4, d=8, dv=8, dtype=F32, rpb=F32),
+        square((5, 9), 3, d=136, dv=144, rpb=F16, heads=1, batch=1),  # in passes over small tiles
         line(20, 3, 2, dtype=F64, rpb=F64),
     ],
     ids=str,
@@ -198,7 +203,7 @@ def test_walks_over_chunks_of_the_batch() -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (square((2, 2), 2, d=16, dv=144), "at most 128, got 16 and 144"),
+        (square((2, 2), 2, d=16, dv=257), "at most 256, got 16 and 257"),
         (line(70000, 70000, d=1, dv=1), "a map of 1 x 70000 tokens with a kernel of 1 x 70000 is too large"),
         (square((48, 48), 48, rpb=F16), "a tile needs [0-9]+ bytes of shared memory"),
     ],

@@ -162,6 +162,9 @@ def _cases() -> Iterator[Case]:
     yield Case((9, 8), 96, 128, BF16, batch=1, heads=1)  # the widest accumulators
     yield Case((5, 4), 16, 100, F64, batch=1, heads=1)  # values in two passes, several small tiles
     yield Case((7, 7), 100, 128, F32, batch=1, heads=1)  # too wide for large tiles in fp32
+    yield Case((4, 5), 200, 256, F32, batch=1, heads=1)  # gradients in two passes
+    yield Case((7, 7), 256, 144, F16, "signed", batch=1, heads=1)
+    yield Case((4, 4), 136, 250, BF16, batch=1, heads=1)
     yield Case((7, 7), 3, 7, F16, batch=1, heads=1)  # nothing is a multiple of anything
     yield Case((7, 7), 16, 32, F16, bias_dtype=F32)
     yield Case((4, 4), 16, 48, BF16, "signed", bias_dtype=F32)
@@ -273,8 +276,8 @@ def test_a_wrong_table_index_is_noticed() -> None:
 
 
 def test_too_wide_is_refused() -> None:
-    case = Case((2, 2), 16, 144, F16)
-    with pytest.raises(RuntimeError, match="at most 128, got 16 and 144"):
+    case = Case((2, 2), 16, 257, F16)
+    with pytest.raises(RuntimeError, match="at most 256, got 16 and 257"):
         run_kernels(case, make_inputs(case, Guarded()), Guarded())
 
 

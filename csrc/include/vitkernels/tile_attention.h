@@ -26,7 +26,8 @@
 namespace vitkernels::tile_attention {
 
 constexpr int BLOCK_THREADS = 128;
-constexpr int MAX_CHANNELS = 128;         // of q and k, and of v
+constexpr int MAX_COLUMNS = 128;          // of the sums that a kernel holds in registers; more take passes
+constexpr int MAX_CHANNELS = 256;         // of q and k, and of v, the half of it in double
 constexpr int INVALID = -2147483647 - 1;  // the code of a key slot without a key
 // What a block may use on every architecture from sm_80 on (sm_86, sm_89 and sm_120 are the tightest). A
 // fixed number, so that the choice of tiles, and with it every rounding, depends on the sizes alone.
@@ -66,6 +67,10 @@ struct Problem {
   View grad_q, grad_k, grad_v;        // backward, each may be absent
   void* gradient_partials = nullptr;  // Acc [chunks, tiles, heads, gradient_elements], may be absent
 
+  // A pass of the backward whose owner is not Owner::both: the channels of its gradient. Set by the core.
+  int first_column = 0;
+  int columns = 0;
+
   // A work item is a chunk of the batch, a head, and a tile; set by split().
   int tiles = 0;
   int chunks = 0;
@@ -83,10 +88,11 @@ template <class Params>
 Problem make_problem(const Params& params, const std::string& name) {
   if (params.batch > 0x7fffffff || params.heads > 0x7fffffff)
     throw std::runtime_error(name + ": batch and heads must be below 2^31");
-  if (params.head_dim > MAX_CHANNELS || params.value_dim > MAX_CHANNELS)
-    throw std::runtime_error(name + ": head_dim and value_dim must be at most " +
-                             std::to_string(MAX_CHANNELS) + ", got " + std::to_string(params.head_dim) +
-                             " and " + std::to_string(params.value_dim));
+  const int most = params.dtype == DType::f64 ? MAX_CHANNELS / 2 : MAX_CHANNELS;
+  if (params.head_dim > most || params.value_dim > most)
+    throw std::runtime_error(name + ": head_dim and value_dim must be at most " + std::to_string(most) +
+                             ", got " + std::to_string(params.head_dim) + " and " +
+                             std::to_string(params.value_dim));
   Problem problem;
   problem.batch = static_cast<int>(params.batch);
   problem.heads = static_cast<int>(params.heads);

@@ -71,6 +71,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   const int row0 = group.first_row, lane_row = row0 + lane_id() / 4, lane_column = lane_id() % 4 * 2;
   const int head_depth = round_up(problem.head_dim, 16), value_depth = round_up(problem.value_dim, 16);
   const int ld_head = layout.ld_head, ld_value = layout.ld_value;
+  const int first_column = problem.first_column, column_blocks = round_up(problem.columns, 16) / 8;
   const Acc scale = static_cast<Acc>(problem.scale),
             logit_scale = static_cast<Acc>(problem.scale * Exp::unit);
   const bool want_sums = !KEY_SIDE<OWNER> && problem.gradient_partials != nullptr;
@@ -223,17 +224,17 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       group.sync();  // also: every warp is done with v
 
       if constexpr (OWNER == Owner::queries) {
-        Engine::template multiply<false>(first, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k, ld_head,
-                                         head_depth / 8, seen);
+        Engine::template multiply<false>(first, shared.d + row0 * LD_PAIR, LD_PAIR, shared.k + first_column,
+                                         ld_head, column_blocks, seen);
       } else if constexpr (OWNER == Owner::keys) {
-        Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q, ld_head, head_depth / 8,
-                                        seen_by);
+        Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q + first_column, ld_head,
+                                        column_blocks, seen_by);
         if constexpr (TWO_SUMS)
           Engine::template multiply<true>(second, shared.p + row0, LD_PAIR, shared.grad_out, ld_value,
                                           value_depth / 8, seen_by);
       } else if constexpr (OWNER == Owner::values) {
-        Engine::template multiply<true>(first, shared.p + row0, LD_PAIR, shared.grad_out, ld_value,
-                                        value_depth / 8, seen_by);
+        Engine::template multiply<true>(first, shared.p + row0, LD_PAIR, shared.grad_out + first_column,
+                                        ld_value, column_blocks, seen_by);
       } else {
         // Each result replaces, some channels at a time, an operand that has been read for the last time:
         // grad_v takes the place of v, grad_q and grad_k those of the same channels of q and k.
@@ -267,24 +268,25 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
     }
 
     if constexpr (OWNER == Owner::queries) {
-      write_sums(shared.q + row0 * ld_head, ld_head, first, head_depth / 8, scale, scale);
+      write_sums(shared.q + row0 * ld_head, ld_head, first, column_blocks, scale, scale);
     } else if constexpr (OWNER == Owner::keys) {
-      write_sums(shared.k + row0 * ld_head, ld_head, first, head_depth / 8, scale, scale);
+      write_sums(shared.k + row0 * ld_head, ld_head, first, column_blocks, scale, scale);
       if constexpr (TWO_SUMS)
         write_sums(shared.v + row0 * ld_value, ld_value, second, value_depth / 8, Acc(1), Acc(1));
     } else if constexpr (OWNER == Owner::values) {
-      write_sums(shared.v + row0 * ld_value, ld_value, first, value_depth / 8, Acc(1), Acc(1));
+      write_sums(shared.v + row0 * ld_value, ld_value, first, column_blocks, Acc(1), Acc(1));
     }
     group.sync();
     forget(tile);
     const auto query_token = [&](int slot) { return query(0, slot); };
     const auto key_token = [&](int slot) { return key(0, slot); };
     if (!KEY_SIDE<OWNER> && present(problem.grad_q))
-      store_tile(matrix(problem.grad_q, problem.head_dim), shared.q, ld_head, group, query_token);
+      store_tile(matrix(problem.grad_q, problem.columns), shared.q, ld_head, group, query_token);
     if ((OWNER == Owner::keys || OWNER == Owner::both) && present(problem.grad_k))
-      store_tile(matrix(problem.grad_k, problem.head_dim), shared.k, ld_head, group, key_token);
+      store_tile(matrix(problem.grad_k, problem.columns), shared.k, ld_head, group, key_token);
     if ((TWO_SUMS || OWNER == Owner::values || OWNER == Owner::both) && present(problem.grad_v))
-      store_tile(matrix(problem.grad_v, problem.value_dim), shared.v, ld_value, group, key_token);
+      store_tile(matrix(problem.grad_v, OWNER == Owner::values ? problem.columns : problem.value_dim),
+                 shared.v, ld_value, group, key_token);
     group.sync();  // before the next batch entry overwrites the tiles
   }
 
@@ -307,23 +309,53 @@ void backward_with(Problem problem, const Map& map, Stream stream) {
   launch_items<ROWS>(backward_kernel<Engine, OWNER, COLUMNS, Map>, problem, layout, map, stream);
 }
 
+// A gradient wider than the registers takes several passes, each with its own columns. The operator's sums
+// are left by the first.
+template <class Engine, Owner OWNER, int COLUMNS, class Map>
+void backward_passes(const Problem& problem, View Problem::* gradient, int width, const Map& map,
+                     Stream stream) {
+  const bool wanted = present(problem.*gradient);
+  for (int column = 0; column < (wanted ? width : 1); column += COLUMNS) {
+    Problem pass = problem;
+    pass.first_column = column;
+    pass.columns = width - column < COLUMNS ? width - column : COLUMNS;
+    View& target = pass.*gradient;
+    if (wanted) target.data = static_cast<typename Engine::T*>(target.data) + column * target.stride[3];
+    if (column > 0) pass.gradient_partials = nullptr;
+    backward_with<Engine, OWNER, COLUMNS>(pass, map, stream);
+  }
+}
+
 template <class Engine, int COLUMNS, class Map>
 void backward_apart(const Problem& problem, const Map& map, Stream stream) {
+  const int head_dim = problem.head_dim;
   if (present(problem.grad_q) || problem.gradient_partials != nullptr)
-    backward_with<Engine, Owner::queries, COLUMNS>(problem, map, stream);
+    backward_passes<Engine, Owner::queries, COLUMNS>(problem, &Problem::grad_q, head_dim, map, stream);
   if constexpr (VALUES_APART<COLUMNS>) {
-    if (present(problem.grad_k)) backward_with<Engine, Owner::keys, COLUMNS>(problem, map, stream);
-    if (present(problem.grad_v)) backward_with<Engine, Owner::values, COLUMNS>(problem, map, stream);
+    if (present(problem.grad_k))
+      backward_passes<Engine, Owner::keys, COLUMNS>(problem, &Problem::grad_k, head_dim, map, stream);
+    if (present(problem.grad_v))
+      backward_passes<Engine, Owner::values, COLUMNS>(problem, &Problem::grad_v, problem.value_dim, map,
+                                                      stream);
   } else if (present(problem.grad_k) || present(problem.grad_v)) {
-    backward_with<Engine, Owner::keys, COLUMNS>(problem, map, stream);
+    Problem pass = problem;
+    pass.columns = head_dim;
+    backward_with<Engine, Owner::keys, COLUMNS>(pass, map, stream);
   }
+}
+
+template <class Engine, class Map>
+void backward_together(Problem problem, const Map& map, Stream stream) {
+  problem.columns = problem.head_dim;
+  backward_with<Engine, Owner::both, MAX_COLUMNS>(problem, map, stream);
 }
 
 // The rows of backward()'s tiles, a function of the sizes only; see forward_rows().
 template <class T, class Map>
 int backward_rows(const Problem& problem, const Map& map) {
   if (std::is_same_v<T, double> || map.fits_small_tile()) return 16;
-  if (!std::is_floating_point_v<T>) return 64;
+  if (!std::is_floating_point_v<T>)  // four tiles of 64 rows have no room for more
+    return problem.head_dim > MAX_COLUMNS || problem.value_dim > MAX_COLUMNS ? 16 : 64;
   // with_sums always: the choice must not depend on which gradients are wanted
   return BackwardLayout<Engine<T, 64>>(problem, map, true).bytes > SHARED_LIMIT ? 16 : 64;
 }
@@ -344,18 +376,16 @@ void backward(const Problem& problem, const Map& map, Stream stream) {
   const bool together = disjoint(map, rows, 0);
   if constexpr (!std::is_same_v<T, double>) {
     if (rows == 64) {
-      if (together) return backward_with<Engine<T, 64>, Owner::both, MAX_CHANNELS>(problem, map, stream);
+      if (together) return backward_together<Engine<T, 64>>(problem, map, stream);
       if constexpr (!PLAIN) {
         if (problem.head_dim <= 64 && problem.value_dim <= 64)
           return backward_apart<Engine<T, 64>, 64>(problem, map, stream);
       }
-      return backward_apart<Engine<T, 64>, MAX_CHANNELS>(problem, map, stream);
+      return backward_apart<Engine<T, 64>, MAX_COLUMNS>(problem, map, stream);
     }
   }
-  if constexpr (PLAIN) {
-    if (!together) return backward_apart<Engine<T, 16>, MAX_CHANNELS>(problem, map, stream);
-  }
-  backward_with<Engine<T, 16>, Owner::both, MAX_CHANNELS>(problem, map, stream);
+  if (!together) return backward_apart<Engine<T, 16>, MAX_COLUMNS>(problem, map, stream);
+  backward_together<Engine<T, 16>>(problem, map, stream);
 }
 
 }  // namespace vitkernels::tile_attention

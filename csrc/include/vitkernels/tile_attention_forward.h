@@ -164,6 +164,19 @@ void forward_with(Problem problem, const Map& map, Stream stream) {
                              ForwardLayout<Engine>(problem, map), map, stream);
 }
 
+// Values wider than the registers take several passes, each with its own columns.
+template <class Engine, int COLUMNS, class Map>
+void forward_passes(const Problem& problem, const Map& map, Stream stream) {
+  using T = typename Engine::T;
+  for (int channel = 0; channel < problem.value_dim; channel += COLUMNS) {
+    Problem pass = problem;
+    pass.value_dim = problem.value_dim - channel < COLUMNS ? problem.value_dim - channel : COLUMNS;
+    pass.v.data = static_cast<T*>(problem.v.data) + channel * problem.v.stride[3];
+    pass.out.data = static_cast<T*>(problem.out.data) + channel * problem.out.stride[3];
+    forward_with<Engine, COLUMNS>(pass, map, stream);
+  }
+}
+
 // The rows of forward()'s tiles, a function of the sizes only. Tensor cores take 16 only where nothing is
 // larger; double always does (one kernel less to build, and its large tiles would seldom fit).
 template <class T, class Map>
@@ -181,21 +194,11 @@ void forward(const Problem& problem, const Map& map, Stream stream) {
       if constexpr (!std::is_floating_point_v<T>) {
         if (problem.value_dim <= 64) return forward_with<Engine<T, 64>, 64>(problem, map, stream);
       }
-      return forward_with<Engine<T, 64>, MAX_CHANNELS>(problem, map, stream);
+      return forward_passes<Engine<T, 64>, MAX_COLUMNS>(problem, map, stream);
     }
   }
-  if constexpr (std::is_same_v<T, double>) {
-    // The registers hold 64 columns of doubles: wider values take several passes, each with its own columns.
-    for (int channel = 0; channel < problem.value_dim; channel += 64) {
-      Problem pass = problem;
-      pass.value_dim = problem.value_dim - channel < 64 ? problem.value_dim - channel : 64;
-      pass.v.data = static_cast<T*>(problem.v.data) + channel * problem.v.stride[3];
-      pass.out.data = static_cast<T*>(problem.out.data) + channel * problem.out.stride[3];
-      forward_with<Engine<T, 16>, 64>(pass, map, stream);
-    }
-  } else {
-    forward_with<Engine<T, 16>, MAX_CHANNELS>(problem, map, stream);
-  }
+  // The registers hold 64 columns of doubles.
+  forward_passes<Engine<T, 16>, std::is_same_v<T, double> ? 64 : MAX_COLUMNS>(problem, map, stream);
 }
 
 }  // namespace vitkernels::tile_attention

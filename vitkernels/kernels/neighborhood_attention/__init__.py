@@ -192,8 +192,9 @@ def _flops(
 def _cuda_limits(q: Any, k: Any, v: Any, rpb: Any, kernel_size: Any, *_: Any) -> list[str]:
     reasons = []
     width, sizes = max(q.shape[-1], v.shape[-1]), q.shape[1:-2]
-    if width > 128:
-        reasons.append(f"takes head_dim and value_dim up to 128, got {width}")
+    most = 128 if q.dtype is torch.float64 else 256
+    if width > most:
+        reasons.append(f"takes head_dim and value_dim up to {most} in {q.dtype}, got {width}")
     if rpb is not None and (entries := math.prod(rpb.shape[1:])) > 1089:
         # what fits into shared memory beside the widest tiles
         reasons.append(f"takes kernels of up to 1089 relative positions (17x17) with a bias, got {entries}")

@@ -153,8 +153,9 @@ def _triton_limits(q: Any, k: Any, v: Any, *_: Any) -> list[str]:
 def _cuda_limits(q: Any, k: Any, v: Any, bias_table: Any, window_h: int, window_w: int, *_: Any) -> list[str]:
     reasons = []
     width, entries = max(q.shape[3], v.shape[3]), (2 * window_h - 1) * (2 * window_w - 1)
-    if width > 128:
-        reasons.append(f"takes head_dim and value_dim up to 128, got {width}")
+    most = 128 if q.dtype is torch.float64 else 256
+    if width > most:
+        reasons.append(f"takes head_dim and value_dim up to {most} in {q.dtype}, got {width}")
     if bias_table is not None and entries > 1089:  # what fits into shared memory beside the widest tiles
         reasons.append(f"takes windows of up to 1089 relative positions (17x17) with a bias, got {entries}")
     return reasons
