@@ -121,8 +121,12 @@ class CMakeBuild(build_ext):
             environment["CUDACXX"] = nvcc
         if cmake is None:
             raise SystemExit("vitkernels: cmake was not found: pip install cmake ninja")
-        # Fresh: an earlier build's cache names the tools of a temporary environment that is gone.
-        arguments = [cmake, "--fresh", "-S", str(ROOT), "-B", str(build), *self.cmake_arguments(target)]
+        # An earlier build's cache names the tools of a temporary environment that is gone. Unlike cmake --fresh,
+        # this keeps the objects, which ninja knows to be up to date or not.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for tools in build.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(tools, ignore_errors=True)
+        arguments = [cmake, "-S", str(ROOT), "-B", str(build), *self.cmake_arguments(target)]
         subprocess.run(arguments, check=True, env=environment)
         subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs())], check=True, env=environment)
 

@@ -170,6 +170,10 @@ def test_building_again_forgets_the_tools_of_the_first_build(sources, no_torch, 
         "CMAKE_MAKE_PROGRAM:FILEPATH=/no/such/ninja\n"
     )
     wheel_of(build_wheel(sources, no_torch, tmp_path, VITKERNELS_BUILD_CUDA="0"), tmp_path)
+    kernels = {path: path.stat().st_mtime_ns for path in cmake.rglob("cpu_kernel*.o")}
+    assert kernels
+    wheel_of(build_wheel(sources, no_torch, tmp_path, VITKERNELS_BUILD_CUDA="0"), tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in kernels} == kernels, "kernels were compiled again"
 
 
 def test_wheel_without_a_compiler(sources, no_torch, tmp_path):
