@@ -87,10 +87,44 @@ def make_inputs(
     return Inputs(tensors, options, random(*lead, heads, dv))
 
 
+def _segments(sums: Tensor) -> Tensor:
+    """[..., n] -> [..., n, n]: the log decay between two places of a line, a triangle at a time."""
+    difference = sums[..., :, None] - sums[..., None, :]
+    pairs = torch.ones(difference.shape[-2:], dtype=torch.bool, device=sums.device)
+    below = difference.masked_fill(~pairs.tril(0), 0.0)
+    above = (-difference).masked_fill(~pairs.triu(1), 0.0)
+    return below + above
+
+
 def eager(q: Tensor, k: Tensor, v: Tensor, log_decay_w: Tensor, log_decay_h: Tensor, *, mode: str) -> Tensor:
-    """The official form: masks, logits and probabilities of all pairs in memory."""
-    crossed, scale = mode == "criss_cross", q.shape[-1] ** -0.5
-    return reference.forward(q, k, v, log_decay_w, log_decay_h, crossed, scale)[0]
+    """The official form, operation by operation: the masks of rows and columns from triangles, for whole maps each
+    repeated to all pairs, added and brought into order; then logits and probabilities of all pairs."""
+    q = q * q.shape[-1] ** -0.5
+    rows = _segments(log_decay_w.cumsum(2).permute(0, 1, 3, 2).contiguous())  # [B, H, heads, W, W]
+    columns = _segments(log_decay_h.cumsum(1).permute(0, 2, 3, 1).contiguous())  # [B, W, heads, H, H]
+    if mode == "criss_cross":
+        across, down = (t.permute(0, 1, 3, 2, 4) for t in (q, k)), (t.permute(0, 2, 3, 1, 4) for t in (q, k))
+        of_rows, of_columns = (
+            torch.softmax(torch.matmul(a, b.transpose(-1, -2)) + mask, -1).to(v.dtype)
+            for (a, b), mask in ((across, rows), (down, columns))
+        )
+
+        def along(values: Tensor) -> Tensor:  # [B, H, W, heads, dv]
+            return torch.matmul(of_rows, values.permute(0, 1, 3, 2, 4)).permute(0, 1, 3, 2, 4)
+
+        def over(values: Tensor) -> Tensor:
+            return torch.matmul(of_columns, values.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)
+
+        return (0.5 * over(along(v)) + 0.5 * along(over(v))).contiguous()
+    batch, height, width, heads, _ = q.shape
+    every_row = rows.transpose(1, 2).unsqueeze(3).repeat(1, 1, 1, height, 1, 1)  # [B, heads, i, j, k, l]
+    every_column = columns.permute(0, 2, 3, 4, 1).unsqueeze(4).repeat(1, 1, 1, 1, width, 1)
+    paths = (every_row + every_column).transpose(3, 4).contiguous().view(batch, heads, height * width, -1)
+    q, k, values = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    first, second = torch.softmax(scores + paths, -1), torch.softmax(scores + paths.transpose(-1, -2), -1)
+    out = torch.matmul((0.5 * first + 0.5 * second).to(v.dtype), values)
+    return out.transpose(1, 2).reshape(v.shape)
 
 
 def prepare_flex(inputs: Inputs, training: bool) -> Function:
