@@ -15,7 +15,7 @@ import torch
 from vitkernels.bench.case import Case, Unavailable, load_case
 from vitkernels.bench.cli import DTYPES
 from vitkernels.bench.providers import select
-from vitkernels.bench.runner import MODES, Settings, evaluate, judge, make_step, truth_and_baseline
+from vitkernels.bench.runner import MODES, Draws, Settings, make_step
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,14 +57,10 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 
 @functools.lru_cache(maxsize=1)
-def _judged(operator: str, problem: Any, batch: int, mode: str, settings: Settings) -> tuple[Any, ...]:
+def _draws(operator: str, problem: Any, batch: int, mode: str, settings: Settings) -> Draws:
     torch._dynamo.reset()  # a recompilation limit reached by earlier shapes would fall back to eager
     case = load_case(operator)
-    generator = torch.Generator().manual_seed(settings.seed)
-    inputs = case.make_inputs(
-        problem, batch, dtype=settings.dtype, device=settings.device, generator=generator
-    )
-    return inputs, *truth_and_baseline(case, inputs, mode == "fwd+bwd")
+    return Draws(case, problem, batch, mode == "fwd+bwd", settings)
 
 
 @pytest.fixture
@@ -80,13 +76,13 @@ def step(
     chosen = {p.name: p for p in select(case, settings.device, None)}[provider]
     if mode not in chosen.modes:
         pytest.skip(f"{provider} has no {mode}")
-    inputs, truth, baseline = _judged(case.operator, shape, batch, mode, settings)
-    training = mode == "fwd+bwd"
+    draws = _draws(case.operator, shape, batch, mode, settings)
+    inputs, training = draws[0][0], mode == "fwd+bwd"
     try:
         function = chosen.prepare(inputs, training)
     except Unavailable as error:
         pytest.skip(str(error))
-    worst = judge(case, shape, batch, inputs, evaluate(function, inputs, training), baseline, truth)
+    worst = draws.judge(chosen, function)
     if not worst.ok:
         pytest.fail(f"WRONG: {worst}")
     once = make_step(function, inputs, training)

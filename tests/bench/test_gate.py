@@ -126,3 +126,36 @@ def test_one_outlier_fails_on_the_largest_error():
     verdict = gate.check("x", got, truth.float(), truth, factor=2)
     assert not verdict.ok
     assert verdict.share > 1
+
+
+def test_only_a_rare_largest_error_is_judged_over_three_draws():
+    """The largest error of one draw of heavy-tailed errors says little; a typical error too large says enough."""
+    draws = runner.Draws(CASE, PROBLEM, 2, False, SETTINGS)
+    asked = []
+
+    def rare(inputs: Inputs, training: bool):
+        """Eager, but for one element of the first draw."""
+        asked.append(inputs)
+
+        def function(**tensors):
+            out = CASE.eager(**tensors, **inputs.options).clone()
+            if inputs is draws[0][0]:
+                out.view(-1)[0] += shift
+            return out
+
+        return function
+
+    provider = Provider("rare", rare)
+    errors = [
+        gate.check("out", b["out"], b["out"], t["out"], factor=2)
+        for _, t, b in map(draws.__getitem__, range(3))
+    ]
+    shift = 1.5 * errors[0].max_allowed
+    verdict = draws.judge(provider, rare(draws[0][0], False))
+    assert len(asked) == 3
+    assert verdict.max_allowed == max(check.max_allowed for check in errors)
+    assert verdict.max_error >= shift - errors[0].max_error
+    asked.clear()
+    shift = 1.0  # beyond the rule in its root mean square too
+    assert not draws.judge(provider, rare(draws[0][0], False)).ok
+    assert len(asked) == 1
