@@ -47,7 +47,7 @@ struct Call {
   float* partials = nullptr;
 
   explicit Call(const Params& params)
-      : heads(static_cast<int>(params.heads)),
+      : heads(params.heads),
         queries(static_cast<int>(params.queries)),
         keys(static_cast<int>(params.keys)),
         value_dim(params.value_dim),
@@ -251,7 +251,7 @@ void with_shape(DType dtype, int tokens, int value_dim, Run run) {
 
 // Whether these kernels run a call; the tile-attention core runs the others.
 inline bool applies(const Params& params) {
-  return params.head_dim == 1 && !params.bias && (params.dtype == DType::f16 || params.dtype == DType::bf16);
+  return params.key_dim == 1 && !params.bias && (params.dtype == DType::f16 || params.dtype == DType::bf16);
 }
 
 void forward(const Params& params, Stream stream);

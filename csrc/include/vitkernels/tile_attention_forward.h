@@ -56,6 +56,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   }
 
   for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
+    enter(map, batch, item.head, 0);
     forget(tile);
     load_tile(shared.q, shared.ld_head, matrix(problem.q, batch, problem.head_dim), group, query);
     Acc output[COLUMNS / 8][4];
