@@ -20,7 +20,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 4) forward_kernel(Call call, KeyL
       find_extremes<T>(call, unit, reinterpret_cast<float*>(shared_memory() + layout.scratch));
 
   for (int tile = item.begin; tile < item.end; ++tile) {
-    const int first = (tile * WARPS + warp_id()) * 16 * STRIPS;  // query of this warp
+    int first = (tile * WARPS + warp_id()) * 16 * STRIPS;  // query of this warp
     float q[2 * STRIPS], extreme[2 * STRIPS], row_sum[2 * STRIPS];
     VK_UNROLL
     for (int r = 0; r < 2 * STRIPS; ++r) {
@@ -71,6 +71,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 4) forward_kernel(Call call, KeyL
       }
     }
 
+    forget(first);  // lest addresses wait in registers for the end of the loop
     VK_UNROLL
     for (int s = 0; s < STRIPS; ++s) {
       float factor[2];
