@@ -12,86 +12,47 @@
 namespace vitkernels::strip_attention::rank_one {
 namespace {
 
-// What the kernel of the keys is told about a query.
-using Row = Vec<float, 2>;  // delta, log2(sum P)
+// What the kernel of the keys is told about a query: delta, log(sum P).
+template <class T>
+using Row = Vec<accumulate_t<T>, 2>;
 
-// 16 rows of an operand from a warp's slab to registers, `depth` blocks of 16 channels.
-template <int DEPTH>
-VK_DEVICE void load_fragments(uint32_t (&fragments)[DEPTH][4], const void* slab, int ld, int depth) {
-  const char* row = static_cast<const char*>(slab) + ((lane_id() & 15) * ld + (lane_id() >> 4) * 8) * 2;
-  VK_UNROLL
-  for (int c = 0; c < DEPTH; ++c) {
-    if (c >= depth) break;
-    ldmatrix_x4(fragments[c], row + 32 * c);
-  }
+template <class T>
+VK_DEVICE accumulate_t<T>* row_of(const Call& call, const Unit& unit, int token) {
+  return static_cast<accumulate_t<T>*>(call.rows) + 2 * (unit.index * call.queries + token);
 }
 
-// The products of 16 rows in registers with 16 rows of a tile, over all channels.
-template <class T, int STRIPS, int DEPTH>
-VK_DEVICE void multiply_rows(float (&products)[STRIPS][2][4], const uint32_t (&left)[STRIPS][DEPTH][4],
-                             const T* tile, int ld, int depth) {
-  const int lane = lane_id();
-  tile += ((lane & 7) + (lane >> 4) * 8) * ld + ((lane >> 3) & 1) * 8;
-  VK_UNROLL
-  for (int s = 0; s < STRIPS; ++s) tile_attention::clear(products[s]);
-  VK_UNROLL
-  for (int c = 0; c < DEPTH; ++c) {
-    if (c >= depth) break;
-    uint32_t right[4];
-    ldmatrix_x4(right, tile + 16 * c);
-    VK_UNROLL
-    for (int s = 0; s < STRIPS; ++s) {
-      mma_m16n8k16<T>(products[s][0], left[s][c], {right[0], right[1]});
-      mma_m16n8k16<T>(products[s][1], left[s][c], {right[2], right[3]});
-    }
-  }
-}
-
-// Rows `first` and on of a tensor of a unit, those of a warp, to its slab and from there to registers.
-template <class T, int STRIPS, int DEPTH>
-VK_DEVICE void load_rows(uint32_t (&fragments)[STRIPS][DEPTH][4], const Matrix<T>& source, int first, int count,
-                         T* slab, int ld) {
-  VK_UNROLL
-  for (int s = 0; s < STRIPS; ++s) {
-    load_tile(slab + 16 * s * ld, ld, source, Group<16>(), [&](int slot) {
-      const int token = first + 16 * s + slot;
-      return token < count ? token : -1;
-    });
-  }
-  cp_async_commit();
-  cp_async_wait<0>();
-  sync_warp();
-  VK_UNROLL
-  for (int s = 0; s < STRIPS; ++s)
-    load_fragments(fragments[s], slab + 16 * s * ld, ld, round_up(source.channels, 16) / 16);
-  sync_warp();  // before the slab is filled anew
-}
+// Blocks of an SM that the registers must allow.
+template <class T, int COLUMNS, int STRIPS>
+constexpr int MIN_BLOCKS = std::is_floating_point_v<T> ? 2 : COLUMNS * STRIPS > 64 ? 3 : 4;
 
 template <class T, int COLUMNS, int STRIPS>
-VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 4) queries_kernel(Call call, KeyLayout<T> layout) {
+VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (std::is_floating_point_v<T> ? 2 : 4))
+    queries_kernel(Call call, KeyLayout<T> layout) {
+  using Acc = accumulate_t<T>;
+  using Exp = Exponential<T>;
   const QueryItem item(call);
   const Unit& unit = item.unit;
-  const int ld = layout.ld, depth = round_up(call.value_dim, 16) / 16;
-  const int lane = lane_id(), g = lane / 4, t = lane % 4;
+  const int ld = layout.ld;
+  const int g = lane_id() / 4, t = lane_id() % 4;
   T* const slab = reinterpret_cast<T*>(shared_memory() + layout.slabs) + warp_id() * layout.slab_rows * ld;
-  const float unit_scale = call.scale * LOG2E;
+  const Acc scale = static_cast<Acc>(call.scale), unit_scale = static_cast<Acc>(call.scale * Exp::unit);
 
   KeyTiles<T> tiles(call, layout, unit, item.end - item.begin);
-  const Extremes extremes =
-      find_extremes<T>(call, unit, reinterpret_cast<float*>(shared_memory() + layout.scratch));
+  const Extremes<Acc> extremes =
+      find_extremes<T>(call, unit, reinterpret_cast<Acc*>(shared_memory() + layout.scratch));
 
+  Rows<T, COLUMNS, STRIPS> grad_out;
   for (int tile = item.begin; tile < item.end; ++tile) {
     const int first = (tile * WARPS + warp_id()) * 16 * STRIPS;
-    uint32_t grad_out[STRIPS][COLUMNS / 16][4];
-    load_rows(grad_out, unit.matrix<T>(call.grad_out, call.value_dim), first, call.queries, slab, ld);
-    float q[2 * STRIPS], extreme[2 * STRIPS];
-    float sum_p[2 * STRIPS], sum_k[2 * STRIPS], sum_g[2 * STRIPS], sum_gk[2 * STRIPS];
+    grad_out.load(unit.matrix<T>(call.grad_out, call.value_dim), first, call.queries, slab, ld);
+    Acc q[2 * STRIPS], extreme[2 * STRIPS];
+    Acc sum_p[2 * STRIPS], sum_k[2 * STRIPS], sum_g[2 * STRIPS], sum_gk[2 * STRIPS];
     VK_UNROLL
     for (int r = 0; r < 2 * STRIPS; ++r) {
       const int token = first + 8 * r + g;
-      q[r] = token < call.queries ? to_float(unit.scalar<T>(call.q, token)) * unit_scale : 0.0f;
+      q[r] = token < call.queries ? to_accumulate(unit.scalar<T>(call.q, token)) * unit_scale : Acc(0);
       extreme[r] = extremes.of(q[r]);
-      sum_p[r] = sum_k[r] = sum_g[r] = sum_gk[r] = 0.0f;
+      sum_p[r] = sum_k[r] = sum_g[r] = sum_gk[r] = Acc(0);
     }
 
     for (int k = 0; k < call.keys; k += TILE) {
@@ -100,27 +61,32 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 4) queries_kernel(Call call, KeyL
       const int here = call.keys - k < TILE ? call.keys - k : TILE;
       VK_NO_UNROLL
       for (int m = 0; m < here; m += 16) {
-        float products[STRIPS][2][4];
-        multiply_rows<T>(products, grad_out, tiles.values() + m * ld, ld, depth);
-        const float* const keys = tiles.keys() + m + 2 * t;
-        const auto low = Vec<float, 2>::load(keys), high = Vec<float, 2>::load(keys + 8);
-        const float key[4] = {low[0], low[1], high[0], high[1]};
+        Acc products[STRIPS][2][4];
+        grad_out.multiply(products, tiles.values() + m * ld, ld);
+        const Acc* const keys = tiles.keys() + m + 2 * t;
+        const auto low = Vec<Acc, 2>::load(keys), high = Vec<Acc, 2>::load(keys + 8);
+        const Acc key[4] = {low[0], low[1], high[0], high[1]};
         VK_UNROLL
         for (int r = 0; r < 2 * STRIPS; ++r) {
+          Acc part_p = Acc(0), part_k = Acc(0), part_g = Acc(0), part_gk = Acc(0);
           VK_UNROLL
           for (int c = 0; c < 4; ++c) {
             // Keys are taken from the extreme one on: the gradient does not change, and where few keys near
             // it have all the weight nothing cancels.
-            const float shifted = key[c] - extreme[r], p = exp2_fast(q[r] * shifted);
-            const float pg = p * products[r / 2][c / 2][r % 2 * 2 + c % 2];
-            sum_g[r] += pg;
-            sum_gk[r] += pg * shifted;
+            const Acc shifted = key[c] - extreme[r], p = Exp::exp(q[r] * shifted);
+            const Acc pg = p * products[r / 2][c / 2][r % 2 * 2 + c % 2];
+            part_g += pg;
+            part_gk += pg * shifted;
             // A key that does not exist has values, and so a G, of zero.
             if (m + 2 * t + c % 2 + c / 2 * 8 < here) {
-              sum_p[r] += p;
-              sum_k[r] += p * shifted;
+              part_p += p;
+              part_k += p * shifted;
             }
           }
+          sum_p[r] += part_p;
+          sum_k[r] += part_k;
+          sum_g[r] += part_g;
+          sum_gk[r] += part_gk;
         }
       }
     }
@@ -128,15 +94,15 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 4) queries_kernel(Call call, KeyL
     VK_UNROLL
     for (int r = 0; r < 2 * STRIPS; ++r) {
       const int token = first + 8 * r + g;
-      const float total = warp_sum<4>(sum_p[r]), factor = 1.0f / total;
-      const float mean_k = warp_sum<4>(sum_k[r]) * factor, mean_g = warp_sum<4>(sum_g[r]) * factor;
-      const float mean_gk = warp_sum<4>(sum_gk[r]) * factor;
+      const Acc total = warp_sum<4>(sum_p[r]), factor = Acc(1) / total;
+      const Acc mean_k = warp_sum<4>(sum_k[r]) * factor, mean_g = warp_sum<4>(sum_g[r]) * factor;
+      const Acc mean_gk = warp_sum<4>(sum_gk[r]) * factor;
       if (t != 0 || token >= call.queries) continue;
-      const float grad_lse = present(call.grad_lse) ? unit.scalar<float>(call.grad_lse, token) : 0.0f;
+      const Acc grad_lse = present(call.grad_lse) ? unit.scalar<Acc>(call.grad_lse, token) : Acc(0);
       if (present(call.grad_q))
-        unit.scalar<T>(call.grad_q, token) = from_float<T>(
-            call.scale * (mean_gk - mean_g * mean_k + grad_lse * (mean_k + extreme[r])));
-      Row{{mean_g - grad_lse, log2_fast(total)}}.store(call.rows + 2 * (unit.index * call.queries + token));
+        unit.scalar<T>(call.grad_q, token) = from_accumulate<T>(
+            scale * (mean_gk - mean_g * mean_k + grad_lse * (mean_k + extreme[r])));
+      Row<T>{{mean_g - grad_lse, Exp::log(total)}}.store(row_of<T>(call, unit, token));
     }
   }
 }
@@ -144,8 +110,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, 4) queries_kernel(Call call, KeyL
 // Tiles of queries and of grad_out stream through two buffers.
 template <class T>
 struct QueryLayout {
+  using Acc = accumulate_t<T>;
   int ld;
-  int grads, columns, slabs, scratch;
+  int grads, queries, rows, slabs, steps, scratch;
   int grad_bytes;  // of a buffer
   int slab_rows;
   int64_t bytes;
@@ -156,155 +123,154 @@ struct QueryLayout {
         slab_rows(slab_rows) {
     Carver carver;
     grads = carver.take<T>(2 * TILE * ld);
-    columns = carver.take<Vec<float, 4>>(2 * TILE);
+    queries = carver.take<Vec<Acc, 2>>(2 * TILE);
+    rows = carver.take<Row<T>>(2 * TILE);
     slabs = carver.take<T>(WARPS * slab_rows * ld);
-    scratch = carver.take<float>(2 * WARPS);
+    steps = carver.take<T>(WARPS * STEP<T>);
+    scratch = carver.take<Acc>(2 * WARPS);
     bytes = carver.used();
   }
 };
 
-// Partial sums of grad_v are rows of this many floats, in pairs.
+// Partial sums: of grad_v [units][chunks][keys][pitch], in pairs of columns, then of grad_k, [units][chunks]
+// [keys].
 VK_HOST_DEVICE int partial_pitch(int value_dim) {
   return round_up(value_dim, 2);
 }
-
-// Blocks of an SM that the registers must allow.
-template <int COLUMNS, int STRIPS>
-constexpr int KEYS_MIN_BLOCKS = COLUMNS * STRIPS > 64 ? 3 : 4;
+template <class T>
+VK_DEVICE accumulate_t<T>* partials_k(const Call& call) {
+  return static_cast<accumulate_t<T>*>(call.partials) +
+         call.units * call.chunks * call.keys * partial_pitch(call.value_dim);
+}
 
 template <class T, int COLUMNS, int STRIPS>
-VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (KEYS_MIN_BLOCKS<COLUMNS, STRIPS>))
+VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
     keys_kernel(Call call, QueryLayout<T> layout) {
+  using Acc = accumulate_t<T>;
+  using Exp = Exponential<T>;
+  constexpr bool PARTS = std::is_floating_point_v<T>;
   const int chunk = block_x() % call.chunks, whole = block_x() / call.chunks;
   const Unit unit(call, whole / call.tiles);
   const int first = (whole % call.tiles * WARPS + warp_id()) * 16 * STRIPS;
-  const int ld = layout.ld, depth = round_up(call.value_dim, 16) / 16;
-  const int lane = lane_id(), g = lane / 4, t = lane % 4;
+  const int ld = layout.ld, blocks = round_up(call.value_dim, 16) / 8;
+  const int g = lane_id() / 4, t = lane_id() % 4;
   T* const slab = reinterpret_cast<T*>(shared_memory() + layout.slabs) + warp_id() * layout.slab_rows * ld;
-  auto* const columns = reinterpret_cast<Vec<float, 4>*>(shared_memory() + layout.columns);
+  T* const step = reinterpret_cast<T*>(shared_memory() + layout.steps) + warp_id() * STEP<T>;
   const auto grads = [&](int turn) {
     return reinterpret_cast<T*>(shared_memory() + layout.grads + (turn & 1) * layout.grad_bytes);
   };
-  const float unit_scale = call.scale * LOG2E;
+  // Of each query q' and the key with its largest score, and its row.
+  const auto of_queries = [&](int offset, int turn) {
+    return reinterpret_cast<Acc*>(shared_memory() + offset) + (turn & 1) * 2 * TILE;
+  };
 
-  const Extremes extremes =
-      find_extremes<T>(call, unit, reinterpret_cast<float*>(shared_memory() + layout.scratch));
-  const auto stage = [&](int tile, int turn) {
-    load_tile(grads(turn), ld, unit.matrix<T>(call.grad_out, call.value_dim), Group<TILE>(), [&](int slot) {
+  const Extremes<Acc> extremes =
+      find_extremes<T>(call, unit, reinterpret_cast<Acc*>(shared_memory() + layout.scratch));
+  const auto stage = [&](int tile) {
+    load_tile(grads(tile), ld, unit.matrix<T>(call.grad_out, call.value_dim), Group<TILE>(), [&](int slot) {
       const int token = tile * TILE + slot;
       return token < call.queries ? token : -1;
     });
     cp_async_commit();
     if (thread_x() >= TILE) return;
     const int token = tile * TILE + thread_x();
-    Vec<float, 4> column{{0.0f, extremes.smallest, INFINITY, 0.0f}};  // no query: probabilities of zero
+    Acc q = Acc(0);
+    Row<T> row{{Acc(0), INFINITY}};  // no query: probabilities of zero
     if (token < call.queries) {
-      const Row row = Row::load(call.rows + 2 * (unit.index * call.queries + token));
-      column[0] = to_float(unit.scalar<T>(call.q, token)) * unit_scale;
-      column[1] = extremes.of(column[0]);
-      column[2] = row[1];
-      column[3] = row[0];
+      q = to_accumulate(unit.scalar<T>(call.q, token)) * static_cast<Acc>(call.scale * Exp::unit);
+      row = Row<T>::load(row_of<T>(call, unit, token));
     }
-    column.store(reinterpret_cast<float*>(columns + (turn & 1) * TILE + thread_x()));
+    Vec<Acc, 2>{{q, extremes.of(q)}}.store(of_queries(layout.queries, tile) + 2 * thread_x());
+    row.store(of_queries(layout.rows, tile) + 2 * thread_x());
   };
 
   const int begin = chunk * call.tiles_per_chunk, all = tiles_of(call.queries, TILE);
   const int end = begin + call.tiles_per_chunk < all ? begin + call.tiles_per_chunk : all;
-  stage(begin, begin);
-  uint32_t values[STRIPS][COLUMNS / 16][4];
-  load_rows(values, unit.matrix<T>(call.v, call.value_dim), first, call.keys, slab, ld);
-  float key[2 * STRIPS], grad_k[2 * STRIPS];
+  stage(begin);
+  Rows<T, COLUMNS, STRIPS> values;
+  values.load(unit.matrix<T>(call.v, call.value_dim), first, call.keys, slab, ld);
+  Acc key[2 * STRIPS], grad_k[2 * STRIPS];
   VK_UNROLL
   for (int r = 0; r < 2 * STRIPS; ++r) {
     const int token = first + 8 * r + g;
-    key[r] = token < call.keys ? to_float(unit.scalar<T>(call.k, token)) : extremes.smallest;
-    grad_k[r] = 0.0f;
+    key[r] = token < call.keys ? to_accumulate(unit.scalar<T>(call.k, token)) : extremes.smallest;
+    grad_k[r] = Acc(0);
   }
-  float grad_v[STRIPS][COLUMNS / 8][4];
-  VK_UNROLL
-  for (int s = 0; s < STRIPS; ++s) tile_attention::clear(grad_v[s]);
+  Acc grad_v[STRIPS][COLUMNS / 8][4];
+  clear_all(grad_v);
 
   for (int tile = begin; tile < end; ++tile) {
     cp_async_wait<0>();
     sync_block();  // the tile is there for all, and all are done with the other buffer
-    if (tile + 1 < end) stage(tile + 1, tile + 1);
+    if (tile + 1 < end) stage(tile + 1);
     if (first >= call.keys) continue;
     const int here = call.queries - tile * TILE < TILE ? call.queries - tile * TILE : TILE;
-    const T* const grad_out = grads(tile);
+    Acc of_tile[STRIPS][COLUMNS / 8][4];
+    if (PARTS) clear_all(of_tile);
     VK_NO_UNROLL
     for (int n = 0; n < here; n += 16) {
-      float products[STRIPS][2][4];
-      multiply_rows<T>(products, values, grad_out + n * ld, ld, depth);
-      uint32_t left[STRIPS][4];
+      const T* const grad_out = grads(tile) + n * ld;
+      Acc products[STRIPS][2][4], p[STRIPS][2][4];
+      values.multiply(products, grad_out, ld);
+      Acc part[2 * STRIPS] = {};
       VK_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float p[2 * STRIPS][2];
+      for (int c = 0; c < 4; ++c) {
+        const int column = n + c / 2 * 8 + 2 * t + c % 2;
+        const auto query = Vec<Acc, 2>::load(of_queries(layout.queries, tile) + 2 * column);
+        const auto row = Row<T>::load(of_queries(layout.rows, tile) + 2 * column);
         VK_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          const auto column = Vec<float, 4>::load(
-              reinterpret_cast<const float*>(columns + (tile & 1) * TILE + n + 8 * half + 2 * t + c));
-          VK_UNROLL
-          for (int r = 0; r < 2 * STRIPS; ++r) {
-            p[r][c] = exp2_fast(column[0] * (key[r] - column[1]) - column[2]);
-            grad_k[r] += p[r][c] * (products[r / 2][half][r % 2 * 2 + c] - column[3]) * column[0];
-          }
-        }
-        VK_UNROLL
-        for (int r = 0; r < 2 * STRIPS; ++r) left[r / 2][r % 2 + 2 * half] = pack2<T>(p[r][0], p[r][1]);
-      }
-      const T* const right_rows = grad_out + (n + (lane & 15)) * ld + (lane >> 4) * 8;
-      VK_UNROLL
-      for (int j = 0; j < COLUMNS / 8; j += 2) {
-        if (j >= 2 * depth) break;
-        uint32_t right[4];
-        ldmatrix_x4_trans(right, right_rows + j * 8);
-        VK_UNROLL
-        for (int s = 0; s < STRIPS; ++s) {
-          mma_m16n8k16<T>(grad_v[s][j], left[s], {right[0], right[1]});
-          mma_m16n8k16<T>(grad_v[s][j + 1], left[s], {right[2], right[3]});
+        for (int r = 0; r < 2 * STRIPS; ++r) {
+          const Acc value = Exp::exp(query[0] * (key[r] - query[1]) - row[1]);
+          p[r / 2][c / 2][r % 2 * 2 + c % 2] = value;
+          part[r] += value * (products[r / 2][c / 2][r % 2 * 2 + c % 2] - row[0]) * query[0];
         }
       }
+      VK_UNROLL
+      for (int r = 0; r < 2 * STRIPS; ++r) grad_k[r] += part[r];
+      multiply_step(PARTS ? of_tile : grad_v, p, step, grad_out, ld, blocks);
     }
+    if (PARTS) add(grad_v, of_tile);
   }
 
-  // The queries came times scale log2(e).
+  // The queries came times unit.
   VK_UNROLL
-  for (int r = 0; r < 2 * STRIPS; ++r) grad_k[r] = warp_sum<4>(grad_k[r]) * LN2;
+  for (int r = 0; r < 2 * STRIPS; ++r) grad_k[r] = warp_sum<4>(grad_k[r]) * static_cast<Acc>(1.0 / Exp::unit);
   if (call.chunks == 1) {
     VK_UNROLL
     for (int r = 0; r < 2 * STRIPS; ++r) {
       const int token = first + 8 * r + g;
       if (t == 0 && token < call.keys && present(call.grad_k))
-        unit.scalar<T>(call.grad_k, token) = from_float<T>(grad_k[r]);
+        unit.scalar<T>(call.grad_k, token) = from_accumulate<T>(grad_k[r]);
     }
     if (!present(call.grad_v)) return;
+    sync_warp();  // the slab may hold the values
     VK_UNROLL
     for (int s = 0; s < STRIPS; ++s)
-      tile_attention::write_sums(slab + 16 * s * ld, ld, grad_v[s], 2 * depth, 1.0f, 1.0f);
+      write_sums(slab + 16 * s * ld, ld, grad_v[s], blocks, Acc(1), Acc(1));
     sync_warp();
     VK_UNROLL
     for (int s = 0; s < STRIPS; ++s) {
-      store_tile(unit.matrix<T>(call.grad_v, call.value_dim), slab + 16 * s * ld, ld, Group<16>(), [&](int slot) {
-        const int token = first + 16 * s + slot;
-        return token < call.keys ? token : -1;
-      });
+      store_tile(unit.matrix<T>(call.grad_v, call.value_dim), slab + 16 * s * ld, ld, Group<16>(),
+                 [&](int slot) {
+                   const int token = first + 16 * s + slot;
+                   return token < call.keys ? token : -1;
+                 });
     }
     return;
   }
   const int pitch = partial_pitch(call.value_dim);
   const int64_t rows = (unit.index * call.chunks + chunk) * call.keys;
-  float* const partial_k = call.partials + call.units * call.chunks * call.keys * pitch + rows;
   VK_UNROLL
   for (int r = 0; r < 2 * STRIPS; ++r) {
     const int token = first + 8 * r + g;
     if (token >= call.keys) continue;
-    if (t == 0) partial_k[token] = grad_k[r];
-    float* const partial_v = call.partials + (rows + token) * pitch;
+    if (t == 0) partials_k<T>(call)[rows + token] = grad_k[r];
+    Acc* const partial_v = static_cast<Acc*>(call.partials) + (rows + token) * pitch;
     VK_UNROLL
     for (int j = 0; j < COLUMNS / 8; ++j) {
       const int column = 8 * j + 2 * t;
       const auto& sums = grad_v[r / 2][j];
-      if (column < pitch) Vec<float, 2>{{sums[r % 2 * 2], sums[r % 2 * 2 + 1]}}.store(partial_v + column);
+      if (column < pitch) Vec<Acc, 2>{{sums[r % 2 * 2], sums[r % 2 * 2 + 1]}}.store(partial_v + column);
     }
   }
 }
@@ -314,24 +280,23 @@ constexpr int REDUCE_THREADS = 256;
 // A thread for each element of grad_v, and one more a row for that of grad_k.
 template <class T>
 VK_KERNEL void VK_LAUNCH_BOUNDS(REDUCE_THREADS, 1) reduce_kernel(Call call) {
+  using Acc = accumulate_t<T>;
   const int width = call.value_dim + 1, pitch = partial_pitch(call.value_dim);
   const int64_t index = static_cast<int64_t>(block_x()) * REDUCE_THREADS + thread_x(), row = index / width;
   if (row >= call.units * call.keys) return;
   const int column = static_cast<int>(index - row * width);
   const Unit unit(call, row / call.keys);
-  const int token = static_cast<int>(row % call.keys);
+  const int token = static_cast<int>(row - unit.index * call.keys);
   const bool of_key = column == call.value_dim;
   const View& target = of_key ? call.grad_k : call.grad_v;
   if (!present(target)) return;
   const int64_t first = unit.index * call.chunks * call.keys + token;
-  const float* partials = of_key ? call.partials + call.units * call.chunks * call.keys * pitch + first
-                                 : call.partials + first * pitch + column;
-  const int64_t step = static_cast<int64_t>(call.keys) * (of_key ? 1 : pitch);
-  float sum = 0.0f;
-  for (int chunk = 0; chunk < call.chunks; ++chunk) sum += partials[chunk * step];
-  T& element = of_key ? unit.scalar<T>(target, token)
-                      : (&unit.scalar<T>(target, token))[column * target.stride[3]];
-  element = from_float<T>(sum);
+  const Acc* partials =
+      of_key ? partials_k<T>(call) + first : static_cast<const Acc*>(call.partials) + first * pitch + column;
+  const int64_t stride = static_cast<int64_t>(call.keys) * (of_key ? 1 : pitch);
+  Acc sum = Acc(0);
+  for (int chunk = 0; chunk < call.chunks; ++chunk) sum += partials[chunk * stride];
+  (&unit.scalar<T>(target, token))[of_key ? 0 : column * target.stride[3]] = from_accumulate<T>(sum);
 }
 
 // Blocks that fill a large device. Beyond them, partial sums cost more than they bring.
@@ -348,24 +313,25 @@ int64_t split_keys(Call* call, int rows) {
   return call->units * call->tiles * call->chunks;
 }
 
-int64_t floats_of_rows(const Call& call) {
-  return 2 * call.units * call.queries;
+// A Row for each query.
+int64_t row_bytes(const Call& call) {
+  return 2 * call.units * call.queries * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace
 
 int64_t backward_workspace(const Params& params) {
   Call call(params);
-  split_keys(&call, 16 * WARPS * strips(call.keys, call.value_dim));
-  int64_t floats = floats_of_rows(call);
-  if (call.chunks > 1) floats += call.units * call.chunks * call.keys * (partial_pitch(call.value_dim) + 1);
-  return floats * static_cast<int64_t>(sizeof(float));
+  split_keys(&call, 16 * WARPS * strips(params.dtype, call.keys, call.value_dim));
+  if (call.chunks == 1) return row_bytes(call);
+  return row_bytes(call) + call.units * call.chunks * call.keys * (partial_pitch(call.value_dim) + 1) *
+                               static_cast<int64_t>(sizeof(float));
 }
 
 void backward(const Params& params, Stream stream) {
   Call call(params);
-  call.rows = static_cast<float*>(params.workspace);
-  call.partials = call.rows + floats_of_rows(call);
+  call.rows = params.workspace;
+  call.partials = static_cast<char*>(params.workspace) + row_bytes(call);
   with_shape(params.dtype, call.queries, call.value_dim, [&](auto zero, auto columns, auto strips) {
     using T = decltype(zero);
     constexpr int ROWS = 16 * decltype(strips)::value;
@@ -385,8 +351,8 @@ void backward(const Params& params, Stream stream) {
            static_cast<size_t>(layout.bytes), stream, call, layout);
     if (call.chunks == 1) return;
     const int64_t elements = call.units * call.keys * (call.value_dim + 1);
-    launch(reduce_kernel<T>, Dim3{(elements + REDUCE_THREADS - 1) / REDUCE_THREADS}, REDUCE_THREADS, 0, stream,
-           call);
+    launch(reduce_kernel<T>, Dim3{(elements + REDUCE_THREADS - 1) / REDUCE_THREADS}, REDUCE_THREADS, 0,
+           stream, call);
   });
 }
 
