@@ -43,7 +43,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (std::is_floating_point_v<T> ? 2 
 
   Rows<T, COLUMNS, STRIPS> grad_out;
   for (int tile = item.begin; tile < item.end; ++tile) {
-    const int first = (tile * WARPS + warp_id()) * 16 * STRIPS;
+    int first = (tile * WARPS + warp_id()) * 16 * STRIPS;
     grad_out.load(unit.matrix<T>(call.grad_out, call.value_dim), first, call.queries, slab, ld);
     Acc q[2 * STRIPS], extreme[2 * STRIPS];
     Acc sum_p[2 * STRIPS], sum_k[2 * STRIPS], sum_g[2 * STRIPS], sum_gk[2 * STRIPS];
@@ -91,6 +91,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (std::is_floating_point_v<T> ? 2 
       }
     }
 
+    forget(first);  // lest addresses wait in registers for the end of the loop
     VK_UNROLL
     for (int r = 0; r < 2 * STRIPS; ++r) {
       const int token = first + 8 * r + g;
@@ -151,7 +152,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
   constexpr bool PARTS = std::is_floating_point_v<T>;
   const int chunk = block_x() % call.chunks, whole = block_x() / call.chunks;
   const Unit unit(call, whole / call.tiles);
-  const int first = (whole % call.tiles * WARPS + warp_id()) * 16 * STRIPS;
+  int first = (whole % call.tiles * WARPS + warp_id()) * 16 * STRIPS;
   const int ld = layout.ld, blocks = round_up(call.value_dim, 16) / 8;
   const int g = lane_id() / 4, t = lane_id() % 4;
   T* const slab = reinterpret_cast<T*>(shared_memory() + layout.slabs) + warp_id() * layout.slab_rows * ld;
@@ -232,6 +233,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
     if (PARTS) add(grad_v, of_tile);
   }
 
+  forget(first);  // lest addresses wait in registers for the end of the loop
   // The queries came times unit.
   VK_UNROLL
   for (int r = 0; r < 2 * STRIPS; ++r) grad_k[r] = warp_sum<4>(grad_k[r]) * static_cast<Acc>(1.0 / Exp::unit);
