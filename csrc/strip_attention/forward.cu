@@ -1,7 +1,6 @@
-#include "vitkernels/tile_attention_forward.h"
-
 #include "map.h"
 #include "rank_one.h"
+#include "vitkernels/tile_attention_forward.h"
 
 namespace vitkernels::strip_attention {
 

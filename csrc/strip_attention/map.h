@@ -6,7 +6,8 @@
 // r fused multiply-adds a logit would cost more from r = 2 on.
 //
 // Floor per batch entry and head for N queries and M keys: (N + M) (r + dv) sizeof(T) bytes, 2 N M (r + dv)
-// FLOPs, N M exponentials, and with a bias of full size its N M elements; backward: tile_attention_backward.h.
+// FLOPs, N M exponentials, and with a bias of full size its N M elements; backward:
+// tile_attention_backward.h.
 #pragma once
 #include "strip_attention.h"
 #include "vitkernels/tile_attention_backward.h"

@@ -38,10 +38,10 @@ using tile_attention::Span;
 using tile_attention::store_tile;
 using tile_attention::write_sums;
 
-constexpr int TILE = 64;                // tokens in a tile that streams in
+constexpr int TILE = 64;  // tokens in a tile that streams in
 constexpr int WARPS = BLOCK_THREADS / 32;
 constexpr int RESIDENT_BYTES = 36 * 1024;  // tiles of values stay in shared memory if all take no more
-constexpr int WIDEST_FLOAT = 112;       // dv for which two tiles of float and the warps' rows fit
+constexpr int WIDEST_FLOAT = 112;          // dv for which two tiles of float and the warps' rows fit
 
 // All that the kernels are told. `partials`, `rows`: see backward. A unit is a head of a batch entry.
 struct Call {
@@ -49,8 +49,8 @@ struct Call {
   int64_t units;
   double scale;
   View q, k, v, out, lse, grad_out, grad_lse, grad_q, grad_k, grad_v;
-  int tiles = 0;           // of the side that owns results, in a unit
-  int chunks = 1;          // forward and queries: of `tiles`; keys: of the queries' tiles
+  int tiles = 0;   // of the side that owns results, in a unit
+  int chunks = 1;  // forward and queries: of `tiles`; keys: of the queries' tiles
   int tiles_per_chunk = 0;
   void* rows = nullptr;
   void* partials = nullptr;
@@ -89,7 +89,9 @@ struct Unit {
   int batch, head;
 
   VK_DEVICE Unit(const Call& call, int64_t index)
-      : index(index), batch(static_cast<int>(index / call.heads)), head(static_cast<int>(index % call.heads)) {}
+      : index(index),
+        batch(static_cast<int>(index / call.heads)),
+        head(static_cast<int>(index % call.heads)) {}
 
   template <class T>
   VK_DEVICE Matrix<T> matrix(const View& view, int channels) const {
@@ -141,8 +143,8 @@ VK_DEVICE Extremes<Acc> find_extremes(const Call& call, const Unit& unit, Acc* s
 template <class T>
 constexpr int STEP = tile_attention::Engine<T, 16>::SCRATCH;
 
-// The products of many steps are summed up tile by tile in float, as matrix libraries do: one running sum over
-// all tokens would err several times as much.
+// The products of many steps are summed up tile by tile in float, as matrix libraries do: one running sum
+// over all tokens would err several times as much.
 template <class Acc, int STRIPS, int BLOCKS>
 VK_DEVICE void add(Acc (&sums)[STRIPS][BLOCKS][4], const Acc (&part)[STRIPS][BLOCKS][4]) {
   VK_UNROLL

@@ -23,7 +23,9 @@ VK_DEVICE accumulate_t<T>* row_of(const Call& call, const Unit& unit, int token)
 
 // Blocks of an SM that the registers must allow.
 template <class T, int COLUMNS, int STRIPS>
-constexpr int MIN_BLOCKS = std::is_floating_point_v<T> ? 2 : COLUMNS * STRIPS > 64 ? 3 : 4;
+constexpr int MIN_BLOCKS = std::is_floating_point_v<T> ? 2
+                           : COLUMNS * STRIPS > 64     ? 3
+                                                       : 4;
 
 template <class T, int COLUMNS, int STRIPS>
 VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (std::is_floating_point_v<T> ? 2 : 4))
@@ -101,8 +103,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (std::is_floating_point_v<T> ? 2 
       if (t != 0 || token >= call.queries) continue;
       const Acc grad_lse = present(call.grad_lse) ? unit.scalar<Acc>(call.grad_lse, token) : Acc(0);
       if (present(call.grad_q))
-        unit.scalar<T>(call.grad_q, token) = from_accumulate<T>(
-            scale * (mean_gk - mean_g * mean_k + grad_lse * (mean_k + extreme[r])));
+        unit.scalar<T>(call.grad_q, token) =
+            from_accumulate<T>(scale * (mean_gk - mean_g * mean_k + grad_lse * (mean_k + extreme[r])));
       Row<T>{{mean_g - grad_lse, Exp::log(total)}}.store(row_of<T>(call, unit, token));
     }
   }
@@ -152,10 +154,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
   constexpr bool PARTS = std::is_floating_point_v<T>;
   const int chunk = block_x() % call.chunks, whole = block_x() / call.chunks;
   const Unit unit(call, whole / call.tiles);
-  int first = (whole % call.tiles * WARPS + warp_id()) * 16 * STRIPS;
+  int warp = warp_id();
+  int first = (whole % call.tiles * WARPS + warp) * 16 * STRIPS;
   const int ld = layout.ld, blocks = round_up(call.value_dim, 16) / 8;
   const int g = lane_id() / 4, t = lane_id() % 4;
-  T* const slab = reinterpret_cast<T*>(shared_memory() + layout.slabs) + warp_id() * layout.slab_rows * ld;
+  const auto slab = [&](int row) {
+    return reinterpret_cast<T*>(shared_memory() + layout.slabs) + (warp * layout.slab_rows + row) * ld;
+  };
   T* const step = reinterpret_cast<T*>(shared_memory() + layout.steps) + warp_id() * STEP<T>;
   const auto grads = [&](int turn) {
     return reinterpret_cast<T*>(shared_memory() + layout.grads + (turn & 1) * layout.grad_bytes);
@@ -189,7 +194,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
   const int end = begin + call.tiles_per_chunk < all ? begin + call.tiles_per_chunk : all;
   stage(begin);
   Rows<T, COLUMNS, STRIPS> values;
-  values.load(unit.matrix<T>(call.v, call.value_dim), first, call.keys, slab, ld);
+  values.load(unit.matrix<T>(call.v, call.value_dim), first, call.keys, slab(0), ld);
   Acc key[2 * STRIPS], grad_k[2 * STRIPS];
   VK_UNROLL
   for (int r = 0; r < 2 * STRIPS; ++r) {
@@ -213,7 +218,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
       const T* const grad_out = grads(tile) + n * ld;
       Acc products[STRIPS][2][4], p[STRIPS][2][4];
       values.multiply(products, grad_out, ld);
-      Acc part[2 * STRIPS] = {};
+      Acc part[PARTS ? 2 * STRIPS : 1] = {};
+      auto& sum = [&]() -> auto& {
+        if constexpr (PARTS) {
+          return part;
+        } else {
+          return grad_k;
+        }
+      }();
       VK_UNROLL
       for (int c = 0; c < 4; ++c) {
         const int column = n + c / 2 * 8 + 2 * t + c % 2;
@@ -223,17 +235,18 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
         for (int r = 0; r < 2 * STRIPS; ++r) {
           const Acc value = Exp::exp(query[0] * (key[r] - query[1]) - row[1]);
           p[r / 2][c / 2][r % 2 * 2 + c % 2] = value;
-          part[r] += value * (products[r / 2][c / 2][r % 2 * 2 + c % 2] - row[0]) * query[0];
+          sum[r] += value * (products[r / 2][c / 2][r % 2 * 2 + c % 2] - row[0]) * query[0];
         }
       }
-      VK_UNROLL
-      for (int r = 0; r < 2 * STRIPS; ++r) grad_k[r] += part[r];
+      for (int r = 0; PARTS && r < 2 * STRIPS; ++r) grad_k[r] += part[r];
       multiply_step(PARTS ? of_tile : grad_v, p, step, grad_out, ld, blocks);
     }
     if (PARTS) add(grad_v, of_tile);
   }
 
-  forget(first);  // lest addresses wait in registers for the end of the loop
+  // Lest addresses wait in registers for the end of the loop.
+  forget(first);
+  forget(warp);
   // The queries came times unit.
   VK_UNROLL
   for (int r = 0; r < 2 * STRIPS; ++r) grad_k[r] = warp_sum<4>(grad_k[r]) * static_cast<Acc>(1.0 / Exp::unit);
@@ -247,16 +260,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
     if (!present(call.grad_v)) return;
     sync_warp();  // the slab may hold the values
     VK_UNROLL
-    for (int s = 0; s < STRIPS; ++s)
-      write_sums(slab + 16 * s * ld, ld, grad_v[s], blocks, Acc(1), Acc(1));
+    for (int s = 0; s < STRIPS; ++s) write_sums(slab(16 * s), ld, grad_v[s], blocks, Acc(1), Acc(1));
     sync_warp();
     VK_UNROLL
     for (int s = 0; s < STRIPS; ++s) {
-      store_tile(unit.matrix<T>(call.grad_v, call.value_dim), slab + 16 * s * ld, ld, Group<16>(),
-                 [&](int slot) {
-                   const int token = first + 16 * s + slot;
-                   return token < call.keys ? token : -1;
-                 });
+      store_tile(unit.matrix<T>(call.grad_v, call.value_dim), slab(16 * s), ld, Group<16>(), [&](int slot) {
+        const int token = first + 16 * s + slot;
+        return token < call.keys ? token : -1;
+      });
     }
     return;
   }

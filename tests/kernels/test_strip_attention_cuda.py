@@ -144,24 +144,30 @@ def check(case: Case, seed: int = 0) -> None:
 
 
 def _cases() -> Iterator[Case]:
-    # One channel in half precision: every number of tiles, of strips and of value columns.
+    # One channel: every number of tiles, of strips and of value columns.
     yield Case(1, 1)
     yield Case(150, 49, dv=64, scale=-0.7, heads=1)  # queries in two strips a warp and in two chunks
     yield Case(70, 50, dv=66, dtype=BF16, scale=-1.3)
     yield Case(49, 256, dv=48, dtype=BF16, heads=1)  # keys in two strips, all of them resident
-    yield Case(20, 1050, dv=75, heads=1)  # keys that stream, an odd width
+    yield Case(130, 260, dv=64, heads=1)  # ... and streaming
+    yield Case(20, 1050, dv=75, heads=1)
     yield Case(300, 7, dv=96, dtype=BF16, heads=1)
-    yield Case(130, 130, dv=32, heads=1)
     yield Case(65, 17, dv=1, batch=2)
     yield Case(33, 64, dv=128, heads=1)
+    yield Case(1, 1, dtype=F32)
+    yield Case(150, 49, dv=64, dtype=F32, scale=-0.7, heads=1)
+    yield Case(70, 50, dv=66, dtype=F32, scale=-1.3)
+    yield Case(33, 256, dv=75, dtype=F32, heads=1)
+    yield Case(7, 1050, dv=96, dtype=F32, heads=1)
+    yield Case(20, 70, dv=112, dtype=F32, heads=1)  # the widest float for which two tiles fit
     # What the core runs.
+    yield Case(20, 70, dv=113, dtype=F32, heads=1)
+    yield Case(70, 50, dv=66, dtype=F64, scale=-0.7, heads=1)
     for dtype in (F64, F32):
-        yield Case(70, 50, dv=66, dtype=dtype, scale=-0.7, heads=1)
         yield Case(9, 1, 2, 16, dtype)
         yield Case(20, 256, 3, 48, dtype, heads=1)
         yield Case(33, 49, 8, 75, dtype, heads=1, bias=(33, 49))
         yield Case(49, 70, 1, 24, dtype, bias=(2, 1, 70))
-    yield Case(7, 1050, 1, 96, F32, heads=1)
     for dtype in (F16, BF16):
         yield Case(70, 49, 2, 64, dtype, scale=-0.7, heads=1)
         yield Case(20, 256, 16, 66, dtype, heads=1)
@@ -197,7 +203,12 @@ def test_reads_and_writes_any_strides(case: Case, layout: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [Case(33, 30), Case(70, 70, dtype=BF16), Case(33, 30, r=2, bias=(33, 30)), Case(70, 9, r=2, bias=(70, 9))],
+    [
+        Case(33, 30),
+        Case(70, 70, dtype=BF16),
+        Case(33, 30, r=2, bias=(33, 30)),
+        Case(70, 9, r=2, bias=(70, 9)),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -283,10 +294,11 @@ def assert_no_schedule_changes_a_bit(case: Case, seeds: Sequence[int]) -> None:
     [
         Case(140, 50, dv=16),  # two strips of queries; chunks of queries whose sums meet
         Case(66, 130, dv=66, dtype=BF16),  # three resident tiles of keys
-        Case(130, 270, dv=16),  # five that stream; two strips of both
+        Case(130, 260, dv=64),  # five that stream; two strips of both
+        Case(70, 130, dv=64, dtype=F32),  # three that stream
         Case(20, 30, r=2, bias=(20, 30)),
         Case(70, 70, r=2, bias=(70, 70), dtype=BF16),
-        Case(70, 70, r=1, dtype=F32),
+        Case(70, 70, r=2, dtype=F32),
         Case(10, 20, r=3, dtype=F64, bias=(10, 20)),
     ],
     ids=str,
@@ -295,10 +307,10 @@ def test_no_schedule_changes_a_bit(case: Case) -> None:
     assert_no_schedule_changes_a_bit(replace(case, heads=1), twin.SEEDS)
 
 
-@pytest.mark.parametrize("keys", [50, 130, 270])
-def test_many_heads_share_blocks_among_tiles(keys: int) -> None:
-    """More heads than blocks: one walks over several tiles of queries. Nothing but its walk may differ."""
-    one = Case(130, keys, dv=8, heads=1)
+@pytest.mark.parametrize("one", [Case(130, 20, dv=8), Case(65, 129, dv=64, dtype=F32)], ids=str)
+def test_many_heads_walk_over_tiles(one: Case) -> None:
+    """With more heads than blocks each walks over several tiles of queries, against resident or streaming keys."""
+    one = replace(one, heads=1)
     inputs = make_inputs(one, Guarded())
     expected = run_kernels(one, inputs, Guarded())
     many, heads = replace(one, heads=1025), (1, 1025, -1, -1)
@@ -310,7 +322,7 @@ def test_many_heads_share_blocks_among_tiles(keys: int) -> None:
     for name in ("out", "lse", "grad_q"):
         assert torch.equal(got[name], expected[name].expand(heads[: got[name].ndim])), name
     for name in ("grad_k", "grad_v"):  # the queries are not divided into chunks, so their order is another
-        torch.testing.assert_close(got[name], expected[name].expand(heads), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(got[name], expected[name].expand(heads), rtol=2e-2, atol=2e-2)
         assert torch.equal(got[name], got[name][:, :1].expand(heads)), name
 
 

@@ -90,11 +90,9 @@ def backward(
     wanted = (grad_q, grad_k, grad_v)
     filled = [dense(grad) for grad in wanted]  # a gradient lies as its input does
     grad_logits = logit_gradient(grad_attn_bias, q, k)
-    tensors = native.arguments(
-        module,
-        *(*filled, grad_logits, dense(grad_out), grad_lse, out, lse),
-        *(dense(q), dense(k), dense(v), spread(attn_bias, q, k)),
-    )
+    outputs = (*filled, grad_logits)
+    inputs = (dense(grad_out), grad_lse, out, lse, dense(q), dense(k), dense(v), spread(attn_bias, q, k))
+    tensors = native.arguments(module, *outputs, *inputs)  # may be addresses: the copies live in `inputs`
     workspace = None
     if q.is_cuda if cuda is None else cuda:
         run = module.strip_attention_backward_cuda
