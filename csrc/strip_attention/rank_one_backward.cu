@@ -12,7 +12,8 @@
 namespace vitkernels::strip_attention::rank_one {
 namespace {
 
-// What the kernel of the keys is told about a query: delta, log(sum P).
+// What the kernel of the keys is told about a query: delta without grad_lse (where G equals delta, as it does
+// with one key, no rounding may be left beside grad_lse), log(sum P).
 template <class T>
 using Row = Vec<accumulate_t<T>, 2>;
 
@@ -105,7 +106,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (std::is_floating_point_v<T> ? 2 
       if (present(call.grad_q))
         unit.scalar<T>(call.grad_q, token) =
             from_accumulate<T>(scale * (mean_gk - mean_g * mean_k + grad_lse * (mean_k + extreme[r])));
-      Row<T>{{mean_g - grad_lse, Exp::log(total)}}.store(row_of<T>(call, unit, token));
+      Row<T>{{mean_g, Exp::log(total)}}.store(row_of<T>(call, unit, token));
     }
   }
 }
@@ -165,7 +166,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
   const auto grads = [&](int turn) {
     return reinterpret_cast<T*>(shared_memory() + layout.grads + (turn & 1) * layout.grad_bytes);
   };
-  // Of each query q' and the key with its largest score, and its row.
+  // Of each query q' and grad_lse, and its row.
   const auto of_queries = [&](int offset, int turn) {
     return reinterpret_cast<Acc*>(shared_memory() + offset) + (turn & 1) * 2 * TILE;
   };
@@ -180,13 +181,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
     cp_async_commit();
     if (thread_x() >= TILE) return;
     const int token = tile * TILE + thread_x();
-    Acc q = Acc(0);
+    Acc q = Acc(0), grad_lse = Acc(0);
     Row<T> row{{Acc(0), INFINITY}};  // no query: probabilities of zero
     if (token < call.queries) {
       q = to_accumulate(unit.scalar<T>(call.q, token)) * static_cast<Acc>(call.scale * Exp::unit);
+      if (present(call.grad_lse)) grad_lse = unit.scalar<Acc>(call.grad_lse, token);
       row = Row<T>::load(row_of<T>(call, unit, token));
     }
-    Vec<Acc, 2>{{q, extremes.of(q)}}.store(of_queries(layout.queries, tile) + 2 * thread_x());
+    Vec<Acc, 2>{{q, grad_lse}}.store(of_queries(layout.queries, tile) + 2 * thread_x());
     row.store(of_queries(layout.rows, tile) + 2 * thread_x());
   };
 
@@ -231,11 +233,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
         const int column = n + c / 2 * 8 + 2 * t + c % 2;
         const auto query = Vec<Acc, 2>::load(of_queries(layout.queries, tile) + 2 * column);
         const auto row = Row<T>::load(of_queries(layout.rows, tile) + 2 * column);
+        const Acc extreme = extremes.of(query[0]);
         VK_UNROLL
         for (int r = 0; r < 2 * STRIPS; ++r) {
-          const Acc value = Exp::exp(query[0] * (key[r] - query[1]) - row[1]);
+          const Acc value = Exp::exp(query[0] * (key[r] - extreme) - row[1]);
           p[r / 2][c / 2][r % 2 * 2 + c % 2] = value;
-          sum[r] += value * (products[r / 2][c / 2][r % 2 * 2 + c % 2] - row[0]) * query[0];
+          sum[r] += value * (products[r / 2][c / 2][r % 2 * 2 + c % 2] - row[0] + query[1]) * query[0];
         }
       }
       for (int r = 0; PARTS && r < 2 * STRIPS; ++r) grad_k[r] += part[r];
