@@ -10,7 +10,7 @@
 //   key_tiles(rows), key(rows, tile, slot)                tiles of keys (backward)
 //   query_tiles_of(rows, tile), query_of(rows, tile, i, slot)   the query tiles that a key tile meets
 //   fits_small_tile()                                     no tile needs more than 16 queries and 16 keys
-//   Positions, disjoint(rows), keys_seen(..), ...         optional, see below
+//   Positions, disjoint(rows), keys_seen(..), enter(..), ...    optional, see below
 // and WHAT a logit is:
 //   query_code(token), key_code(token)                    what logit() needs of a token, in 32 bits
 //   shared_elements(), stage(shared, head, thread, threads)     tables in shared memory, times unit
@@ -158,6 +158,14 @@ template <class Map>
 bool disjoint(const Map& map, int rows, ...) {
   return map.query_tiles(rows) == 1 && map.key_tiles(rows) == 1;
 }
+
+// A map whose logits differ from batch entry to batch entry is told which one comes next.
+template <class Map>
+VK_DEVICE auto enter(Map& map, int batch, int head, int) -> decltype(map.enter(batch, head)) {
+  return map.enter(batch, head);
+}
+template <class Map>
+VK_DEVICE void enter(Map&, int, int, ...) {}
 
 struct Span {
   int begin = 0, end = 0;

@@ -92,6 +92,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   }
 
   for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
+    enter(map, batch, item.head, 0);
     const auto matrix = [&](const View& view, int channels) {
       return Matrix<T, Map>(view, map, batch, item.head, channels);
     };

@@ -56,6 +56,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   }
 
   for (int batch = item.batch_begin; batch < item.batch_end; ++batch) {
+    enter(map, batch, item.head, 0);
     forget(tile);
     load_tile(shared.q, shared.ld_head, matrix(problem.q, batch, problem.head_dim), group, query);
     Acc output[COLUMNS / 8][4];
@@ -130,8 +131,20 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
 
       cp_async_wait<0>();
       group.sync();
-      Engine::multiply_registers(output, p, shared.scratch + group.first_row * (Engine::SCRATCH / ROWS),
-                                 shared.v, shared.ld_value, value_blocks, seen);
+      T* const scratch = shared.scratch + group.first_row * (Engine::SCRATCH / ROWS);
+      if constexpr (std::is_floating_point_v<T>) {
+        // A tile's part on its own, as matrix libraries do: one running sum over many tiles would err more.
+        Acc part[COLUMNS / 8][4];
+        clear(part);
+        Engine::multiply_registers(part, p, scratch, shared.v, shared.ld_value, value_blocks, seen);
+        VK_UNROLL
+        for (int j = 0; j < COLUMNS / 8; ++j) {
+          VK_UNROLL
+          for (int c = 0; c < 4; ++c) output[j][c] += part[j][c];
+        }
+      } else {
+        Engine::multiply_registers(output, p, scratch, shared.v, shared.ld_value, value_blocks, seen);
+      }
       group.sync();  // before the next tile, or the output, overwrites keys and values
     }
 

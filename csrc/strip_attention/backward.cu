@@ -1,0 +1,19 @@
+#include "map.h"
+#include "rank_one.h"
+
+namespace vitkernels::strip_attention {
+
+int64_t backward_workspace_cuda(const Params& params) {
+  return rank_one::applies(params) ? rank_one::backward_workspace(params) : 0;
+}
+
+void backward_cuda(const Params& params, Stream stream) {
+  const tile_attention::Problem problem = make_problem(params);
+  if (rank_one::applies(params)) return rank_one::backward(params, stream);
+  tile_attention::with_dtype(params.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    tile_attention::backward<T>(problem, StripMap<T>(params), stream);
+  });
+}
+
+}  // namespace vitkernels::strip_attention
