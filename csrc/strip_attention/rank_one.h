@@ -41,6 +41,7 @@ using tile_attention::write_sums;
 constexpr int TILE = 64;  // tokens in a tile that streams in
 constexpr int WARPS = BLOCK_THREADS / 32;
 constexpr int RESIDENT_BYTES = 36 * 1024;  // tiles of values stay in shared memory if all take no more
+constexpr int WIDEST_HALF = 128;           // dv whose sums fit the registers
 constexpr int WIDEST_FLOAT = 112;          // dv for which two tiles of float and the warps' rows fit
 
 // All that the kernels are told. `partials`, `rows`: see backward. A unit is a head of a batch entry.
@@ -389,7 +390,7 @@ void with_shape(DType dtype, int tokens, int value_dim, Run run) {
 // Whether these kernels run a call; the tile-attention core runs the others.
 inline bool applies(const Params& params) {
   return params.key_dim == 1 && !params.bias && params.dtype != DType::f64 &&
-         (params.dtype != DType::f32 || params.value_dim <= WIDEST_FLOAT);
+         params.value_dim <= (params.dtype == DType::f32 ? WIDEST_FLOAT : WIDEST_HALF);
 }
 
 void forward(const Params& params, Stream stream);

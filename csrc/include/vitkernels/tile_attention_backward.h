@@ -5,13 +5,13 @@
 // windows are bound by the bytes.
 //
 // One kernel in four roles. With P = exp(logits - lse), G = grad_out v^T,
-// delta = sum(grad_out * out) - grad_lse and D = P * (G - delta), the gradient of the logits,
+// delta = sum(grad_out * out) and D = P * (G - delta + grad_lse), the gradient of the logits,
 //   Owner::queries  a query tile against its key tiles: grad_q = scale D k, the operator's sums over D
 //   Owner::keys     a key tile against its query tiles: grad_k = scale D^T q, grad_v = P^T grad_out
 //   Owner::values   grad_v alone, where the registers do not hold the sums of both
 //   Owner::both     a query tile and the key tile that it alone meets (disjoint()): everything, every tensor
 //                   read once.
-// In the last, whole rows of P are at hand, so delta = sum(P * G) - grad_lse: out is not read, and its
+// In the last, whole rows of P are at hand, so delta = sum(P * G): out is not read, and its
 // rounding not inherited.
 #pragma once
 #include <cmath>
@@ -138,12 +138,16 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       group.sync();
 
       if (new_queries) {
-        const int row = group.thread / 2;
+        const int row = group.thread / 2, half = group.thread % 2;
         const int token = query_token(row);
         Acc delta = Acc(0);
         if (WITH_OUT && present(problem.grad_out)) {
+          // In float and double as one chain in the order of G's products: where one key takes all, out is v
+          // and delta cancels G to the last bit, as it does in a softmax's own backward.
           constexpr int WIDTH = 16 / sizeof(T);
-          for (int c = group.thread % 2 * WIDTH; c < value_depth; c += 2 * WIDTH) {
+          constexpr bool CHAIN = std::is_floating_point_v<T>;
+          const int first = CHAIN ? 0 : half * WIDTH, end = CHAIN && half == 1 ? 0 : value_depth;
+          for (int c = first; c < end; c += CHAIN ? WIDTH : 2 * WIDTH) {
             const auto a = Vec<T, WIDTH>::load(shared.grad_out + row * ld_value + c);
             const auto b = Vec<T, WIDTH>::load(shared.out + row * ld_value + c);
             VK_UNROLL
@@ -151,13 +155,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           }
         }
         delta = warp_sum<2>(delta);
-        Acc lse = INFINITY;  // without a query: P = 0
+        Acc lse = INFINITY, grad_lse = Acc(0);  // without a query: P = 0
         if (token >= 0) {
           lse = of_token(problem.lse, token) * static_cast<Acc>(Exp::unit);
-          if (present(problem.grad_lse)) delta -= of_token(problem.grad_lse, token);
+          if (present(problem.grad_lse)) grad_lse = of_token(problem.grad_lse, token);
         }
-        if (group.thread % 2 == 0) {
+        if (half == 0) {
           shared.delta[row] = delta;
+          shared.grad_lse[row] = grad_lse;
           shared.lse[row] = lse;
         }
         group.sync();
@@ -169,6 +174,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       const int codes[2] = {shared.query_codes[lane_row], shared.query_codes[lane_row + 8]};
       const Acc lse[2] = {shared.lse[lane_row], shared.lse[lane_row + 8]};
       Acc delta[2] = {shared.delta[lane_row], shared.delta[lane_row + 8]};
+      const Acc grad_lse[2] = {shared.grad_lse[lane_row], shared.grad_lse[lane_row + 8]};
       VK_UNROLL
       for (int j = 0; j < KEY_BLOCKS; ++j) {
         if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) {
@@ -197,13 +203,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           VK_UNROLL
           for (int j = 0; j < KEY_BLOCKS; ++j)
             sum += p[j][2 * r] * d[j][2 * r] + p[j][2 * r + 1] * d[j][2 * r + 1];
-          delta[r] += warp_sum<4>(sum);
+          delta[r] = warp_sum<4>(sum);
         }
       }
       VK_UNROLL
       for (int j = 0; j < KEY_BLOCKS; ++j) {
         VK_UNROLL
-        for (int c = 0; c < 4; ++c) d[j][c] = p[j][c] * (d[j][c] - delta[c / 2]);
+        for (int c = 0; c < 4; ++c) d[j][c] = p[j][c] * (d[j][c] - delta[c / 2] + grad_lse[c / 2]);
       }
 
       if (want_sums) {

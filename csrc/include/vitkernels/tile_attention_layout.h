@@ -54,7 +54,7 @@ struct BackwardLayout {
   static constexpr int LD_PAIR = ROWS + static_cast<int>(16 / sizeof(T));  // of P and D as operands
   static constexpr int LD_GRADIENT = ROWS + 8;                             // of D as GradientTile
   int ld_head, ld_value;
-  int lse, delta, query_codes, key_codes;
+  int lse, delta, grad_lse, query_codes, key_codes;
   int q, k, v, grad_out;
   int turns;  // out, the GradientTile, and {P, D} take turns in the same memory
   int table, sums;
@@ -66,6 +66,7 @@ struct BackwardLayout {
     Carver carver;
     lse = carver.take<Acc>(ROWS);
     delta = carver.take<Acc>(ROWS);
+    grad_lse = carver.take<Acc>(ROWS);
     query_codes = carver.take<int>(ROWS);
     key_codes = carver.take<int>(ROWS);
     constexpr int PAIR = 2 * ROWS * LD_PAIR;
@@ -87,7 +88,7 @@ struct BackwardShared {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   using Layout = BackwardLayout<Engine>;
-  Acc *lse, *delta;
+  Acc *lse, *delta, *grad_lse;
   int *query_codes, *key_codes;
   T *q, *k, *v, *grad_out;
   T *out, *p, *d;
@@ -96,6 +97,7 @@ struct BackwardShared {
   VK_DEVICE BackwardShared(const Layout& layout, char* base)
       : lse(reinterpret_cast<Acc*>(base + layout.lse)),
         delta(reinterpret_cast<Acc*>(base + layout.delta)),
+        grad_lse(reinterpret_cast<Acc*>(base + layout.grad_lse)),
         query_codes(reinterpret_cast<int*>(base + layout.query_codes)),
         key_codes(reinterpret_cast<int*>(base + layout.key_codes)),
         q(reinterpret_cast<T*>(base + layout.q)),

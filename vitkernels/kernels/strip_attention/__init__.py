@@ -146,8 +146,9 @@ def _cpu_limits(q: Any, *_: Any) -> list[str]:
 
 def _cuda_limits(q: Any, k: Any, v: Any, *_: Any) -> list[str]:
     reasons = _cpu_limits(q)
-    if v.shape[3] > 128:
-        reasons.append(f"takes dv up to 128, got {v.shape[3]}")
+    most = 128 if q.dtype is torch.float64 else 256
+    if v.shape[3] > most:
+        reasons.append(f"takes dv up to {most} in {q.dtype}, got {v.shape[3]}")
     return reasons
 
 
