@@ -95,18 +95,19 @@ struct Tile {
   bool whole;   // all keys are here, so the sum of P <g, v> is found here
   bool wanted;  // dS
 
-  // Two subtractions: where one key takes all, <g, v> - sum is exactly 0 and only grad_lse is left.
+  // The rounding of lse is a common factor of a query's weights; where they all are here, their sum takes it
+  // out. Two subtractions: where one key takes all, <g, v> - sum is exactly 0 and only grad_lse is left.
   template <int V>
   void operator()(int vector) const {
     constexpr int L = kLanes<T>;
     const int at = vector * L;
-    Vec<T> xs[V], lses[V], rests[V], sum[V], gx[V];
+    Vec<T> xs[V], lses[V], rests[V], sum[V], total[V], gx[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       xs[v] = x ? load(x + at + v * L) : Vec<T>{};
       lses[v] = load(lse + at + v * L);
       rests[v] = load(rest + at + v * L);
-      sum[v] = gx[v] = Vec<T>{};
+      sum[v] = total[v] = gx[v] = Vec<T>{};
     }
     T *pm = p + at, *dm = dl + at;
     for (int m = 0; m < keys; ++m, pm += width, dm += width)
@@ -118,6 +119,7 @@ struct Tile {
         if (!wanted) continue;
         if (whole) {
           sum[v] += e * load(dm + v * L);
+          total[v] += e;
         } else {
           const Vec<T> d = e * (load(dm + v * L) - rests[v]);
           store(dm + v * L, d);
@@ -125,12 +127,19 @@ struct Tile {
         }
       }
     if (wanted && whole) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        total[v] = T(1) / total[v];
+        sum[v] *= total[v];
+      }
       pm = p + at;
       dm = dl + at;
       for (int m = 0; m < keys; ++m, pm += width, dm += width)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-          const Vec<T> d = load(pm + v * L) * (load(dm + v * L) - sum[v] - rests[v]);
+          const Vec<T> e = load(pm + v * L) * total[v];
+          const Vec<T> d = e * (load(dm + v * L) - sum[v] - rests[v]);
+          store(pm + v * L, e);
           store(dm + v * L, d);
           if (x) gx[v] += d * k[m];
         }

@@ -34,6 +34,7 @@ VITKERNELS_INLINE bool may_expand(const Params& p) {
 
 template <class T>
 struct Expansion {
+  bool derived;
   int keys, channels, pitch, key_pitch, moment_count;
   T *kappa, *powers, *rows, *moments;           // [m]; [j][m] of one bin: w kappa^j; [m][v | 1]; [bin][j][c]
   T center[kMaxBins] = {}, top[kMaxBins] = {};  // xc, and the largest xc k, which w is relative to
@@ -41,9 +42,10 @@ struct Expansion {
   int bins = 0;
   T low = 0, bins_per_x = 0, kc = 0, hk = 0;
 
-  // `derived`: one moment more than there are terms.
+  // `derived`: for gradients, which take one moment more than there are terms.
   Expansion(const Params& p, bool derived, Scratch& scratch)
-      : keys(static_cast<int>(p.keys)),
+      : derived(derived),
+        keys(static_cast<int>(p.keys)),
         channels(p.value_dim),
         pitch(round_up_lanes<T>(p.value_dim + 1)),
         key_pitch(round_up_lanes<T>(keys)),
@@ -87,12 +89,26 @@ struct Expansion {
     const Vec<T> inverse = broadcast(1 / hk);
     for (int m = 0; m < keys; m += kLanes<T>) store(kappa + m, (load(k + m) - kc) * inverse);
     pack(rows, pitch, v.data, v.token, 1, keys, channels, T(1));
+    if (derived) center_values();
     for (int m = 0; m < keys; ++m)
       for (int c = channels; c < pitch; ++c) rows[static_cast<ptrdiff_t>(m) * pitch + c] = c == channels;
     for (int bin = 0; bin < bins; ++bin) {
       fill_powers(bin, moment_count, false);
       multiply<T>(pitch / kLanes<T>, {moment_count, keys, powers, key_pitch, 1, rows, pitch, nullptr, 0,
                                       moments + static_cast<ptrdiff_t>(bin) * moment_count * pitch, pitch});
+    }
+  }
+
+  // Less their mean, which no gradient depends on and which would cancel in all of them.
+  void center_values() const {
+    for (int c = 0; c < channels; c += kLanes<T>) {
+      Vec<T> sum = {};
+      for (int m = 0; m < keys; ++m) sum += load(rows + static_cast<ptrdiff_t>(m) * pitch + c);
+      sum /= broadcast(static_cast<T>(keys));
+      for (int m = 0; m < keys; ++m) {
+        T* v = rows + static_cast<ptrdiff_t>(m) * pitch + c;
+        store(v, load(v) - sum);
+      }
     }
   }
 
