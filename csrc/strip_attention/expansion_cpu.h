@@ -66,6 +66,7 @@ struct Expansion {
     const T reach = half * hk * T(1.000001);
     // A logit that is not finite fails as well.
     if (!(hk >= T(1e-30) && half <= T(1e30) && reach < T(kReach * kMaxBins))) return false;
+    if (half > 0 && reach < T(1e-30)) return false;  // u would be no normal number
     bins = static_cast<int>(reach / T(kReach)) + 1;
     bins_per_x = bins > 1 ? bins / (2 * half) : T(0);
     for (int bin = 0; bin < bins; ++bin) {
