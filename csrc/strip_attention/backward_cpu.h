@@ -58,7 +58,7 @@ struct BackwardScratch {
     moments_across = scratch.take<T>(used * kMaxBins * dv * lanes);
     across = scratch.take<T>(used * width * lanes);
     sums_of_g = scratch.take<T>(kMaxBins * moments);
-    slopes = scratch.take<T>(moments);
+    slopes = scratch.take<T>(kMaxBins * moments);
     slope_rows = scratch.take<T>(used * kTileKeys * rows_pitch);
     norm_slopes = scratch.take<T>(used * (width + kLanes<T>));
     rows = scratch.take<T>(used * width * rows_pitch);
@@ -203,26 +203,31 @@ void expanded_sums(const Params& p, const BackwardScratch<T>& w, T* grad_k, T* g
   constexpr int L = kLanes<T>;
   const Expansion<T>& e = w.expansion;
   const int pitch = w.rows_pitch, keys = w.tiles.keys, v_pitch = w.chunks.v_pitch;
-  for (int m = 0; m < keys; ++m) w.k_sums[m] = 0;
+  // One product for all bins; the moment after the last term meets a weight of 0.
+  const int depth = e.bins * (kTerms + 1);
+  e.fill_series();
+  if (p.grad_v)
+    multiply<T>(v_pitch / L,
+                {keys, depth, e.powers, 1, e.key_pitch, w.sums_of_g, pitch, nullptr, 0, grad_v, v_pitch});
+  if (!p.grad_k) return;
   for (int bin = 0; bin < e.bins; ++bin) {
-    const T* sums = w.sums_of_g + static_cast<ptrdiff_t>(bin) * (kTerms + 1) * pitch;
-    e.fill_powers(bin, kTerms, true);
-    if (p.grad_v)
-      multiply<T>(v_pitch / L, {keys, kTerms, e.powers, 1, e.key_pitch, sums, pitch, bin ? grad_v : nullptr,
-                                v_pitch, grad_v, v_pitch});
-    if (!p.grad_k) continue;
+    const ptrdiff_t first = static_cast<ptrdiff_t>(bin) * (kTerms + 1) * pitch;
+    const T* sums = w.sums_of_g + first;
+    T* slopes = w.slopes + first;
     const Vec<T> center = broadcast(e.center[bin]), inverse = broadcast(1 / e.hk);
     for (int i = 0; i < kTerms * pitch; i += L)
-      store(w.slopes + i, load(sums + i) * center + load(sums + pitch + i) * inverse);
-    for (int part = 0; part < w.tiles.count; ++part) {
-      const int key = w.tiles.start(part), count = w.tiles.size(part);
-      multiply<T>(pitch / L, {count, kTerms, e.powers + key, 1, e.key_pitch, w.slopes, pitch, nullptr, 0,
-                              w.slope_rows, pitch});
-      add_row_dots<T, T>(w.k_sums + key, {w.slope_rows, pitch, 1},
-                         {e.rows + static_cast<ptrdiff_t>(key) * pitch, pitch, 1}, count, pitch);
-    }
+      store(slopes + i, load(sums + i) * center + load(sums + pitch + i) * inverse);
+    for (int i = kTerms * pitch; i < (kTerms + 1) * pitch; i += L) store(slopes + i, Vec<T>{});
   }
-  for (int m = 0; p.grad_k && m < keys; ++m) grad_k[m] = w.k_sums[m];
+  for (int m = 0; m < keys; ++m) w.k_sums[m] = 0;
+  for (int part = 0; part < w.tiles.count; ++part) {
+    const int key = w.tiles.start(part), count = w.tiles.size(part);
+    multiply<T>(pitch / L, {count, depth, e.powers + key, 1, e.key_pitch, w.slopes, pitch, nullptr, 0,
+                            w.slope_rows, pitch});
+    add_row_dots<T, T>(w.k_sums + key, {w.slope_rows, pitch, 1},
+                       {e.rows + static_cast<ptrdiff_t>(key) * pitch, pitch, 1}, count, pitch);
+  }
+  for (int m = 0; m < keys; ++m) grad_k[m] = w.k_sums[m];
 }
 
 }  // namespace

@@ -36,7 +36,8 @@ template <class T>
 struct Expansion {
   bool derived;
   int keys, channels, pitch, key_pitch, moment_count;
-  T *kappa, *powers, *rows, *moments;           // [m]; [j][m] of one bin: w kappa^j; [m][v | 1]; [bin][j][c]
+  T *kappa, *powers, *rows,
+      *moments;  // [m]; [bin][j][m]: w kappa^j, forward of one bin alone; [m][v | 1]; [bin][j][c]
   T center[kMaxBins] = {}, top[kMaxBins] = {};  // xc, and the largest xc k, which w is relative to
   const T* k = nullptr;
   int bins = 0;
@@ -52,7 +53,7 @@ struct Expansion {
         moment_count(kTerms + derived) {
     const size_t used = may_expand(p) ? 1 : 0;
     kappa = scratch.take<T>(used * key_pitch);
-    powers = scratch.take<T>(used * moment_count * key_pitch);
+    powers = scratch.take<T>(used * (derived ? kMaxBins : 1) * moment_count * key_pitch);
     rows = scratch.take<T>(used * keys * pitch);
     moments = scratch.take<T>(used * kMaxBins * moment_count * pitch);
   }
@@ -94,7 +95,7 @@ struct Expansion {
     for (int m = 0; m < keys; ++m)
       for (int c = channels; c < pitch; ++c) rows[static_cast<ptrdiff_t>(m) * pitch + c] = c == channels;
     for (int bin = 0; bin < bins; ++bin) {
-      fill_powers(bin, moment_count, false);
+      fill_powers(bin, powers, moment_count);
       multiply<T>(pitch / kLanes<T>, {moment_count, keys, powers, key_pitch, 1, rows, pitch, nullptr, 0,
                                       moments + static_cast<ptrdiff_t>(bin) * moment_count * pitch, pitch});
     }
@@ -113,13 +114,23 @@ struct Expansion {
     }
   }
 
-  // powers[j][m] = w_m kappa_m^j, times c_j for a series
-  void fill_powers(int bin, int count, bool series) const {
+  // to[j][m] = w_m kappa_m^j
+  void fill_powers(int bin, T* to, int count) const {
     for (int m = 0; m < keys; m += kLanes<T>) {
       const Vec<T> step = load(kappa + m);
       Vec<T> power = exp_softmax<T>(load(k + m) * center[bin] - top[bin]);
       for (int j = 0; j < count; ++j, power *= step)
-        store(powers + static_cast<ptrdiff_t>(j) * key_pitch + m, series ? power * T(kSeries[j]) : power);
+        store(to + static_cast<ptrdiff_t>(j) * key_pitch + m, power);
+    }
+  }
+  // powers[bin][j][m] = c_j w_m kappa_m^j of all bins, the term after the last being 0
+  void fill_series() const {
+    for (int bin = 0; bin < bins; ++bin) {
+      T* to = powers + static_cast<ptrdiff_t>(bin) * moment_count * key_pitch;
+      fill_powers(bin, to, kTerms);
+      for (int j = 0; j <= kTerms; ++j, to += key_pitch)
+        for (int m = 0; m < keys; m += kLanes<T>)
+          store(to + m, j < kTerms ? load(to + m) * T(kSeries[j]) : Vec<T>{});
     }
   }
 };
