@@ -175,7 +175,7 @@ def test_float32_bias_with_half_tensors(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dv", [1, 8, 16, 24, 48, 64, 66, 75, 96])
 @pytest.mark.parametrize("r", [1, 2, 3, 8, 16])
 def test_widths_and_keys(r: int, dv: int, keys: int, dtype: torch.dtype) -> None:
-    for scale in (0.1, -0.6):
+    for scale in (0.1, -0.4):
         Problem(97, keys, r, dv, scale=scale * r**-0.5, dtype=dtype, batch=1, heads=3).check()
 
 
