@@ -3,67 +3,11 @@
 // Floor of N queries and M keys: N M (3 r + 2 dv) multiply-adds at two vectors of them a cycle, and N M
 // exponentials. The gradient of the queries takes the gradients of the logits, which those of the keys need
 // anyway: the product with [k v | k] that could replace them costs another N M dv.
-#include "tiles_cpu.h"
+#include "backward_cpu.h"
 
 namespace vitkernels::strip_attention {
 namespace VITKERNELS_ISA {
 namespace {
-
-constexpr int64_t kItems = 32;          // what a small batch is cut into
-constexpr int kLeastTiles = 4;          // of queries in an item, so that its partial sums stay a small part
-constexpr int64_t kPartials = 1 << 24;  // elements of all partial sums
-
-template <class T>
-struct Chunks {
-  int64_t count, each;  // chunks of a head, tiles of queries in each
-  int64_t size;         // elements of the gradients of a head's keys and values
-  int k_pitch, v_pitch;
-
-  Chunks(const Params& p, const Tiling<T>& tiling)
-      : k_pitch(p.key_dim == 1 ? 1 : round_up_lanes<T>(p.key_dim)), v_pitch(round_up_lanes<T>(p.value_dim)) {
-    const int64_t heads = p.batch * p.heads;
-    size = (p.keys * (k_pitch + v_pitch) + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-    count = (kItems + heads - 1) / heads;
-    const int64_t most = (tiling.count + kLeastTiles - 1) / kLeastTiles, fit = kPartials / (size * heads);
-    count = count < most ? count : most;
-    count = count < fit ? count : fit;
-    count = count < 1 ? 1 : count;
-    each = (tiling.count + count - 1) / count;
-    count = (tiling.count + each - 1) / each;
-  }
-  T* grad_v(T* sums) const { return sums; }
-  T* grad_k(T* sums, int64_t keys) const { return sums + keys * v_pitch; }
-};
-
-template <class T>
-struct BackwardScratch {
-  Tiling<T> tiling;
-  KeyTiles tiles;
-  Chunks<T> chunks;
-  T *k, *v, *q, *q_rows, *g, *g_rows, *lse, *rest, *p, *dl, *dots, *grad_q, *sums, *ones, *scales;
-  size_t size;
-
-  BackwardScratch(const Params& params, Scratch scratch)
-      : tiling(static_cast<int>(params.queries)), tiles(params.keys), chunks(params, tiling) {
-    const size_t width = tiling.width, r = params.key_dim, dv = params.value_dim;
-    k = scratch.take<T>(copy_size<T>(tiles.keys, params.key_dim));
-    v = scratch.take<T>(copy_size<T>(tiles.keys, params.value_dim));
-    q = scratch.take<T>(r * width);
-    q_rows = scratch.take<T>(width * chunks.k_pitch);
-    g = scratch.take<T>(dv * width);
-    g_rows = scratch.take<T>(width * chunks.v_pitch);
-    lse = scratch.take<T>(width);
-    rest = scratch.take<T>(width);
-    p = scratch.take<T>(kTileKeys * width);
-    dl = scratch.take<T>(kTileKeys * width);
-    dots = scratch.take<T>(kTileKeys + kLanes<T>);
-    grad_q = scratch.take<T>(r * width);
-    sums = scratch.take<T>(chunks.count == 1 ? chunks.size : 0);
-    ones = scratch.take<T>(width);
-    scales = scratch.take<T>(width);
-    size = scratch.used;
-  }
-};
 
 // What one tile of keys and queries is given; everything [key][query].
 template <class T>
@@ -76,18 +20,19 @@ struct Tile {
   bool whole;   // all keys are here, so the sum of P <g, v> is found here
   bool wanted;  // dS
 
-  // Two subtractions: where one key takes all, <g, v> - sum is exactly 0 and only grad_lse is left.
+  // The rounding of lse is a common factor of a query's weights; where they all are here, their sum takes it
+  // out. Two subtractions: where one key takes all, <g, v> - sum is exactly 0 and only grad_lse is left.
   template <int V>
   void operator()(int vector) const {
     constexpr int L = kLanes<T>;
     const int at = vector * L;
-    Vec<T> xs[V], lses[V], rests[V], sum[V], gx[V];
+    Vec<T> xs[V], lses[V], rests[V], sum[V], total[V], gx[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       xs[v] = x ? load(x + at + v * L) : Vec<T>{};
       lses[v] = load(lse + at + v * L);
       rests[v] = load(rest + at + v * L);
-      sum[v] = gx[v] = Vec<T>{};
+      sum[v] = total[v] = gx[v] = Vec<T>{};
     }
     T *pm = p + at, *dm = dl + at;
     for (int m = 0; m < keys; ++m, pm += width, dm += width)
@@ -99,6 +44,7 @@ struct Tile {
         if (!wanted) continue;
         if (whole) {
           sum[v] += e * load(dm + v * L);
+          total[v] += e;
         } else {
           const Vec<T> d = e * (load(dm + v * L) - rests[v]);
           store(dm + v * L, d);
@@ -106,12 +52,19 @@ struct Tile {
         }
       }
     if (wanted && whole) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        total[v] = T(1) / total[v];
+        sum[v] *= total[v];
+      }
       pm = p + at;
       dm = dl + at;
       for (int m = 0; m < keys; ++m, pm += width, dm += width)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-          const Vec<T> d = load(pm + v * L) * (load(dm + v * L) - sum[v] - rests[v]);
+          const Vec<T> e = load(pm + v * L) * total[v];
+          const Vec<T> d = e * (load(dm + v * L) - sum[v] - rests[v]);
+          store(pm + v * L, e);
           store(dm + v * L, d);
           if (x) gx[v] += d * k[m];
         }
@@ -122,25 +75,11 @@ struct Tile {
   }
 };
 
-// rest[query] += <g, out>
-template <class E, class T>
-void add_row_dots(T* rest, Matrix<const E> g, Matrix<const E> out, int queries, int channels) {
-  constexpr int L = kLanes<T>;
-  const int whole = channels / L * L;
-  for (int i = 0; i < queries; ++i) {
-    const E *a = g.data + i * g.token, *b = out.data + i * out.token;
-    Vec<T> sum = {};
-    for (int c = 0; c < whole; c += L) sum += load(a + c) * load(b + c);
-    if (whole < channels)
-      sum += load_first(a + whole, channels - whole) * load_first(b + whole, channels - whole);
-    rest[i] += across<T>(sum);
-  }
-}
-
 // One head, ready for the products.
 template <class T>
 struct Head {
   Matrix<const T> k, v;
+  bool expanded;
 };
 
 // lse, and delta or what is known of it before the products: rest = -grad_lse (+ <g, out>).
@@ -255,7 +194,7 @@ void write_sums(const Params& p, const Chunks<T>& chunks, int64_t b, int64_t h, 
 template <class E>
 void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, void* partials) {
   using T = Compute<E>;
-  const BackwardScratch<T> w(p, Scratch(memory));
+  BackwardScratch<T> w(p, Scratch(memory));
   const Chunks<T>& chunks = w.chunks;
   for (int i = 0; i < w.tiling.width; ++i) {
     w.ones[i] = 1;
@@ -273,15 +212,24 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
       } else {
         head.k = readable<E, T>(k, w.tiles.keys, p.key_dim, w.k);
       }
-      head.v = readable<E, T>(tokens<const E>(p.v, b, h), w.tiles.keys, p.value_dim, w.v);
+      if constexpr (!kSame<T, double>) head.expanded = expand_head<E>(p, w, b, h);
+      if (!head.expanded) head.v = readable<E, T>(tokens<const E>(p.v, b, h), w.tiles.keys, p.value_dim, w.v);
       current = bh;
     }
     T* sums = chunks.count == 1 ? w.sums : static_cast<T*>(partials) + item * chunks.size;
     const int first = static_cast<int>(item % chunks.count * chunks.each);
     const int last = imin(first + static_cast<int>(chunks.each), w.tiling.count);
-    for (int tile = first; tile < last; ++tile)
-      backward_tile<E, T>(p, w, head, b, h, tile, chunks.grad_k(sums, p.keys), chunks.grad_v(sums),
-                          tile == first);
+    if (head.expanded) {
+      const int used = w.expansion.bins * (kTerms + 1) * w.rows_pitch;
+      for (int i = 0; i < used; i += kLanes<T>) store(w.sums_of_g + i, Vec<T>{});
+      for (int tile = first; tile < last; ++tile)
+        if constexpr (!kSame<T, double>) expanded_tile<E, T>(p, w, b, h, tile);
+      expanded_sums(p, w, chunks.grad_k(sums, p.keys), chunks.grad_v(sums));
+    } else {
+      for (int tile = first; tile < last; ++tile)
+        backward_tile<E, T>(p, w, head, b, h, tile, chunks.grad_k(sums, p.keys), chunks.grad_v(sums),
+                            tile == first);
+    }
     if (chunks.count == 1) write_sums<E, T>(p, chunks, b, h, sums, 0, w.tiles.keys);
   }
 }

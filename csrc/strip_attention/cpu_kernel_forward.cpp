@@ -1,8 +1,9 @@
 // Strip attention on one core, one instruction set: forward.
 //
+// One by one, or, for one channel and logits that do not spread too far, by expansion_cpu.h's polynomials.
 // Floor of N queries and M keys: N M (r + dv) multiply-adds at two vectors of them a cycle, and N M
 // exponentials of about twelve such instructions each. q, k, v and out cross memory once.
-#include "tiles_cpu.h"
+#include "expansion_cpu.h"
 
 namespace vitkernels::strip_attention {
 namespace VITKERNELS_ISA {
@@ -14,12 +15,16 @@ struct ForwardScratch {
   KeyTiles tiles;
   int pitch;  // of values and of out
   T *q, *k, *v, *p, *out, *top, *sum, *rescale, *inverse;
+  Expansion<T> expansion;
+  Sorted<T> sorted;
   size_t size;
 
   ForwardScratch(const Params& params, Scratch scratch)
       : tiling(static_cast<int>(params.queries)),
         tiles(params.keys),
-        pitch(round_up_lanes<T>(params.value_dim)) {
+        pitch(round_up_lanes<T>(params.value_dim)),
+        expansion(params, false, scratch),
+        sorted(tiling.width, may_expand(params), scratch) {
     const size_t width = tiling.width, keys = tiles.keys;
     q = scratch.take<T>(params.key_dim * width);
     k = scratch.take<T>(copy_size<T>(tiles.keys, params.key_dim));
@@ -121,19 +126,30 @@ struct Head {
   Matrix<const T> k;
   Rows<T> v;
   T highest, lowest;  // of the keys of an outer product
+  bool expanded;
 };
+
+// Whether the polynomials cost less, in multiply-adds; what is no product counts by experience.
+bool pays(const Params& p, int bins) {
+  const double n = static_cast<double>(p.queries), m = static_cast<double>(p.keys), dv = p.value_dim;
+  return kTerms * (1.5 * n + bins * m) * (dv + 8) < n * m * (dv + 12);
+}
+
 template <class E, class T>
-Head<T> read_head(const Params& p, const ForwardScratch<T>& w, int64_t b, int64_t h) {
+Head<T> read_head(const Params& p, ForwardScratch<T>& w, int64_t b, int64_t h) {
   const int keys = w.tiles.keys;
   const Matrix<const E> k = tokens<const E>(p.k, b, h);
   Head<T> head{};
   if (is_outer(p)) {
     read_numbers(w.k, k.data, k.token, keys, T(1));
     head.k = {w.k, 1, 1};
-    head.highest = head.lowest = w.k[0];
-    for (int m = 1; m < keys; ++m) {
-      head.highest = w.k[m] > head.highest ? w.k[m] : head.highest;
-      head.lowest = w.k[m] < head.lowest ? w.k[m] : head.lowest;
+    const bool finite = range_of_keys(w.k, keys, &head.lowest, &head.highest);
+    T lowest, highest;
+    if (finite && may_expand(p) && range_of_queries<E>(p, w.tiling, b, h, w.q, &lowest, &highest) &&
+        w.expansion.place(head.lowest, head.highest, lowest, highest) && pays(p, w.expansion.bins)) {
+      w.expansion.read(tokens<const E>(p.v, b, h), w.k);
+      head.expanded = true;
+      return head;
     }
   } else {
     head.k = readable<E, T>(k, keys, p.key_dim, w.k);
@@ -167,10 +183,44 @@ void start_softmax(const Params& p, const ForwardScratch<T>& w, const Head<T>& h
   }
 }
 
+// A tile of queries by polynomials, its numbers in w.q.
+template <class E, class T>
+void expanded_tile(const Params& p, const ForwardScratch<T>& w, Matrix<E> to, Matrix<T> lse, int queries) {
+  const Expansion<T>& e = w.expansion;
+  const Sorted<T>& sorted = w.sorted;
+  const int width = w.tiling.width;
+  sorted.sort(e, w.q, queries);
+  sorted.evaluate(e, lse.data != nullptr);
+  sorted.fill_terms(queries, w.p, width);
+  for (int i = 0; i < queries; i += kLanes<T>) store(w.inverse + i, T(1) / load(sorted.z + i));
+
+  T* out = w.out;
+  ptrdiff_t pitch = w.pitch;
+  if constexpr (kSame<E, T>)
+    if (e.bins == 1 && rows_in_place<E, T>(p.value_dim)) {
+      out = to.data;
+      pitch = to.token;
+    }
+  for (int bin = 0; bin < e.bins; ++bin) {
+    const int first = sorted.begin[bin], count = sorted.begin[bin + 1] - first;
+    if (count)
+      multiply<T>(w.pitch / kLanes<T>,
+                  {count, kTerms, w.p + first, 1, width, e.moment(bin, 0), e.pitch, nullptr, 0,
+                   out + first * pitch, pitch, nullptr, nullptr, w.inverse + first});
+  }
+  for (int i = 0; i < queries; ++i) {
+    const int query = sorted.order[i];
+    if (out == w.out)
+      write_rows(Matrix<E>{to.data + query * to.token, to.token, 1}, out + i * pitch, w.pitch, 1,
+                 p.value_dim);
+    if (lse.data) lse.data[query * lse.token] = sorted.lse[i];
+  }
+}
+
 template <class E>
 void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
   using T = Compute<E>;
-  const ForwardScratch<T> w(p, Scratch(memory));
+  ForwardScratch<T> w(p, Scratch(memory));
   const Tiling<T>& tiling = w.tiling;
   const int dv = p.value_dim, width = tiling.width;
   Head<T> head{};
@@ -189,6 +239,12 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
       pack(w.q, width, first, 1, q.token, p.key_dim, queries, static_cast<T>(p.scale));
 
     const Matrix<E> to = tokens<E>(p.out, b, h);
+    const Matrix<T> lse = p.lse ? tokens<T>(p.lse, b, h) : Matrix<T>{};
+    if (head.expanded) {
+      expanded_tile<E, T>(p, w, {to.data + start * to.token, to.token, 1},
+                          {p.lse ? lse.data + start * lse.token : nullptr, lse.token, 1}, queries);
+      continue;
+    }
     T* out = w.out;
     ptrdiff_t pitch = w.pitch;
     if constexpr (kSame<E, T>)
@@ -216,7 +272,6 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     if (out == w.out)
       write_rows(Matrix<E>{to.data + start * to.token, to.token, 1}, out, w.pitch, queries, dv);
     if (!p.lse) continue;
-    const Matrix<T> lse = tokens<T>(p.lse, b, h);
     for (int i = 0; i < vecs * kLanes<T>; i += kLanes<T>) {
       const Vec<T> top = load(w.top + i);
       const Vec<T> value = top + log_softmax<T>(load(w.sum + i));
