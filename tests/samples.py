@@ -74,6 +74,22 @@ def _neighborhood(
     return make
 
 
+def _strip(
+    heads: int, queries: int, keys: int, r: int, dv: int, bias: tuple[int, ...] | None = None
+) -> Callable[..., Any]:
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        tensors = {
+            "q": torch.randn(batch, heads, queries, r),
+            "k": torch.randn(batch, heads, keys, r),
+            "v": torch.randn(batch, heads, keys, dv),
+        }
+        if bias is not None:  # () is one of the whole shape
+            tensors["attn_bias"] = torch.randn(bias or (batch, heads, queries, keys))
+        return tensors
+
+    return make
+
+
 def _polyline(height: int, width: int, heads: int, d: int, dv: int) -> Callable[..., Any]:
     def make(batch: int) -> dict[str, torch.Tensor]:
         tensors = {name: torch.randn(batch, height, width, heads, d) for name in "qk"}
@@ -143,6 +159,7 @@ def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[...
 
 _x = torch.randn(2, 2, 15, 8)
 _pixels = torch.randn(2, 5, 3, 4)
+_narrow, _wide = torch.randn(2, 2, 5, 1), torch.randn(2, 2, 5, 3)
 _map = torch.randn(2, 5, 7, 2, 4)
 _cells = torch.zeros(2, 3, 4, 2)
 _image = torch.randn(2, 10, 4, 7)
@@ -232,6 +249,49 @@ SAMPLES = [
         ops.neighborhood_attention,
         _neighborhood((4, 9), 1, 8, 8, (3, 5)),
         {"kernel_size": (2, 3), "dilation": (2, 3), "return_lse": True},
+    ),
+    Sample(
+        "strip_attention-one-channel",
+        ops.strip_attention,
+        _strip(2, 9, 5, 1, 3),
+        {"scale": -0.7},
+        bad=[
+            ({"q": "text"}, TypeError, "argument `q`: expected a tensor"),
+            ({"q": _narrow[0]}, ValueError, "argument `q`: expected shape"),
+            ({"q": _narrow.int(), "k": _narrow.int(), "v": _wide.int()}, TypeError, "argument `q`: expected"),
+            ({"q": _narrow[..., :0], "k": _narrow[..., :0]}, ValueError, "argument `q`: expected a last"),
+            ({"k": _wide}, ValueError, "argument `k`: expected shape [batch, heads, M, r] = [2, 2, *, 1]"),
+            ({"k": _narrow[:, :, :0], "v": _wide[:, :, :0]}, ValueError, "argument `k`: expected at least"),
+            ({"k": _narrow.double()}, TypeError, "argument `k`: expected dtype float32"),
+            ({"v": _wide[:, :, 1:]}, ValueError, "argument `v`: expected shape"),
+            ({"v": _wide[..., :0]}, ValueError, "argument `v`: expected a last dimension of at least 1"),
+            ({"v": _wide.to("meta")}, ValueError, "argument `v`: expected device cpu"),
+            ({"attn_bias": 1.0}, TypeError, "argument `attn_bias`: expected a tensor or None"),
+            ({"attn_bias": torch.zeros(9, 4)}, ValueError, "argument `attn_bias`: expected a shape that"),
+            ({"attn_bias": torch.zeros(1, 1, 1, 9, 5)}, ValueError, "argument `attn_bias`: expected a shape"),
+            (
+                {"attn_bias": torch.zeros(9, 5).half()},
+                TypeError,
+                "argument `attn_bias`: expected dtype float32",
+            ),
+            (
+                {"attn_bias": torch.zeros(9, 5, device="meta")},
+                ValueError,
+                "argument `attn_bias`: expected device",
+            ),
+            ({"scale": float("nan")}, ValueError, "argument `scale`: expected a finite number"),
+            ({"scale": torch.ones(1)}, TypeError, "argument `scale`: expected a number"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample(
+        "strip_attention-bias-lse",
+        ops.strip_attention,
+        _strip(3, 4, 7, 2, 5, ()),
+        {"return_lse": True},
+    ),
+    Sample(
+        "strip_attention-one-channel-broadcast-bias", ops.strip_attention, _strip(2, 5, 9, 1, 4, (2, 1, 9))
     ),
     Sample(
         "polyline_path_attention-whole",

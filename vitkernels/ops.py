@@ -7,6 +7,7 @@ from vitkernels.kernels.polyline_path_attention import polyline_path_attention
 from vitkernels.kernels.polyline_path_mask import polyline_path_mask
 from vitkernels.kernels.polyline_path_scan import polyline_path_scan
 from vitkernels.kernels.residual_ffn import residual_ffn
+from vitkernels.kernels.strip_attention import strip_attention
 from vitkernels.kernels.window_attention import window_attention
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "polyline_path_mask",
     "polyline_path_scan",
     "residual_ffn",
+    "strip_attention",
     "window_attention",
 ]
