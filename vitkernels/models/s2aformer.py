@@ -1,7 +1,7 @@
 """Networks of S2AFormer's shape (arXiv 2505.22195), for images of any size from `minimum_size` on.
 
-The authors published neither code, nor weights, nor widths and depths. From the paper: four stages of strides 4 to 32, a
-stem of three 3 x 3 convolutions of which the first has stride 2, a patch embedding in front of every stage, hybrid
+The authors published neither code, nor weights, nor widths and depths. From the paper: four stages of strides 4 to
+32, a stem of three 3 x 3 convolutions of which the first has stride 2, a patch embedding in front of every stage, hybrid
 perception blocks; the numbers of parameters and multiply-accumulates (MACs) of five sizes. Inferred, and chosen here:
 
 - widths, depths and numbers of heads: `scripts/search_s2aformer.py` found the family closest to the published numbers
@@ -200,7 +200,7 @@ def _initialise(linear: nn.Linear) -> nn.Linear:
 CONFIGS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
     "s2aformer_mini": ((24, 48, 120, 288), (1, 2, 3, 3), (1, 2, 5, 12)),
     "s2aformer_t": ((32, 64, 128, 320), (1, 2, 4, 3), (1, 2, 4, 10)),
-    "s2aformer_xs": ((32, 64, 128, 320), (1, 3, 7, 3), (1, 2, 4, 10)),
+    "s2aformer_xs": ((32, 64, 128, 320), (2, 2, 7, 3), (1, 2, 4, 10)),
     "s2aformer_s": ((32, 96, 192, 384), (1, 2, 10, 3), (1, 3, 6, 12)),
     "s2aformer_m": ((64, 128, 320, 512), (1, 4, 10, 4), (1, 2, 5, 8)),
 }
@@ -209,3 +209,33 @@ CONFIGS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
 def _build(name: str, **kwargs: Any) -> S2AFormer:
     embed_dims, depths, num_heads = CONFIGS[name]
     return S2AFormer(**{"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads, **kwargs})
+
+
+@register_model
+def s2aformer_mini(**kwargs: Any) -> S2AFormer:
+    """4.90 M parameters, 0.434 G MACs; published 5.02 and 0.43. Keyword arguments: those of `S2AFormer`."""
+    return _build("s2aformer_mini", **kwargs)
+
+
+@register_model
+def s2aformer_t(**kwargs: Any) -> S2AFormer:
+    """5.85 M parameters, 0.663 G MACs; published 5.80 and 0.655. Keyword arguments: those of `S2AFormer`."""
+    return _build("s2aformer_t", **kwargs)
+
+
+@register_model
+def s2aformer_xs(**kwargs: Any) -> S2AFormer:
+    """6.38 M parameters, 0.795 G MACs; published 6.54 and 0.786. Keyword arguments: those of `S2AFormer`."""
+    return _build("s2aformer_xs", **kwargs)
+
+
+@register_model
+def s2aformer_s(**kwargs: Any) -> S2AFormer:
+    """10.71 M parameters, 1.4 G MACs; published 10.69 and 1.38. Keyword arguments: those of `S2AFormer`."""
+    return _build("s2aformer_s", **kwargs)
+
+
+@register_model
+def s2aformer_m(**kwargs: Any) -> S2AFormer:
+    """24.67 M parameters, 4.15 G MACs; published 24.87 and 4.12. Keyword arguments: those of `S2AFormer`."""
+    return _build("s2aformer_m", **kwargs)
