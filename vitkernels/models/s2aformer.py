@@ -1,8 +1,9 @@
 """Networks of S2AFormer's shape (arXiv 2505.22195), for images of any size from `minimum_size` on.
 
 The authors published neither code, nor weights, nor widths and depths. From the paper: four stages of strides 4 to
-32, a stem of three 3 x 3 convolutions of which the first has stride 2, a patch embedding in front of every stage, hybrid
-perception blocks; the numbers of parameters and multiply-accumulates (MACs) of five sizes. Inferred, and chosen here:
+32, a stem of three 3 x 3 convolutions of which the first has stride 2, a patch embedding in front of every stage,
+hybrid perception blocks; the numbers of parameters and multiply-accumulates (MACs) of five sizes. Inferred, and
+chosen here:
 
 - widths, depths and numbers of heads: `scripts/search_s2aformer.py` found the family closest to the published numbers
   among regular ones; others fit as well;

@@ -1,0 +1,183 @@
+"""Launches the Triton kernels of strip attention: which kernels, which tiles, how many programs.
+
+The configuration follows from tokens, widths and dtype alone: no autotuning, and a new batch size never recompiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from vitkernels.core.triton_tiles import device_of, padded
+from vitkernels.kernels.strip_attention.native import fold, logit_gradient, spread
+from vitkernels.kernels.strip_attention.triton_backward import backward_keys, backward_queries, sum_shares
+from vitkernels.kernels.strip_attention.triton_forward import forward_queries
+
+# Most keys that a single tile holds in the backward, which then needs one kernel.
+WHOLE_KEYS = 64
+# Programs of 128 threads that fill a large GPU about twice over.
+BACKWARD_PROGRAMS = 512
+# Fewest tiles of queries for which a program's partial gradients of keys and values are worth their traffic.
+TILES_A_SHARE = 4
+
+
+@cache
+def configuration(
+    query_count: int, key_count: int, width: int, value_dim: int, itemsize: int, backward: bool
+) -> dict[str, int]:
+    """Tiles of all kernels, and warps."""
+    rows, columns = padded(query_count), padded(key_count)
+    config = {"BLOCK_R": padded(width), "BLOCK_V": padded(value_dim), "num_stages": 1}
+    if itemsize == 4:
+        # fp32 products run on the FMA units with both operands in registers: more threads, or they spill.
+        block_m, block_n = min(rows, 32 if backward else 64), min(columns, 32)
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8, **config}
+    block_m = min(rows, 64)
+    return {"BLOCK_M": block_m, "BLOCK_N": min(columns, 64), "num_warps": max(1, block_m // 16), **config}
+
+
+def query_shares(tiles: int, programs: int) -> tuple[int, int]:
+    """(shares, tiles a share) that split the queries of `programs` tiles of keys, evenly."""
+    wanted = min(BACKWARD_PROGRAMS // programs, tiles // TILES_A_SHARE)
+    each = -(-tiles // max(1, wanted))
+    return -(-tiles // each), each
+
+
+def _strides(tensor: Tensor | None, dims: int = 4) -> tuple[int, ...]:
+    return (0,) * dims if tensor is None else tensor.stride()
+
+
+def _scratch(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def forward(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: Tensor | None,
+    scale: float,
+) -> None:
+    """Fills out, and lse unless it is None."""
+    batch, heads, queries, width = q.shape
+    keys, value_dim = v.shape[2:]
+    bias = spread(attn_bias, q, k)
+    config = configuration(queries, keys, width, value_dim, q.element_size(), False)
+    with device_of(q):
+        forward_queries[(batch * heads * -(-queries // config["BLOCK_M"]),)](
+            out, lse, q, k, v, bias, *out.stride(), *_strides(lse, 3), *q.stride(), *k.stride(), *v.stride(),
+            *_strides(bias), heads, queries, keys, scale, width, value_dim, width == 1 and bias is None,
+            BLOCK_K=min(1024, triton.next_power_of_2(keys)), **config,
+        )  # fmt: skip
+
+
+def backward(
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
+    grad_attn_bias: Tensor | None,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: Tensor | None,
+    scale: float,
+) -> None:
+    """Fills the gradients that are not None; an absent incoming gradient is zero."""
+    if grad_out is None:
+        if grad_v is not None:
+            grad_v.zero_()
+            grad_v = None
+        if grad_lse is None:
+            for grad in (grad_q, grad_k, grad_attn_bias):
+                if grad is not None:
+                    grad.zero_()
+            return
+    if grad_q is None and grad_k is None and grad_v is None and grad_attn_bias is None:
+        return
+    batch, heads, queries, width = q.shape
+    keys, value_dim = v.shape[2:]
+    bias, grad_bias = spread(attn_bias, q, k), logit_gradient(grad_attn_bias, q, k)
+    config = configuration(queries, keys, width, value_dim, q.element_size(), True)
+    tiles_m, tiles_n = -(-queries // config["BLOCK_M"]), -(-keys // config["BLOCK_N"])
+    inputs = (*lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias))
+    sizes = (heads, queries, keys)
+    with device_of(q):
+        delta, query_results = None, (grad_q, grad_bias)
+        if tiles_n > 1:
+            delta = _scratch(q, batch, heads, queries)
+            backward_queries[(batch * heads * tiles_m,)](
+                grad_q, grad_bias, delta, grad_out, grad_lse, out, lse, q, k, v, bias,
+                *_strides(grad_q), *_strides(grad_bias), *_strides(grad_out), *_strides(grad_lse, 3),
+                *out.stride(), *inputs, *sizes, scale, width, value_dim, **config,
+            )  # fmt: skip
+            query_results = None, None
+        if tiles_n == 1 or grad_k is not None or grad_v is not None:
+            shares, each = query_shares(tiles_m, batch * heads * tiles_n)
+            partials = [
+                None if grad is None or shares == 1 else _scratch(q, batch * heads, shares, *grad.shape[2:])
+                for grad in (grad_k, grad_v)
+            ]
+            backward_keys[(batch * heads * tiles_n * shares,)](
+                query_results[0], grad_k, grad_v, query_results[1], *partials, delta, grad_out, grad_lse, lse,
+                q, k, v, bias, *_strides(query_results[0]), *_strides(grad_k), *_strides(grad_v),
+                *_strides(query_results[1]), *_strides(grad_out), *_strides(grad_lse, 3), *inputs, *sizes,
+                shares, each, scale, width, value_dim, **config,
+            )  # fmt: skip
+            for grad, partial in zip((grad_k, grad_v), partials, strict=True):
+                if grad is not None and partial is not None:
+                    _sum_shares(grad, partial)
+        fold(grad_attn_bias, grad_bias)
+
+
+def _sum_shares(grad: Tensor, partial: Tensor) -> None:
+    batch, heads, keys, width = grad.shape
+    block_w = triton.next_power_of_2(width)
+    block_n = max(1, min(triton.next_power_of_2(keys), 1024 // block_w))
+    sum_shares[(batch * heads * -(-keys // block_n),)](
+        grad, partial, *grad.stride(), heads, keys, partial.shape[1], WIDTH=width, BLOCK_N=block_n,
+        BLOCK_W=block_w, num_warps=4,
+    )  # fmt: skip
+
+
+# (queries, keys, r, dv, biased): stages of S2AFormer at 224 and 512 px, wider heads, several channels.
+EXAMPLES = (
+    (3136, 49, 1, 64, False),
+    (196, 49, 1, 32, True),
+    (16384, 256, 1, 64, False),
+    (3136, 49, 1, 128, False),
+    (784, 196, 1, 96, True),
+    (3136, 49, 4, 64, False),
+    (784, 196, 64, 128, True),
+)
+
+
+def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls that launch every kernel at representative sizes, for compiling them without a GPU."""
+    for queries, keys, width, value_dim, biased in EXAMPLES:
+        heads = 2
+
+        def tokens(count: int, channels: int, heads: int = heads) -> Tensor:
+            return torch.empty(1, count, heads, channels, dtype=dtype).transpose(1, 2)
+
+        q, k, v, out = (
+            tokens(queries, width), tokens(keys, width), tokens(keys, value_dim), tokens(queries, value_dim)
+        )  # fmt: skip
+        lse = torch.empty(1, heads, queries)
+        bias = torch.empty(heads, queries, keys) if biased else None
+        inputs = (q, k, v, bias, width**-0.5)
+
+        def call(out=out, lse=lse, q=q, k=k, v=v, bias=bias, inputs=inputs):
+            forward(out, lse, *inputs)
+            backward(q, k, v, bias, out, lse, out, lse, *inputs)
+
+        yield f"{queries}x{keys} r={width} dv={value_dim}{' bias' if biased else ''}", call
