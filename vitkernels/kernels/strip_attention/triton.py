@@ -17,8 +17,6 @@ from vitkernels.kernels.strip_attention.native import fold, logit_gradient, spre
 from vitkernels.kernels.strip_attention.triton_backward import backward_keys, backward_queries, sum_shares
 from vitkernels.kernels.strip_attention.triton_forward import forward_queries
 
-# Most keys that a single tile holds in the backward, which then needs one kernel.
-WHOLE_KEYS = 64
 # Programs of 128 threads that fill a large GPU about twice over.
 BACKWARD_PROGRAMS = 512
 # Fewest tiles of queries for which a program's partial gradients of keys and values are worth their traffic.
@@ -27,17 +25,37 @@ TILES_A_SHARE = 4
 
 @cache
 def configuration(
-    query_count: int, key_count: int, width: int, value_dim: int, itemsize: int, backward: bool
+    kernel: str, queries: int, keys: int, width: int, value_dim: int, itemsize: int, biased: bool
 ) -> dict[str, int]:
-    """Tiles of all kernels, and warps."""
-    rows, columns = padded(query_count), padded(key_count)
-    config = {"BLOCK_R": padded(width), "BLOCK_V": padded(value_dim), "num_stages": 1}
+    """Tiles and warps of a kernel, "forward", "queries" or "keys", as large as registers allow without spills.
+
+    A tile of a bias takes a 64-bit address and a mask an element.
+    """
+    wide = biased or width > 16 or value_dim > 64
+    rows, columns = padded(queries), padded(keys)
+    config = {"OUTER": outer(width, itemsize), "BLOCK_R": padded(width), "BLOCK_V": padded(value_dim)}
+    config |= {"num_stages": 1}
     if itemsize == 4:
         # fp32 products run on the FMA units with both operands in registers: more threads, or they spill.
-        block_m, block_n = min(rows, 32 if backward else 64), min(columns, 32)
-        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8, **config}
-    block_m = min(rows, 64)
-    return {"BLOCK_M": block_m, "BLOCK_N": min(columns, 64), "num_warps": max(1, block_m // 16), **config}
+        config["num_warps"] = 8
+        if kernel == "forward":
+            return {"BLOCK_M": min(rows, 64), "BLOCK_N": min(columns, 32), **config}
+        if wide:
+            return {"BLOCK_M": 16, "BLOCK_N": 16, **config}
+        config = {"BLOCK_M": min(rows, 32), "BLOCK_N": min(columns, 32), **config}
+        # Left alone, ptxas squeezes this one into 64 registers and spills.
+        return {**config, "maxnreg": 128} if kernel == "keys" else config
+    block_m, block_n = min(rows, 64), min(columns, 64)
+    if kernel == "keys" and not wide and block_m == block_n == 64 and keys <= 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, **config}
+    if kernel != "forward" or biased:
+        block_n = min(columns, 32)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": block_m // 16, **config}
+
+
+def outer(width: int, itemsize: int) -> bool:
+    """Whether logits are outer products on the FMA units; see triton_logits.py."""
+    return width == 1 and itemsize == 4
 
 
 def query_shares(tiles: int, programs: int) -> tuple[int, int]:
@@ -68,12 +86,12 @@ def forward(
     batch, heads, queries, width = q.shape
     keys, value_dim = v.shape[2:]
     bias = spread(attn_bias, q, k)
-    config = configuration(queries, keys, width, value_dim, q.element_size(), False)
+    config = configuration("forward", queries, keys, width, value_dim, q.element_size(), bias is not None)
     with device_of(q):
         forward_queries[(batch * heads * -(-queries // config["BLOCK_M"]),)](
             out, lse, q, k, v, bias, *out.stride(), *_strides(lse, 3), *q.stride(), *k.stride(), *v.stride(),
-            *_strides(bias), heads, queries, keys, scale, width, value_dim, width == 1 and bias is None,
-            BLOCK_K=min(1024, triton.next_power_of_2(keys)), **config,
+            *_strides(bias), heads, queries, keys, scale, WIDTH=width, VALUE_DIM=value_dim,
+            CLOSED=width == 1 and bias is None, BLOCK_K=min(1024, triton.next_power_of_2(keys)), **config,
         )  # fmt: skip
 
 
@@ -107,31 +125,32 @@ def backward(
     batch, heads, queries, width = q.shape
     keys, value_dim = v.shape[2:]
     bias, grad_bias = spread(attn_bias, q, k), logit_gradient(grad_attn_bias, q, k)
-    config = configuration(queries, keys, width, value_dim, q.element_size(), True)
-    tiles_m, tiles_n = -(-queries // config["BLOCK_M"]), -(-keys // config["BLOCK_N"])
+    shape = (queries, keys, width, value_dim, q.element_size(), bias is not None)
+    config = configuration("keys", *shape)
+    tiles = -(-keys // config["BLOCK_N"])
     inputs = (*lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias))
-    sizes = (heads, queries, keys)
+    widths = {"WIDTH": width, "VALUE_DIM": value_dim}
     with device_of(q):
         delta, query_results = None, (grad_q, grad_bias)
-        if tiles_n > 1:
-            delta = _scratch(q, batch, heads, queries)
-            backward_queries[(batch * heads * tiles_m,)](
+        if tiles > 1:
+            delta, query_results = _scratch(q, batch, heads, queries), (None, None)
+            mine = configuration("queries", *shape)
+            backward_queries[(batch * heads * -(-queries // mine["BLOCK_M"]),)](
                 grad_q, grad_bias, delta, grad_out, grad_lse, out, lse, q, k, v, bias,
                 *_strides(grad_q), *_strides(grad_bias), *_strides(grad_out), *_strides(grad_lse, 3),
-                *out.stride(), *inputs, *sizes, scale, width, value_dim, **config,
+                *out.stride(), *inputs, heads, queries, keys, scale, **widths, **mine,
             )  # fmt: skip
-            query_results = None, None
-        if tiles_n == 1 or grad_k is not None or grad_v is not None:
-            shares, each = query_shares(tiles_m, batch * heads * tiles_n)
+        if tiles == 1 or grad_k is not None or grad_v is not None:
+            shares, each = query_shares(-(-queries // config["BLOCK_M"]), batch * heads * tiles)
             partials = [
                 None if grad is None or shares == 1 else _scratch(q, batch * heads, shares, *grad.shape[2:])
                 for grad in (grad_k, grad_v)
             ]
-            backward_keys[(batch * heads * tiles_n * shares,)](
+            backward_keys[(batch * heads * tiles * shares,)](
                 query_results[0], grad_k, grad_v, query_results[1], *partials, delta, grad_out, grad_lse, lse,
                 q, k, v, bias, *_strides(query_results[0]), *_strides(grad_k), *_strides(grad_v),
-                *_strides(query_results[1]), *_strides(grad_out), *_strides(grad_lse, 3), *inputs, *sizes,
-                shares, each, scale, width, value_dim, **config,
+                *_strides(query_results[1]), *_strides(grad_out), *_strides(grad_lse, 3), *inputs,
+                heads, queries, keys, shares, each, scale, **widths, **config,
             )  # fmt: skip
             for grad, partial in zip((grad_k, grad_v), partials, strict=True):
                 if grad is not None and partial is not None:

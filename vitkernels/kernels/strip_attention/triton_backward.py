@@ -1,16 +1,16 @@
 """Backward of strip attention in Triton; every result has one owner, sums are in a fixed order, no atomics.
 
-Up to 64 keys, `backward_keys` does everything: a program holds all keys of a head and walks through a share of the
-queries, whose gradients it owns; the weights are computed once, and out is not read. The shares' gradients of the keys
-and values are summed by `sum_shares`. With more keys `backward_queries` owns the gradients of queries and logits and
-what each query subtracts (delta), and `backward_keys` those of a tile of keys.
+Where one tile holds all keys, `backward_keys` does everything: a program walks through a share of the queries, whose
+gradients it owns; the weights are computed once, and out is not read. The shares' gradients of keys and values are
+summed by `sum_shares`. With several tiles, `backward_queries` owns the gradients of queries and logits and what each
+query subtracts (delta), and `backward_keys` those of a tile of keys and a share of the queries.
 
-The gradient of a query of one channel is a row sum of the logits' gradient times the keys, on the FMA units, in fp32.
-Taking it from the product of (weights * key) with the values, and delta, would cost the same product as the weights'
-gradient does, round its operand, and subtract two sums that nearly cancel.
+The gradient of a query of one channel could follow from delta and the product of (weights * key) with the values. That
+costs what the product for the weights' gradient costs, rounds its operand, and takes the difference of two sums that
+nearly cancel; so queries and keys take theirs from the logits' gradient, as with several channels.
 
-Floor of a head: reads q, k, v, grad_out, lse (out too with more than 64 keys) and writes the three gradients,
-s (N (2 r + dv) + 2 M (r + dv)) + 4 N bytes; 4 N M dv FLOPs and N M exponentials (6 N M dv and 2 N M with more keys).
+Floor of a head: reads q, k, v, grad_out, lse (out too with several tiles) and writes the three gradients,
+s (N (2 r + dv) + 2 M (r + dv)) + 4 N bytes; 4 N M dv FLOPs and N M exponentials (6 N M dv and 2 N M with several).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def store_logit_gradient(base, queries, keys, query_valid, key_valid, stride_n, 
 
 
 @triton.jit
-def query_gradient(grad_logits, key, WIDTH: tl.constexpr):
+def query_gradient(grad_logits, key, OUTER: tl.constexpr):
     """Without the scale. [queries] for one channel, else [queries, BLOCK_R]."""
-    if WIDTH == 1:
+    if OUTER:
         return tl.sum(grad_logits * key.to(tl.float32)[None, :], 1)
     else:
         return dot(grad_logits.to(key.dtype), key)
@@ -58,7 +58,7 @@ def backward_keys(
     go_b, go_h, go_n, go_c, gl_b, gl_h, gl_n, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c,
     v_b, v_h, v_n, v_c, bias_b, bias_h, bias_n, bias_m,
     heads, query_count, key_count, shares, tiles_a_share, scale,
-    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, OUTER: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and of their values from a share of the queries: into partial_k and partial_v
@@ -75,7 +75,7 @@ def backward_keys(
     keys = (program // shares % tiles).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     key_valid = keys < key_count
     mask_v = tile_mask(key_valid, BLOCK_V, VALUE_DIM)
-    key = load_channels(k + batch * k_b + head * k_h, keys, key_valid, k_n, k_c, WIDTH, BLOCK_R)
+    key = load_channels(k + batch * k_b + head * k_h, keys, key_valid, k_n, k_c, WIDTH, OUTER, BLOCK_R)
     value = load_tile(v + batch * v_b + head * v_h, tile_offsets(keys, v_n, v_c, BLOCK_V), mask_v)
     q += batch * q_b + head * q_h
     lse += batch * lse_b + head * lse_h
@@ -84,15 +84,15 @@ def backward_keys(
     if grad_out is not None:
         grad_out += batch * go_b + head * go_h
     # Of one channel, the terms of a key lie in a tile that is summed over the queries once, at the end.
-    key_gradient = tl.zeros([BLOCK_M, BLOCK_N] if WIDTH == 1 else [BLOCK_N, BLOCK_R], tl.float32)
+    key_gradient = tl.zeros([BLOCK_M, BLOCK_N] if OUTER else [BLOCK_N, BLOCK_R], tl.float32)
     value_gradient = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     last = tl.minimum((share + 1) * tiles_a_share * BLOCK_M, query_count)
     for first in range(share * tiles_a_share * BLOCK_M, last, BLOCK_M):
         queries = first + tl.arange(0, BLOCK_M)
         query_valid = queries < query_count
-        query = load_channels(q, queries, query_valid, q_n, q_c, WIDTH, BLOCK_R)
+        query = load_channels(q, queries, query_valid, q_n, q_c, WIDTH, OUTER, BLOCK_R)
         logits = tile_logits(
-            query, key, queries, keys, query_valid, key_valid, bias, bias_n, bias_m, scale, WIDTH
+            query, key, queries, keys, query_valid, key_valid, bias, bias_n, bias_m, scale, OUTER
         )
         weights = probabilities(logits, load_rows(lse, queries, query_valid, lse_n, INF))
         grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -123,22 +123,22 @@ def backward_keys(
         if grad_q is not None:
             store_channels(
                 grad_q + batch * gq_b + head * gq_h, queries, query_valid, gq_n, gq_c,
-                query_gradient(grad_logits, key, WIDTH) * scale, WIDTH, BLOCK_R,
+                query_gradient(grad_logits, key, OUTER) * scale, WIDTH, OUTER, BLOCK_R,
             )  # fmt: skip
         if grad_k is not None or partial_k is not None:
-            if WIDTH == 1:
+            if OUTER:
                 key_gradient += grad_logits * query.to(tl.float32)[:, None]
             else:
                 key_gradient = dot(tl.trans(grad_logits.to(query.dtype)), query, key_gradient)
     place = pair * shares + share
     if grad_k is not None or partial_k is not None:
-        total = (tl.sum(key_gradient, 0) if WIDTH == 1 else key_gradient) * scale
+        total = (tl.sum(key_gradient, 0) if OUTER else key_gradient) * scale
         if partial_k is not None:
             start = partial_k + place * key_count * WIDTH
-            store_channels(start, keys, key_valid, WIDTH, 1, total, WIDTH, BLOCK_R)
+            store_channels(start, keys, key_valid, WIDTH, 1, total, WIDTH, OUTER, BLOCK_R)
         else:
             start = grad_k + batch * gk_b + head * gk_h
-            store_channels(start, keys, key_valid, gk_n, gk_c, total, WIDTH, BLOCK_R)
+            store_channels(start, keys, key_valid, gk_n, gk_c, total, WIDTH, OUTER, BLOCK_R)
     if partial_v is not None:
         offsets = tile_offsets(keys, VALUE_DIM, 1, BLOCK_V)
         store_tile(partial_v + place * key_count * VALUE_DIM, offsets, mask_v, value_gradient)
@@ -153,7 +153,7 @@ def backward_queries(
     gq_b, gq_h, gq_n, gq_c, gb_b, gb_h, gb_n, gb_m, go_b, go_h, go_n, go_c, gl_b, gl_h, gl_n,
     out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c,
     bias_b, bias_h, bias_n, bias_m, heads, query_count, key_count, scale,
-    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, OUTER: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Fills delta [batch, heads, N] and, unless they are absent, grad_q and the gradient of the logits."""
@@ -185,16 +185,18 @@ def backward_queries(
         v += batch * v_b + head * v_h
         if bias is not None:
             bias += batch * bias_b + head * bias_h
-        query = load_channels(q + batch * q_b + head * q_h, queries, query_valid, q_n, q_c, WIDTH, BLOCK_R)
+        query = load_channels(
+            q + batch * q_b + head * q_h, queries, query_valid, q_n, q_c, WIDTH, OUTER, BLOCK_R
+        )
         row_lse = load_rows(lse + batch * lse_b + head * lse_h, queries, query_valid, lse_n, INF)
         # Of one channel, the terms of a query lie in a tile that is summed over the keys once, at the end.
-        gradient = tl.zeros([BLOCK_M, BLOCK_N] if WIDTH == 1 else [BLOCK_M, BLOCK_R], tl.float32)
+        gradient = tl.zeros([BLOCK_M, BLOCK_N] if OUTER else [BLOCK_M, BLOCK_R], tl.float32)
         for first in range(0, key_count, BLOCK_N):
             keys = first + tl.arange(0, BLOCK_N)
             key_valid = keys < key_count
-            key = load_channels(k, keys, key_valid, k_n, k_c, WIDTH, BLOCK_R)
+            key = load_channels(k, keys, key_valid, k_n, k_c, WIDTH, OUTER, BLOCK_R)
             logits = tile_logits(
-                query, key, queries, keys, query_valid, key_valid, bias, bias_n, bias_m, scale, WIDTH
+                query, key, queries, keys, query_valid, key_valid, bias, bias_n, bias_m, scale, OUTER
             )
             weights = probabilities(logits, row_lse)
             grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -209,14 +211,14 @@ def backward_queries(
                     grad_bias + batch * gb_b + head * gb_h, queries, keys, query_valid, key_valid, gb_n, gb_m,
                     grad_logits,
                 )  # fmt: skip
-            if WIDTH == 1:
+            if OUTER:
                 gradient += grad_logits * key.to(tl.float32)[None, :]
             else:
                 gradient = dot(grad_logits.to(key.dtype), key, gradient)
         if grad_q is not None:
-            total = (tl.sum(gradient, 1) if WIDTH == 1 else gradient) * scale
+            total = (tl.sum(gradient, 1) if OUTER else gradient) * scale
             start = grad_q + batch * gq_b + head * gq_h
-            store_channels(start, queries, query_valid, gq_n, gq_c, total, WIDTH, BLOCK_R)
+            store_channels(start, queries, query_valid, gq_n, gq_c, total, WIDTH, OUTER, BLOCK_R)
 
 
 @triton.jit(do_not_specialize=["shares"])

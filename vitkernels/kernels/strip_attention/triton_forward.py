@@ -34,7 +34,7 @@ def forward_queries(
     out, lse, q, k, v, bias,
     out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c,
     bias_b, bias_h, bias_n, bias_m, heads, query_count, key_count, scale,
-    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, CLOSED: tl.constexpr, BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr, OUTER: tl.constexpr, VALUE_DIM: tl.constexpr, CLOSED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """CLOSED: the largest logit of a row is known beforehand, with one channel and without a bias."""
@@ -48,18 +48,19 @@ def forward_queries(
     v += batch * v_b + head * v_h
     if bias is not None:
         bias += batch * bias_b + head * bias_h
-    query = load_channels(q + batch * q_b + head * q_h, queries, query_valid, q_n, q_c, WIDTH, BLOCK_R)
+    query = load_channels(q + batch * q_b + head * q_h, queries, query_valid, q_n, q_c, WIDTH, OUTER, BLOCK_R)
     maximum, total = softmax_start(BLOCK_M)
     if CLOSED:
-        maximum = row_maximum(query, k, key_count, k_n, scale, BLOCK_K)
+        single = load_channels(q + batch * q_b + head * q_h, queries, query_valid, q_n, q_c, 1, True, BLOCK_R)
+        maximum = row_maximum(single, k, key_count, k_n, scale, OUTER, BLOCK_K)
     accumulator = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for first in range(0, key_count, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         key_valid = keys < key_count
-        key = load_channels(k, keys, key_valid, k_n, k_c, WIDTH, BLOCK_R)
+        key = load_channels(k, keys, key_valid, k_n, k_c, WIDTH, OUTER, BLOCK_R)
         value = load_tile(v, tile_offsets(keys, v_n, v_c, BLOCK_V), tile_mask(key_valid, BLOCK_V, VALUE_DIM))
         logits = tile_logits(
-            query, key, queries, keys, query_valid, key_valid, bias, bias_n, bias_m, scale, WIDTH
+            query, key, queries, keys, query_valid, key_valid, bias, bias_n, bias_m, scale, OUTER
         )
         if CLOSED:
             weights = weights_below(logits, maximum)
