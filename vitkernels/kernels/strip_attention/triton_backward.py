@@ -65,6 +65,9 @@ def backward_keys(
     [batch * heads, shares, keys, channels] where these are given, else into grad_k and grad_v, any of them absent.
 
     Without delta the tile holds all keys, and the gradients of queries and logits are written too.
+
+    local memory: up to 40 bytes: where it holds all keys, values stay in registers as operands from tile to tile, and
+    what is used once, at the end, makes room.
     """
     tiles = (key_count + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0).to(tl.int64)
