@@ -140,6 +140,7 @@ CASES = [
     Case(50, 196, dv=24, batch=2, heads=1, layout="nchw"),
     Case(33, 100, dv=66, dtype=F16, scale=-0.7),
     Case(1, 1, dv=1),
+    Case(33, 1, r=3, dv=66, heads=1, batch=3),  # the weight of a single key is exactly one
     Case(1, 7, dv=8, dtype=F16),
     Case(7, 2, dv=5, batch=3, scale=-1.5),
     Case(7, 64, r=2, dv=16),
@@ -242,6 +243,17 @@ def test_huge_logits(scale: float, keys: int, guarded: Guarded) -> None:
     torch.testing.assert_close(got["grad_v"].double(), truth["grad_v"], rtol=4e-3, atol=4e-3)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_gradients_of_large_logits(dtype: torch.dtype, guarded: Guarded) -> None:
+    """lse of 1e4 has no digits left for the softmax denominator, one tile of keys does without them."""
+    case = Case(20, 32, dtype=dtype, heads=1, batch=3, scale=1.0)
+    inputs = make_inputs(case, guarded)
+    inputs["q"].mul_(50)
+    inputs["k"].mul_(50)
+    got = run_kernels(case, inputs, guarded)
+    compare(case, inputs, {name: got[name] for name in ("out", "lse", "grad_v")})
+
+
 def test_the_largest_fp32_logits(guarded: Guarded) -> None:
     """Products whose rounding alone exceeds the exponents' range."""
     case = Case(8, 20, heads=1, scale=3.0)
@@ -334,6 +346,7 @@ def test_shares_cover_all_queries_evenly() -> None:
 @pytest.mark.parametrize("keys", [1, 49, 50, 256, 1050])
 @pytest.mark.parametrize(("r", "dv"), [(1, 16), (1, 48), (2, 64), (3, 66), (8, 75), (16, 96)])
 def test_grid(r: int, dv: int, keys: int, dtype: torch.dtype, guarded: Guarded) -> None:
-    case = replace(Case(65, keys, heads=1), r=r, dv=dv, dtype=dtype)
+    # Three draws, held to the rule together: of one, PyTorch's own error is a matter of luck.
+    case = replace(Case(33, keys, heads=1, batch=3), r=r, dv=dv, dtype=dtype)
     inputs = make_inputs(case, guarded)
     compare(case, inputs, run_kernels(case, inputs, guarded))

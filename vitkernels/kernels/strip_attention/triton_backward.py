@@ -98,6 +98,10 @@ def backward_keys(
             query, key, queries, keys, query_valid, key_valid, bias, bias_n, bias_m, scale, OUTER
         )
         weights = probabilities(logits, load_rows(lse, queries, query_valid, lse_n, INF))
+        if delta is None:
+            # lse is rounded, for logits of 1e4 to a thousandth; with all keys at hand their weights sum to one.
+            total = tl.sum(weights, 1)
+            weights = weights / tl.where(total == 0, 1.0, total)[:, None]
         grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if grad_out is not None:
             grad_result = load_tile(
@@ -111,13 +115,15 @@ def backward_keys(
                 value_gradient = dot(rounded, grad_result, value_gradient)
         if delta is not None:
             row_delta = tl.load(delta + pair * query_count + queries, mask=query_valid, other=0.0)
+            grad_logits = logit_gradient(weights, grad_weights, row_delta)
         else:
-            row_delta = tl.sum(weights * grad_weights, 1)
+            # The difference first: of a single key it is exactly zero.
+            grad_logits = logit_gradient(weights, grad_weights, tl.sum(weights * grad_weights, 1))
             if grad_lse is not None:
-                row_delta -= load_rows(
+                row_gradient = load_rows(
                     grad_lse + batch * gl_b + head * gl_h, queries, query_valid, gl_n, 0.0
-                ).to(tl.float32)
-        grad_logits = logit_gradient(weights, grad_weights, row_delta)
+                )
+                grad_logits += weights * row_gradient.to(tl.float32)[:, None]
         if grad_bias is not None:
             store_logit_gradient(
                 grad_bias + batch * gb_b + head * gb_h, queries, keys, query_valid, key_valid, gb_n, gb_m,
