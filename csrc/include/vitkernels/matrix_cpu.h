@@ -1,7 +1,7 @@
 // Small matrices on the CPU: scratch, the one matrix product, and the way in and out of strided tensors.
 //
-// The product is C[r][l] = (start[r] + add[r][l] + sum_k A(r, k) * B[k][l]) * factor[l]. A is read in place,
-// one broadcast scalar at a time and with any strides; B and C have l in the vector lanes.
+// The product is C[r][l] = (start[r] + add[r][l] + sum_k A(r, k) * B[k][l]) * factor[l] * row_factor[r]. A is
+// read in place, one broadcast scalar at a time and with any strides; B and C have l in the vector lanes.
 #pragma once
 #include "vitkernels/simd.h"
 
@@ -66,8 +66,9 @@ struct Product {
   ptrdiff_t add_row;
   T* c;
   ptrdiff_t c_row;
-  const T* start = nullptr;   // one number a row; null: nothing
-  const T* factor = nullptr;  // one number a lane, which multiplies the sums; null: nothing
+  const T* start = nullptr;       // one number a row; null: nothing
+  const T* factor = nullptr;      // one number a lane, which multiplies the sums; null: nothing
+  const T* row_factor = nullptr;  // the same for the rows
 };
 
 template <class T, int V, int R>
@@ -111,6 +112,14 @@ static __attribute__((noinline)) void multiply_block(const Product<T>& p, int ro
       const Vec<T> f = load(p.factor + lane + v * lanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) acc[r][v] *= f;
+    }
+  }
+  if (p.row_factor) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> f = broadcast(p.row_factor[row + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] *= f;
     }
   }
   T* c = p.c + row * p.c_row + lane;
@@ -157,6 +166,7 @@ static void multiply(int vecs, const Product<T>& p, int run = kRun) {
       part.a = p.a + k * p.a_k;
       part.b = p.b + k * p.b_k;
       part.factor = runs == 1 ? p.factor : nullptr;
+      part.row_factor = runs == 1 ? p.row_factor : nullptr;
       multiply<T>(vecs, part, run);
       part.add = p.c;
       part.add_row = p.c_row;
