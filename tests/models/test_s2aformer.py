@@ -35,11 +35,11 @@ def test_parameters_and_macs_meet_the_published_ones(name: str) -> None:
     for size, expected in zip((224, 256), billions, strict=True):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.empty(1, 3, size, size, device="meta"))
-        macs, rest = counter.get_total_flops() // 2, divmod(counter.get_total_flops(), 2)[1]
+        macs = counter.get_total_flops() / 2
         print(f"  {size} x {size}: {macs / 1e9:.3f} G MACs, published {expected:.3f}")
         assert macs / 1e9 == pytest.approx(expected, rel=search.TOLERANCE)
-        counted = search.count(*(CONFIGS[name][i] for i in (0, 1, 2)), search.Family(4, 1280, False), size)
-        assert (counted.parameters, counted.macs, rest) == (parameters, macs, 0)
+        counted = search.count(*CONFIGS[name], search.Family(4, 1280, False), size)
+        assert (counted.parameters, counted.macs) == (parameters, macs)
         assert counted.layers / 1e9 == pytest.approx(expected, rel=search.TOLERANCE)
 
 
@@ -132,7 +132,8 @@ def test_folding_changes_nothing() -> None:
 
 
 def test_compiles_whole() -> None:
-    model, x = small(), torch.randn(2, 3, 64, 64)
+    two = {"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "sr_ratios": (4, 1)}
+    model, x = small(**two), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     got, expected = compiled(x), model(x)
     assert relative_error(got, expected) < 1e-5
