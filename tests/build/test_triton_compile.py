@@ -80,6 +80,20 @@ def test_batch_size_never_recompiles_cascaded_group_attention(
     assert len(compiled) == len({function for function, _ in compiled}) + 1
 
 
+def test_batch_size_never_recompiles_strip_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitkernels.kernels.strip_attention import triton as launcher
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with kernel_report.compile_only(80) as compiled:
+        for batch in (1, 2, 3, 16, 4096):
+            q, k = (torch.empty(batch, 2, tokens, 1, dtype=torch.float16) for tokens in (49, 36))
+            v, out = (torch.empty(batch, 2, tokens, 32, dtype=torch.float16) for tokens in (36, 49))
+            lse = torch.empty(batch, 2, 49)
+            launcher.forward(out, lse, q, k, v, None, 1.0)
+            launcher.backward(q, k, v, None, out, None, out, lse, q, k, v, None, 1.0)
+    assert len(compiled) == 2
+
+
 def test_a_spilling_kernel_is_seen() -> None:
     row = kernel_report.Usage("triton", "kernel", "float32", "sm_80", 255, 0, 64, 64, 128, "")
     assert row.fails

@@ -25,6 +25,14 @@ from vitkernels.models.efficientvit import (
 from vitkernels.models.medvit import MedViT, medvit_base, medvit_large, medvit_small, medvit_tiny
 from vitkernels.models.ppma import PPMA, ppma_b, ppma_s, ppma_t
 from vitkernels.models.registry import create_model, list_models
+from vitkernels.models.s2aformer import (
+    S2AFormer,
+    s2aformer_m,
+    s2aformer_mini,
+    s2aformer_s,
+    s2aformer_t,
+    s2aformer_xs,
+)
 from vitkernels.models.weights import to_official_state_dict, to_timm_state_dict
 
 __all__ = [
@@ -32,6 +40,7 @@ __all__ = [
     "PPMA",
     "EfficientViT",
     "MedViT",
+    "S2AFormer",
     "create_model",
     "dilations_for",
     "dinat_base",
@@ -57,6 +66,11 @@ __all__ = [
     "ppma_b",
     "ppma_s",
     "ppma_t",
+    "s2aformer_m",
+    "s2aformer_mini",
+    "s2aformer_s",
+    "s2aformer_t",
+    "s2aformer_xs",
     "to_official_state_dict",
     "to_timm_state_dict",
 ]

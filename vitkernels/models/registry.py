@@ -67,7 +67,8 @@ def create_model(
             EfficientViT's bias tables are resized to the model's windows; NAT's and DiNAT's tell the numbers
             of heads and the kernel size; PPMA reads classifiers, detectors and segmenters; with num_classes=0 the
             file's classifier is left out. Nothing is ever downloaded.
-        **kwargs: the model's other arguments, as in `EfficientViT`, `NAT`, `MedViT` and `PPMA`.
+        **kwargs: the model's other arguments, as in `EfficientViT`, `NAT`, `MedViT`, `PPMA` and
+            `S2AFormer`.
 
     Raises:
         ValueError: an unknown name, or weights whose keys or shapes are not the model's (all are listed).

@@ -1,4 +1,4 @@
-"""Modules whose arguments, parameter names and `state_dict` are those of the official code."""
+"""Modules whose arguments, parameter names and `state_dict` are those of the official code, where there is one."""
 
 from vitkernels.nn.cascaded_group_attention import (
     CascadedGroupAttention,
@@ -10,18 +10,22 @@ from vitkernels.nn.drop_path import DropPath
 from vitkernels.nn.faster_kan import FasterKAN, FasterKANLayer
 from vitkernels.nn.neighborhood_attention import NeighborhoodAttention1D, NeighborhoodAttention2D
 from vitkernels.nn.polyline_path_attention import PolylinePathAttention, RasterRotation
+from vitkernels.nn.strip_attention import LIM, HybridPerceptionBlock, StripSelfAttention
 
 __all__ = [
+    "LIM",
     "CascadedGroupAttention",
     "ConvNorm",
     "DropPath",
     "FasterKAN",
     "FasterKANLayer",
+    "HybridPerceptionBlock",
     "LocalWindowAttention",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NormLinear",
     "PolylinePathAttention",
     "RasterRotation",
+    "StripSelfAttention",
     "resize_attention_biases",
 ]

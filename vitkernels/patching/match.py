@@ -48,7 +48,8 @@ def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
     elif is_polyline(module):
         mixin, kernel, reason = PolylinePath, "polyline_path_attention", why_not_polyline(module)
     elif "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower():
-        return Match(None, reason="no kernel for this class")
+        ours = type(module).__module__.startswith("vitkernels.")
+        return Match(None, reason="calls its kernel itself" if ours else "no kernel for this class")
     else:
         return None
     if not reason and "forward" in module.__dict__:
