@@ -125,7 +125,9 @@ def _cases() -> Iterator[Case]:
     yield square((9, 8), 5, d=256, dv=136, dtype=F16, rpb=F16, heads=1, batch=1)  # gradients in two passes
     yield square((9, 4), 3, d=136, dv=250, dtype=BF16, heads=1, batch=1)
     yield square((6, 5), 3, d=200, dv=256, dtype=F32, rpb=F32, heads=1, batch=1)
-    yield square((8, 8), 4, 2, d=144, dv=200, dtype=F16, rpb=F16, heads=1, batch=1)  # groups in one small tile
+    yield square(
+        (8, 8), 4, 2, d=144, dv=200, dtype=F16, rpb=F16, heads=1, batch=1
+    )  # groups in one small tile
     yield square((16, 14), 7, d=32, dv=32, dtype=BF16, rpb=BF16)
     yield square((7, 9), 3, d=20, dv=100, dtype=F64, rpb=F64)  # values in two passes
     yield square((9, 8), 3, dtype=F16, rpb=F32)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels.bench.case import Case, Cost, Function, Inputs, Provider, parse_fields
+from vitkernels.models.s2aformer import CONFIGS
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,16 @@ class StripProblem:
         return f"{batch}x{self.heads} {self.queries}x{self.keys} {self.key_dim}|{self.value_dim}"
 
 
-# One channel per head: heads, width and reduction of the four stages. The paper publishes none of them; heads of
-# 64 channels and these reductions, which leave 49 keys at 224 px in every stage, are CMT's.
-STAGES = ((1, 64, 8), (2, 128, 4), (4, 256, 2), (8, 512, 1))
+# At 224 these leave 49 keys in every stage.
+REDUCTIONS = (8, 4, 2, 1)
 # The map that the first stage sees; each later one sees half its sides.
-INPUTS = {"_224": (56, 56), "_512": (128, 128), "_800x1344": (200, 336)}
+INPUTS = {"": (56, 56), "_512": (128, 128), "_800x1344": (200, 336)}
 
 
-def model_layers(first: tuple[int, int]) -> tuple[StripProblem, ...]:
+def model_layers(model: str, first: tuple[int, int]) -> tuple[StripProblem, ...]:
+    widths, _, numbers_of_heads = CONFIGS[model]
     layers = []
-    for i, (heads, width, reduction) in enumerate(STAGES):
+    for i, (heads, width, reduction) in enumerate(zip(numbers_of_heads, widths, REDUCTIONS, strict=True)):
         height, columns = first[0] >> i, first[1] >> i
         keys = (height // reduction) * (columns // reduction)
         layers.append(StripProblem(f"stage {i + 1}", heads, height * columns, keys, 1, width // heads))
@@ -112,8 +113,8 @@ def cost(problem: StripProblem, batch: int, dtype: torch.dtype, mode: str) -> Co
 
 CASE = Case(
     operator="strip_attention",
-    presets={f"s2aformer{name}": model_layers(first) for name, first in INPUTS.items()},
-    default_preset="s2aformer_224",
+    presets={model + name: model_layers(model, first) for model in CONFIGS for name, first in INPUTS.items()},
+    default_preset="s2aformer_t",
     shape_help="heads=1,queries=196,keys=49,r=1,dv=64",
     parse_shape=parse_shape,
     make_inputs=make_inputs,
