@@ -1,5 +1,6 @@
 """Modules whose arguments, parameter names and `state_dict` are those of the official code."""
 
+from vitkernels.nn.block_sparse_linear import BlockSparseLinear
 from vitkernels.nn.cascaded_group_attention import (
     CascadedGroupAttention,
     LocalWindowAttention,
@@ -12,6 +13,7 @@ from vitkernels.nn.neighborhood_attention import NeighborhoodAttention1D, Neighb
 from vitkernels.nn.polyline_path_attention import PolylinePathAttention, RasterRotation
 
 __all__ = [
+    "BlockSparseLinear",
     "CascadedGroupAttention",
     "ConvNorm",
     "DropPath",

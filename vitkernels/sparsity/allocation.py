@@ -112,37 +112,30 @@ def slopes(curve: Tensor, window: int = 4) -> Tensor:
     return torch.tensor(out, dtype=torch.float64) * LEVELS
 
 
-def allocate(layers: Mapping[str, Layer], target: float, total: float, fixed: float = 0.0) -> dict[str, int]:
-    """The level of every layer at the smallest beta that brings the cost to at most target * total.
+def allocate(layers: Mapping[str, Layer], target: float, fixed: float = 0.0) -> dict[str, int]:
+    """The level of every layer at the smallest beta that brings what remains to at most the share `target`.
 
-    A layer's level is the last one whose slope is at most beta * cost. The levels of all layers, sorted by the beta at
-    which they are reached, are the points between which beta can be bisected; where the curves of several levels or
-    layers reach one beta together, the last of them are left out as far as the target allows.
+    A layer's level is the last one whose slope is at most beta * cost, so a larger beta prunes no layer less. What is
+    bisected is the list of the betas at which any layer reaches any level. Levels that are reached at one beta
+    together, as those behind a steep place of a curve are, are taken one by one as far as the target needs them.
 
     Args:
-        target: share of the total.
-        total: sum of unit * elements over the layers, and `fixed`.
-        fixed: what stays whatever is pruned.
+        target: share of the units of all elements that may remain.
+        fixed: units that remain whatever is pruned; they count in the whole.
 
     Returns:
-        levels by layer; all at their last where the target cannot be reached.
+        levels by layer; all at their last where the target is out of reach.
     """
-    names = list(layers)
-    last = int(LEVELS * (1 - min(0.05, target / 2)))
-    if target <= 0:
-        last = LEVELS - 1
-    last = min(last, LEVELS - 1)
-    # [layers, levels from 1 on]
-    betas = torch.stack([layers[name].slope[1 : last + 1] / layers[name].cost for name in names])
-    savings = torch.stack([-layers[name].kept[: last + 1].diff() * layers[name].unit for name in names])
-    order = betas.flatten().argsort(stable=True)
-    saved = torch.cat([torch.zeros(1, dtype=torch.float64), savings.flatten()[order].cumsum(0)])
-    needed = (1 - target) * total * (1 - 1e-12)
-    whole = sum(float(layer.kept[0]) * layer.unit for layer in layers.values()) + fixed
-    needed -= total - whole
-    steps = int(torch.searchsorted(saved, needed))
-    counts = torch.bincount(order[:steps] // last, minlength=len(names))
-    return dict(zip(names, counts.tolist(), strict=True))
+    last = min(int(LEVELS * (1 - min(0.05, target / 2))), LEVELS - 1)
+    betas = torch.stack([layer.slope[1 : last + 1] / layer.cost for layer in layers.values()]).flatten()
+    savings = torch.stack([-layer.kept[: last + 1].diff() * layer.unit for layer in layers.values()]).flatten()
+    order = betas.argsort(stable=True)  # stable: a layer's levels stay in order
+    saved = torch.cat([savings.new_zeros(1), savings[order].cumsum(0)])
+    whole = fixed + sum(float(layer.kept[0]) * layer.unit for layer in layers.values())
+    # The rounding of the sums must not cost a level more than the target needs.
+    steps = int(torch.searchsorted(saved, (1 - target) * whole * (1 - 1e-12)))
+    levels = torch.bincount(order[:steps] // last, minlength=len(layers))
+    return dict(zip(layers, levels.tolist(), strict=True))
 
 
 def keep_mask(layer: Layer, level: int, shape: torch.Size) -> Tensor:

@@ -8,17 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels.core.checks import fail
-
-
-def block_sums(elements: Tensor, block_shape: tuple[int, int]) -> Tensor:
-    """[O, I] to the sums of its blocks [ceil(O / bh), ceil(I / bw)], in float64."""
-    (rows, columns), (bh, bw) = elements.shape, block_shape
-    padded = F.pad(elements.double(), (0, -columns % bw, 0, -rows % bh))
-    return padded.unflatten(1, (-1, bw)).unflatten(0, (-1, bh)).sum((1, 3))
+from vitkernels.nn.block_sparse_linear import block_sums
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Blocks:
     def of(cls, weight: Tensor, gradient: Tensor | None, block_shape: tuple[int, int]) -> Blocks:
         weight = weight.detach().double()
         product = weight if gradient is None else weight * gradient.double()
-        elements = block_sums(torch.ones_like(weight), block_shape)
+        elements = cls.elements_of(weight, block_shape)
         return cls(
             block_sums(product.abs(), block_shape) / elements,
             block_sums(product, block_shape),
@@ -53,6 +46,10 @@ class Blocks:
             block_sums(weight.square(), block_shape),
             elements,
         )
+
+    @staticmethod
+    def elements_of(weight: Tensor, block_shape: tuple[int, int]) -> Tensor:
+        return block_sums(torch.ones_like(weight), block_shape)
 
 
 @dataclass
@@ -69,17 +66,21 @@ class Observed:
 
 
 def observe(
-    model: nn.Module, layers: Mapping[str, nn.Linear], calibration: Any, gradients: bool
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    counted: Mapping[str, nn.Module],
+    calibration: Any,
+    gradients: bool,
 ) -> Observed:
     """Runs the model, in the mode it is in, on every batch; without gradients on the first alone.
 
-    The parameters' `.grad` and `requires_grad` stay as they are.
+    Gradients are those of `layers`, rows those of all `counted`. The parameters' `.grad` and `requires_grad` stay as they are.
     """
     seen, images = Observed(), 0
-    device = next(iter(layers.values())).weight.device
+    device = next(model.parameters()).device
     weights = {name: layer.weight for name, layer in layers.items()}
     with ExitStack() as stack:
-        for name, layer in layers.items():
+        for name, layer in counted.items():
             stack.callback(layer.register_forward_pre_hook(_counts(name, seen.rows)).remove)
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(_trainable(weights.values()))
