@@ -10,6 +10,7 @@ from vitkernels.core.backends import PROBE, BackendError, Probed, backend
 from vitkernels.core.operator import REGISTRY
 from vitkernels.kernels.block_sparse_linear.tensor import BlockSparseTensor
 from vitkernels.patching import apply, revert
+from vitkernels.sparsity import densify, sparsify
 
 try:
     __version__ = version("vitkernels")
@@ -21,10 +22,12 @@ __all__ = [
     "BlockSparseTensor",
     "apply",
     "backend",
+    "densify",
     "models",
     "nn",
     "ops",
     "revert",
+    "sparsify",
     "supported_backends",
 ]
 

@@ -112,7 +112,9 @@ class BlockSparseLinear(nn.Module):
         if mask is not None and mask.shape == weight.shape and block != (1, 1):
             pattern = BlockSparseTensor.from_masked(weight, mask.to(weight.device), block)
         else:
-            pattern = BlockSparseTensor.from_dense(weight, block, None if mask is None else mask.to(weight.device))
+            pattern = BlockSparseTensor.from_dense(
+                weight, block, None if mask is None else mask.to(weight.device)
+            )
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.in_features, made.out_features = linear.in_features, linear.out_features
@@ -133,15 +135,20 @@ class BlockSparseLinear(nn.Module):
         inputs = max(1.0, self.density * self.in_features)
         with torch.no_grad():
             self.values.uniform_(-(inputs**-0.5), inputs**-0.5)
-            sparse, (bh, bw) = self.weight, self.block_shape
-            inside = [
-                (torch.arange(blocks * block, device=self.values.device) < size).view(blocks, block)
-                for blocks, block, size in zip(sparse.grid, (bh, bw), sparse.shape, strict=True)
-            ]
-            self.values.mul_(inside[0][sparse.row_indices][:, :, None])
-            self.values.mul_(inside[1][sparse.col_indices][:, None, :])
+            self.clear_padding()
             if self.bias is not None:
                 self.bias.uniform_(-(self.in_features**-0.5), self.in_features**-0.5)
+
+    @torch.no_grad()
+    def clear_padding(self) -> None:
+        """Puts zeros where values lie beyond the edge of the matrix."""
+        sparse, (bh, bw) = self.weight, self.block_shape
+        inside = [
+            (torch.arange(blocks * block, device=self.values.device) < size).view(blocks, block)
+            for blocks, block, size in zip(sparse.grid, (bh, bw), sparse.shape, strict=True)
+        ]
+        self.values.mul_(inside[0][sparse.row_indices][:, :, None])
+        self.values.mul_(inside[1][sparse.col_indices][:, None, :])
 
     @property
     def weight(self) -> BlockSparseTensor:

@@ -115,7 +115,7 @@ def sparsify(
     given = None if masks is None else read_masks(masks, model)
     if given is not None:
         block = block or block_shape_of(given)
-        include = [name for name in given]
+        include = list(given)
     layers, skipped = prunable(model, None if given else block, include, exclude)
     if not layers and not given:
         fail("model", "at least one Linear layer to prune", type(model).__name__, str(skipped))
@@ -139,7 +139,9 @@ def sparsify(
         sparse = made[linear] = BlockSparseLinear.from_linear(linear, block, keep, backend=backend)
         rows = seen.rows.get(name)
         elements = int((Blocks.elements_of(linear.weight, block) * keep).sum())
-        layer = SparseLayer(name, tuple(linear.weight.shape), block, keep.numel(), int(keep.sum()), elements, rows)
+        layer = SparseLayer(
+            name, tuple(linear.weight.shape), block, keep.numel(), int(keep.sum()), elements, rows
+        )
         if measure:
             layer.speed = measure_speed(linear, sparse, math.ceil(rows or 1))
         report.layers.append(layer)
@@ -209,7 +211,11 @@ def _allocated(
     for name, linear in layers.items():
         blocks = Blocks.of(linear.weight, seen.gradients.pop(name, None) if taylor else None, block)
         rows, count = seen.rows.get(name, 1.0), blocks.score.numel()
-        costs = {"macs": linear.weight.numel() * rows, "lpvit": count * max(1, linear.in_features // 16), None: 1.0}
+        costs = {
+            "macs": linear.weight.numel() * rows,
+            "lpvit": count * max(1, linear.in_features // 16),
+            None: 1.0,
+        }
         unit = rows if argument == "flops" else 1.0
         described[name] = describe_layer(blocks, taylor, costs[hardware], unit)
         shapes[name] = blocks.score.shape
@@ -226,7 +232,8 @@ def _allocated(
             "Classifiers and small layers are left dense unless included." if argument == "flops" else "",
         )
     return {
-        name: (linear, keep_mask(described[name], levels[name], shapes[name])) for name, linear in layers.items()
+        name: (linear, keep_mask(described[name], levels[name], shapes[name]))
+        for name, linear in layers.items()
     }
 
 
@@ -253,5 +260,7 @@ def _masked(
         if isinstance(conv, nn.Conv2d):
             with torch.no_grad():
                 conv.weight.mul_(mask.to(conv.weight))
-            skipped.append((name, "Conv2d", "a convolution: zeros are put into its weight, which stays dense"))
+            skipped.append(
+                (name, "Conv2d", "a convolution: zeros are put into its weight, which stays dense")
+            )
     return chosen

@@ -128,7 +128,9 @@ def allocate(layers: Mapping[str, Layer], target: float, fixed: float = 0.0) -> 
     """
     last = min(int(LEVELS * (1 - min(0.05, target / 2))), LEVELS - 1)
     betas = torch.stack([layer.slope[1 : last + 1] / layer.cost for layer in layers.values()]).flatten()
-    savings = torch.stack([-layer.kept[: last + 1].diff() * layer.unit for layer in layers.values()]).flatten()
+    savings = torch.stack(
+        [-layer.kept[: last + 1].diff() * layer.unit for layer in layers.values()]
+    ).flatten()
     order = betas.argsort(stable=True)  # stable: a layer's levels stay in order
     saved = torch.cat([savings.new_zeros(1), savings[order].cumsum(0)])
     whole = fixed + sum(float(layer.kept[0]) * layer.unit for layer in layers.values())

@@ -74,7 +74,8 @@ def observe(
 ) -> Observed:
     """Runs the model, in the mode it is in, on every batch; without gradients on the first alone.
 
-    Gradients are those of `layers`, rows those of all `counted`. The parameters' `.grad` and `requires_grad` stay as they are.
+    Gradients are those of `layers`, rows those of all `counted`. The parameters' `.grad` and `requires_grad`
+    stay as they are.
     """
     seen, images = Observed(), 0
     device = next(model.parameters()).device

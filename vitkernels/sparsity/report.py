@@ -75,7 +75,9 @@ class SparsityReport:
         flops = "" if self.flops is None else f", {self.flops:.1%} of the FLOPs of its Linear layers"
         blocks = {layer.block_shape for layer in self.layers}
         of = f" in blocks of {' and '.join(f'{bh}x{bw}' for bh, bw in sorted(blocks))}" if blocks else ""
-        title = f"vitkernels: {len(self.layers)} layers of {self.model} sparsified{of}, {len(self.skipped)} left"
+        title = (
+            f"vitkernels: {len(self.layers)} layers of {self.model} sparsified{of}, {len(self.skipped)} left"
+        )
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
             for row in rows

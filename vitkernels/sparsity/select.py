@@ -27,7 +27,12 @@ def prunable(
             continue
         reason = ""
         if name == "":
-            fail("model", "a module that holds Linear layers", module, "BlockSparseLinear.from_linear makes one of one.")
+            fail(
+                "model",
+                "a module that holds Linear layers",
+                module,
+                "For one layer: BlockSparseLinear.from_linear.",
+            )
         if isinstance(module, BlockSparseLinear):
             reason = "block-sparse already; its to_linear() makes it dense again"
         elif type(module) is not nn.Linear:
