@@ -13,7 +13,15 @@ from torch import nn
 import vitkernels
 from vitkernels.bench.photo import load_photo, normalize, random_crops
 from vitkernels.nn import BlockSparseLinear
-from vitkernels.sparsity.allocation import LEVELS, allocate, describe_layer, distortion, kept_blocks, slopes, smooth
+from vitkernels.sparsity.allocation import (
+    LEVELS,
+    allocate,
+    describe_layer,
+    distortion,
+    kept_blocks,
+    slopes,
+    smooth,
+)
 from vitkernels.sparsity.criterion import Blocks, observe
 
 timm = import_timm()
@@ -66,7 +74,12 @@ def test_the_criterion_is_the_plain_computation() -> None:
     layers = {name: frozen.get_submodule(name) for name in LAYERS}
     seen = observe(frozen, layers, layers, [(batch, "label") for batch in data], gradients=True)
     (model(torch.cat(data)).square().mean()).backward()
-    assert {name: round(rows) for name, rows in seen.rows.items()} == {"embed": 6, "fc1": 6, "fc2": 6, "wide": 1}
+    assert {name: round(rows) for name, rows in seen.rows.items()} == {
+        "embed": 6,
+        "fc1": 6,
+        "fc2": 6,
+        "wide": 1,
+    }
     assert not any(p.requires_grad or p.grad is not None for p in frozen.parameters())
     for name, layer in layers.items():
         gradient = model.get_submodule(name).weight.grad
@@ -138,7 +151,9 @@ def test_targets_are_reached_and_monotone(target: str, hardware: str | None) -> 
         }
         remaining = {name: int((weight != 0).sum()) for name, weight in weights.items()}
         assert report.density == pytest.approx(sum(remaining[name] for name in LAYERS) / total)
-        flops = sum(remaining[name] * cost[name] / weights[name].numel() for name in cost) / sum(cost.values())
+        flops = sum(remaining[name] * cost[name] / weights[name].numel() for name in cost) / sum(
+            cost.values()
+        )
         assert report.flops == pytest.approx(flops)
         # At most the target, and no further from it than the largest block of a layer.
         assert share - 0.06 < getattr(report, target) <= share + 1e-9
@@ -225,7 +240,9 @@ def test_swin() -> None:
     assert any("downsample.reduction" in name for name in rows)
     # Tokens, those of padded windows included, fall from stage to stage.
     assert rows["layers.0.blocks.0.mlp.fc1"] == 4 * rows["layers.1.blocks.0.mlp.fc1"] == 196
-    assert all(layer.kept for layer in report.layers)  # no layer goes entirely, though 5 % of 4 blocks are none
+    assert all(
+        layer.kept for layer in report.layers
+    )  # no layer goes entirely, though 5 % of 4 blocks are none
     masked = masked_copy(dense, model)
     with torch.no_grad():
         expected = masked(images)
@@ -344,7 +361,9 @@ def test_what_is_left_and_why() -> None:
     assert model.twice is model.fc2
     assert isinstance(model.fc2, BlockSparseLinear)
     assert set(reasons) | {layer.name for layer in report.layers} == {"fc2", "wide"}
-    again = vitkernels.sparsify(model, 16, density=0.5, criterion="magnitude", include="unused", verbose=False)
+    again = vitkernels.sparsify(
+        model, 16, density=0.5, criterion="magnitude", include="unused", verbose=False
+    )
     assert "block-sparse already" in {name: reason for name, _, reason in again.skipped}["fc2"]
 
 
@@ -354,7 +373,10 @@ def test_the_report_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     text = str(report)
     assert capsys.readouterr().out == f"{text}\n"
     lines = text.splitlines()
-    assert lines[0] == f"vitkernels: {len(report.layers)} layers of Network sparsified in blocks of 8x16, {len(report.skipped)} left"
+    counts = (
+        f"{len(report.layers)} layers of Network sparsified in blocks of 8x16, {len(report.skipped)} left"
+    )
+    assert lines[0] == f"vitkernels: {counts}"
     assert lines[1].split() == ["layer", "shape", "blocks", "kept", "density", "expected", "speed"]
     layer = report.layers[0]
     assert lines[2].split()[:4] == [layer.name, "x".join(map(str, layer.shape)), str(layer.kept), "of"]
@@ -380,9 +402,16 @@ def test_the_report_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         ({"density": 0.5, "calibration": []}, r"`calibration`: expected at least one batch"),
         ({"density": 0.5, "calibration": ["text"]}, r"`calibration`: expected a tensor of images"),
         ({"density": 0.5, "criterion": "magnitude", "block_shape": None}, r"`block_shape`"),
-        ({"density": 0.5, "criterion": "magnitude", "include": "nothing"}, r"`model`: expected at least one Linear"),
+        (
+            {"density": 0.5, "criterion": "magnitude", "include": "nothing"},
+            r"`model`: expected at least one Linear",
+        ),
         ({"density": 0.5, "criterion": "magnitude", "include": [3]}, r"`include`"),
         ({"flops": 1e-3, "calibration": torch.randn(2, 6, 12)}, r"`flops`: expected at least 0\.0"),
+        (
+            {"density": 0.5, "calibration": torch.full((2, 6, 12), torch.nan)},
+            r"`calibration`: expected finite",
+        ),
         ({"density": 0.5, "criterion": "magnitude", "backend": "cudnn"}, r"`backend`"),
     ],
 )

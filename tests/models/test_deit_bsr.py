@@ -84,10 +84,14 @@ def test_reads_a_block_sparse_checkpoint(tmp_path) -> None:
 
 def test_files_that_do_not_fit(tmp_path) -> None:
     torch.save(timm_model(embed_dim=96).state_dict(), tmp_path / "wide.pth")
-    with pytest.raises(ValueError, match=r"(?s)does not fit DeiT.*cls_token: file \[1, 1, 96\], model \[1, 1, 64\]"):
+    with pytest.raises(
+        ValueError, match=r"(?s)does not fit DeiT.*cls_token: file \[1, 1, 96\], model \[1, 1, 64\]"
+    ):
         models.create_model("deit_small_bsr", weights=tmp_path / "wide.pth", **SMALL)
     torch.save(timm_model().state_dict(), tmp_path / "ten.pth")
-    with pytest.raises(ValueError, match=r"(?s)head\.weight: file \[10, 64\], model \[3, 64\].*reset_classifier"):
+    with pytest.raises(
+        ValueError, match=r"(?s)head\.weight: file \[10, 64\], model \[3, 64\].*reset_classifier"
+    ):
         models.create_model("deit_small_bsr", weights=tmp_path / "ten.pth", **{**SMALL, "num_classes": 3})
     assert models.create_model("deit_small_bsr", weights=tmp_path / "ten.pth", **{**SMALL, "num_classes": 0})
     with pytest.raises(ValueError, match="`num_heads`: expected a divisor of embed_dim=64"):

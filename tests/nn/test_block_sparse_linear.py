@@ -155,13 +155,15 @@ def test_loading_adopts_another_pattern() -> None:
 def test_states_that_do_not_fit() -> None:
     layer = sparse_layer(dense_layer())
     state = layer.state_dict()
-    with pytest.raises(RuntimeError, match=r"(?s)weight: expected the state_dict of a BlockSparseLinear; got a dense"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)weight: expected the state_dict of a BlockSparseLinear; got a dense"
+    ):
         layer.load_state_dict(dense_layer().state_dict())
     with pytest.raises(RuntimeError, match=r"(?s)no matrix \(70, 50\).*`col_indices`"):
         layer.load_state_dict({**state, "col_indices": state["col_indices"].flip(0)})
     with pytest.raises(RuntimeError, match=r"(?s)no matrix \(70, 50\).*`crow_indices`"):
         layer.load_state_dict(BlockSparseLinear(50, 96, (16, 16)).state_dict())
-    with pytest.raises(RuntimeError, match="Missing key.*col_indices"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*col_indices"):
         layer.load_state_dict({key: value for key, value in state.items() if key != "col_indices"})
     assert torch.equal(layer.state_dict()["values"], state["values"])
 
@@ -174,7 +176,10 @@ def test_states_that_do_not_fit() -> None:
         (lambda: BlockSparseLinear(0, 8, 4), r"`in_features`"),
         (lambda: BlockSparseLinear(8, 8, 4, mask=torch.ones(3, 2)), r"`mask`: expected a tensor \[2, 2\]"),
         (lambda: BlockSparseLinear.from_linear(nn.Identity(), 4), r"`linear`: expected a torch.nn.Linear"),
-        (lambda: BlockSparseLinear.from_linear(dense_layer(), 32, torch.ones(3, 2), density=0.5), r"`density`"),
+        (
+            lambda: BlockSparseLinear.from_linear(dense_layer(), 32, torch.ones(3, 2), density=0.5),
+            r"`density`",
+        ),
     ],
 )
 def test_bad_arguments(call, message: str) -> None:
@@ -218,3 +223,15 @@ def test_exports() -> None:
     program = torch.export.export(layer, (x,))
     assert relative_error(program.module()(x), layer(x)) < 1e-6
     assert "vitkernels" not in str(program.graph)
+
+
+def test_distributed_data_parallel(tmp_path) -> None:
+    layer, x = sparse_layer(dense_layer()), torch.randn(6, 50)
+    layer(x).square().sum().backward()
+    expected, layer.values.grad = layer.values.grad, None
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(layer)(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert relative_error(layer.values.grad, expected) < 1e-6

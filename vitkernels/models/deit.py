@@ -92,6 +92,8 @@ class DeiT(nn.Module):
     """
 
     classifiers = ("head", "head_dist")
+    head: nn.Module
+    head_dist: nn.Module
 
     def __init__(
         self,
@@ -139,7 +141,8 @@ class DeiT(nn.Module):
         )
         nn.init.trunc_normal_(layer.values, std=0.02 * max(layer.density, 1e-3) ** -0.5)
         layer.clear_padding()
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
         return layer
 
     def reset_classifier(self, num_classes: int) -> None:

@@ -105,7 +105,8 @@ class BlockSparseLinear(nn.Module):
         if mask is not None and density is not None:
             fail("density", "None beside a mask", density)
         weight = linear.weight.detach()
-        block = check_positive_ints("block_shape", block_shape, 2)
+        bh, bw = check_positive_ints("block_shape", block_shape, 2)
+        block = (bh, bw)
         if density is not None:
             elements = block_sums(torch.ones_like(weight), block)
             mask = _best_blocks(block_sums(weight.abs(), block) / elements, density)
@@ -173,7 +174,7 @@ class BlockSparseLinear(nn.Module):
         """The dense layer of the same map, zeros where nothing is stored; the bias is shared."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.weight.to_dense().detach(), requires_grad=self.values.requires_grad)
-        linear.bias = self.bias
+        linear.bias = self.bias  # type: ignore[assignment]
         return linear.train(self.training)
 
     def adopt_pattern(self, pattern: BlockSparseTensor) -> None:
@@ -194,18 +195,19 @@ class BlockSparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        loaded = [state_dict.get(prefix + name) for name in ("values", "crow_indices", "col_indices")]
+        names = [prefix + name for name in ("values", "crow_indices", "col_indices")]
         pattern = None
-        if prefix + "weight" in state_dict and loaded[0] is None:
+        if prefix + "weight" in state_dict and names[0] not in state_dict:
             error_msgs.append(
                 f"{prefix}weight: expected the state_dict of a BlockSparseLinear; got a dense weight. Load it into the "
                 "dense model and sparsify that."
             )
             return
-        if all(tensor is not None for tensor in loaded):
+        if all(name in state_dict for name in names):
             shape = (self.out_features, self.in_features)
             try:
-                pattern = BlockSparseTensor(*(tensor.detach().cpu() for tensor in loaded), shape)
+                values, crow, col = (state_dict[name].detach().cpu() for name in names)
+                pattern = BlockSparseTensor(values, crow, col, shape)
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"{prefix}values and its index are no matrix {shape}: {error}")
                 return

@@ -140,7 +140,13 @@ def sparsify(
         rows = seen.rows.get(name)
         elements = int((Blocks.elements_of(linear.weight, block) * keep).sum())
         layer = SparseLayer(
-            name, tuple(linear.weight.shape), block, keep.numel(), int(keep.sum()), elements, rows
+            name,
+            (linear.out_features, linear.in_features),
+            block,
+            keep.numel(),
+            int(keep.sum()),
+            elements,
+            rows,
         )
         if measure:
             layer.speed = measure_speed(linear, sparse, math.ceil(rows or 1))
@@ -210,6 +216,8 @@ def _allocated(
     described, shapes = {}, {}
     for name, linear in layers.items():
         blocks = Blocks.of(linear.weight, seen.gradients.pop(name, None) if taylor else None, block)
+        if not blocks.square.isfinite().all():
+            fail("calibration", "finite weights and gradients", f"others in {name}")
         rows, count = seen.rows.get(name, 1.0), blocks.score.numel()
         costs = {
             "macs": linear.weight.numel() * rows,
