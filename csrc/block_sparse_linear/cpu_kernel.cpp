@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kBlockBytes = 256 << 10;  // of a block of tokens, which half of the second-level cache holds
 constexpr int kLeastTokens = 48, kMostTokens = 192;
-constexpr int kSlice = 128;  // tokens of one chain of sums in the gradient of the values
+constexpr int kSlice = 200;  // tokens of one chain of sums in the gradient of the values
 
 // How the tokens are cut for a product.
 struct Tokens {
