@@ -13,7 +13,7 @@ from torch import nn
 from vitkernels import BlockSparseTensor
 from vitkernels.nn import BlockSparseLinear
 
-# 70 x 50 in blocks of 32 x 16: the last block row has 6 rows, the last block column 2 columns; row 1 and column 2 empty.
+# 70 x 50 in blocks of 32 x 16: the last block row and column are partial, row 1 and column 2 are empty.
 MASK = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 0, 1]])
 
 
