@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
 
-from vitkernels import ops
+from vitkernels import BlockSparseTensor, ops
 
 
 @dataclass
@@ -19,6 +20,8 @@ class Sample:
         make: (dtype, device, batch) -> tensor arguments by name; all floating and differentiable.
         kwargs: the other arguments.
         products: whether the composition multiplies matrices, which autocast casts and FLOP counters count.
+        arguments: makes the function's arguments from the tensors, where some go into an object.
+        share: of the reference's FLOPs, what the operator counts.
         bad: argument name -> bad values for it, each with a part of the message expected.
     """
 
@@ -28,6 +31,8 @@ class Sample:
     kwargs: dict[str, Any] = field(default_factory=dict)
     products: bool = True
     bad: list[tuple[dict[str, Any], type[Exception], str]] = field(default_factory=list)
+    arguments: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    share: Fraction = Fraction(1)
 
     @property
     def op(self) -> str:
@@ -46,7 +51,7 @@ class Sample:
         }
 
     def __call__(self, tensors: dict[str, torch.Tensor], **kwargs: Any) -> Any:
-        return self.function(**tensors, **{**self.kwargs, **kwargs})
+        return self.function(**self.arguments(tensors), **{**self.kwargs, **kwargs})
 
 
 def _window(heads: int, window: tuple[int, int], d: int, dv: int, entries: int | None) -> Callable[..., Any]:
@@ -157,6 +162,34 @@ def _kan(channels: int, grids: int, outputs: int, *leading: int) -> Callable[...
     return make
 
 
+def _block_sparse(
+    pattern: BlockSparseTensor, *leading: int, bias: bool = True
+) -> dict[str, Callable[..., dict[str, Any]]]:
+    """`make` and `arguments` of a call whose weight has the pattern."""
+
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        tensors = {
+            "x": torch.randn(batch, *leading, pattern.shape[1]),
+            "values": torch.randn(pattern.values.shape) / pattern.shape[1] ** 0.5,
+        }
+        # Beyond the matrix a value has no gradient, which differs from what a plain copy would give.
+        tensors["values"] *= pattern.values
+        return tensors | ({"bias": torch.randn(pattern.shape[0])} if bias else {})
+
+    def arguments(tensors: dict[str, Any]) -> dict[str, Any]:
+        others = {name: value for name, value in tensors.items() if name != "values"}
+        return {"weight": pattern.with_values(tensors["values"])} | others
+
+    return {"make": make, "arguments": arguments}
+
+
+def _ones(rows: int, columns: int, block: tuple[int, int], mask: list[list[int]]) -> BlockSparseTensor:
+    return BlockSparseTensor.from_dense(torch.ones(rows, columns), block, torch.tensor(mask))
+
+
+_edges = _ones(5, 7, (2, 3), [[1, 0, 1], [0, 0, 0], [1, 1, 0]])
+_whole = _ones(8, 12, (4, 4), [[0, 1, 0], [0, 1, 1]])
+_wide = torch.randn(2, 3, 7)
 _x = torch.randn(2, 2, 15, 8)
 _pixels = torch.randn(2, 5, 3, 4)
 _narrow, _wide = torch.randn(2, 2, 5, 1), torch.randn(2, 2, 5, 3)
@@ -463,4 +496,44 @@ SAMPLES = [
         ],
     ),
     Sample("kan_linear-maps", ops.kan_linear, _kan(5, 3, 8, 1, 4), {"inv_denominator": 1.7, "eps": 1e-3}),
+    Sample(
+        "block_sparse_linear-gelu-edges",
+        ops.block_sparse_linear,
+        **_block_sparse(_edges, 3),
+        kwargs={"activation": "gelu"},
+        share=Fraction(4 * 6, 5 * 7),
+        bad=[
+            ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
+            ({"x": torch.tensor(1.0)}, TypeError, "argument `x`: expected a tensor [..., in_features]"),
+            (
+                {"x": _wide[..., :6]},
+                ValueError,
+                "argument `x`: expected shape [..., in_features] = [*, *, 7]",
+            ),
+            ({"x": _wide.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _wide.double()}, TypeError, "argument `weight`: expected dtype float64"),
+            ({"weight": torch.zeros(5, 7)}, TypeError, "argument `weight`: expected a BlockSparseTensor"),
+            ({"weight": _whole}, ValueError, "argument `x`: expected shape"),
+            ({"weight": _edges.to("meta")}, ValueError, "argument `weight`: expected device cpu"),
+            ({"bias": "text"}, TypeError, "argument `bias`: expected a tensor"),
+            ({"bias": torch.zeros(6)}, ValueError, "argument `bias`: expected shape [out_features] = [5]"),
+            ({"bias": torch.zeros(5).half()}, TypeError, "argument `bias`: expected dtype float32"),
+            ({"bias": torch.zeros(5).to("meta")}, ValueError, "argument `bias`: expected device cpu"),
+            ({"activation": "silu"}, ValueError, "argument `activation`: expected None, 'gelu' or 'relu'"),
+            ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
+        ],
+    ),
+    Sample(
+        "block_sparse_linear-relu",
+        ops.block_sparse_linear,
+        **_block_sparse(_whole),
+        kwargs={"activation": "relu"},
+        share=Fraction(3, 6),
+    ),
+    Sample(
+        "block_sparse_linear-plain",
+        ops.block_sparse_linear,
+        **_block_sparse(_whole, 3, bias=False),
+        share=Fraction(3, 6),
+    ),
 ]

@@ -8,14 +8,28 @@ from typing import Any
 from vitkernels import models, nn, ops
 from vitkernels.core.backends import PROBE, BackendError, Probed, backend
 from vitkernels.core.operator import REGISTRY
+from vitkernels.kernels.block_sparse_linear.tensor import BlockSparseTensor
 from vitkernels.patching import apply, revert
+from vitkernels.sparsity import densify, sparsify
 
 try:
     __version__ = version("vitkernels")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["BackendError", "apply", "backend", "models", "nn", "ops", "revert", "supported_backends"]
+__all__ = [
+    "BackendError",
+    "BlockSparseTensor",
+    "apply",
+    "backend",
+    "densify",
+    "models",
+    "nn",
+    "ops",
+    "revert",
+    "sparsify",
+    "supported_backends",
+]
 
 
 def supported_backends(op: str, *args: Any, **kwargs: Any) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
 """The public operators."""
 
+from vitkernels.kernels.block_sparse_linear import block_sparse_linear, block_sparse_matmul
 from vitkernels.kernels.cascaded_group_attention import cascaded_group_attention
 from vitkernels.kernels.kan_linear import kan_linear
 from vitkernels.kernels.neighborhood_attention import neighborhood_attention
@@ -11,6 +12,8 @@ from vitkernels.kernels.strip_attention import strip_attention
 from vitkernels.kernels.window_attention import window_attention
 
 __all__ = [
+    "block_sparse_linear",
+    "block_sparse_matmul",
     "cascaded_group_attention",
     "kan_linear",
     "neighborhood_attention",

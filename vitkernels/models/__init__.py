@@ -1,5 +1,6 @@
 """Vision transformers built on the operators, and their weights."""
 
+from vitkernels.models.deit import DeiT, deit_base_bsr, deit_small_bsr
 from vitkernels.models.dinat import (
     NAT,
     dilations_for,
@@ -38,10 +39,13 @@ from vitkernels.models.weights import to_official_state_dict, to_timm_state_dict
 __all__ = [
     "NAT",
     "PPMA",
+    "DeiT",
     "EfficientViT",
     "MedViT",
     "S2AFormer",
     "create_model",
+    "deit_base_bsr",
+    "deit_small_bsr",
     "dilations_for",
     "dinat_base",
     "dinat_large",

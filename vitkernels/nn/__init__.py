@@ -1,5 +1,6 @@
 """Modules whose arguments, parameter names and `state_dict` are those of the official code, where there is one."""
 
+from vitkernels.nn.block_sparse_linear import BlockSparseLinear
 from vitkernels.nn.cascaded_group_attention import (
     CascadedGroupAttention,
     LocalWindowAttention,
@@ -14,6 +15,7 @@ from vitkernels.nn.strip_attention import LIM, HybridPerceptionBlock, StripSelfA
 
 __all__ = [
     "LIM",
+    "BlockSparseLinear",
     "CascadedGroupAttention",
     "ConvNorm",
     "DropPath",

@@ -1,0 +1,102 @@
+"""What `sparsify` did to a model, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from vitkernels.nn.block_sparse_linear import BlockSparseLinear
+
+
+@dataclass
+class SparseLayer:
+    """One layer that stores only some blocks now.
+
+    Attributes:
+        name: of the module.
+        shape: (out_features, in_features).
+        block_shape: (bh, bw).
+        blocks, kept: number of its blocks, and of those stored.
+        elements: number of elements that are stored, without the padding of partial blocks.
+        rows: rows of its input an image; None without calibration.
+        speed: dense time / time of a forward pass, measured; None if not asked for.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    block_shape: tuple[int, int]
+    blocks: int
+    kept: int
+    elements: int
+    rows: float | None
+    speed: float | None = None
+
+    @property
+    def density(self) -> float:
+        """Stored blocks / all blocks."""
+        return self.kept / self.blocks
+
+    @property
+    def bound(self) -> float:
+        """The speed-up that the product cannot exceed: 1 / density in multiply-adds."""
+        return self.blocks / self.kept if self.kept else float("inf")
+
+
+@dataclass
+class SparsityReport:
+    """What `sparsify` did; print it for a table.
+
+    Attributes:
+        layers: the layers that are block-sparse now.
+        skipped: (name, class, reason) of each layer of interest that was left dense.
+        density: remaining share of the weights of all layers that could be pruned.
+        flops: remaining share of the FLOPs of all Linear layers, those left dense included; None where the numbers of
+            tokens are not known.
+    """
+
+    model: str
+    layers: list[SparseLayer] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    density: float = 1.0
+    flops: float | None = None
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "blocks kept", "density", "expected speed")]
+        for layer in self.layers:
+            measured = layer.speed is not None
+            speed = f"{layer.speed:.2f}x measured" if measured else f"at most {layer.bound:.2f}x"
+            kept = f"{layer.kept} of {layer.blocks}"
+            rows.append((layer.name, "x".join(map(str, layer.shape)), kept, f"{layer.density:.3f}", speed))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        flops = "" if self.flops is None else f", {self.flops:.1%} of the FLOPs of its Linear layers"
+        blocks = {layer.block_shape for layer in self.layers}
+        of = f" in blocks of {' and '.join(f'{bh}x{bw}' for bh, bw in sorted(blocks))}" if blocks else ""
+        title = (
+            f"vitkernels: {len(self.layers)} layers of {self.model} sparsified{of}, {len(self.skipped)} left"
+        )
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
+            for row in rows
+        ]
+        left = [f"left: {name} ({cls}): {reason}" for name, cls, reason in self.skipped]
+        rest = f"{self.density:.1%} of the prunable weights remain{flops}."
+        return "\n".join([title, *(lines if len(rows) > 1 else []), *left, rest])
+
+
+def measure_speed(dense: nn.Linear, sparse: BlockSparseLinear, rows: int) -> float:
+    """Time of the dense layer / time of the sparse one, forward, on that many rows of random input."""
+    x = torch.randn(rows, dense.in_features, device=dense.weight.device, dtype=dense.weight.dtype)
+    times = []
+    with torch.no_grad():
+        for run, layer in ((F.linear, dense), (None, sparse)):
+            statement = "layer(x)" if run is None else "run(x, layer.weight, layer.bias)"
+            timer = Timer(
+                statement, globals={"run": run, "layer": layer, "x": x}, num_threads=torch.get_num_threads()
+            )
+            timer.timeit(2)
+            times.append(timer.blocked_autorange(min_run_time=0.05).median)
+    return times[0] / times[1]
