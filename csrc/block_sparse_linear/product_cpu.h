@@ -92,12 +92,12 @@ static __attribute__((noinline)) void multiply_run(const Run<T>& run, T* sums, b
     const int id = run.ids[q];
     const T* a = run.features + id * run.block_step;
     const T* b = run.weights + static_cast<ptrdiff_t>(q) * run.depth * (V * L);
-    // The next block's features lie elsewhere, in a place that the processor cannot foresee: two lines of each.
+    // The next block's features lie elsewhere, in a place that the processor cannot foresee.
     const T* next = run.features + run.ids[q + 1 < run.count ? q + 1 : q] * run.block_step;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(next + r * step);
-      __builtin_prefetch(next + (r + 1) * step - 1);
+      __builtin_prefetch(next + r * step + run.depth - 1);
     }
     // Four terms at a time: loops of 32 end less predictably than loops of 8.
     int k = id == run.last_block ? run.last_depth : run.depth;
