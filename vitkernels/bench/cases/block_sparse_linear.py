@@ -113,7 +113,7 @@ class DenseLayer(torch.autograd.Function):
         return F.linear(x, dense, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, dense = ctx.saved_tensors
         return grad @ dense, stored_blocks(grad.T @ x, ctx.pattern), grad.sum(0), None, None
 
