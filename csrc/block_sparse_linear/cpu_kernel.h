@@ -12,8 +12,8 @@ struct Shared {
   void *inputs, *outputs, *weights;
 };
 
-// The steps of a call; a step needs the ones before it. Items are divided among threads, and no result depends
-// on how.
+// The steps of a call; a step needs the ones before it. Items are divided among threads, and no result
+// depends on how.
 enum Step {
   kPackInputs,      // items: chunks of tokens of x, as blocks of its features
   kPackOutputs,     // the same of grad_y, taken through the activation's derivative
@@ -23,6 +23,11 @@ enum Step {
   kGradientValues,  // items: stored blocks
   kGradientBias,    // items: blocks of features
 };
+
+// Whether the forward pass reads x where it lies: what needs no conversion is not copied for one product.
+static inline bool reads_in_place(const Params& p) {
+  return p.dtype == DType::f32 || p.dtype == DType::f64;
+}
 
 struct CpuKernel {
   size_t (*shared_bytes)(const Params&, Step packing, bool backward);
