@@ -43,7 +43,8 @@ def strip_attention(
     query and the largest and smallest key: one pass, no running maximum. No tensor of scores exists in memory, save
     for the gradient of a bias. Accumulation and softmax are in float32 (float64 for float64 inputs). Deterministic,
     forward and backward. The CPU kernels take one channel's weights from polynomials that are exact to float32's
-    rounding, where a head's logits spread little enough (about +-3) for that to cost less. Under autocast q, k and v are cast to autocast's dtype and the bias is left as it is.
+    rounding, where a head's logits spread little enough (about +-3) for that to cost less. Under autocast q, k and v
+    are cast to autocast's dtype and the bias is left as it is.
 
     Args:
         q: queries, [batch, heads, N, r]; float16, bfloat16, float32 or float64. Views of a projection [batch, N,
