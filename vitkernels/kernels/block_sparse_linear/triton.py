@@ -62,9 +62,13 @@ def product_configuration(given: int, taken: int, itemsize: int, few: bool) -> d
         return {**config, "STAGES": 1, "num_warps": 4, "num_stages": 1}
     features = 64 if few else 128
     part, depth = min(given, features), min(taken, 64)
-    config = {"GROUP": features // part, "PART": part, "DEPTH": depth, "BLOCK_N": 64 if few else 128}
-    stages = 4 if depth < 64 else 3
-    return {**config, "STAGES": stages, "num_warps": 4 if few else 8, "num_stages": stages}
+    group = features // part
+    # A block of 16 x 16 has elements for the asynchronous copies of 4 warps only.
+    small = few or part * depth < 512
+    # Of a group's loop Triton buffers so many steps, of a single line's, whose indices it loads ahead, half as many.
+    stages = 5 if group == 1 else 4 if depth < 64 else 3
+    config = {"GROUP": group, "PART": part, "DEPTH": depth, "BLOCK_N": 64 if small else 128}
+    return {**config, "STAGES": stages, "num_warps": 4 if small else 8, "num_stages": stages}
 
 
 @cache
@@ -106,7 +110,7 @@ def _product(
     lists = _groups(direction, config["GROUP"])
     product[(_programs(x, direction, config),)](
         y, before, x, values, bias, *lists, x.shape[0], len(lists[0]), given, taken, direction.across, x.stride(0),
-        activation, *block, *direction.strides, taken % block[1] == 0, **config,
+        activation, *block, *direction.strides, **config,
     )  # fmt: skip
 
 
@@ -208,7 +212,7 @@ def _values_gradient(grad_values: Tensor, left: Tensor, right: Tensor, weight: B
     target = grad_values if direct else _scratch(left, shares, *grad_values.shape)
     values_gradient[(parts * chunks, shares)](
         target, left, right, *lists, tokens, share, elements, height, width, direction.across, left.stride(0),
-        right.stride(0), bh, bw, width % bw == 0, **config,
+        right.stride(0), bh, bw, **config,
     )  # fmt: skip
     if not direct:
         grad_values.copy_(target.sum(0))

@@ -51,7 +51,7 @@ def activation_gradient(
 @triton.jit(do_not_specialize=["tokens", "share", "elements"])
 def values_gradient(
     grad_values, left, right, counts, places, blocks, tokens, share, elements, height, width, across, left_row,
-    right_row, BH: tl.constexpr, BW: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
+    right_row, BH: tl.constexpr, BW: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """left^T right over a share of tokens, at the stored blocks of [height, width]: grad_values is [shares, nnz, BH, BW].
@@ -80,7 +80,7 @@ def values_gradient(
     run: tl.constexpr = BW if BW < WIDTH else WIDTH
     column = tl.max_contiguous(tl.multiple_of(column, run), run)
     row_inside = row < height
-    column_inside = listed if EVEN else listed & (column < width)
+    column_inside = listed & (column < width)
     begin = tl.program_id(1).to(tl.int64) * share
     end = tl.minimum(begin + share, tokens)
     total = tl.zeros([HEIGHT, WIDTH], tl.float32)

@@ -81,13 +81,13 @@ def activate(value, ACTIVATION: tl.constexpr):
 def product(
     y, before, x, values, bias, counts, places, blocks, tokens, groups, given, taken, across, x_row,
     ACTIVATION: tl.constexpr, GIVEN: tl.constexpr, TAKEN: tl.constexpr, GIVEN_STRIDE: tl.constexpr,
-    TAKEN_STRIDE: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, DEPTH: tl.constexpr,
+    TAKEN_STRIDE: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """activation(x W^T + bias) for a tile of tokens and a group of lines, or a PART of a single line.
 
-    A block is [GIVEN, TAKEN] by its two strides. EVEN: no block reaches beyond `taken`. Floor: 2 * tokens * stored
-    elements FLOPs at the matrix rate, x and y once from and to memory.
+    A block is [GIVEN, TAKEN] by its two strides. Floor: 2 * tokens * stored elements FLOPs at the matrix rate, x and
+    y once from and to memory.
     """
     slices: tl.constexpr = GIVEN // PART
     steps: tl.constexpr = TAKEN // DEPTH
@@ -102,7 +102,7 @@ def product(
     for step in tl.range(0, tl.load(counts + group) * steps, num_stages=STAGES):
         entry, inner = begin + step // steps, step % steps * DEPTH + depth
         feature = tl.load(places + entry) * TAKEN + inner
-        exists = feature >= 0 if EVEN else feature < taken
+        exists = feature < taken
         place = x + row[:, None] * x_row + feature[None, :]
         tile = tl.load(place, mask=row_inside[:, None] & exists[None, :], other=0.0)
         for member in tl.static_range(GROUP):
