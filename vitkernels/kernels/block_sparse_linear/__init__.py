@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vitkernels.core import native
+from vitkernels.core import native as extension
 from vitkernels.core.backends import FLOAT_DTYPES, Backend
 from vitkernels.core.checks import autocast, check_device, check_dtype, check_tensor, fail
 from vitkernels.core.operator import Operator
@@ -184,7 +184,9 @@ _ROOM = "vitkernels.kernels.block_sparse_linear"
 
 
 def _no_cuda(*_: Any) -> list[str]:
-    built = native.holds("block_sparse_linear") and hasattr(native.load(), "block_sparse_linear_forward_cuda")
+    built = extension.holds("block_sparse_linear") and hasattr(
+        extension.load(), "block_sparse_linear_forward_cuda"
+    )
     return [] if built else ["the extension holds no CUDA kernels of this operator"]
 
 
