@@ -171,7 +171,11 @@ def backward(
         if kept is not None or grad_bias is not None:
             inner = _activation_gradient(grad_bias, inner, kept, activation)
         if grad_x is not None:
-            place = grad_x if grad_x.is_contiguous() else torch.empty(grad_x.shape, dtype=x.dtype, device=x.device)
+            place = (
+                grad_x
+                if grad_x.is_contiguous()
+                else torch.empty(grad_x.shape, dtype=x.dtype, device=x.device)
+            )
             direction = _direction(weight, not transposed)
             _product(_rows(place), None, inner, weight.values, None, direction, "none")
             if place is not grad_x:
@@ -181,7 +185,9 @@ def backward(
             _values_gradient(grad_values, *((rows, inner) if transposed else (inner, rows)), weight)
 
 
-def _activation_gradient(grad_bias: Tensor | None, grad: Tensor, kept: Tensor | None, activation: str) -> Tensor:
+def _activation_gradient(
+    grad_bias: Tensor | None, grad: Tensor, kept: Tensor | None, activation: str
+) -> Tensor:
     """The gradient of what goes into the activation; fills that of the bias."""
     tokens, features = grad.shape
     inner = grad if kept is None else torch.empty_like(grad, memory_format=torch.contiguous_format)
@@ -220,16 +226,12 @@ def _values_gradient(grad_values: Tensor, left: Tensor, right: Tensor, weight: B
 
 def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls that launch every kernel at representative sizes, for compiling them without a GPU."""
-    cases: list[tuple[tuple[int, int], int, tuple[int, int], str]] = [
-        ((32, 32), 50432, (768, 3072), "gelu"),
-        ((32, 32), 197, (768, 768), "none"),
-        ((16, 16), 50432, (384, 1000), "relu"),
-        ((64, 32), 50432, (768, 768), "none"),
-        ((32, 64), 50432, (768, 768), "none"),
-        ((64, 64), 50432, (768, 768), "none"),
+    cases = (
+        ((32, 32), 50432, (768, 768), "gelu"),
+        ((16, 16), 50432, (384, 384), "relu"),
+        ((64, 64), 197, (768, 768), "none"),
         ((128, 128), 50432, (768, 768), "none"),
-        ((128, 128), 197, (768, 1000), "none"),
-    ]
+    )
     for block, tokens, (inside, out), activation in cases:
         rows, columns = triton.cdiv(out, block[0]), triton.cdiv(inside, block[1])
         index = torch.empty(2 + rows + columns + 4 * rows * columns, dtype=torch.int32)

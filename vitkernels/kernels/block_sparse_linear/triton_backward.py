@@ -54,7 +54,7 @@ def values_gradient(
     right_row, BH: tl.constexpr, BW: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """left^T right over a share of tokens, at the stored blocks of [height, width]: grad_values is [shares, nnz, BH, BW].
+    """left^T right over a share of tokens, at the stored blocks: grad_values is [shares, nnz, BH, BW].
 
     A tile covers a group of block rows (or a slice of one) and the next block columns at which any of the group
     stores a block, gathered: reading each block's 2 * BLOCK_N columns for itself would be bound by the second-level

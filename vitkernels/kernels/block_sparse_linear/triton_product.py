@@ -65,7 +65,7 @@ def group_places(
 @triton.jit
 def replaced(values, PLACE: tl.constexpr, value):
     """The tuple with another value at one place."""
-    return values[:PLACE] + (value,) + values[PLACE + 1 :]
+    return values[:PLACE] + (value,) + values[PLACE + 1 :]  # noqa: RUF005 (Triton knows no stars)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def product(
             place = values + block.to(tl.int64) * (GIVEN * TAKEN) + place
             # Beyond the matrix values may hold anything, NaN too.
             w = tl.load(place, mask=(exists & (block >= 0))[:, None], other=0.0)
-            if GROUP == 1:
+            if GROUP == 1:  # noqa: SIM114 (known when compiling, which leaves the dot in the loop itself)
                 total = replaced(total, member, dot(tile, w, total[member]))
             elif block >= 0:
                 total = replaced(total, member, dot(tile, w, total[member]))
