@@ -58,7 +58,7 @@ def test_forward_and_gradients(tokens, shape, block, activation, dtype, many, tr
 
 def random_pattern(seed: int) -> BlockSparseTensor:
     block = [(16, 16), (32, 16), (16, 32), (32, 32)][seed % 4]
-    rows, columns = (int(n) for n in torch.randint(1, 11, (2,)))
+    rows, columns = (int(n) for n in torch.randint(1, 8, (2,)))
     shape = (rows * block[0] - int(torch.randint(block[0], ())), columns * block[1] - seed)
     rate = torch.rand(rows, 1) * torch.rand(1, columns) * 2  # lines of very different population
     return pattern(shape, block, mask=(torch.rand(rows, columns) < rate).index_fill(0, torch.tensor(0), True))
@@ -140,7 +140,7 @@ def test_strided_gradients_are_filled():
 
 
 def test_ten_runs_agree_bit_for_bit():
-    call = Call(40, pattern((40, 48), (16, 16)), F16, "gelu")
+    call = Call(7, pattern((24, 32), (16, 16)), F16, "gelu")
     first = launch(launcher, call)
     for _ in range(9):
         again = launch(launcher, call)

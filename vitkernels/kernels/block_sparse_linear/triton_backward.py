@@ -48,7 +48,7 @@ def activation_gradient(
         tl.store(place, tl.sum(total, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "share", "elements"])
+@triton.jit(do_not_specialize=["tokens", "share", "elements", "across"])
 def values_gradient(
     grad_values, left, right, counts, places, blocks, tokens, share, elements, height, width, across, left_row,
     right_row, BH: tl.constexpr, BW: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,

@@ -77,7 +77,7 @@ def activate(value, ACTIVATION: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "groups", "across"])
 def product(
     y, before, x, values, bias, counts, places, blocks, tokens, groups, given, taken, across, x_row,
     ACTIVATION: tl.constexpr, GIVEN: tl.constexpr, TAKEN: tl.constexpr, GIVEN_STRIDE: tl.constexpr,
