@@ -58,7 +58,7 @@ def product_configuration(given: int, taken: int, itemsize: int, few: bool) -> d
     """Tiles for blocks of [given, taken]; `few` tokens take small ones, for the sake of more programs."""
     if itemsize == 4:  # on the FMA units
         part = min(given, 32)
-        config = {"GROUP": 32 // part, "PART": part, "DEPTH": min(taken, 32), "BLOCK_N": 32}
+        config = {"GROUP": 32 // part, "PART": part, "DEPTH": min(taken, 32), "BLOCK_N": 1024 // part}
         return {**config, "STAGES": 1, "num_warps": 4, "num_stages": 1}
     features = 64 if few else 128
     part, depth = min(given, features), min(taken, 64)
