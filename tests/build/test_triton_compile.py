@@ -94,6 +94,26 @@ def test_batch_size_never_recompiles_strip_attention(tmp_path: Path, monkeypatch
     assert len(compiled) == 2
 
 
+def test_neither_tokens_nor_pattern_recompile_block_sparse_linear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitkernels.kernels.block_sparse_linear import triton as launcher
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launcher, "PROGRAMS", 0)  # one of the two sets of tiles
+    bias = torch.empty(32, dtype=torch.float16)
+    with kernel_report.compile_only(80) as compiled:
+        for tokens, stored in ((1, 1), (2, 3), (16, 4), (4096, 2)):
+            x, y = (torch.empty(tokens, width, dtype=torch.float16) for width in (64, 32))
+            values = torch.empty(stored, 16, 32, dtype=torch.float16)
+            index = torch.empty(6 + 4 * stored, dtype=torch.int32)
+            inputs = (x, values, bias, index, 32, 64, "gelu", False)
+            launcher.forward(y, y, *inputs)
+            launcher.backward(x, None, bias, None, y, None, y, y, *inputs)
+    # Forward and gradient of x: the lists and the products differ; and the gradient through the activation.
+    assert len(compiled) == 5
+
+
 def test_a_spilling_kernel_is_seen() -> None:
     row = kernel_report.Usage("triton", "kernel", "float32", "sm_80", 255, 0, 64, 64, 128, "")
     assert row.fails

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -191,11 +190,15 @@ def _no_cuda(*_: Any) -> list[str]:
     return [] if built else ["the extension holds no CUDA kernels of this operator"]
 
 
-def _no_triton(*_: Any) -> list[str]:
-    return [] if _has_triton else ["this operator has no Triton kernels"]
+def _triton_limits(x: Any, values: Any, *_: Any) -> list[str]:
+    """A block is the operand of a matrix instruction, which has 16 rows or columns at least."""
+    height, width = values.shape[1:]
+    if height in _TRITON_BLOCKS and width in _TRITON_BLOCKS:
+        return []
+    return [f"blocks are {height} x {width}; the sides it takes are 16, 32, 64 and 128"]
 
 
-_has_triton = importlib.util.find_spec(f"{_ROOM}.triton") is not None
+_TRITON_BLOCKS = (16, 32, 64, 128)
 
 operator = Operator(
     "block_sparse_linear",
@@ -211,7 +214,7 @@ operator = Operator(
             "triton",
             f"{_ROOM}.triton",
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
-            limits=_no_triton,
+            limits=_triton_limits,
             skips_by_products=True,
         ),
         Backend("cpu", f"{_ROOM}.native", skips_by_products=True),
