@@ -49,7 +49,7 @@ struct Params {
 
   // Backward only. Each gradient may be absent.
   View grad_y;       // [tokens, given]
-  View grad_before;  // [tokens, given], with an activation: written first, then read as the gradient of x W^T
+  View grad_before;  // [tokens, given], CUDA with an activation: written first, then read in grad_y's place
   View grad_x;       // [tokens, taken]
   View grad_values;  // [nnz, bh, bw], exactly 0 beyond O or I
   View grad_bias;    // [given]

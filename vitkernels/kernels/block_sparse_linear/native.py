@@ -71,13 +71,16 @@ def backward(
     places = [g if g is None or g.is_contiguous() else torch.empty_like(g, memory_format=torch.contiguous_format)
               for g in gradients]  # fmt: skip
     rows = _rows(grad_y)
-    # The gradient of what goes into the activation; both products and the sum for the bias read it.
-    inner = None if activation == "none" else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    on_gpu = x.is_cuda if cuda is None else cuda
+    inner = None
+    if on_gpu and activation != "none":
+        # The gradient of what goes into the activation; both products and the sum for the bias read it.
+        inner = torch.empty_like(rows, memory_format=torch.contiguous_format)
     kept = _rows(before) if activation == "gelu" else _rows(y) if activation == "relu" else None
     grad_rows = None if places[0] is None else _rows(places[0])
     tensors = (grad_rows, *places[1:], inner, rows, kept, _rows(x), values.contiguous())
     params = _params(index, out_features, in_features, activation, transposed)
-    _run(module, "backward", x.is_cuda if cuda is None else cuda, x, tensors, params)
+    _run(module, "backward", on_gpu, x, tensors, params)
     for gradient, place in zip(gradients, places, strict=True):
         if gradient is not None and place is not gradient:
             gradient.copy_(place)

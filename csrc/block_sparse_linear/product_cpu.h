@@ -1,0 +1,139 @@
+// The product of packed features with packed blocks, a tile of tokens by lanes at a time.
+//
+// Features are packed by blocks, [block][token][width], width a multiple of the vector and zeros beyond the
+// features: a tile reads a few short rows that lie together, whatever the tensor's strides. Weights are packed
+// by rows of blocks, [row of blocks][panel][block of the row][depth][lanes of the panel], in the order in which
+// a tile reads them. Forward, the lanes are the rows of W and the depth its columns; backward the reverse.
+#pragma once
+#include "cpu_kernel.h"
+#include "vitkernels/matrix_cpu.h"
+
+namespace vitkernels::block_sparse_linear::VITKERNELS_ISA {
+
+using namespace vitkernels::VITKERNELS_ISA;
+
+// Rows of a tile whose panel has one vector or two.
+template <int V>
+constexpr int kRows = V == 1 ? 12 : kVectorRegisters == 32 ? 12 : 6;
+constexpr int kMaxRows = 12, kPanelVecs = 2;
+
+// Terms of one chain of sums, where blocks allow: longer sums are cut, which keeps the rounding error near
+// that of a blocked library product. Shorter without FMA, where a term rounds twice.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr int kTerms = 256;
+#else
+constexpr int kTerms = 32;
+#endif
+
+// One direction through the blocks. `lanes` and `depth` are the block's extents.
+struct Side {
+  const int32_t *pointers, *ids, *order;  // order: the stored block at a place; null: the place itself
+  int groups, blocks;                     // blocks of lanes and of depth
+  int lanes, depth;
+  int lane_count, depth_count;  // features in all
+  ptrdiff_t lane_stride, depth_stride;
+
+  // by_rows: lanes are the rows of W
+  Side(const Params& p, bool by_rows) {
+    const Index index(p.index, p.block_rows, p.block_cols, p.nnz);
+    pointers = by_rows ? index.crow : index.crow_t;
+    ids = by_rows ? index.col : index.row_t;
+    order = by_rows ? nullptr : index.perm_t;
+    groups = by_rows ? p.block_rows : p.block_cols;
+    blocks = by_rows ? p.block_cols : p.block_rows;
+    lanes = by_rows ? p.block_height : p.block_width;
+    depth = by_rows ? p.block_width : p.block_height;
+    lane_count = by_rows ? p.out_features : p.in_features;
+    depth_count = by_rows ? p.in_features : p.out_features;
+    lane_stride = by_rows ? p.block_width : 1;
+    depth_stride = by_rows ? 1 : p.block_width;
+  }
+
+  int depth_of(int block) const { return imin(depth, depth_count - block * depth); }
+  int lanes_of(int group) const { return imin(lanes, lane_count - group * lanes); }
+};
+
+// A run of blocks of one panel: where the features of the tile's first token in block 0 lie, how far apart the
+// blocks and the tokens of a block are, and the panel's weights.
+template <class T>
+struct Run {
+  const T* features;
+  ptrdiff_t block_step, token_step;
+  const T* weights;
+  const int32_t* ids;
+  int count, depth, last_block, last_depth;  // the block at the edge is shorter
+};
+
+// sums[r][lane] = (add ? sums[r][lane] : 0) + the run's terms.
+template <class T, int V, int R>
+static __attribute__((noinline)) void multiply_run(const Run<T>& run, T* sums, bool add) {
+  constexpr int L = kLanes<T>;
+  Vec<T> acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
+
+  const ptrdiff_t step = run.token_step;
+  for (int q = 0; q < run.count; ++q) {
+    const int id = run.ids[q];
+    const T* a = run.features + id * run.block_step;
+    const T* b = run.weights + static_cast<ptrdiff_t>(q) * run.depth * (V * L);
+    // The next block's features lie elsewhere, in a place that the processor cannot foresee.
+    if (q + 1 < run.count) {
+      const char* next = reinterpret_cast<const char*>(run.features + run.ids[q + 1] * run.block_step);
+      const int bytes = R * static_cast<int>(step * sizeof(T));
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
+    }
+    for (int k = id == run.last_block ? run.last_depth : run.depth; k > 0; --k) {
+      Vec<T> bv[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) bv[v] = load(b + v * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> av = broadcast(a[r * step]);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) acc[r][v] += av * bv[v];
+      }
+      ++a;
+      b += V * L;
+    }
+  }
+
+  if (add) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] += load(sums + (r * V + v) * L);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(sums + (r * V + v) * L, acc[r][v]);
+}
+
+template <class T, int V, int R = kRows<V>>
+VITKERNELS_INLINE void multiply_tokens(const Run<T>& run, int rows, T* sums, bool add) {
+  if (rows == R)
+    multiply_run<T, V, R>(run, sums, add);
+  else if constexpr (R > 1)
+    multiply_tokens<T, V, R - 1>(run, rows, sums, add);
+}
+
+// All blocks of a panel: sums [rows][V vectors] of the tile, zeros where the row of blocks is empty.
+template <class T, int V>
+static void multiply_panel(Run<T> run, int count, int rows, T* sums) {
+  if (count == 0) {
+    for (int i = 0; i < rows * V; ++i) store(sums + i * kLanes<T>, Vec<T>{});
+    return;
+  }
+  const int most = run.depth >= kTerms ? 1 : kTerms / run.depth, runs = ceil_div(count, most);
+  for (int i = 0, done = 0; i < runs; ++i, done += run.count) {
+    run.count = ceil_div(count - done, runs - i);
+    multiply_tokens<T, V>(run, rows, sums, i > 0);
+    run.weights += static_cast<ptrdiff_t>(run.count) * run.depth * (V * kLanes<T>);
+    run.ids += run.count;
+  }
+}
+
+}  // namespace vitkernels::block_sparse_linear::VITKERNELS_ISA
