@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vitkernels.core import native
 from vitkernels.core.backends import FLOAT_DTYPES, Backend
 from vitkernels.core.checks import autocast, check_device, check_dtype, check_tensor, fail
 from vitkernels.core.operator import Operator
@@ -183,11 +182,6 @@ def _flops(x: Any, values: Any, *_: Any, mask: list[bool] | None) -> int:
 _ROOM = "vitkernels.kernels.block_sparse_linear"
 
 
-def _no_cuda(*_: Any) -> list[str]:
-    built = native.holds("block_sparse_linear") and hasattr(native.load(), "block_sparse_linear_forward_cuda")
-    return [] if built else ["the extension holds no CUDA kernels of this operator"]
-
-
 def _no_triton(*_: Any) -> list[str]:
     return [] if _has_triton else ["this operator has no Triton kernels"]
 
@@ -203,7 +197,7 @@ operator = Operator(
     allocate=(_allocate_y, _allocate_before),
     reference=reference.forward,
     backends=(
-        Backend("cuda", f"{_ROOM}.native", limits=_no_cuda, skips_by_products=True),
+        Backend("cuda", f"{_ROOM}.native", skips_by_products=True),
         Backend(
             "triton",
             f"{_ROOM}.triton",

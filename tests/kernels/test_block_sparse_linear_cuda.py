@@ -1,0 +1,199 @@
+"""The CUDA kernels of block_sparse_linear, run on the host by the twin, against plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import twin
+from block_sparse_calls import NAMES, Call, call, check, launch, pattern
+from guarded import Guarded, Layout
+
+from vitkernels import BlockSparseTensor
+from vitkernels.kernels.block_sparse_linear import native
+
+pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+DTYPES = [
+    pytest.param(F64, id="fp64"),
+    pytest.param(F32, id="fp32"),
+    pytest.param(F16, id="fp16"),
+    pytest.param(BF16, id="bf16"),
+]
+WEIGHTS = [  # shape, block: whole blocks of LPViT's sizes, partial ones, and blocks smaller than a tile
+    ((64, 80), (16, 16)),
+    ((96, 128), (32, 32)),
+    ((128, 192), (64, 64)),
+    ((160, 192), (32, 64)),
+    ((192, 96), (64, 32)),
+    ((70, 50), (32, 16)),
+    ((33, 17), (16, 32)),
+    ((40, 104), (24, 40)),
+    ((5, 7), (2, 3)),
+]
+
+
+@pytest.fixture
+def kernels():
+    return {"module": twin.load(), "cuda": True}
+
+
+def run(c: Call, kernels) -> None:
+    check(launch(native, c, **kernels), c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "block"), WEIGHTS)
+def test_forward_and_gradients(shape, block, dtype, kernels):
+    run(call(37, shape, block, dtype), kernels)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_blocks_of_128(dtype, kernels):
+    run(call(7, (256, 384), (128, 128), dtype), kernels)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 197])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_any_number_of_tokens(tokens, dtype, kernels):
+    c = call(tokens, (96, 64), (32, 32), dtype)
+    run(c, kernels)
+
+
+@pytest.mark.parametrize("dtype", [F16, pytest.param(BF16, marks=pytest.mark.thorough)])
+def test_tiles_of_a_large_problem(dtype, kernels):
+    """Many tokens: large tiles, and dW in parts."""
+    run(call(128 * 131 + 5, (160, 192), (32, 32), dtype, activation="gelu"), kernels)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_and_the_transpose(activation, transposed, dtype, kernels):
+    c = call(40, (96, 80), (32, 16), dtype, activation=activation, transposed=transposed)
+    run(c, kernels)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_transposed_partial_blocks(dtype, kernels):
+    run(call(19, (70, 50), (32, 16), dtype, transposed=True, bias=False), kernels)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_no_blocks(activation, dtype, kernels):
+    c = call(9, (64, 96), (32, 32), dtype, activation=activation, mask=torch.zeros(2, 3))
+    got = launch(native, c, **kernels)
+    check(got, c)
+    assert (got["x"] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_all_blocks(dtype, kernels):
+    run(call(33, (96, 64), (32, 32), dtype, mask=pattern((96, 64), (32, 32), whole=True)), kernels)
+
+
+def test_the_worked_example(kernels):
+    p, a, c = torch.meshgrid(torch.arange(4), torch.arange(2), torch.arange(3), indexing="ij")
+    values = (p + 1).double() + 0.1 * a + 0.01 * c
+    weight = BlockSparseTensor(values, torch.tensor([0, 2, 2, 4]), torch.tensor([0, 2, 0, 1]), (5, 7))
+    x = torch.stack([torch.arange(1.0, 8.0), (-1.0) ** torch.arange(7)]).double()
+    grad_y = torch.tensor([[1, 2, 3, 4, 5], [-1, 0, 1, 0, -1]]).double()
+    got = launch(native, Call(x, weight, torch.full((5,), 0.5).double(), grad_y), **kernels)
+    want = {
+        "y": [[20.58, 21.88, 0.5, 0.5, 78.75], [3.51, 3.71, 0.5, 0.5, -0.5]],
+        "x": [[18.2, 18.28, 18.36, 20, 20.05, 20.1, 6.2], [-4, -4.02, -4.04, -4, -4.01, -4.02, -2]],
+        "bias": [0, 2, 4, 4, 4],
+        "values": [
+            [[0, 3, 2], [2, 4, 6]],
+            [[6, 0, 0], [14, 0, 0]],
+            [[4, 11, 14], [0, 0, 0]],
+            [[21, 24, 31], [0, 0, 0]],
+        ],
+    }
+    for name, numbers in want.items():
+        torch.testing.assert_close(got[name], torch.tensor(numbers, dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_every_schedule_gives_the_same(dtype, kernels):
+    """A missing barrier would show as a difference between orders of threads."""
+    c = call(70, (112, 96), (16, 32), dtype, activation="gelu")
+    want = None
+    for seed in twin.SEEDS:
+        kernels["module"].set_seed(seed)
+        got = launch(native, c, **kernels)
+        want = want or got
+        for name in want:
+            assert torch.equal(got[name], want[name]), f"{name} with seed {seed}"
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("before", [64, 65])
+def test_nothing_is_read_or_written_outside(dtype, before, transposed, kernels):
+    """With rows that asynchronous copies can take, and with rows that they cannot; x, y and dY strided."""
+    guarded = Guarded()
+    plain = call(37, (96, 72), (32, 24), dtype, activation="gelu", transposed=transposed)
+    wide, dense = Layout((0, 1), padding=8, before=before), Layout(before=before)
+
+    def place(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+        return guarded(tuple(tensor.shape), tensor.dtype, layout).copy_(tensor)
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return guarded(shape, dtype, dense)
+
+    weight = plain.weight.with_values(place(plain.weight.values, dense))
+    x, bias, grad_y = place(plain.x, wide), place(plain.bias, dense), place(plain.grad_y, wide)
+    c = Call(x, weight, bias, grad_y, plain.activation, transposed)
+    got, want = launch(native, c, make, **kernels), launch(native, plain, **kernels)
+    guarded.check()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    y = guarded(tuple(grad_y.shape), dtype, wide)
+    native.forward(y, None, *c.tensors, *c.params, **kernels)
+    guarded.check()
+    assert torch.equal(y, want["y"])
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("wanted", [*NAMES, "x values"])
+def test_each_gradient_alone(wanted, activation, kernels):
+    c = call(40, (48, 32), (16, 16), activation=activation)
+    want = launch(native, c, **kernels)
+    gradients = {
+        name: torch.full_like(tensor, float("nan")) if name in wanted.split() else None
+        for name, tensor in zip(NAMES, c.tensors, strict=False)
+    }
+    before = c.x.new_empty((40, 0))
+    native.backward(
+        *gradients.values(), None, c.grad_y, None, want["y"], before, *c.tensors, *c.params, **kernels
+    )
+    for name, gradient in gradients.items():
+        assert gradient is None or torch.equal(gradient, want[name]), name
+
+
+@pytest.mark.thorough  # the sanitized build alone takes minutes
+def test_sanitizers_find_nothing():
+    code = (
+        "import torch\n"
+        "from block_sparse_calls import call, launch\n"
+        "from vitkernels.kernels.block_sparse_linear import native\n"
+        "for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):\n"
+        "    for shape, block in (((96, 128), (32, 32)), ((70, 50), (32, 16)), ((5, 7), (2, 3))):\n"
+        "        for transposed in (False, True):\n"
+        "            c = call(67, shape, block, dtype, activation='gelu', transposed=transposed)\n"
+        "            launch(native, c, module=twin, cuda=True)\n"
+    )
+    done = twin.run_sanitized(code, operators=("block_sparse_linear",))
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_wrong_kernel_fails_the_rule(kernels):
+    c = call(40, (96, 64), (32, 32))
+    got = launch(native, c, **kernels)
+    for name in got:
+        with pytest.raises(AssertionError):
+            check({**got, name: got[name] * (1 + 1e-5)}, c)
+    with pytest.raises(AssertionError):
+        check({**got, "values": got["values"].roll(1, 0)}, c)
