@@ -5,8 +5,8 @@
 // equal work whatever the rows hold. Neighbours share the columns of dY or x that they have in common. Long
 // sums are split over tokens, the parts added in a fixed order; there are no float atomics.
 //
-// Floor: twice the forward's FLOPs. For dW, eight 32 x 32 blocks of a row take 288 elements a token from L2, at
-// 16 bits about 28 FLOPs a byte.
+// Floor: twice the forward's FLOPs. For dW, eight 32 x 32 blocks of a row take 288 elements a token from L2,
+// at 16 bits about 28 FLOPs a byte.
 #include "elements.h"
 #include "product.h"
 #include "vitkernels/divide.h"

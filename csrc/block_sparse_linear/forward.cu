@@ -20,11 +20,10 @@ namespace {
 template <class T, int TILES>
 using Sums = accumulate_t<T>[2][TILES][2][4];
 
-// One step of 16: x [32][LD] of this warp, weights as load_weights leaves them.
-template <bool BY_ROWS, class T, int TILES>
+// One step of 16: x [32][LD] of this warp, weights those of its tiles as load_weights leaves them, LD apart.
+template <bool BY_ROWS, int LD, class T, int TILES>
 VK_DEVICE void multiply(Sums<T, TILES>& sums, const T* x, const T* weights, int mask) {
   using C = Config<T>;
-  constexpr int LD = BY_ROWS ? C::LD : 16 * TILES + C::WIDTH;
   const int lane = lane_id();
   if constexpr (C::HALF) {
     uint32_t left[2][4];
@@ -141,39 +140,44 @@ VK_DEVICE void store(const accumulate_t<T> (&sums)[TILES][2][4], T* scratch, con
   sync_warp();
 }
 
-template <class T, int TILES, int WARPS>
-constexpr size_t shared_bytes(bool by_rows) {
+// ROWS x SIDES warps, each 32 tokens x TILES tiles.
+template <class T, bool BY_ROWS_, int TILES, int ROWS, int SIDES>
+struct Shape {
   using C = Config<T>;
-  const size_t weights = by_rows ? 16 * TILES * C::LD : C::DEPTH * (16 * TILES + C::WIDTH);
-  const size_t stages = C::STAGES * (32 * WARPS * C::LD + weights);
-  const size_t scratch = 16 * WARPS * (16 * TILES + C::WIDTH);
-  return sizeof(T) * (stages > scratch ? stages : scratch);
-}
+  static constexpr bool BY_ROWS = BY_ROWS_;
+  static constexpr int WARPS = ROWS * SIDES, THREADS = 32 * WARPS, TOKENS = 32 * ROWS;
+  static constexpr int ALL_TILES = TILES * SIDES, OUTPUTS = 16 * ALL_TILES;
+  static constexpr int LD = BY_ROWS ? C::LD : OUTPUTS + C::WIDTH;  // of the weights
+  static constexpr int X = TOKENS * C::LD, STAGE = X + (BY_ROWS ? OUTPUTS : C::DEPTH) * LD;
+  static constexpr int SCRATCH = 16 * (16 * TILES + C::WIDTH);  // of a warp
+  static constexpr int STAGED = C::STAGES * STAGE, SCRATCHES = WARPS * SCRATCH;
+  static constexpr size_t SHARED = sizeof(T) * (STAGED > SCRATCHES ? STAGED : SCRATCHES);
+};
 
-template <class T, bool BY_ROWS, int TILES, int WARPS>
-VK_KERNEL void VK_LAUNCH_BOUNDS(32 * WARPS, 1) product_kernel(Problem<T> p) {
+template <class T, bool BY_ROWS, int TILES, int ROWS, int SIDES>
+VK_KERNEL void VK_LAUNCH_BOUNDS(32 * ROWS * SIDES, 1) product_kernel(Problem<T> p) {
   using C = Config<T>;
-  constexpr int TOKENS = 32 * WARPS, THREADS = 32 * WARPS, STAGES = C::STAGES;
-  constexpr int X = TOKENS * C::LD;
-  constexpr int STAGE = X + (BY_ROWS ? 16 * TILES * C::LD : C::DEPTH * (16 * TILES + C::WIDTH));
+  using S = Shape<T, BY_ROWS, TILES, ROWS, SIDES>;
+  constexpr int STAGES = C::STAGES;
   T* stages = reinterpret_cast<T*>(shared_memory());
-  const int64_t first_token = static_cast<int64_t>(block_x() / p.groups) * TOKENS;
-  const int first_tile = block_x() % p.groups * TILES;
+  const int64_t first_token = static_cast<int64_t>(block_x() / p.groups) * S::TOKENS;
+  const int first_tile = block_x() % p.groups * S::ALL_TILES;
+  const int warp_row = warp_id() % ROWS, side = SIDES == 1 ? 0 : warp_id() / ROWS;
 
-  Walk<TILES> walk(p, first_tile);
-  const OutputTile mine(p, first_tile + lane_id() % TILES);
+  Walk<S::ALL_TILES> walk(p, first_tile);
+  const OutputTile mine(p, first_tile + lane_id() % S::ALL_TILES);
   // Loads the next stage to a place in the ring and gives the masks of its steps, 0 when there is none left.
   const auto load = [&](int place) {
     Step steps[C::STEPS];
-    int masks = 0;
+    uint32_t masks = 0;
     VK_UNROLL
     for (int s = 0; s < C::STEPS; ++s) {
       steps[s] = walk.next(p);
-      masks |= steps[s].mask << (TILES * s);
+      masks |= static_cast<uint32_t>(steps[s].mask) << (S::ALL_TILES * s);
     }
-    T* stage = stages + place * STAGE;
-    load_tokens<TOKENS, THREADS>(stage, p, first_token, steps);
-    load_weights<BY_ROWS, TILES, WARPS>(stage + X, p, mine, steps);
+    T* stage = stages + place * S::STAGE;
+    load_tokens<S::TOKENS, S::THREADS>(stage, p, first_token, steps);
+    load_weights<BY_ROWS, S::ALL_TILES, S::WARPS>(stage + S::X, p, mine, steps);
     cp_async_commit();
     return masks;
   };
@@ -184,7 +188,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * WARPS, 1) product_kernel(Problem<T> p) {
     VK_UNROLL
     for (int i = 0; i < TILES; ++i) tile_attention::clear(sums[half][i]);
   }
-  int masks[STAGES];  // of the stages in flight, the oldest first
+  uint32_t masks[STAGES];  // of the stages in flight, the oldest first
   VK_UNROLL
   for (int s = 0; s < STAGES - 1; ++s) masks[s] = load(s);
   int place = 0;
@@ -193,13 +197,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * WARPS, 1) product_kernel(Problem<T> p) {
     cp_async_wait<STAGES - 2>();
     sync_block();  // the stage is there for all, and all are done with the one before
     masks[STAGES - 1] = load(place == 0 ? STAGES - 1 : place - 1);
-    const T* stage = stages + place * STAGE;
+    const T* stage = stages + place * S::STAGE;
     VK_UNROLL
     for (int s = 0; s < C::STEPS; ++s) {
-      const int mask = masks[0] >> (TILES * s) & ((1 << TILES) - 1);
+      const int mask = masks[0] >> (S::ALL_TILES * s + TILES * side) & ((1u << TILES) - 1);
+      const T* weights =
+          stage + S::X + 16 * s * (BY_ROWS ? 1 : S::LD) + 16 * TILES * side * (BY_ROWS ? S::LD : 1);
       if (mask != 0)
-        multiply<BY_ROWS, T, TILES>(sums, stage + warp_id() * 32 * C::LD + 16 * s,
-                                    stage + X + (BY_ROWS ? 16 * s : 16 * s * (16 * TILES + C::WIDTH)), mask);
+        multiply<BY_ROWS, S::LD, T, TILES>(sums, stage + warp_row * 32 * C::LD + 16 * s, weights, mask);
     }
     place = place == STAGES - 1 ? 0 : place + 1;
     VK_UNROLL
@@ -207,11 +212,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * WARPS, 1) product_kernel(Problem<T> p) {
   }
   sync_block();  // the stages' memory becomes the warps' scratch
 
+  const int own_tile = first_tile + TILES * side;
   if (p.bias != nullptr) {
     const int t = lane_id() % 4;
     VK_UNROLL
     for (int i = 0; i < TILES; ++i) {
-      const OutputTile tile(p, first_tile + i);
+      const OutputTile tile(p, own_tile + i);
       VK_UNROLL
       for (int c = 0; c < 4; ++c) {
         const int column = c / 2 * 8 + 2 * t + c % 2;
@@ -222,14 +228,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * WARPS, 1) product_kernel(Problem<T> p) {
       }
     }
   }
-  T* scratch = stages + warp_id() * 16 * (16 * TILES + C::WIDTH);
+  T* scratch = stages + warp_id() * S::SCRATCH;
   VK_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int64_t token = first_token + warp_id() * 32 + 16 * half;
+    const int64_t token = first_token + warp_row * 32 + 16 * half;
     if (p.before != nullptr)
       store<TILES>(sums[half], scratch, p, p.before, p.before_row, p.before_vectors, Activation::none, token,
-                   first_tile);
-    store<TILES>(sums[half], scratch, p, p.y, p.y_row, p.y_vectors, p.activation, token, first_tile);
+                   own_tile);
+    store<TILES>(sums[half], scratch, p, p.y, p.y_row, p.y_vectors, p.activation, token, own_tile);
   }
 }
 
@@ -267,15 +273,26 @@ Problem<T> make_problem(const Params& params, const ProductCall& call) {
   return p;
 }
 
-template <class T, int TILES, int WARPS>
-void launch_product(Problem<T> p, bool by_rows, Stream stream) {
-  p.groups = (p.tiles + TILES - 1) / TILES;
-  const Dim3 blocks{(p.tokens + 32 * WARPS - 1) / (32 * WARPS) * p.groups};
-  launch(by_rows ? product_kernel<T, true, TILES, WARPS> : product_kernel<T, false, TILES, WARPS>, blocks,
-         32 * WARPS, shared_bytes<T, TILES, WARPS>(by_rows), stream, p);
+template <class S, class T>
+Dim3 grid(const Problem<T>& p) {
+  return {(p.tokens + S::TOKENS - 1) / S::TOKENS * ((p.tiles + S::ALL_TILES - 1) / S::ALL_TILES)};
 }
 
-// Fewer large blocks of threads than this leave a large GPU idle: small ones then.
+template <int TILES, int ROWS, int SIDES, class T>
+void launch_product(Problem<T> p, bool by_rows, Stream stream) {
+  const auto start = [&](auto kernel, auto shape) {
+    using S = decltype(shape);
+    p.groups = (p.tiles + S::ALL_TILES - 1) / S::ALL_TILES;
+    launch(kernel, grid<S>(p), S::THREADS, S::SHARED, stream, p);
+  };
+  if (by_rows) {
+    start(product_kernel<T, true, TILES, ROWS, SIDES>, Shape<T, true, TILES, ROWS, SIDES>());
+  } else {
+    start(product_kernel<T, false, TILES, ROWS, SIDES>, Shape<T, false, TILES, ROWS, SIDES>());
+  }
+}
+
+// Fewer large blocks of threads than this leave a large GPU idle, or its last wave: small ones then.
 constexpr int64_t FEW_BLOCKS = 264;
 
 }  // namespace
@@ -286,13 +303,13 @@ void product(const Params& params, const ProductCall& call, Stream stream) {
     using T = decltype(zero);
     const Problem<T> p = make_problem<T>(params, call);
     if constexpr (Config<T>::HALF) {
-      if ((p.tokens + 127) / 128 * ((p.tiles + 7) / 8) < FEW_BLOCKS) {
-        launch_product<T, 4, 2>(p, !call.transposed, stream);
+      if (grid<Shape<T, true, 8, 4, 2>>(p).x >= FEW_BLOCKS) {
+        launch_product<8, 4, 2>(p, !call.transposed, stream);
       } else {
-        launch_product<T, 8, 4>(p, !call.transposed, stream);
+        launch_product<4, 2, 1>(p, !call.transposed, stream);
       }
     } else {
-      launch_product<T, 4, 4>(p, !call.transposed, stream);
+      launch_product<4, 4, 1>(p, !call.transposed, stream);
     }
   });
 }

@@ -157,18 +157,19 @@ template <bool BY_ROWS, int TILES, int WARPS, class T>
 VK_DEVICE void load_weights(T* weights, const Problem<T>& p, const OutputTile& mine,
                             const Step (&steps)[Config<T>::STEPS]) {
   using C = Config<T>;
-  constexpr int LANES = 32 / TILES;  // that share a tile
-  const int tile = lane_id() % TILES, sub = lane_id() / TILES;
+  constexpr int LANES = 32 / TILES;  // of a warp that share a tile
+  constexpr int CHUNKS = (BY_ROWS ? C::DEPTH : 16) / C::WIDTH, ROWS = WARPS * LANES / CHUNKS;
+  static_assert(WARPS * LANES % CHUNKS == 0);
+  const int tile = lane_id() % TILES, visitor = warp_id() * LANES + lane_id() / TILES;
+  const int chunk = visitor % CHUNKS;
   if constexpr (BY_ROWS) {
-    constexpr int CHUNKS = C::DEPTH / C::WIDTH, ROWS = LANES / CHUNKS;
-    static_assert(LANES % CHUNKS == 0);
-    const int chunk = sub % CHUNKS, column = chunk * C::WIDTH % 16;
+    const int column = chunk * C::WIDTH % 16;
     const Step step = pick(steps, chunk * C::WIDTH / 16);
     if ((step.mask >> tile & 1) == 0) return;
     const T* block = p.values + (static_cast<int64_t>(step.id) * p.out + mine.inside) * p.depth;
     const int count = step.count - column;
     VK_UNROLL
-    for (int i = warp_id() * ROWS + sub / CHUNKS; i < 16; i += WARPS * ROWS) {
+    for (int i = visitor / CHUNKS; i < 16; i += ROWS) {
       const int row = (i + tile) % 16;  // so that the lanes of different tiles write to different banks
       const bool valid = row < p.out - mine.inside && count > 0;
       load_chunk(weights + (16 * tile + row) * C::LD + chunk * C::WIDTH,
@@ -176,12 +177,11 @@ VK_DEVICE void load_weights(T* weights, const Problem<T>& p, const OutputTile& m
                  valid ? count : 0, p.weight_vectors);
     }
   } else {
-    constexpr int CHUNKS = 16 / C::WIDTH, ROWS = LANES / CHUNKS, LD = 16 * TILES + C::WIDTH;
-    static_assert(LANES % CHUNKS == 0);
-    const int chunk = (sub % CHUNKS) ^ (tile / 4 % CHUNKS), column = chunk * C::WIDTH;
+    constexpr int LD = 16 * TILES + C::WIDTH;
+    const int column = (chunk ^ (tile / 4 % CHUNKS)) * C::WIDTH;  // as above
     const int count = p.out - mine.inside - column;
     VK_UNROLL
-    for (int i = warp_id() * ROWS + sub / CHUNKS; i < C::DEPTH; i += WARPS * ROWS) {
+    for (int i = visitor / CHUNKS; i < C::DEPTH; i += ROWS) {
       const Step step = pick(steps, i / 16);
       if ((step.mask >> tile & 1) == 0) continue;
       const int row = i % 16;
