@@ -1,5 +1,4 @@
-// The product of a matrix of tokens with the block-sparse weight or its transpose, as forward and backward
-// call it.
+// The products that forward and backward are made of.
 #pragma once
 #include "block_sparse_linear.h"
 
@@ -12,5 +11,9 @@ struct ProductCall {
   View x, bias, before, y;
 };
 void product(const Params& params, const ProductCall& call, Stream stream);
+
+// params.grad_values from the gradient of what goes into the activation.
+int64_t weight_gradient_workspace(const Params& params);
+void weight_gradient(const Params& params, const View& gradient, void* workspace, Stream stream);
 
 }  // namespace vitkernels::block_sparse_linear

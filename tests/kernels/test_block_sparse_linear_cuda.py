@@ -60,10 +60,18 @@ def test_any_number_of_tokens(tokens, dtype, kernels):
     run(c, kernels)
 
 
-@pytest.mark.parametrize("dtype", [F16, pytest.param(BF16, marks=pytest.mark.thorough)])
-def test_tiles_of_a_large_problem(dtype, kernels):
-    """Many tokens: large tiles, and dW in parts."""
-    run(call(128 * 131 + 5, (320, 384), (32, 32), dtype, activation="gelu"), kernels)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_large_tiles_give_what_small_ones_do(transposed, kernels):
+    """Large problems take larger tiles of tokens and outputs; the order of the sums is the same."""
+    shape, block = ((96, 256), (16, 32)) if transposed else ((256, 96), (32, 16))
+    c = call(264 * 128 - 5, shape, block, F16, activation="relu", transposed=transposed)
+    y, parts = torch.full_like(c.grad_y, float("nan")), torch.full_like(c.grad_y, float("nan"))
+    native.forward(y, None, *c.tensors, *c.params, **kernels)
+    for x, part in zip(c.x.split(9000), parts.split(9000), strict=True):
+        native.forward(part, None, x, *c.tensors[1:], *c.params, **kernels)
+    assert torch.equal(y, parts)
+    few = Call(c.x[:40], c.weight, c.bias, c.grad_y[:40], c.activation, transposed)
+    check({**launch(native, few, **kernels), "y": y[:40]}, few)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
