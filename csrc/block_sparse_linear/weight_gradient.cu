@@ -167,7 +167,8 @@ VK_DEVICE void multiply(accumulate_t<T> (&sums)[2][4][4], const T* left, const T
 
 // dW of the units of a block of threads over a share of the tokens, to partials [parts][nnz][bh][bw] of R.
 template <class T, class R>
-VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1) weight_kernel(Problem<T> p, R* result, int64_t result_part) {
+VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, sizeof(T) == 8 ? 1 : 2)
+    weight_kernel(Problem<T> p, R* result, int64_t result_part) {
   using C = Config<T>;
   const int group = block_x() / p.chunks, first_unit = block_x() % p.chunks * UNITS;
   const int first_row = group * p.group;

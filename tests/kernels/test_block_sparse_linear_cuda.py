@@ -101,6 +101,16 @@ def test_all_blocks(dtype, kernels):
     run(call(33, (96, 64), (32, 32), dtype, mask=pattern((96, 64), (32, 32), whole=True)), kernels)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_the_gradient_beyond_the_matrix_is_0_whatever_x_holds(dtype, kernels):
+    c = call(9, (70, 50), (32, 16), dtype)
+    c.x[3] = float("inf")
+    got = launch(native, c, **kernels)["values"]
+    beyond = c.weight.values.isnan()
+    assert beyond.any()
+    assert (got[beyond] == 0).all()
+
+
 def test_the_worked_example(kernels):
     p, a, c = torch.meshgrid(torch.arange(4), torch.arange(2), torch.arange(3), indexing="ij")
     values = (p + 1).double() + 0.1 * a + 0.01 * c
