@@ -1,145 +1,118 @@
-"""Calls of block_sparse_linear for its tests: patterns, inputs, plain PyTorch's results, and the house rule on them."""
+"""Calls of block_sparse_linear for its tests: patterns, the dense masked layer, and the house rule on all results."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels import BlockSparseTensor
-from vitkernels.kernels.block_sparse_linear import reference
 
 NAMES = ("x", "values", "bias")
-Results = dict[str, torch.Tensor]
-
-
-@dataclass
-class Call:
-    """The arguments of one call and the gradient of its result, all in x's dtype."""
-
-    x: torch.Tensor
-    weight: BlockSparseTensor
-    bias: torch.Tensor | None
-    grad_y: torch.Tensor
-    activation: str = "none"
-    transposed: bool = False
-
-    @property
-    def tensors(self) -> tuple[Any, ...]:
-        return self.x, self.weight.values, self.bias, self.weight.index
-
-    @property
-    def params(self) -> tuple[Any, ...]:
-        return *self.weight.shape, self.activation, self.transposed
-
-    def to(self, dtype: torch.dtype) -> Call:
-        bias = None if self.bias is None else self.bias.to(dtype)
-        weight = self.weight.to(dtype)
-        return Call(self.x.to(dtype), weight, bias, self.grad_y.to(dtype), self.activation, self.transposed)
 
 
 def pattern(
-    shape: tuple[int, int], block: tuple[int, int], density: float = 0.5, *, whole: bool = False
-) -> torch.Tensor:
-    """Which blocks are stored: rows of very different population, the last but one row and the first column empty
-    where there are more than two, unless `whole`."""
-    rows, columns = math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
-    if whole:
-        return torch.ones(rows, columns)
-    keep = torch.rand(rows, columns) < density * torch.linspace(0.4, 1.6, rows)[:, None]
-    keep[-1, -1] = keep[0, 0] = True
-    if rows > 2:
-        keep[-2] = False
-    if columns > 2:
-        keep[:, 0] = False
-    return keep
-
-
-def call(
-    tokens: int,
     shape: tuple[int, int],
     block: tuple[int, int],
-    dtype: torch.dtype = torch.float32,
+    density: float = 0.5,
     *,
-    activation: str = "none",
-    transposed: bool = False,
-    bias: bool = True,
     mask: torch.Tensor | None = None,
-) -> Call:
-    """Values beyond the matrix are NaN: no kernel may use them."""
-    mask = pattern(shape, block) if mask is None else mask
-    weight = BlockSparseTensor.from_dense(torch.randn(shape) / (shape[1] / 2) ** 0.5, block, mask)
-    inside = BlockSparseTensor.from_dense(torch.ones(shape), block, mask).values != 0
-    values = weight.values.masked_fill(~inside, float("nan"))
-    taken, given = shape if transposed else shape[::-1]
-    made = Call(
-        torch.randn(tokens, taken),
-        weight.with_values(values),
-        torch.randn(given) if bias else None,
-        torch.randn(tokens, given),
-        activation,
-        transposed,
-    )
-    return made.to(dtype)
+    holes: bool = True,
+) -> BlockSparseTensor:
+    """Uniform, with an empty block row and column where `holes` and there are others; float32 values."""
+    if mask is None:
+        mask = torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1])) < density
+        if holes:
+            mask[-1, -1] = mask[0, 0] = True
+            if mask.shape[0] > 2:
+                mask[1] = False
+            if mask.shape[1] > 2:
+                mask[:, 1] = False
+    return BlockSparseTensor.from_dense(torch.randn(shape) / (density * shape[1] + 1) ** 0.5, block, mask)
 
 
-def plain(c: Call) -> Results:
-    """y and the gradients by PyTorch; values beyond the matrix have none, so that theirs is 0."""
-    inside = c.weight.with_values(torch.ones_like(c.weight.values)).to_dense()
-    inside = BlockSparseTensor.from_dense(inside, c.weight.block_shape, _mask(c.weight)).values != 0
-    values = c.weight.values.masked_fill(~inside, 0)
-    leaves = {"x": c.x, "values": values} | ({} if c.bias is None else {"bias": c.bias})
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
-    y, _ = reference.forward(leaves["x"], leaves["values"], leaves.get("bias"), c.weight.index, *c.params)
-    gradients = torch.autograd.grad(y, tuple(leaves.values()), c.grad_y, allow_unused=True)
-    zeros = (torch.zeros_like(leaf) for leaf in leaves.values())
-    filled = (z if g is None else g for g, z in zip(gradients, zeros, strict=True))
-    return {"y": y.detach(), **dict(zip(leaves, filled, strict=True))}
+class Call:
+    """Tensors and options of one call, and a gradient for its result."""
+
+    def __init__(
+        self,
+        tokens: int,
+        weight: BlockSparseTensor,
+        dtype: torch.dtype = torch.float32,
+        activation: str = "none",
+        transposed: bool = False,
+        bias: bool = True,
+    ) -> None:
+        taken, given = reversed(weight.shape) if not transposed else weight.shape
+        self.weight = weight.to(dtype)
+        self.values = self.weight.values
+        self.x = torch.randn(tokens, taken).to(dtype)
+        self.bias = torch.randn(given).to(dtype) if bias else None
+        self.grad = torch.randn(tokens, given).to(dtype)
+        self.activation, self.transposed = activation, transposed
+        self.params = (weight.index, *weight.shape, activation, transposed)
+
+    def beyond(self) -> torch.Tensor:
+        """Which elements of the values lie beyond the matrix."""
+        (rows, columns), (bh, bw) = self.weight.shape, self.weight.block_shape
+        row = self.weight.row_indices[:, None] * bh + torch.arange(bh)
+        column = self.weight.col_indices[:, None] * bw + torch.arange(bw)
+        return (row >= rows)[:, :, None] | (column >= columns)[:, None, :]
 
 
-def _mask(weight: BlockSparseTensor) -> torch.Tensor:
-    mask = torch.zeros(weight.grid)
-    mask[weight.row_indices.long(), weight.col_indices.long()] = 1
-    return mask
+def plain(call: Call, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """y and all gradients of the layer that multiplies a dense weight with the mask, by plain PyTorch in a dtype."""
+    leaves = {name: getattr(call, name) for name in NAMES if getattr(call, name) is not None}
+    leaves = {name: t.to(dtype).detach().requires_grad_() for name, t in leaves.items()}
+    weight = call.weight.with_values(leaves["values"]).to_dense()
+    y = F.linear(leaves["x"], weight.T if call.transposed else weight, leaves.get("bias"))
+    y = {"none": lambda t: t, "gelu": F.gelu, "relu": F.relu}[call.activation](y)
+    gradients = torch.autograd.grad(y, list(leaves.values()), call.grad.to(dtype))
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 def launch(
-    module: Any, c: Call, make: Callable[..., torch.Tensor] | None = None, /, **options: Any
-) -> Results:
-    """The same from a backend's module, which fills outputs that hold NaN; `make(shape, dtype)` allocates them."""
-    make = make or (lambda shape, dtype: torch.full(shape, float("nan"), dtype=dtype))
-    dtype, shape = c.x.dtype, tuple(c.grad_y.shape)
-    y = make(shape, dtype)
-    before = make((*shape[:-1], shape[-1] if c.activation == "gelu" else 0), dtype)
-    module.forward(y, before, *c.tensors, *c.params, **options)
-    gradients = {
-        name: make(tuple(tensor.shape), dtype)
-        for name, tensor in zip(NAMES, c.tensors, strict=False)
-        if tensor is not None
+    module: Any, call: Call, wanted: tuple[str, ...] = NAMES, **options: Any
+) -> dict[str, torch.Tensor]:
+    """The same from a backend's module, which fills outputs that hold NaN."""
+    y = torch.full_like(call.grad, float("nan"))
+    before = torch.full_like(y, float("nan")) if call.activation == "gelu" else y.new_empty(len(y), 0)
+    inputs = (call.x, call.values, call.bias, *call.params)
+    module.forward(y, before, *inputs, **options)
+    without = torch.full_like(y, float("nan"))
+    module.forward(without, None, *inputs, **options)
+    assert (
+        torch.equal(
+            y,
+            without,
+        )
+        or y.isnan().any()
+    ), "keeping what went into the GELU changed the result"
+    grads = {
+        name: torch.full_like(getattr(call, name), float("nan"))
+        for name in NAMES
+        if name in wanted and getattr(call, name) is not None
     }
-    places = (gradients.get(name) for name in NAMES)
-    module.backward(*places, None, c.grad_y, None, y, before, *c.tensors, *c.params, **options)
-    return {"y": y, **gradients}
+    module.backward(
+        *(grads.get(name) for name in NAMES), None, call.grad, None, y, before, *inputs, **options
+    )
+    return {"y": y, **grads}
 
 
-def check(got: Results, c: Call) -> None:
-    """Holds y and every gradient to the rule; where the truth is 0 everywhere, so is what came."""
-    baseline, truth = plain(c), plain(c.to(torch.float64))
+def check(got: dict[str, torch.Tensor], call: Call) -> None:
+    """Holds y and every gradient to the rule, and the gradient beyond the matrix to exactly 0."""
+    baseline, truth = plain(call, call.x.dtype), plain(call, torch.float64)
+    reduced = {"values": len(call.x), "bias": len(call.x)}
     for name, want in truth.items():
-        if not want.any():
-            assert (got[name] == 0).all(), name
-            continue
         assert_close_to_truth(
             name if name == "y" else f"grad {name}",
             got[name],
             baseline[name],
             want,
             factor=FORWARD if name == "y" else GRADIENT,
-            reduced=len(c.x) if name in ("values", "bias") else 1,
+            reduced=reduced.get(name, 1),
+            dtype=call.x.dtype,
         )
-        if name == "values":
-            assert (got[name][want == 0] == 0).all(), "the gradient beyond the matrix is not exactly 0"
+    assert (got["values"][call.beyond()] == 0).all(), "the gradient beyond the matrix is not exactly 0"

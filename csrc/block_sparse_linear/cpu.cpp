@@ -73,8 +73,9 @@ class Call {
 
 void forward_cpu(const Params& p, int threads) {
   Call call(p, threads, false);
-  call.reserve(true, false, true, {kForward});
-  call.run(kPackInputs);
+  const bool packs = !reads_in_place(p);
+  call.reserve(packs, false, true, {kForward});
+  if (packs) call.run(kPackInputs);
   call.run(kPackWeights);
   call.run(kForward);
 }

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kBlockBytes = 256 << 10;  // of a block of tokens, which half of the second-level cache holds
 constexpr int kLeastTokens = 48, kMostTokens = 192;
-constexpr int kSlice = 128;  // tokens of one chain of sums in the gradient of the values
+constexpr int kSlice = 200;  // tokens of one chain of sums in the gradient of the values
 
 // How the tokens are cut for a product.
 struct Tokens {
@@ -92,18 +92,25 @@ void panel_tile(const Params& p, bool backward, const Run<T>& run, int blocks, i
   }
 }
 
+// Where the features of a token lie: packed, or in x itself.
+template <class T>
+struct Features {
+  const T* data;
+  ptrdiff_t block_step, token_step;
+};
+
 template <class E, class T>
 void product_item(const Params& p, const Side& side, bool backward, int64_t begin, int64_t end, int group,
-                  const T* features, const T* weights) {
+                  const Features<T>& features, const T* weights) {
   constexpr int L = kLanes<T>;
-  const int padded = round_up_lanes<T>(side.lanes), width = round_up_lanes<T>(side.depth);
+  const int padded = round_up_lanes<T>(side.lanes);
   const int64_t start = side.pointers[group];
   const int blocks = side.pointers[group + 1] - side.pointers[group];
   const int lanes = side.lanes_of(group);
   weights += start * padded * side.depth;
   Run<T> run{nullptr,
-             static_cast<ptrdiff_t>(p.tokens) * width,
-             width,
+             features.block_step,
+             features.token_step,
              nullptr,
              side.ids + start,
              0,
@@ -115,7 +122,7 @@ void product_item(const Params& p, const Side& side, bool backward, int64_t begi
   int64_t token = begin;
   for (int i = 0; i < tiles; ++i) {
     const int rows = ceil_div(static_cast<int>(end - token), tiles - i);
-    run.features = features + token * width;
+    run.features = features.data + token * features.token_step;
     for (int lane = 0; lane < lanes; lane += kPanelVecs * L) {
       run.weights = weights + static_cast<ptrdiff_t>(blocks) * side.depth * lane;
       const int first = group * side.lanes + lane, count = lanes - lane;
@@ -133,6 +140,11 @@ template <class E, class T>
 void product(const Params& p, bool backward, int64_t begin, int64_t end, int64_t shares, const T* features,
              const T* weights) {
   const Side side(p, p.transposed == backward);
+  const int width = round_up_lanes<T>(side.depth);
+  Features<T> source{features, static_cast<ptrdiff_t>(p.tokens) * width, width};
+  if constexpr (kSame<E, T>) {
+    if (!backward) source = {static_cast<const T*>(p.x.data), side.depth, static_cast<ptrdiff_t>(p.x.stride[0])};
+  }
   const Tokens tokens = Tokens::of(p, side, T{});
   // A row of blocks costs its blocks, and about one more for the epilogue.
   const int64_t each = p.nnz + side.groups, all = each * tokens.blocks;
@@ -142,7 +154,7 @@ void product(const Params& p, bool backward, int64_t begin, int64_t end, int64_t
     const int64_t last = first + tokens.size < p.tokens ? first + tokens.size : p.tokens;
     for (int g = 0; g < side.groups; ++g) {
       const int64_t cost = b * each + side.pointers[g] + g;
-      if (cost >= from && cost < to) product_item<E, T>(p, side, backward, first, last, g, features, weights);
+      if (cost >= from && cost < to) product_item<E, T>(p, side, backward, first, last, g, source, weights);
     }
   }
 }

@@ -24,6 +24,11 @@ enum Step {
   kGradientBias,    // items: blocks of features
 };
 
+// Whether the forward pass reads x where it lies: what needs no conversion is not copied for one product.
+static inline bool reads_in_place(const Params& p) {
+  return p.dtype == DType::f32 || p.dtype == DType::f64;
+}
+
 struct CpuKernel {
   size_t (*shared_bytes)(const Params&, Step packing, bool backward);
   size_t (*thread_bytes)(const Params&, Step);

@@ -28,12 +28,14 @@ static void pack_tokens(const Params& p, const View& from, const View& kept, int
                         int64_t begin, int64_t end, T* to) {
   constexpr int L = kLanes<T>;
   const int width = round_up_lanes<T>(block);
-  for (int first = 0; first < features; first += block, to += p.tokens * width) {
-    const int count = imin(block, features - first), whole = count / L * L;
-    for (int64_t n = begin; n < end; ++n) {
-      const E* source = row_of<E>(from, n) + first;
-      const E* z = A == Activation::none ? nullptr : row_of<E>(kept, n) + first;
-      T* target = to + n * width;
+  for (int64_t n = begin; n < end; ++n) {
+    const E* row = row_of<E>(from, n);
+    const E* kept_row = A == Activation::none ? nullptr : row_of<E>(kept, n);
+    T* target = to + n * width;
+    for (int first = 0; first < features; first += block, target += p.tokens * width) {
+      const int count = imin(block, features - first), whole = count / L * L;
+      const E* source = row + first;
+      const E* z = A == Activation::none ? nullptr : kept_row + first;
       for (int i = 0; i < whole; i += L) store(target + i, through<E, T>(A, load(source + i), z + i, L));
       if (whole < count)
         store(target + whole,

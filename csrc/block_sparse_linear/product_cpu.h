@@ -20,7 +20,7 @@ constexpr int kMaxRows = 12, kPanelVecs = 2;
 // Terms of one chain of sums, where blocks allow: longer sums are cut, which keeps the rounding error near
 // that of a blocked library product. Shorter without FMA, where a term rounds twice.
 #if defined(__FMA__) || defined(__aarch64__)
-constexpr int kTerms = 256;
+constexpr int kTerms = 512;
 #else
 constexpr int kTerms = 32;
 #endif
@@ -64,6 +64,19 @@ struct Run {
   int count, depth, last_block, last_depth;  // the block at the edge is shorter
 };
 
+template <class T, int V, int R>
+VITKERNELS_INLINE void multiply_term(Vec<T> (&acc)[R][V], const T* a, ptrdiff_t step, const T* b) {
+  Vec<T> bv[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) bv[v] = load(b + v * kLanes<T>);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const Vec<T> av = broadcast(a[r * step]);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] += av * bv[v];
+  }
+}
+
 // sums[r][lane] = (add ? sums[r][lane] : 0) + the run's terms.
 template <class T, int V, int R>
 static __attribute__((noinline)) void multiply_run(const Run<T>& run, T* sums, bool add) {
@@ -80,24 +93,19 @@ static __attribute__((noinline)) void multiply_run(const Run<T>& run, T* sums, b
     const T* a = run.features + id * run.block_step;
     const T* b = run.weights + static_cast<ptrdiff_t>(q) * run.depth * (V * L);
     // The next block's features lie elsewhere, in a place that the processor cannot foresee.
-    if (q + 1 < run.count) {
-      const char* next = reinterpret_cast<const char*>(run.features + run.ids[q + 1] * run.block_step);
-      const int bytes = R * static_cast<int>(step * sizeof(T));
-      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
-    }
-    for (int k = id == run.last_block ? run.last_depth : run.depth; k > 0; --k) {
-      Vec<T> bv[V];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) bv[v] = load(b + v * L);
+    const T* next = run.features + run.ids[q + 1 < run.count ? q + 1 : q] * run.block_step;
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> av = broadcast(a[r * step]);
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) acc[r][v] += av * bv[v];
-      }
-      ++a;
-      b += V * L;
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(next + r * step);
+      __builtin_prefetch(next + r * step + run.depth - 1);
     }
+    // Four terms at a time: loops of 32 end less predictably than loops of 8.
+    int k = id == run.last_block ? run.last_depth : run.depth;
+    for (; k >= 4; k -= 4) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u, ++a, b += V * L) multiply_term<T, V, R>(acc, a, step, b);
+    }
+    for (; k > 0; --k, ++a, b += V * L) multiply_term<T, V, R>(acc, a, step, b);
   }
 
   if (add) {
