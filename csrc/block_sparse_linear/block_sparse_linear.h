@@ -35,11 +35,11 @@ struct Params {
   Activation activation;
   bool transposed;
   int64_t tokens;
-  int out_features, in_features;    // O, I
-  int block_height, block_width;    // bh, bw
-  int block_rows, block_cols;       // ceil(O / bh), ceil(I / bw)
+  int out_features, in_features;  // O, I
+  int block_height, block_width;  // bh, bw
+  int block_rows, block_cols;     // ceil(O / bh), ceil(I / bw)
   int64_t nnz;
-  const int32_t* index;             // packed, as Index takes it; on the tensors' device
+  const int32_t* index;  // packed, as Index takes it; on the tensors' device
 
   View x;       // [tokens, taken]
   View values;  // [nnz, bh, bw]; what lies beyond O or I may hold anything and is used for nothing

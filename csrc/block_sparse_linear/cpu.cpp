@@ -23,8 +23,7 @@ size_t aligned(size_t bytes) {
 // One call: its memory, and its steps one after the other.
 class Call {
  public:
-  Call(const Params& params, int threads, bool backward)
-      : p_(params), cpu_(kernel()), backward_(backward) {
+  Call(const Params& params, int threads, bool backward) : p_(params), cpu_(kernel()), backward_(backward) {
     const double product = 2.0 * p_.tokens * p_.nnz * p_.block_height * p_.block_width;
     const double moved = 4.0 * p_.tokens * (p_.in_features + p_.out_features);
     threads_ = worthwhile_threads(product + moved, p_.tokens * p_.given(), threads);
@@ -39,7 +38,8 @@ class Call {
       const size_t size = aligned(cpu_.thread_bytes(p_, step));
       if (size > thread_size_) thread_size_ = size;
     }
-    char* memory = static_cast<char*>(thread_scratch(sizes[0] + sizes[1] + sizes[2] + thread_size_ * threads_));
+    char* memory =
+        static_cast<char*>(thread_scratch(sizes[0] + sizes[1] + sizes[2] + thread_size_ * threads_));
     shared_ = {memory, memory + sizes[0], memory + sizes[0] + sizes[1]};
     thread_memory_ = memory + sizes[0] + sizes[1] + sizes[2];
   }

@@ -53,9 +53,7 @@ void finish_tile(const Params& p, bool backward, const T* sums, int64_t token, i
   for (int v = 0; v < V; ++v) {
     const int real = imin(L, count - v * L);
     if (real <= 0) return;
-    const Vec<T> shift = !bias       ? Vec<T>{}
-                         : real == L ? load(bias + v * L)
-                                     : load_first(bias + v * L, real);
+    const Vec<T> shift = !bias ? Vec<T>{} : real == L ? load(bias + v * L) : load_first(bias + v * L, real);
     for (int r = 0; r < rows; ++r) {
       Vec<T> z = load(sums + (r * V + v) * L) + shift;
       E* to = const_cast<E*>(row_of<E>(out, token + r)) + first + v * L;
@@ -108,15 +106,8 @@ void product_item(const Params& p, const Side& side, bool backward, int64_t begi
   const int blocks = side.pointers[group + 1] - side.pointers[group];
   const int lanes = side.lanes_of(group);
   weights += start * padded * side.depth;
-  Run<T> run{nullptr,
-             features.block_step,
-             features.token_step,
-             nullptr,
-             side.ids + start,
-             0,
-             side.depth,
-             side.blocks - 1,
-             side.depth_of(side.blocks - 1)};
+  Run<T> run{nullptr,    features.block_step, features.token_step,           nullptr, side.ids + start, 0,
+             side.depth, side.blocks - 1,     side.depth_of(side.blocks - 1)};
   // Tiles of equal height: a row too few leaves adders idle.
   const int tokens = static_cast<int>(end - begin), tiles = ceil_div(tokens, kMaxRows);
   int64_t token = begin;
@@ -135,7 +126,8 @@ void product_item(const Params& p, const Side& side, bool backward, int64_t begi
   }
 }
 
-// Shares [begin, end) of `shares`: items whose cost begins there, in the order (block of tokens, row of blocks).
+// Shares [begin, end) of `shares`: items whose cost begins there, in the order (block of tokens, row of
+// blocks).
 template <class E, class T>
 void product(const Params& p, bool backward, int64_t begin, int64_t end, int64_t shares, const T* features,
              const T* weights) {
@@ -143,7 +135,8 @@ void product(const Params& p, bool backward, int64_t begin, int64_t end, int64_t
   const int width = round_up_lanes<T>(side.depth);
   Features<T> source{features, static_cast<ptrdiff_t>(p.tokens) * width, width};
   if constexpr (kSame<E, T>) {
-    if (!backward) source = {static_cast<const T*>(p.x.data), side.depth, static_cast<ptrdiff_t>(p.x.stride[0])};
+    if (!backward)
+      source = {static_cast<const T*>(p.x.data), side.depth, static_cast<ptrdiff_t>(p.x.stride[0])};
   }
   const Tokens tokens = Tokens::of(p, side, T{});
   // A row of blocks costs its blocks, and about one more for the epilogue.
@@ -304,7 +297,7 @@ size_t shared_bytes(const Params& p, Step step, bool backward) {
 
 size_t thread_bytes(const Params& p, Step step) {
   if (step != kGradientValues) return 0;
-  return static_cast<size_t>(p.block_height) * (p.block_width + kLanes<float>) * sizeof(double);
+  return static_cast<size_t>(p.block_height) * (p.block_width + kLanes<float>)*sizeof(double);
 }
 
 }  // namespace

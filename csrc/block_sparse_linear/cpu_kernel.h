@@ -12,8 +12,8 @@ struct Shared {
   void *inputs, *outputs, *weights;
 };
 
-// The steps of a call; a step needs the ones before it. Items are divided among threads, and no result depends
-// on how.
+// The steps of a call; a step needs the ones before it. Items are divided among threads, and no result
+// depends on how.
 enum Step {
   kPackInputs,      // items: chunks of tokens of x, as blocks of its features
   kPackOutputs,     // the same of grad_y, taken through the activation's derivative

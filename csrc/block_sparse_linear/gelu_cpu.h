@@ -16,7 +16,7 @@ VITKERNELS_INLINE Vec<T> normal_cdf(Vec<T> z, Vec<T>& bell) {
     return cdf;
   } else {
     // erfc(a) e^(a^2) = t P(t), t = 1 / (1 + 0.4 a): fitted for a <= 9.5, absolute error of erfc 7e-10.
-    constexpr T poly[] = {0.22497019999f, 0.23680137265f,  0.13571445163f,  0.42359837829f,
+    constexpr T poly[] = {0.22497019999f,  0.23680137265f, 0.13571445163f,  0.42359837829f,
                           -0.40219926431f, 0.71389517737f, -0.41070609182f, 0.07792577681f};
     const Vec<T> a = vmax(z, -z) * T(0.70710678118654752440);
     const Vec<T> t = T(1) / (a * T(0.4) + T(1));

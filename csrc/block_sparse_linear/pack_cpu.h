@@ -56,8 +56,8 @@ static void pack_weights(const Params& p, const Side& side, int64_t begin, int64
     while (side.pointers[group + 1] <= place) ++group;
     const int64_t first = side.pointers[group], count = side.pointers[group + 1] - first;
     const int64_t block = side.order ? side.order[place] : place;
-    const E* from = static_cast<const E*>(p.values.data) +
-                    block * p.block_height * static_cast<int64_t>(p.block_width);
+    const E* from =
+        static_cast<const E*>(p.values.data) + block * p.block_height * static_cast<int64_t>(p.block_width);
     const int lanes = side.lanes_of(group), depth = side.depth_of(side.ids[place]);
     for (int lane = 0; lane < padded; lane += kPanelVecs * L) {
       const int width = imin(kPanelVecs * L, padded - lane);

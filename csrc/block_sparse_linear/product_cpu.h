@@ -1,9 +1,10 @@
 // The product of packed features with packed blocks, a tile of tokens by lanes at a time.
 //
 // Features are packed by blocks, [block][token][width], width a multiple of the vector and zeros beyond the
-// features: a tile reads a few short rows that lie together, whatever the tensor's strides. Weights are packed
-// by rows of blocks, [row of blocks][panel][block of the row][depth][lanes of the panel], in the order in which
-// a tile reads them. Forward, the lanes are the rows of W and the depth its columns; backward the reverse.
+// features: a tile reads a few short rows that lie together, whatever the tensor's strides. Weights are
+// packed by rows of blocks, [row of blocks][panel][block of the row][depth][lanes of the panel], in the order
+// in which a tile reads them. Forward, the lanes are the rows of W and the depth its columns; backward the
+// reverse.
 #pragma once
 #include "cpu_kernel.h"
 #include "vitkernels/matrix_cpu.h"
@@ -14,7 +15,9 @@ using namespace vitkernels::VITKERNELS_ISA;
 
 // Rows of a tile whose panel has one vector or two.
 template <int V>
-constexpr int kRows = V == 1 ? 12 : kVectorRegisters == 32 ? 12 : 6;
+constexpr int kRows = V == 1                   ? 12
+                      : kVectorRegisters == 32 ? 12
+                                               : 6;
 constexpr int kMaxRows = 12, kPanelVecs = 2;
 
 // Terms of one chain of sums, where blocks allow: longer sums are cut, which keeps the rounding error near
@@ -53,8 +56,8 @@ struct Side {
   int lanes_of(int group) const { return imin(lanes, lane_count - group * lanes); }
 };
 
-// A run of blocks of one panel: where the features of the tile's first token in block 0 lie, how far apart the
-// blocks and the tokens of a block are, and the panel's weights.
+// A run of blocks of one panel: where the features of the tile's first token in block 0 lie, how far apart
+// the blocks and the tokens of a block are, and the panel's weights.
 template <class T>
 struct Run {
   const T* features;

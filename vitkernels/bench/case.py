@@ -87,6 +87,14 @@ class Case:
     check_shapes: Mapping[str, str] = field(default_factory=dict)
     # Terms summed into one element of a gradient, where that is a long reduction over the batch.
     reduced: Callable[..., Mapping[str, int]] = lambda problem, batch: {}
+    # Calls the operator with the inputs' tensors and options and a backend; None: they are its arguments.
+    call: Function | None = None
+
+    @property
+    def function(self) -> Function:
+        from vitkernels import ops
+
+        return self.call or getattr(ops, self.operator)
 
 
 def operators() -> list[str]:

@@ -14,10 +14,13 @@ OURS = "vitkernels-"
 
 
 def ours(case: Case, backend: str) -> Provider:
-    operator = getattr(vitkernels.ops, case.operator)
+    operator = case.function
 
     def prepare(inputs: Inputs, training: bool) -> Function:
-        reasons = vitkernels.supported_backends(case.operator, **inputs.tensors, **inputs.options)[backend]
+        try:
+            operator(**inputs.tensors, **inputs.options, backend=vitkernels.PROBE)
+        except vitkernels.Probed as probed:
+            reasons = probed.reasons[backend]
         if reasons:
             raise Unavailable("; ".join(reasons))
 

@@ -119,10 +119,8 @@ def truth_and_baseline(
 
     The reference itself is held to plain PyTorch in float64 first: two programs, one answer.
     """
-    import vitkernels
-
     wide = inputs.map(lambda tensor: tensor.double())
-    operator = getattr(vitkernels.ops, case.operator)
+    operator = case.function
 
     def reference(**tensors: Tensor) -> Any:
         return operator(**tensors, **inputs.options, backend="reference")

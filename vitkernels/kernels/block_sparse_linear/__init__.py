@@ -106,6 +106,7 @@ def block_sparse_matmul(
             fail("b", "a dense tensor beside a BlockSparseTensor", b, "Take b.to_dense().", TypeError)
         if not isinstance(b, torch.Tensor) or b.dim() < 2:
             fail("b", "a dense tensor [..., rows, columns]", b, kind=TypeError)
+        assert isinstance(b, torch.Tensor)
         return _product(b.mT, a, not transpose, backend, "b").mT
     _check_sparse("b", b)
     return _product(a, b, transpose, backend, "a")

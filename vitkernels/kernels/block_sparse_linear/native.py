@@ -82,7 +82,7 @@ def backward(
     params = _params(index, out_features, in_features, activation, transposed)
     _run(module, "backward", on_gpu, x, tensors, params)
     for gradient, place in zip(gradients, places, strict=True):
-        if gradient is not None and place is not gradient:
+        if gradient is not None and place is not None and place is not gradient:
             gradient.copy_(place)
 
 

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitkernels.bench import runner
+from vitkernels.bench.case import Unavailable, load_case
+from vitkernels.bench.cases.block_sparse_linear import PATTERNS, mask_of
+from vitkernels.bench.providers import select
+
+CASE = load_case("block_sparse_linear")
+CPU = torch.device("cpu")
+
+
+def inputs_of(problem, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    return CASE.make_inputs(problem, batch, dtype=torch.float32, device=CPU, generator=generator)
+
+
+@pytest.mark.parametrize("name", list(CASE.check_shapes))
+@pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
+def test_every_provider_passes_the_gate(name, mode):
+    problem, training = CASE.parse_shape(CASE.check_shapes[name]), mode == "fwd+bwd"
+    inputs = inputs_of(problem)
+    truth, baseline = runner.truth_and_baseline(CASE, inputs, training)
+    passed = set()
+    for provider in select(CASE, CPU, ["dense", "torch-bsr", "vitkernels-cpu"]):
+        if mode not in provider.modes:
+            continue
+        try:
+            function = provider.prepare(inputs, training)
+        except Unavailable:
+            assert provider.name == "torch-bsr"
+            continue
+        got = runner.evaluate(function, inputs, training)
+        assert runner.judge(CASE, problem, 2, inputs, got, baseline, truth).ok, provider.name
+        passed.add(provider.name)
+    assert passed >= {"eager", "dense", "vitkernels-cpu"}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("density", [0.05, 0.5, 0.7])
+def test_patterns_keep_the_same_number_of_blocks(pattern, density):
+    problem = CASE.parse_shape(f"out=3072,in=768,density={density},pattern={pattern}")
+    mask = mask_of(problem, torch.Generator().manual_seed(0))
+    assert mask.sum() == problem.stored == int(density * 2304)
+    assert (pattern == "lpvit") <= (mask.sum(0) == 0).any().item()
+
+
+def test_cost_counts_the_stored_blocks():
+    problem = CASE.parse_shape("out=3072,in=768,density=0.5")
+    assert problem.stored == 1152
+    assert CASE.cost(problem, 2, torch.float32, "fwd").flops == 2 * 2 * 197 * 1152 * 32 * 32
+    assert CASE.cost(problem, 2, torch.float32, "fwd+bwd").flops == 3 * 2 * 2 * 197 * 1152 * 32 * 32
+    with pytest.raises(ValueError, match="pattern in"):
+        CASE.parse_shape("pattern=diagonal")
+
+
+def test_break_even_script(tmp_path, capsys):
+    path = Path(__file__).parents[2] / "benchmarks" / "block_sparse_break_even.py"
+    spec = importlib.util.spec_from_file_location("block_sparse_break_even", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    arguments = ["--preset", "head", "--layers", "head", "--batch", "1", "--density", "0.5", "0.1"]
+    curves = script.main([*arguments, "--seconds", "0.01", "--plot", str(tmp_path / "plot.png")])
+    assert len(curves) == 2
+    assert [d for d, _ in next(iter(curves.values()))] == [0.1, 0.5]
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    assert capsys.readouterr().out.count("break-even") == 2
+    assert script.crossing([(0.1, 4.0), (0.5, 1.5), (0.7, 0.5)]) == "0.60"
+    assert script.crossing([(0.1, 0.9)]) == "below 0.1"
+    assert script.crossing([(0.1, 4.0)]) == "above 0.1"
