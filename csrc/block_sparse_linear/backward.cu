@@ -43,7 +43,7 @@ VK_DEVICE Vec<T, WIDTH<T>> read(const T* from, int count, bool vectors) {
 
 // A lane takes 16 bytes of columns, a warp every COLUMN_WARPS-th token of a part.
 template <class T>
-VK_KERNEL void VK_LAUNCH_BOUNDS(32 * COLUMN_WARPS, 1) column_kernel(ColumnProblem<T> p) {
+VK_KERNEL void VK_LAUNCH_BOUNDS(32 * COLUMN_WARPS, sizeof(T) == 8 ? 2 : 4) column_kernel(ColumnProblem<T> p) {
   using Acc = accumulate_t<T>;
   constexpr int COLUMNS = 32 * WIDTH<T>;
   const int column = block_x() * COLUMNS + lane_id() * WIDTH<T>, count = p.features - column;
