@@ -74,7 +74,7 @@ def plain(call: Call, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def launch(
-    module: Any, call: Call, wanted: tuple[str, ...] = NAMES, **options: Any
+    module: Any, call: Call, wanted: tuple[str, ...] = NAMES, /, **options: Any
 ) -> dict[str, torch.Tensor]:
     """The same from a backend's module, which fills outputs that hold NaN."""
     y = torch.full_like(call.grad, float("nan"))

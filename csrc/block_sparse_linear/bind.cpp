@@ -79,6 +79,32 @@ void bind(py::module_& module) {
   module.def("block_sparse_linear_backward_cpu",
              backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
 #endif
+#if VITKERNELS_WITH_CUDA
+  module.def("block_sparse_linear_forward_cuda", forward_with([](const Params& p, int device, Stream stream) {
+               ScopedDevice scope(device);
+               forward_cuda(p, stream);
+             }));
+  module.def("block_sparse_linear_backward_cuda",
+             backward_with([](const Params& p, int device, Stream stream) {
+               ScopedDevice scope(device);
+               backward_cuda(p, stream);
+             }));
+  module.def("block_sparse_linear_forward_workspace_cuda",
+             [](const Argument&, const Argument&, const Argument& x, const Argument& values, const Argument&,
+                uintptr_t index, int out_features, int in_features, int activation, bool transposed) {
+               return forward_workspace_cuda(
+                   make_params(x, values, index, out_features, in_features, activation, transposed));
+             });
+  module.def("block_sparse_linear_backward_workspace_cuda",
+             [](const Argument&, const Argument& grad_values, const Argument& grad_bias, const Argument&,
+                const Argument&, const Argument&, const Argument& x, const Argument& values, uintptr_t index,
+                int out_features, int in_features, int activation, bool transposed) {
+               Params p = make_params(x, values, index, out_features, in_features, activation, transposed);
+               p.grad_values = grad_values.view;
+               p.grad_bias = grad_bias.view;
+               return backward_workspace_cuda(p);
+             });
+#endif
 }
 
 }  // namespace vitkernels::block_sparse_linear

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from vitkernels.core import native as extension
 from vitkernels.core.backends import FLOAT_DTYPES, Backend
 from vitkernels.core.checks import autocast, check_device, check_dtype, check_tensor, fail
 from vitkernels.core.operator import Operator
@@ -15,6 +14,7 @@ from vitkernels.kernels.block_sparse_linear import reference
 from vitkernels.kernels.block_sparse_linear.tensor import BlockSparseTensor
 
 ACTIVATIONS = (None, "gelu", "relu")
+_TRITON_BLOCKS = (16, 32, 64, 128)
 
 
 def block_sparse_linear(
@@ -183,13 +183,6 @@ def _flops(x: Any, values: Any, *_: Any, mask: list[bool] | None) -> int:
 _ROOM = "vitkernels.kernels.block_sparse_linear"
 
 
-def _no_cuda(*_: Any) -> list[str]:
-    built = extension.holds("block_sparse_linear") and hasattr(
-        extension.load(), "block_sparse_linear_forward_cuda"
-    )
-    return [] if built else ["the extension holds no CUDA kernels of this operator"]
-
-
 def _triton_limits(x: Any, values: Any, *_: Any) -> list[str]:
     """A block is the operand of a matrix instruction, which has 16 rows or columns at least."""
     height, width = values.shape[1:]
@@ -197,8 +190,6 @@ def _triton_limits(x: Any, values: Any, *_: Any) -> list[str]:
         return []
     return [f"blocks are {height} x {width}; the sides it takes are 16, 32, 64 and 128"]
 
-
-_TRITON_BLOCKS = (16, 32, 64, 128)
 
 operator = Operator(
     "block_sparse_linear",
@@ -209,7 +200,7 @@ operator = Operator(
     allocate=(_allocate_y, _allocate_before),
     reference=reference.forward,
     backends=(
-        Backend("cuda", f"{_ROOM}.native", limits=_no_cuda, skips_by_products=True),
+        Backend("cuda", f"{_ROOM}.native", skips_by_products=True),
         Backend(
             "triton",
             f"{_ROOM}.triton",

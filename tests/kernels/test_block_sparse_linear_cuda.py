@@ -1,0 +1,232 @@
+"""The CUDA kernels of block_sparse_linear, run on the host by the twin, against plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import twin
+from block_sparse_calls import NAMES, Call, check, launch, pattern
+from guarded import Guarded, Layout
+
+from vitkernels import BlockSparseTensor
+from vitkernels.kernels.block_sparse_linear import native
+
+pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+DTYPES = [
+    pytest.param(F64, id="fp64"),
+    pytest.param(F32, id="fp32"),
+    pytest.param(F16, id="fp16"),
+    pytest.param(BF16, id="bf16"),
+]
+WEIGHTS = [  # shape, block: whole blocks of LPViT's sizes, partial ones, and blocks smaller than a tile
+    ((64, 80), (16, 16)),
+    ((96, 128), (32, 32)),
+    ((128, 192), (64, 64)),
+    ((160, 192), (32, 64)),
+    ((192, 96), (64, 32)),
+    ((70, 50), (32, 16)),
+    ((33, 17), (16, 32)),
+    ((40, 104), (24, 40)),
+    ((5, 7), (2, 3)),
+]
+
+
+@pytest.fixture
+def kernels():
+    return {"module": twin.load(), "cuda": True}
+
+
+def call(tokens, shape, block, dtype=F32, *args, mask=None, **options) -> Call:
+    """Rows of very different population, an empty row and an empty column where there are more than two. Values beyond
+    the matrix are NaN: no kernel may use them."""
+    if mask is None:
+        rows, columns = -(-shape[0] // block[0]), -(-shape[1] // block[1])
+        mask = torch.rand(rows, columns) < torch.linspace(0.2, 0.8, rows)[:, None]
+        mask[-1, -1] = mask[0, 0] = True
+        mask[-2] &= rows < 3
+        mask[:, 0] &= columns < 3
+    made = Call(tokens, pattern(shape, block, mask=mask), dtype, *args, **options)
+    made.values[made.beyond()] = float("nan")
+    return made
+
+
+def inputs(c: Call) -> tuple:
+    return c.x, c.values, c.bias, *c.params
+
+
+def run(c: Call, kernels) -> None:
+    check(launch(native, c, **kernels), c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "block"), WEIGHTS)
+def test_forward_and_gradients(shape, block, dtype, kernels):
+    run(call(37, shape, block, dtype), kernels)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_blocks_of_128(dtype, kernels):
+    run(call(7, (256, 384), (128, 128), dtype), kernels)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 197])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_any_number_of_tokens(tokens, dtype, kernels):
+    run(call(tokens, (96, 64), (32, 32), dtype), kernels)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_no_tokens(dtype, kernels):
+    got = launch(native, call(0, (96, 64), (32, 32), dtype, "gelu"), **kernels)
+    assert got["y"].numel() == got["x"].numel() == 0
+    assert (got["values"] == 0).all()
+    assert (got["bias"] == 0).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_large_tiles_give_what_small_ones_do(transposed, kernels):
+    """Large problems take larger tiles of tokens and outputs; the order of the sums is the same."""
+    shape, block = ((96, 256), (16, 32)) if transposed else ((256, 96), (32, 16))
+    c = call(264 * 128 - 5, shape, block, F16, activation="relu", transposed=transposed)
+    y, parts = torch.full_like(c.grad, float("nan")), torch.full_like(c.grad, float("nan"))
+    native.forward(y, None, *inputs(c), **kernels)
+    for x, part in zip(c.x.split(9000), parts.split(9000), strict=True):
+        native.forward(part, None, x, *inputs(c)[1:], **kernels)
+    assert torch.equal(y, parts)
+    c.x, c.grad = c.x[:40], c.grad[:40]
+    check({**launch(native, c, **kernels), "y": y[:40]}, c)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_and_the_transpose(activation, transposed, dtype, kernels):
+    c = call(40, (96, 80), (32, 16), dtype, activation=activation, transposed=transposed)
+    run(c, kernels)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_transposed_partial_blocks(dtype, kernels):
+    run(call(19, (70, 50), (32, 16), dtype, transposed=True, bias=False), kernels)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_no_blocks(activation, dtype, kernels):
+    c = call(9, (64, 96), (32, 32), dtype, activation, mask=torch.zeros(2, 3))
+    got = launch(native, c, **kernels)
+    want = torch.nn.functional.gelu(c.bias) if activation == "gelu" else c.bias
+    torch.testing.assert_close(got["y"], want.expand(9, 64))
+    assert (got["x"] == 0).all()
+    assert got["values"].numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_all_blocks(dtype, kernels):
+    run(call(33, (96, 64), (32, 32), dtype, mask=torch.ones(3, 2)), kernels)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_the_gradient_beyond_the_matrix_is_0_whatever_x_holds(dtype, kernels):
+    c = call(9, (70, 50), (32, 16), dtype)
+    c.x[3] = float("inf")
+    got = launch(native, c, **kernels)["values"]
+    assert c.beyond().any()
+    assert (got[c.beyond()] == 0).all()
+
+
+def test_the_worked_example(kernels):
+    p, a, c = torch.meshgrid(torch.arange(4), torch.arange(2), torch.arange(3), indexing="ij")
+    values = (p + 1).double() + 0.1 * a + 0.01 * c
+    weight = BlockSparseTensor(values, torch.tensor([0, 2, 2, 4]), torch.tensor([0, 2, 0, 1]), (5, 7))
+    example = Call(2, weight, F64)
+    example.x = torch.stack([torch.arange(1.0, 8.0), (-1.0) ** torch.arange(7)]).double()
+    example.grad = torch.tensor([[1, 2, 3, 4, 5], [-1, 0, 1, 0, -1]]).double()
+    example.bias.fill_(0.5)
+    got = launch(native, example, **kernels)
+    want = {
+        "y": [[20.58, 21.88, 0.5, 0.5, 78.75], [3.51, 3.71, 0.5, 0.5, -0.5]],
+        "x": [[18.2, 18.28, 18.36, 20, 20.05, 20.1, 6.2], [-4, -4.02, -4.04, -4, -4.01, -4.02, -2]],
+        "bias": [0, 2, 4, 4, 4],
+        "values": [
+            [[0, 3, 2], [2, 4, 6]],
+            [[6, 0, 0], [14, 0, 0]],
+            [[4, 11, 14], [0, 0, 0]],
+            [[21, 24, 31], [0, 0, 0]],
+        ],
+    }
+    for name, numbers in want.items():
+        torch.testing.assert_close(got[name], torch.tensor(numbers, dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_every_schedule_gives_the_same(dtype, kernels):
+    """A missing barrier would show as a difference between orders of threads."""
+    c = call(70, (112, 96), (16, 32), dtype, activation="gelu")
+    want = None
+    for seed in twin.SEEDS:
+        kernels["module"].set_seed(seed)
+        got = launch(native, c, **kernels)
+        want = want or got
+        for name in want:
+            assert torch.equal(got[name], want[name]), f"{name} with seed {seed}"
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("before", [64, 65])
+def test_nothing_is_read_or_written_outside(dtype, before, transposed, kernels):
+    """With rows that asynchronous copies can take, and with rows that they cannot; x, y and dY strided."""
+    guarded, c = Guarded(), call(37, (96, 72), (32, 24), dtype, "gelu", transposed)
+    want = launch(native, c, **kernels)
+    wide, dense = Layout((0, 1), padding=8, before=before), Layout(before=before)
+    shapes = {name: tuple(getattr(c, name).shape) for name in NAMES}
+    for name, layout in {"x": wide, "grad": wide, "values": dense, "bias": dense}.items():
+        tensor = getattr(c, name)
+        setattr(c, name, guarded(tuple(tensor.shape), dtype, layout).copy_(tensor))
+    for layout in (wide, dense):
+        y, kept = (guarded(tuple(c.grad.shape), dtype, layout) for _ in range(2))
+        grads = {name: guarded(shape, dtype, dense) for name, shape in shapes.items()}
+        native.forward(y, kept, *inputs(c), **kernels)
+        native.backward(*grads.values(), None, c.grad, None, y, kept, *inputs(c), **kernels)
+        guarded.check()
+        for name, tensor in want.items():
+            assert torch.equal({"y": y, **grads}[name], tensor), name
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("wanted", [("x",), ("values",), ("bias",), ("x", "values")])
+def test_each_gradient_alone(wanted, activation, kernels):
+    c = call(40, (48, 32), (16, 16), F32, activation)
+    want, got = launch(native, c, **kernels), launch(native, c, wanted, **kernels)
+    assert set(got) == {"y", *wanted}
+    for name in got:
+        assert torch.equal(got[name], want[name]), name
+
+
+@pytest.mark.thorough  # the sanitized build alone takes minutes
+def test_sanitizers_find_nothing():
+    code = (
+        "import torch\n"
+        "from block_sparse_calls import Call, launch, pattern\n"
+        "from vitkernels.kernels.block_sparse_linear import native\n"
+        "for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):\n"
+        "    for shape, block in (((96, 128), (32, 32)), ((70, 50), (32, 16)), ((5, 7), (2, 3))):\n"
+        "        for transposed in (False, True):\n"
+        "            c = Call(67, pattern(shape, block), dtype, 'gelu', transposed)\n"
+        "            launch(native, c, module=twin, cuda=True)\n"
+    )
+    done = twin.run_sanitized(code, operators=("block_sparse_linear",))
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_wrong_kernel_fails_the_rule(kernels):
+    c = call(40, (96, 64), (32, 32))
+    got = launch(native, c, **kernels)
+    for name in got:
+        with pytest.raises(AssertionError):
+            check({**got, name: got[name] * (1 + 1e-5)}, c)
+    with pytest.raises(AssertionError):
+        check({**got, "values": got["values"].roll(1, 0)}, c)
