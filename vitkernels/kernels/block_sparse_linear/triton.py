@@ -34,7 +34,7 @@ class Direction(NamedTuple):
     features: tuple[int, int]  # given, taken
     block: tuple[int, int]  # given, taken
     strides: tuple[int, int]  # of the same, inside a block
-    index: tuple[Tensor, Tensor, Tensor | None]  # pointers, places, blocks
+    pattern: tuple[Tensor, Tensor, Tensor | None]  # pointers, places, blocks
 
     @property
     def lines(self) -> int:
@@ -89,11 +89,11 @@ def _groups(direction: Direction, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """The lists that `group_places` makes, for groups of so many lines."""
     groups, across = triton.cdiv(direction.lines, group), direction.across
     counts, places, blocks = (
-        _scratch(direction.index[0], *shape, dtype=torch.int32)
+        _scratch(direction.pattern[0], *shape, dtype=torch.int32)
         for shape in ((groups,), (groups, across), (groups, across, group))
     )
     group_places[(groups,)](
-        counts, places, blocks, *direction.index, direction.lines, across, across.bit_length(), GROUP=group,
+        counts, places, blocks, *direction.pattern, direction.lines, across, across.bit_length(), GROUP=group,
         CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
     return counts, places, blocks

@@ -52,7 +52,7 @@ def group_places(
             block = low
             if stored_blocks is not None:
                 block = tl.load(stored_blocks + low, mask=hit, other=0)
-            found += (tl.where(hit, block, -1),)
+            found += (tl.where(hit, block, -1),)  # type: ignore[assignment]
             used |= hit.to(tl.int32)
         entry = begin + total + tl.cumsum(used, 0) - used
         tl.store(places + entry, place, mask=used > 0)
