@@ -7,6 +7,7 @@ from typing import Any
 
 from vitkernels import models, nn, ops
 from vitkernels.core.backends import PROBE, BackendError, Probed, backend
+from vitkernels.core.merge_plan import MergePlan
 from vitkernels.core.operator import REGISTRY
 from vitkernels.kernels.block_sparse_linear.tensor import BlockSparseTensor
 from vitkernels.patching import apply, revert
@@ -20,6 +21,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "BackendError",
     "BlockSparseTensor",
+    "MergePlan",
     "apply",
     "backend",
     "densify",

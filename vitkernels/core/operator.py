@@ -6,6 +6,7 @@ operators (double backward, autocast, fake tensors, frozen inputs, empty batches
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,10 @@ class Operator:
         self.check = check
         self.allocate = allocate
         self.reference = reference
-        self.backends = {backend.name: backend for backend in backends}
+        # A declared backend is there from the day that its file is.
+        self.backends = {
+            backend.name: backend for backend in backends if importlib.util.find_spec(backend.module)
+        }
         self.order = order
         self._define(tensors, params)
         self._register_flops(flops)
