@@ -10,7 +10,7 @@ from vitkernels.core.backends import PROBE, BackendError, Probed, backend
 from vitkernels.core.merge_plan import MergePlan
 from vitkernels.core.operator import REGISTRY
 from vitkernels.kernels.block_sparse_linear.tensor import BlockSparseTensor
-from vitkernels.patching import apply, revert
+from vitkernels.patching import apply, merged_source, revert
 from vitkernels.sparsity import densify, sparsify
 
 try:
@@ -25,6 +25,7 @@ __all__ = [
     "apply",
     "backend",
     "densify",
+    "merged_source",
     "models",
     "nn",
     "ops",

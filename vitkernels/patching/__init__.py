@@ -14,8 +14,15 @@ from vitkernels.core.checks import fail
 from vitkernels.nn.kept import drop
 from vitkernels.patching.layers import Patched, patched_class
 from vitkernels.patching.match import match_attention, match_fold
+from vitkernels.patching.merging import (
+    MergedBlocks,
+    find_stacks,
+    merged_source,
+    merging_for,
+    why_not_stack,
+)
 
-__all__ = ["Report", "apply", "revert"]
+__all__ = ["Report", "apply", "merged_source", "revert"]
 
 
 @dataclass
@@ -55,7 +62,14 @@ def _rows(entries: list[tuple[str, str, str]], prefix: str) -> list[tuple[str, s
 
 
 def apply(
-    model: nn.Module, *, fold_bn: bool | None = None, backend: str | None = None, verbose: bool = True
+    model: nn.Module,
+    *,
+    fold_bn: bool | None = None,
+    backend: str | None = None,
+    token_merging: int | list[int] | tuple[int, float] | None = None,
+    proportional_attention: bool = True,
+    trace_source: bool = False,
+    verbose: bool = True,
 ) -> Report:
     """Replaces the forward of the layers that have a kernel, in place and reversibly.
 
@@ -79,6 +93,16 @@ def apply(
         fold_bn: whether to fold batch norms. Default: yes, for the times that the model is in eval mode. True is that
             too, and refuses a model that is in train mode now. False replaces attention layers only.
         backend: backend forced for the replaced attention layers; default: chosen call by call.
+        token_merging: merge tokens in the transformer blocks of a plain ViT (timm's ViT and DeiT, MAE, DINOv2 and
+            copies of them), between attention and MLP, by the similarity of the keys: r tokens in each block; [r,
+            ...], block by block, 0 beyond the end; or (r, inflect), r on average, falling from block to block for
+            inflect < 0, rising for > 0. No parameter is added, and LayerScale, key norms and fused attention stay.
+            A model that pools its class token goes on with the merged tokens; any other gets them spread back over
+            their places after the last block, so that its mean weighs them by their sizes. Intermediate features
+            are not to be had, nor are masks and gradient checkpointing.
+        proportional_attention: with token_merging, a merged token counts in attention as often as the tokens that
+            it stands for. Models that were trained without masks and are not fine-tuned want it; MAE's do not.
+        trace_source: with token_merging, keep for `vitkernels.merged_source` where each token went.
         verbose: print the report.
 
     Returns:
@@ -86,7 +110,8 @@ def apply(
 
     Raises:
         TypeError: model is not a module.
-        ValueError: an unknown backend; fold_bn for a model in train mode.
+        ValueError: an unknown backend; fold_bn for a model in train mode; token_merging for a model without a stack
+            of transformer blocks that can merge.
     """
     if not isinstance(model, nn.Module):
         fail("model", "a torch.nn.Module", model, kind=TypeError)
@@ -101,7 +126,13 @@ def apply(
     report = Report(type(model).__name__)
     proven: dict[Any, str] = {}
     covered: set[nn.Module] = set()
+    if token_merging is not None:
+        _merge_tokens(model, token_merging, proportional_attention, trace_source, backend)
     for name, module in list(model.named_modules()):
+        if isinstance(module, MergedBlocks):
+            r = module.vitkernels_merging.schedule  # type: ignore[union-attr]
+            report.replaced.append((name, module.vitkernels_original.__name__, f"token merging, r = {[*r]}"))
+            continue
         match = match_attention(module, proven)
         folds = match is None
         if match is None and fold_bn is not False:
@@ -126,6 +157,20 @@ def apply(
     return report
 
 
+def _merge_tokens(model: nn.Module, value: Any, proportional: bool, trace: bool, backend: str | None) -> None:
+    stacks = list(find_stacks(model))
+    reasons = [why_not_stack(stack, owner) for _, stack, owner in stacks]
+    fitting = [found for found, reason in zip(stacks, reasons, strict=True) if not reason]
+    if not fitting:
+        fix = next(filter(None, reasons), "It has no sequence of blocks with norm1, attn, norm2 and mlp.")
+        fail("model", "a model with a stack of plain transformer blocks", type(model).__name__, f"{fix}.")
+    plans = [merging_for(stack, owner, value, proportional, trace) for _, stack, owner in fitting]
+    for (_, stack, _owner), merging in zip(fitting, plans, strict=True):
+        original: Any = stack.vitkernels_original if isinstance(stack, Patched) else type(stack)
+        stack.__class__ = patched_class(original, MergedBlocks, backend)
+        stack.__dict__["vitkernels_merging"] = merging
+
+
 def revert(model: nn.Module) -> int:
     """Undoes `apply`: every layer runs its own forward again. Returns the number of layers restored."""
     if not isinstance(model, nn.Module):
@@ -135,5 +180,7 @@ def revert(model: nn.Module) -> int:
         if isinstance(module, Patched):
             drop(module)
             module.__class__ = module.vitkernels_original  # type: ignore[assignment]
+            for name in ("vitkernels_merging", "vitkernels_source"):
+                module.__dict__.pop(name, None)
             restored += 1
     return restored

@@ -1,0 +1,256 @@
+"""Token merging in timm's models, against the steps written out with plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from randomise import relative_error
+from timm_import import import_timm
+from torch import nn
+
+import vitkernels
+from vitkernels import ops
+from vitkernels.patching.merging import schedule_of
+
+timm = import_timm()
+SMALL = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
+
+
+def vit(**options) -> nn.Module:
+    torch.manual_seed(3)
+    model = timm.models.vision_transformer.VisionTransformer(**{**SMALL, **options})
+    for parameter in model.parameters():  # timm's initial values hide the biases and LayerScale
+        nn.init.normal_(parameter, std=max(parameter.shape[-1], 4) ** -0.5)
+    return model.eval()
+
+
+def plain(model: nn.Module, x: torch.Tensor, schedule, proportional: bool = True) -> torch.Tensor:
+    """The merged model in steps: matrices of similarities, a matrix that merges, a bias on the logits."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    cls = model.cls_token is not None
+    batch, tokens, _ = x.shape
+    size = torch.ones(batch, tokens, dtype=x.dtype)
+    whole = torch.eye(tokens, dtype=x.dtype).expand(batch, -1, -1)
+    for block, r in zip(model.blocks._modules.values(), schedule, strict=True):
+        attn = block.attn
+        q, k, v = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        logits = q @ k.mT * attn.scale
+        if proportional:
+            logits = logits + size.log()[:, None, None]
+        x = x + block.ls1(attn.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+        r = min(r, (x.shape[1] - cls) // 2)
+        if r > 0:
+            merge = torch.stack([_matrix(keys, r, cls) for keys in k.mean(1)])
+            x = merge @ (x * size.unsqueeze(2))
+            size = (merge @ size.unsqueeze(2)).squeeze(2)
+            x, whole = x / size.unsqueeze(2), merge @ whole
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    if model.global_pool != "token":
+        x = whole.mT @ x
+    return model.forward_head(model.norm(x))
+
+
+def _matrix(keys: torch.Tensor, r: int, cls: bool) -> torch.Tensor:
+    tokens = len(keys)
+    unit = keys / keys.norm(dim=1, keepdim=True)
+    scores = unit[::2] @ unit[1::2].mT
+    if cls:
+        scores[0] = -torch.inf
+    best, choice = scores.max(1)
+    order = best.argsort(descending=True)
+    kept = sorted(order[r:].tolist()) if cls else order[r:].tolist()
+    matrix = torch.zeros(tokens - r, tokens, dtype=keys.dtype)
+    for row, a in enumerate(kept):
+        matrix[row, 2 * a] = 1
+    for b in range(tokens // 2):
+        matrix[len(kept) + b, 2 * b + 1] = 1
+    for a in order[:r].tolist():
+        matrix[len(kept) + choice[a], 2 * a] = 1
+    return matrix
+
+
+MODELS = {
+    "class token": {},
+    "layer scale and key norms": {"init_values": 0.1, "qk_norm": True},
+    "mean pool": {"global_pool": "avg"},
+    "no class token": {"global_pool": "avg", "class_token": False},
+}
+each_model = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+
+
+@each_model
+def test_equals_the_steps(options: dict) -> None:
+    model, x = vit(**options), torch.randn(2, 3, 64, 64)
+    for value, schedule in ((9, [9] * 3), ([0, 7], [0, 7, 0]), ((8, -1.0), [16, 8, 0]), (99, [99] * 3)):
+        for proportional in (True, False):
+            merged = copy.deepcopy(model)
+            vitkernels.apply(merged, token_merging=value, proportional_attention=proportional, verbose=False)
+            with torch.no_grad():
+                got = merged(x)
+                exact = plain(copy.deepcopy(model).double(), x.double(), schedule, proportional)
+            assert relative_error(got, exact) < 1e-5
+            assert relative_error(got, model(x)) > 1e-4
+
+
+@each_model
+def test_nothing_to_merge_changes_no_bit_and_revert_undoes_it(options: dict) -> None:
+    model, x = vit(**options), torch.randn(2, 3, 64, 64)
+    before, keys, kinds = model(x), list(model.state_dict()), [type(m) for m in model.modules()]
+    vitkernels.apply(model, token_merging=0, verbose=False)
+    assert torch.equal(model(x), before)
+    report = vitkernels.apply(model, token_merging=5, verbose=False)
+    assert report.replaced == [("blocks", "Sequential", "token merging, r = [5, 5, 5]")]
+    assert not torch.equal(model(x), before)
+    assert list(model.state_dict()) == keys
+    assert str(vitkernels.apply(model, verbose=False)) == str(report)
+    assert vitkernels.revert(model) == 1
+    assert [type(m) for m in model.modules()] == kinds
+    assert torch.equal(model(x), before)
+
+
+def test_distilled() -> None:
+    torch.manual_seed(3)
+    model = timm.models.deit.VisionTransformerDistilled(**SMALL).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert model(x).shape == (2, 10)
+    vitkernels.apply(model, token_merging=9, trace_source=True, verbose=False)
+    assert model.forward_features(x).shape == (2, 66 - 27, 48)
+    source = vitkernels.merged_source(model)
+    assert source.shape == (2, 66)
+    assert (source[:, 0] == 0).all()
+    assert (source[:, 1] == 1).all()
+    assert ((source == 0).sum(1) == 1).all()
+    assert ((source == 1).sum(1) == 1).all()
+
+
+def test_gradients_copies_and_training() -> None:
+    model, x = vit(init_values=0.1), torch.randn(2, 3, 64, 64).double()
+    model = model.double()
+    merged = copy.deepcopy(model)
+    vitkernels.apply(merged, token_merging=9, verbose=False)
+    merged = pickle.loads(pickle.dumps(copy.deepcopy(merged))).train()
+    merged(x).square().sum().backward()
+    plain(model, x, [9] * 3).square().sum().backward()
+    for (name, a), b in zip(merged.named_parameters(), model.parameters(), strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-9, name
+
+
+def test_attention_dropout_still_drops() -> None:
+    model = vit(attn_drop_rate=0.5).train()
+    vitkernels.apply(model, token_merging=9, verbose=False)
+    x = torch.randn(2, 3, 64, 64)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_compiles_as_one_graph() -> None:
+    model, x = vit(), torch.randn(2, 3, 64, 64)
+    vitkernels.apply(model, token_merging=9, verbose=False)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert relative_error(compiled(x), model(x)) < 1e-5
+
+
+class Looped(timm.models.vision_transformer.VisionTransformer):
+    """MAE's own model: loops over its blocks, and takes the mean without the class token."""
+
+    def forward_features(self, x):
+        x = self._pos_embed(self.patch_embed(x))
+        for blk in self.blocks:
+            x = blk(x)
+        return self.norm(x[:, 1:].mean(1))
+
+    def forward(self, x):
+        return self.head(self.forward_features(x))
+
+
+def test_a_model_that_loops_over_its_blocks() -> None:
+    model = Looped(**SMALL).eval()
+    model.global_pool = True
+    x, seen = torch.randn(2, 3, 64, 64), []
+    model.blocks[2].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    before = model(x)
+    vitkernels.apply(model, token_merging=9, trace_source=True, verbose=False)
+    after = model(x)
+    assert seen == [65, 65 - 27]
+    assert after.shape == before.shape
+    assert relative_error(after, before) > 1e-6
+
+
+def test_half_precision() -> None:
+    model, x = vit(), torch.randn(2, 3, 64, 64)
+    vitkernels.apply(model, token_merging=9, verbose=False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(x).isfinite().all()
+    with torch.no_grad():
+        assert model.bfloat16()(x.bfloat16()).dtype is torch.bfloat16
+
+
+def test_schedules() -> None:
+    assert schedule_of((16, -1), 12) == (32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0)
+    assert schedule_of((16, 1), 12) == (0, 2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32)
+    assert schedule_of((16, 0), 12) == schedule_of(16, 12) == (16,) * 12
+    assert schedule_of([4, 2], 4) == (4, 2, 0, 0)
+    assert schedule_of((4, 0.5), 1) == (2,)
+
+
+@pytest.mark.parametrize("value", [1.5, "8", [1, 2.0], (8, None), True])
+def test_bad_schedules(value) -> None:
+    with pytest.raises(TypeError, match="argument `token_merging`: expected an int r"):
+        vitkernels.apply(vit(), token_merging=value, verbose=False)
+
+
+def test_reasons() -> None:
+    for value in ([1] * 4, -1, (8, 2.0)):
+        with pytest.raises(ValueError, match="argument `token_merging`"):
+            vitkernels.apply(vit(), token_merging=value, verbose=False)
+    with pytest.raises(ValueError, match="no sequence of blocks"):
+        vitkernels.apply(nn.Linear(3, 3), token_merging=8, verbose=False)
+    parallel = vit(block_fn=timm.models.vision_transformer.ResPostBlock)
+    with pytest.raises(ValueError, match="ResPostBlock computes something else"):
+        vitkernels.apply(parallel, token_merging=8, verbose=False)
+    checkpointed = vit()
+    checkpointed.set_grad_checkpointing()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        vitkernels.apply(checkpointed, token_merging=8, verbose=False)
+    with pytest.raises(ValueError, match="merged tokens and traced them"):
+        vitkernels.merged_source(vit())
+    masked = vit()
+    vitkernels.apply(masked, token_merging=8, verbose=False)
+    with pytest.raises(ValueError, match="argument `attn_mask`"):
+        masked(torch.randn(1, 3, 64, 64), attn_mask=torch.ones(65, 65, dtype=torch.bool))
+
+
+def test_sources_are_the_partition() -> None:
+    model, x = vit(), torch.randn(2, 3, 64, 64)
+    vitkernels.apply(model, token_merging=[9, 0, 4], trace_source=True, verbose=False)
+    model(x)
+    source = vitkernels.merged_source(model)
+    assert source.shape == (2, 65)
+    for image in source:
+        assert sorted(image.unique().tolist()) == list(range(65 - 13))
+    assert ops.bipartite_match(x.flatten(2), 1).r == 1
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "name", ["deit_small_patch16_224", "vit_base_patch16_224", "vit_base_patch14_dinov2"]
+)
+def test_published_models(name: str) -> None:
+    size = 224
+    options = {"img_size": size} if "dinov2" in name else {}
+    model, x = timm.create_model(name, **options).eval(), torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        before = model(x)
+        vitkernels.apply(model, token_merging=0, verbose=False)
+        assert torch.equal(model(x), before)
+        vitkernels.apply(model, token_merging=8, verbose=False)
+        got = model(x)
+        vitkernels.revert(model)
+        assert torch.equal(model(x), before)
+        exact = plain(model.double(), x.double(), [8] * 12)
+    assert relative_error(got, exact) < 1e-5
