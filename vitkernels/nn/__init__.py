@@ -9,6 +9,7 @@ from vitkernels.nn.cascaded_group_attention import (
 from vitkernels.nn.conv_norm import ConvNorm, NormLinear
 from vitkernels.nn.drop_path import DropPath
 from vitkernels.nn.faster_kan import FasterKAN, FasterKANLayer
+from vitkernels.nn.information_bottleneck import InformationBottleneckLoss
 from vitkernels.nn.neighborhood_attention import NeighborhoodAttention1D, NeighborhoodAttention2D
 from vitkernels.nn.polyline_path_attention import PolylinePathAttention, RasterRotation
 from vitkernels.nn.strip_attention import LIM, HybridPerceptionBlock, StripSelfAttention
@@ -22,6 +23,7 @@ __all__ = [
     "FasterKAN",
     "FasterKANLayer",
     "HybridPerceptionBlock",
+    "InformationBottleneckLoss",
     "LocalWindowAttention",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
