@@ -23,6 +23,7 @@ from vitkernels.models.efficientvit import (
     efficientvit_m4,
     efficientvit_m5,
 )
+from vitkernels.models.ltm import LTMViT, ltm_vit_base, ltm_vit_small
 from vitkernels.models.medvit import MedViT, medvit_base, medvit_large, medvit_small, medvit_tiny
 from vitkernels.models.ppma import PPMA, ppma_b, ppma_s, ppma_t
 from vitkernels.models.registry import create_model, list_models
@@ -41,6 +42,7 @@ __all__ = [
     "PPMA",
     "DeiT",
     "EfficientViT",
+    "LTMViT",
     "MedViT",
     "S2AFormer",
     "create_model",
@@ -59,6 +61,8 @@ __all__ = [
     "efficientvit_m4",
     "efficientvit_m5",
     "list_models",
+    "ltm_vit_base",
+    "ltm_vit_small",
     "medvit_base",
     "medvit_large",
     "medvit_small",

@@ -10,6 +10,7 @@ from vitkernels.nn.conv_norm import ConvNorm, NormLinear
 from vitkernels.nn.drop_path import DropPath
 from vitkernels.nn.faster_kan import FasterKAN, FasterKANLayer
 from vitkernels.nn.information_bottleneck import InformationBottleneckLoss
+from vitkernels.nn.ltm_block import LTMBlock, MergingMask
 from vitkernels.nn.neighborhood_attention import NeighborhoodAttention1D, NeighborhoodAttention2D
 from vitkernels.nn.polyline_path_attention import PolylinePathAttention, RasterRotation
 from vitkernels.nn.strip_attention import LIM, HybridPerceptionBlock, StripSelfAttention
@@ -24,7 +25,9 @@ __all__ = [
     "FasterKANLayer",
     "HybridPerceptionBlock",
     "InformationBottleneckLoss",
+    "LTMBlock",
     "LocalWindowAttention",
+    "MergingMask",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NormLinear",

@@ -64,8 +64,8 @@ def bipartite_match(
     if _merges_nothing(metric, r, *told):
         operator.choose(_check(metric, r, *told), backend)
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device, *told)
-    outputs = operator((metric,), (r, *told), backend)
-    return MergePlan(*outputs, *told)
+    rows, starts, members, src, dst = operator((metric,), (r, *told), backend)
+    return MergePlan(rows, starts, members, src, dst, *told)
 
 
 def _merges_nothing(metric: Any, r: Any, class_token: Any, distill_token: Any) -> bool:
@@ -74,7 +74,7 @@ def _merges_nothing(metric: Any, r: Any, class_token: Any, distill_token: Any) -
     return clipped(metric.shape[1], r, class_token is True, distill_token is True) == 0
 
 
-def clipped(tokens: int, r: int, class_token: bool, distill_token: bool) -> int:
+def clipped(tokens: int, r: Any, class_token: bool, distill_token: bool) -> int:
     """How many of the tokens merge when r are asked for."""
     if distill_token and tokens < 4:
         return 0  # the only odd token is the one that nothing merges into
