@@ -26,7 +26,7 @@ def _poison(allocate: Callable[..., Any]) -> Callable[..., Any]:
     def poisoned(*args: Any) -> Any:
         result = allocate(*args)
         for tensor in result if isinstance(result, tuple) else (result,):
-            tensor.fill_(float("nan"))
+            tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
         return result
 
     return poisoned
@@ -34,7 +34,10 @@ def _poison(allocate: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills every output and gradient with NaN before the kernels run, so that a forgotten element shows."""
+    """Fills every output and gradient with NaN (an index, with the lowest) before the kernels run.
+
+    So a forgotten element shows.
+    """
     for operator in REGISTRY.values():
         monkeypatch.setattr(operator, "allocate", tuple(map(_poison, operator.allocate)))
         monkeypatch.setattr(operator, "_empty_gradients", _poison(operator._empty_gradients))

@@ -23,6 +23,7 @@ class Sample:
         products: whether the composition multiplies matrices, which autocast casts and FLOP counters count.
         arguments: makes the function's arguments from the tensors, where some go into an object.
         share: of the reference's FLOPs, what the operator counts.
+        positional: names of arguments that the public function takes by position alone.
         bad: argument name -> bad values for it, each with a part of the message expected.
     """
 
@@ -34,6 +35,7 @@ class Sample:
     bad: list[tuple[dict[str, Any], type[Exception], str]] = field(default_factory=list)
     arguments: Callable[[dict[str, Any]], dict[str, Any]] = dict
     share: Fraction = Fraction(1)
+    positional: tuple[str, ...] = ()
 
     @property
     def op(self) -> str:
@@ -679,12 +681,16 @@ SAMPLES = [
         learnable_token_merge,
         _soft_merge(True, 4),
         {"normalize": "sum"},
+        share=Fraction(3 * (5 + 4), 3 * 5 + 4),  # no gradient of the second result arrives where this counts
+        positional=("z", "g", "other"),
     ),
     Sample(
         "learnable_token_merge-rows",
         learnable_token_merge,
         _soft_merge(False, 2),
         {"normalize": "softmax_rows"},
+        share=Fraction(3 * (5 + 2), 3 * 5 + 2),
+        positional=("z", "g", "other"),
     ),
     Sample("learnable_token_merge-plain-shared", learnable_token_merge, _soft_merge(True)),
 ]
