@@ -155,6 +155,13 @@ def test_compiles_as_one_graph() -> None:
         assert relative_error(compiled(x), model(x)) < 1e-5
 
 
+def test_block_sparse_models_merge_too() -> None:
+    options = {"embed_dim": 64, "num_heads": 2, "depth": 2, "img_size": 64, "block_shape": 16}
+    model = vitkernels.models.create_model("deit_small_bsr", **options).eval()
+    vitkernels.apply(model, token_merging=3, verbose=False)
+    assert model.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 17 - 6, 64)
+
+
 class Looped(timm.models.vision_transformer.VisionTransformer):
     """MAE's own model: loops over its blocks, and takes the mean without the class token."""
 

@@ -1,4 +1,4 @@
-"""``python -m vitkernels info | bench | demo``."""
+"""``python -m vitkernels info | bench | demo | merge``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from vitkernels import demo, info
+    from vitkernels import demo, info, merge_demo
     from vitkernels.bench import cli as bench
 
     parser = argparse.ArgumentParser("vitkernels", description="Kernels for efficient vision transformers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | demo | merge")
     for name, module, text in (
         ("info", info, "what is installed, built and usable here, in a form to paste into a bug report"),
         ("bench", bench, "time an operator or a network against PyTorch and public peers"),
         ("demo", demo, "an EfficientViT on a photograph, before and after vitkernels.apply"),
+        ("merge", merge_demo, "which tokens of a photograph a ViT merges, as a picture"),
     ):
         command = commands.add_parser(
             name,

@@ -123,19 +123,21 @@ def attend(
     q, k, v = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
-    dropout = attn.attn_drop.p if attn.training else 0.0
+    dropout = attn.attn_drop.p if attn.training and hasattr(attn, "attn_drop") else 0.0
+    scale = getattr(attn, "scale", None)
     if size is None or dropout > 0:
         bias = None if size is None else size.log().to(q.dtype)[:, None, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
     else:
         size = size.double() if q.dtype is torch.float64 else size.float()
-        out = ops.attention_with_size(q, k, v, size, scale=attn.scale, backend=backend)
+        out = ops.attention_with_size(q, k, v, size, scale=scale, backend=backend)
     out = out.transpose(1, 2).reshape(batch, tokens, -1)
     if hasattr(attn, "norm"):
         out = attn.norm(out)
     if getattr(attn, "gate", None) is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out)), k
+    out = attn.proj(out)
+    return (attn.proj_drop(out) if hasattr(attn, "proj_drop") else out), k
 
 
 def schedule_of(value: Any, blocks: int) -> tuple[int, ...]:
@@ -190,8 +192,8 @@ def _differs(block: nn.Module) -> bool:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for parameter in trial.parameters():
             parameter.normal_().mul_(parameter.shape[-1] ** -0.5)
-        x = torch.randn(2, 5, trial.attn.qkv.weight.shape[1], dtype=torch.float64)
         try:
+            x = torch.randn(2, 5, trial.attn.qkv.in_features, dtype=torch.float64)
             expected = trial(x)
             mixed, _ = attend(trial.attn, trial.norm1(x), None, "reference")
             got = x + _branch(trial, "1", mixed)
