@@ -239,7 +239,7 @@ def _ones(rows: int, columns: int, block: tuple[int, int], mask: list[list[int]]
 
 _edges = _ones(5, 7, (2, 3), [[1, 0, 1], [0, 0, 0], [1, 1, 0]])
 _whole = _ones(8, 12, (4, 4), [[0, 1, 0], [0, 1, 1]])
-_wide = torch.randn(2, 3, 7)
+_features = torch.randn(2, 3, 7)
 _x = torch.randn(2, 2, 15, 8)
 _pixels = torch.randn(2, 5, 3, 4)
 _narrow, _wide = torch.randn(2, 2, 5, 1), torch.randn(2, 2, 5, 3)
@@ -557,12 +557,12 @@ SAMPLES = [
             ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
             ({"x": torch.tensor(1.0)}, TypeError, "argument `x`: expected a tensor [..., in_features]"),
             (
-                {"x": _wide[..., :6]},
+                {"x": _features[..., :6]},
                 ValueError,
                 "argument `x`: expected shape [..., in_features] = [*, *, 7]",
             ),
-            ({"x": _wide.int()}, TypeError, "argument `x`: expected dtype"),
-            ({"x": _wide.double()}, TypeError, "argument `weight`: expected dtype float64"),
+            ({"x": _features.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _features.double()}, TypeError, "argument `weight`: expected dtype float64"),
             ({"weight": torch.zeros(5, 7)}, TypeError, "argument `weight`: expected a BlockSparseTensor"),
             ({"weight": _whole}, ValueError, "argument `x`: expected shape"),
             ({"weight": _edges.to("meta")}, ValueError, "argument `weight`: expected device cpu"),
