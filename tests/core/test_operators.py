@@ -64,6 +64,21 @@ def test_every_operator_has_samples():
     assert {sample.op for sample in (*SAMPLES, *PENDING)} | WITHOUT_GRADIENT == set(REGISTRY)
 
 
+def test_operators_without_a_compiled_kernel_hold_their_contract():
+    for sample in PENDING:
+        tensors = sample.tensors(torch.float64, requires_grad=True)
+
+        def run(*values, sample=sample, names=tuple(tensors)):
+            return outputs_of(sample(dict(zip(names, values, strict=True)), backend="reference"))
+
+        assert torch.autograd.gradcheck(run, tuple(tensors.values()))
+        for change, kind, message in sample.bad:
+            with pytest.raises(kind) as error:
+                sample.function(**{**sample.kwargs, **sample.arguments(sample.tensors()), **change})
+            assert message in str(error.value)
+            assert "; got " in str(error.value)
+
+
 @each_sample
 @each_device
 def test_gradcheck(sample, device):
