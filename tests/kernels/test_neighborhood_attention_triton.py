@@ -102,6 +102,9 @@ CASES = [
     line(9, 3, d=24, dv=136, dtype=F32),
     line(20, 4, d=72, dv=256, rpb=F32, layout="packed"),
     line(18, 3, 2, d=250, dv=130, rpb=F32),
+    line(18, 3, 2, d=250, dv=130, dtype=F32, rpb=F32),
+    line(20, 4, d=200, dv=256, dtype=F32),
+    square((5, 6), 3, d=160, dv=144, dtype=F32, rpb=F32),
 ]
 
 
