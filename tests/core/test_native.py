@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -65,3 +68,14 @@ def test_an_old_driver_is_named(monkeypatch):
 
     monkeypatch.setattr(native, "_module", Binary)
     assert "the driver speaks CUDA 12.4, but the extension was built with CUDA 13.0" in native.cuda_reason()
+
+
+def test_an_address_keeps_its_tensor():
+    """Strided inputs are copied for the call; freed before it, their memory held anything."""
+    copy = torch.ones(3, 4)
+    alive = weakref.ref(copy)
+    arguments = native.arguments(ModuleType("other"), copy, None)
+    address = copy.data_ptr()
+    del copy
+    assert alive() is not None
+    assert arguments == ((address, (3, 4), (4, 1), native.DTYPES[torch.float32]), None)

@@ -66,13 +66,30 @@ def _take_exchange() -> bool:
 lends: bool = _take_exchange()
 
 
+class _Address(tuple):
+    """What the bindings need of a tensor. Holds it: a copy made for the call alone must outlive the call."""
+
+    tensor: torch.Tensor
+
+
+def _address(tensor: torch.Tensor) -> _Address:
+    address = _Address((tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), DTYPES[tensor.dtype]))
+    address.tensor = tensor
+    return address
+
+
 def arguments(module: ModuleType, *tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """Tensors as the bindings of `module` take them."""
     if lends and module is _module:
         return tensors
-    return tuple(
-        None if t is None else (t.data_ptr(), tuple(t.shape), t.stride(), DTYPES[t.dtype]) for t in tensors
-    )
+    return tuple(None if t is None else _address(t) for t in tensors)
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor with its channels side by side, as the kernels read them; copied where they are not."""
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def place(tensor: torch.Tensor) -> tuple[int, int]:

@@ -24,13 +24,6 @@ def _on_map(
     return (*kernel_size, *dilation, *is_causal, scale)
 
 
-def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor with its channels side by side, as the kernels read them; copied where they are not."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
-
-
 def forward(
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -49,7 +42,7 @@ def forward(
         if (q.is_cuda if cuda is None else cuda)
         else module.neighborhood_attention_forward_cpu
     )
-    tensors = native.arguments(module, out, lse, _dense(q), _dense(k), _dense(v), rpb)
+    tensors = native.arguments(module, out, lse, native.dense(q), native.dense(k), native.dense(v), rpb)
     run(*native.place(q), *tensors, *_on_map(*params))
 
 
@@ -73,10 +66,21 @@ def backward(
     """Fills the gradients that are not None; an incoming gradient that is None is zero."""
     module = module or native.load()
     wanted = (grad_q, grad_k, grad_v)
-    filled = [_dense(grad) for grad in wanted]  # a gradient lies as its input does
+    filled = [native.dense(grad) for grad in wanted]  # a gradient lies as its input does
     tensors = native.arguments(
         module,
-        *(*filled, grad_rpb, _dense(grad_out), grad_lse, out, lse, _dense(q), _dense(k), _dense(v), rpb),
+        *(
+            *filled,
+            grad_rpb,
+            native.dense(grad_out),
+            grad_lse,
+            out,
+            lse,
+            native.dense(q),
+            native.dense(k),
+            native.dense(v),
+            rpb,
+        ),
     )
     options = _on_map(*params)
     workspace = None

@@ -41,13 +41,6 @@ import torch
 from vitkernels.core import native
 
 
-def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor with its channels side by side, as the kernels read them; copied where they are not."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
-
-
 def forward(
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -71,7 +64,7 @@ def forward(
         if (q.is_cuda if cuda is None else cuda)
         else module.polyline_path_attention_forward_cpu
     )
-    dense = (_dense(q), _dense(k), _dense(v))
+    dense = (native.dense(q), native.dense(k), native.dense(v))
     tensors = native.arguments(module, out, lse, cum, partial, *dense, log_decay_w, log_decay_h)
     run(*native.place(q), *tensors, criss_cross, scale)
 
@@ -108,11 +101,11 @@ def backward(
                 grad.zero_()
         return
     module = module or native.load()
-    filled = [_dense(grad) for grad in wanted[:3]]  # a gradient lies as its input does
+    filled = [native.dense(grad) for grad in wanted[:3]]  # a gradient lies as its input does
     tensors = native.arguments(
         module,
-        *(*filled, grad_log_decay_w, grad_log_decay_h, _dense(grad_out), out, lse, cum, partial),
-        *(_dense(q), _dense(k), _dense(v), log_decay_w, log_decay_h),
+        *(*filled, grad_log_decay_w, grad_log_decay_h, native.dense(grad_out), out, lse, cum, partial),
+        *(native.dense(q), native.dense(k), native.dense(v), log_decay_w, log_decay_h),
     )
     workspace = None
     if q.is_cuda if cuda is None else cuda:

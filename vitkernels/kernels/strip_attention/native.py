@@ -9,13 +9,6 @@ import torch
 from vitkernels.core import native
 
 
-def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor with its channels side by side, as the kernels read them; copied where they are not."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
-
-
 def spread(attn_bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
     """The bias as a view [batch, heads, N, M], with strides of 0 along the dimensions that it lacks."""
     if attn_bias is None:
@@ -64,7 +57,7 @@ def forward(
         if (q.is_cuda if cuda is None else cuda)
         else module.strip_attention_forward_cpu
     )
-    tensors = (out, lse, dense(q), dense(k), dense(v), spread(attn_bias, q, k))
+    tensors = (out, lse, native.dense(q), native.dense(k), native.dense(v), spread(attn_bias, q, k))
     run(*native.place(q), *native.arguments(module, *tensors), scale)
 
 
@@ -88,11 +81,20 @@ def backward(
     """Fills the gradients that are not None; an incoming gradient that is None is zero."""
     module = module or native.load()
     wanted = (grad_q, grad_k, grad_v)
-    filled = [dense(grad) for grad in wanted]  # a gradient lies as its input does
+    filled = [native.dense(grad) for grad in wanted]  # a gradient lies as its input does
     grad_logits = logit_gradient(grad_attn_bias, q, k)
     outputs = (*filled, grad_logits)
-    inputs = (dense(grad_out), grad_lse, out, lse, dense(q), dense(k), dense(v), spread(attn_bias, q, k))
-    tensors = native.arguments(module, *outputs, *inputs)  # may be addresses: the copies live in `inputs`
+    inputs = (
+        native.dense(grad_out),
+        grad_lse,
+        out,
+        lse,
+        native.dense(q),
+        native.dense(k),
+        native.dense(v),
+        spread(attn_bias, q, k),
+    )
+    tensors = native.arguments(module, *outputs, *inputs)
     workspace = None
     if q.is_cuda if cuda is None else cuda:
         run = module.strip_attention_backward_cuda
