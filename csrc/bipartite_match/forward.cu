@@ -14,7 +14,7 @@ namespace vitkernels::bipartite_match {
 namespace {
 
 constexpr int GROUP = 32;   // tokens of a block that counts, one a lane; its warps share the keys
-constexpr int KEYS = 4096;  // of them in shared memory at a time
+constexpr int KEYS = 1024;  // of them in shared memory at a time
 
 // What the launches of a large call hand on: of every image [parts][evens] values and odds, [evens] inverses
 // and targets.
