@@ -106,7 +106,11 @@ def check_match(
 
     top = scores.topk(min(2, odds), dim=2).values
     ranking = best[:, class_token:].sort(1).values
-    clear = (top[:, class_token:, 0] - top[:, class_token:, -1] > near).all() if odds > 1 + distill_token else True
+    clear = (
+        (top[:, class_token:, 0] - top[:, class_token:, -1] > near).all()
+        if odds > 1 + distill_token
+        else True
+    )
     clear = bool(clear) and bool((ranking[:, 1:] - ranking[:, :-1] > near).all())
     if clear:
         want = expected(metric.double(), r, class_token, distill_token)
@@ -118,7 +122,9 @@ def tied_metric(batch: int, tokens: int, channels: int, dtype: torch.dtype) -> T
     """Few different scores, each exact in every dtype and order of sums: norms are powers of two."""
     metric = torch.zeros(batch, tokens, channels)
     for token in metric.view(-1, channels):
-        token[torch.randperm(channels)[:4]] = 2.0 ** torch.randint(-1, 3, ()) * torch.randint(0, 2, (4,)).mul(2).sub(1)
+        token[torch.randperm(channels)[:4]] = 2.0 ** torch.randint(-1, 3, ()) * torch.randint(0, 2, (4,)).mul(
+            2
+        ).sub(1)
     return metric.to(dtype)
 
 
@@ -177,9 +183,7 @@ def _hold(got: Results, baseline: Results, truth: Results, dtype: torch.dtype, r
         )
 
 
-def check_merge(
-    got: Results, x: Tensor, size: Tensor | None, plan: Any, mode: str, grad_y: Tensor
-) -> None:
+def check_merge(got: Results, x: Tensor, size: Tensor | None, plan: Any, mode: str, grad_y: Tensor) -> None:
     wide_size = None if size is None else size.double()
     truth = _merge_of(x.double(), wide_size, plan, mode, grad_y.to(x.dtype).double())
     longest = int(plan[1].diff(dim=1).max())

@@ -93,6 +93,8 @@ struct Tiles {
   static constexpr size_t BYTES = sizeof(T) * 2 * (EVEN + ODD) + sizeof(Acc) * (C::COLUMNS + ROWS) +
                                   (sizeof(Acc) + sizeof(int)) * SIDES * ROWS;
 
+  static_assert(BYTES < tile_attention::SHARED_LIMIT - 4096, "and what forward.cu adds");
+
   T *even, *odd;                    // two chunks each
   Acc *odd_inverse, *even_inverse;  // 1 / norm of the current columns, of the rows
   Acc* values;                      // [SIDES][ROWS] and their odd tokens

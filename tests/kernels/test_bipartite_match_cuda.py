@@ -122,10 +122,10 @@ def test_strided_metrics(tokens, channels, dtype, kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_split_of_the_odd_tokens_changes_nothing(dtype, kernels):
-    """A single image is split among blocks, 150 are not."""
+    """A single image is split among blocks, 70 are not."""
     metric = tied_metric(1, 280, 12, dtype)
     want = launch_match(native, metric, 40, **kernels)
-    got = launch_match(native, metric.expand(150, -1, -1), 40, **kernels)
+    got = launch_match(native, metric.expand(70, -1, -1), 40, **kernels)
     for name in NAMES:
         assert (got[name] == want[name]).all(), name
 
@@ -173,7 +173,9 @@ def test_long_sequences(dtype, kernels):
     for class_token, distill_token in PROTECTED[::3]:
         for r in (700, MOST):
             options = (r, class_token, distill_token)
-            assert_same(launch_match(native, metric, *options, **kernels), expected(metric.double(), *options))
+            assert_same(
+                launch_match(native, metric, *options, **kernels), expected(metric.double(), *options)
+            )
 
 
 @pytest.mark.thorough  # the sanitized build alone takes minutes
