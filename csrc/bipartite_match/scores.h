@@ -169,12 +169,19 @@ VK_DEVICE accumulate_t<T> squares(const T* tile) {
   return sum;
 }
 
-// 1 / norm from the sums of `squares`; a token of zeros counts as one of norm 1.
+// 1 / norm from the sums of `squares`; a token of zeros counts as one of norm 1. Of lines other than begin ..
+// end it is not a number, and so will be what is multiplied by it.
 template <int LINES, class Acc>
-VK_DEVICE void store_inverse(Acc* inverse, Acc sum) {
+VK_DEVICE void store_inverse(Acc* inverse, Acc sum, int begin, int end) {
   constexpr int SHARE = THREADS / LINES;
+  const int line = thread_x() / SHARE;
   sum = warp_sum<SHARE>(sum);
-  if (thread_x() % SHARE == 0) inverse[thread_x() / SHARE] = sum == Acc(0) ? Acc(1) : Acc(1) / sqrt_(sum);
+  if (thread_x() % SHARE != 0) return;
+  if (line < begin || line >= end) {
+    inverse[line] = Acc(NAN);
+  } else {
+    inverse[line] = sum == Acc(0) ? Acc(1) : Acc(1) / sqrt_(sum);
+  }
 }
 
 // The sums of a warp: two times 16 rows, TILES x 8 columns, in the layout of mma_m16n8k16.
@@ -282,21 +289,20 @@ VK_DEVICE void scores_of(const Tiles<T>& tiles, const Problem<T>& p, int64_t of_
       multiply<T>(sums, even + warp_row * C::LD, odd + side * 8 * C::TILES * C::LD, depth);
       turn ^= 1;
     }
-    store_inverse<C::COLUMNS>(tiles.odd_inverse, odd_squares);
-    if (first == begin) store_inverse<ROWS>(tiles.even_inverse, even_squares);
+    store_inverse<C::COLUMNS>(tiles.odd_inverse, odd_squares, lowest - first, end - first);
+    if (first == begin) store_inverse<ROWS>(tiles.even_inverse, even_squares, 0, ROWS);
     sync_block();
     VK_UNROLL
     for (int j = 0; j < C::TILES; ++j) {
       VK_UNROLL
       for (int c = 0; c < 2; ++c) {
-        const int column = side * 8 * C::TILES + 8 * j + 2 * t + c, odd = first + column;
+        const int column = side * 8 * C::TILES + 8 * j + 2 * t + c;
         const Acc inverse = tiles.odd_inverse[column];
-        if (odd < lowest || odd >= end) continue;
         VK_UNROLL
         for (int r = 0; r < 4; ++r) {
           // What is not a number is never larger; columns rise, so the lower of equal ones stays.
           const Acc value = sums[r / 2][j][r % 2 * 2 + c] * inverse;
-          if (value > best[r].value) best[r] = {value, odd};
+          if (value > best[r].value) best[r] = {value, first + column};
         }
       }
     }
