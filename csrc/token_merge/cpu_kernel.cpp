@@ -127,7 +127,8 @@ void spread(const Params& p, int64_t begin, int64_t end) {
   }
 }
 
-// The gradient of a row goes to the members that reach its value, in equal parts.
+// The gradient of a row goes to the members that reach its value, in equal parts. Nobody reaches what is not a
+// number, a token alone neither.
 template <class E>
 void share_among_largest(const Params& p, const Group& group) {
   using T = Compute<E>;
@@ -135,10 +136,6 @@ void share_among_largest(const Params& p, const Group& group) {
   const E* x = image_of<E>(p.x, group.image);
   const E* y = row_of<E>(p.y, group.image, group.row);
   const E* grad_y = row_of<E>(p.grad_y, group.image, group.row);
-  if (group.count == 1) {
-    copy_row(row_of<E>(p.grad_x, group.image, group.members[0]), grad_y, p.channels);
-    return;
-  }
   constexpr int L = kLanes<T>;
   for (int64_t c = 0; c < p.channels; c += L) {
     const int rest = static_cast<int>(p.channels - c < L ? p.channels - c : L);
