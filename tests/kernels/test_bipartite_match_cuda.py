@@ -166,9 +166,9 @@ def test_nothing_is_read_or_written_outside(tokens, channels, before, dtype, ker
         assert (buffer[64 + count :] == NOTHING).all()
 
 
-@pytest.mark.thorough  # more even tokens than a block has keys of in shared memory
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.thorough), torch.float16])
 def test_long_sequences(dtype, kernels):
+    """With more even tokens than a block that counts has keys of in shared memory."""
     metric = tied_metric(1, 2311, 4, dtype)
     for class_token, distill_token in PROTECTED[::3]:
         for r in (700, MOST):
