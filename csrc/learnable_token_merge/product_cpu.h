@@ -44,7 +44,8 @@ static void multiply_panel(int vecs, Product<T> p, ptrdiff_t group_step) {
   for (int row = 0; row < rows; row += kRows) {
     p.rows = imin(kRows, rows - row);
     Product<T> part = p;
-    for (int runs = ceil_div(p.depth, kTerms), k = 0; runs > 0; --runs, k += part.depth) {
+    // A product of no terms is one run: it has zeros to store.
+    for (int runs = p.depth ? ceil_div(p.depth, kTerms) : 1, k = 0; runs > 0; --runs, k += part.depth) {
       part.depth = ceil_div(p.depth - k, runs);
       part.a = p.a + k * p.a_k;
       part.b = p.b + k * p.b_k;
