@@ -87,12 +87,13 @@ int64_t masks(const Params& p, bool divisors) {
 }  // namespace
 
 void find_norms(const Params& p, bool divisors, void* workspace, Stream stream) {
-  if (p.normalize == Normalize::none || p.batch == 0) return;
+  const int64_t many = masks(p, divisors);  // one of a shared mask even where the batch is empty
+  if (p.normalize == Normalize::none || many == 0) return;
   with_dtypes(p, [&](auto token, auto element) {
     using Acc = accumulate_t<decltype(token)>;
     using M = decltype(element);
     const int rows = static_cast<int>(p.tokens), columns = static_cast<int>(p.merged_tokens);
-    const int64_t count = by_rows(p) ? rows : columns, many = masks(p, divisors);
+    const int64_t count = by_rows(p) ? rows : columns;
     Norms<Acc> found{divisors ? static_cast<Acc*>(p.divisors.data) : nullptr, nullptr, nullptr,
                      p.divisors.stride[0], shared_mask(p) ? 0 : count};
     if (exact_norms(p)) {
