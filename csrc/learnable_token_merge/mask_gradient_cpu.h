@@ -77,7 +77,7 @@ void add_products(const Params& p, const SumsScratch<T>& w, const View& z, const
       product.b_k = vecs * L;
       product.c = sums + lane;
       product.add = first && s == 0 ? nullptr : product.c;
-      multiply_panel<T>(vecs, product, kRows * product.a_row);
+      multiply_panel<T>(vecs, product, false);
       packed += static_cast<ptrdiff_t>(depth) * vecs * L;
     }
   }
