@@ -23,14 +23,13 @@ struct Slices {
 
 template <class T>
 struct ProductScratch {
-  T *tops, *divisors, *weights, *left, *panels, *sums;
+  T *numbers, *weights, *left, *panels, *sums;
   size_t size;
 
   // depth: of the product; rows: of its result
   ProductScratch(const Params& p, int64_t depth, int64_t rows, bool packs_left, Scratch scratch) {
     const size_t pitch = pitch_of<T>(p), width = kPanelVecs * kLanes<T>;
-    tops = scratch.take<T>(pitch);
-    divisors = scratch.take<T>(pitch);
+    numbers = scratch.take<T>(3 * pitch);
     weights = scratch.take<T>(p.tokens * pitch);
     left = scratch.take<T>(packs_left ? p.tokens * pitch : 0);
     panels = scratch.take<T>(depth * width * kGroupPanels);
@@ -71,7 +70,7 @@ void product_range(const Params& p, int64_t begin, int64_t end, void* memory) {
       T* kept = nullptr;
       if (Forward && p.divisors && group == 0 && (p.g.stride[0] || b == 0))
         kept = static_cast<T*>(p.divisors.data) + b * p.divisors.stride[0];
-      fill_weights<E, M, T>(mask, w.tops, w.divisors, kept, w.weights, pitch);
+      fill_weights<E, M, T>(mask, w.numbers, kept, w.weights, pitch);
       if (Forward) pack_columns(w.weights, pitch, tokens, merged, w.left);
       filled = mask_of;
     }
