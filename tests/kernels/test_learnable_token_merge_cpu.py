@@ -107,7 +107,8 @@ class Problem:
             if got is None:
                 assert true is None, name
                 continue
-            assert true is not None and base is not None
+            assert true is not None
+            assert base is not None
             if true.abs().max() < 1e-12:  # as of a softmax over one element
                 assert (got.abs() <= 64 * self.width * torch.finfo(self.dtype).eps).all(), name
                 continue
@@ -193,7 +194,9 @@ def test_wrong_results_are_rejected(normalize: str) -> None:
         wrong = Problem(40, 30, 24, 8, normalize)
         wrong.inputs, wrong.seeds = inputs, right.seeds
         for i, (name, result) in enumerate(zip(NAMES, wrong.run(), strict=True)):
-            if result is None or torch.allclose(result, good[i], rtol=3e-3, atol=3e-3 * float(good[i].abs().max())):
+            if result is None or torch.allclose(
+                result, good[i], rtol=3e-3, atol=3e-3 * float(good[i].abs().max())
+            ):
                 continue  # what the change does not reach, or not enough
             mixed = list(good)
             mixed[i] = result
