@@ -226,10 +226,12 @@ def test_hidden_keys(keys: int) -> None:
     for name, got, baseline, true in zip(NAMES, results, base, truth, strict=True):
         factor = FORWARD if name in ("out", "lse") else GRADIENT
         assert_close_to_truth(name, got, baseline, true, factor=factor, dtype=torch.float32)
-    assert (results[3][0, :, : keys - 9] == 0).all() and (results[4][1, :, 3::2] == 0).all()
+    assert (results[3][0, :, : keys - 9] == 0).all()
+    assert (results[4][1, :, 3::2] == 0).all()
     size[2] = 0
     blind = problem.run()
-    assert blind[0][2].isnan().all() and (blind[1][2] == -torch.inf).all()
+    assert blind[0][2].isnan().all()
+    assert (blind[1][2] == -torch.inf).all()
     assert torch.equal(blind[0][:2], results[0][:2])
 
 
@@ -248,8 +250,10 @@ def test_nan_stays_where_it_is() -> None:
     problem.inputs[0][0, 0, 5] = float("nan")
     problem.inputs[2][1, 1, 7, 3] = float("nan")
     out, lse = problem.run()[:2]
-    assert out[0, 0, 5].isnan().all() and out[1, 1, :, 3].isnan().all()
-    assert int(out.isnan().sum()) == 16 + 40 and int(lse.isnan().sum()) == 1
+    assert out[0, 0, 5].isnan().all()
+    assert out[1, 1, :, 3].isnan().all()
+    assert int(out.isnan().sum()) == 16 + 40
+    assert int(lse.isnan().sum()) == 1
 
 
 def test_strided_sizes() -> None:

@@ -107,7 +107,8 @@ class Problem:
             if got is None:
                 assert true is None, name
                 continue
-            assert true is not None and base is not None
+            assert true is not None
+            assert base is not None
             if true.abs().max() < 1e-12:  # as of a softmax over one element
                 assert (got.abs() <= 64 * self.width * torch.finfo(self.dtype).eps).all(), name
                 continue
@@ -193,7 +194,9 @@ def test_wrong_results_are_rejected(normalize: str) -> None:
         wrong = Problem(40, 30, 24, 8, normalize)
         wrong.inputs, wrong.seeds = inputs, right.seeds
         for i, (name, result) in enumerate(zip(NAMES, wrong.run(), strict=True)):
-            if result is None or torch.allclose(result, good[i], rtol=3e-3, atol=3e-3 * float(good[i].abs().max())):
+            if result is None or torch.allclose(
+                result, good[i], rtol=3e-3, atol=3e-3 * float(good[i].abs().max())
+            ):
                 continue  # what the change does not reach, or not enough
             mixed = list(good)
             mixed[i] = result
@@ -259,7 +262,8 @@ def test_nan_stays_in_its_image() -> None:
         problem = Problem(40, 30, 24, 0, normalize)
         problem.inputs[1][1, 3, 2] = float("nan")
         y = problem.run()[0]
-        assert y[1, 2].isnan().all() and not y[[0, 2]].isnan().any(), normalize
+        assert y[1, 2].isnan().all(), normalize
+        assert not y[[0, 2]].isnan().any(), normalize
 
 
 def test_columns_that_sum_to_zero() -> None:
