@@ -26,11 +26,12 @@ ARRANGE = {"BLOCK": 64, "CHUNK": 64, "num_warps": 8}
 
 @cache
 def configuration(channels: int, itemsize: int, long: bool) -> dict[str, int]:
-    """Tiles of `best_partners`; long sequences afford larger ones."""
-    config = {"BLOCK_C": min(128 if itemsize == 2 else 32, padded(channels)), "num_warps": 4, "num_stages": 2}
+    """Tiles of `best_partners`; long sequences afford larger ones. Up to 128 channels stay where they are."""
+    config = {"num_warps": 4, "num_stages": 2}
     if itemsize == 4:  # on the FMA units
-        return {"BLOCK_M": 32, "BLOCK_N": 32, **config}
-    return {"BLOCK_M": 64 if long else 32, "BLOCK_N": 64, **config}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_C": min(32, padded(channels)), **config}
+    block_c = padded(channels) if channels <= 128 else 64
+    return {"BLOCK_M": 64 if long else 32, "BLOCK_N": 64, "BLOCK_C": block_c, **config}
 
 
 def _scratch(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
