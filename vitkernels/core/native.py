@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-# The order of csrc/include/vitkernels/params.h.
-DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+# The order of csrc/include/vitkernels/params.h; int32 is for indices alone (bind.h).
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int32: 4}
 
 _module: ModuleType | None = None
 _error: str = ""
@@ -90,6 +90,19 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return tensor.contiguous()
+
+
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """Where kernels write a tensor: itself, or for one whose channels are not side by side another that is then copied
+    to it."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def indices(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors of int32, contiguous, as the kernels read them."""
+    return tuple(t if t.is_contiguous() else t.contiguous() for t in tensors)
 
 
 def place(tensor: torch.Tensor) -> tuple[int, int]:

@@ -57,6 +57,12 @@ struct Argument {
   DType dtype = DType::f32;
 };
 
+// A tensor of int32, such as those of a merge plan. Its dtype says nothing.
+struct Indices : Argument {};
+
+// What vitkernels/core/native.py calls int32. No kernel computes in it, so it is no DType.
+constexpr long kInt32 = 4;
+
 // False for a dtype that no kernel takes.
 inline bool read_dtype(const DLTensor& tensor, DType* dtype) {
   constexpr int FLOAT = 2, BFLOAT = 4;
@@ -69,10 +75,15 @@ inline bool read_dtype(const DLTensor& tensor, DType* dtype) {
   return false;
 }
 
-inline bool read_borrowed(PyObject* object, Argument* argument) {
+inline bool is_int32(const DLTensor& tensor) {
+  constexpr int INT = 0;
+  return tensor.dtype.code == INT && tensor.dtype.bits == 32 && tensor.dtype.lanes == 1;
+}
+
+inline bool read_borrowed(PyObject* object, Argument* argument, bool indices = false) {
   DLTensor tensor;
   if (exchange.table->borrow(object, &tensor) != 0) throw pybind11::error_already_set();
-  if (tensor.ndim > 5 || !read_dtype(tensor, &argument->dtype)) return false;
+  if (tensor.ndim > 5 || !(indices ? is_int32(tensor) : read_dtype(tensor, &argument->dtype))) return false;
   argument->view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   argument->ndim = tensor.ndim;
   for (int i = 0; i < tensor.ndim; ++i) {
@@ -82,7 +93,7 @@ inline bool read_borrowed(PyObject* object, Argument* argument) {
   return true;
 }
 
-inline bool read_tuple(PyObject* object, Argument* argument) {
+inline bool read_tuple(PyObject* object, Argument* argument, bool indices = false) {
   if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 4) return false;
   PyObject* shape = PyTuple_GET_ITEM(object, 1);
   PyObject* strides = PyTuple_GET_ITEM(object, 2);
@@ -94,8 +105,10 @@ inline bool read_tuple(PyObject* object, Argument* argument) {
     argument->shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
     argument->view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
   }
-  argument->dtype = static_cast<DType>(PyLong_AsLong(PyTuple_GET_ITEM(object, 3)));
+  const long dtype = PyLong_AsLong(PyTuple_GET_ITEM(object, 3));
   if (PyErr_Occurred()) throw pybind11::error_already_set();
+  if ((dtype == kInt32) != indices) return false;
+  if (!indices) argument->dtype = static_cast<DType>(dtype);
   return true;
 }
 
@@ -112,6 +125,18 @@ struct type_caster<vitkernels::Argument> {
     if (source.is_none()) return true;
     if (vitkernels::exchange.lends(source.ptr())) return vitkernels::read_borrowed(source.ptr(), &value);
     return vitkernels::read_tuple(source.ptr(), &value);
+  }
+};
+
+template <>
+struct type_caster<vitkernels::Indices> {
+  PYBIND11_TYPE_CASTER(vitkernels::Indices, const_name("torch.Tensor | tuple | None"));
+
+  bool load(handle source, bool) {
+    value = {};
+    if (source.is_none()) return true;
+    if (vitkernels::exchange.lends(source.ptr())) return vitkernels::read_borrowed(source.ptr(), &value, true);
+    return vitkernels::read_tuple(source.ptr(), &value, true);
   }
 };
 

@@ -1,0 +1,64 @@
+#include "vitkernels/bind.h"
+
+#include "bipartite_match.h"
+#if VITKERNELS_WITH_CUDA
+#include "vitkernels/runtime.h"
+#endif
+
+namespace py = pybind11;
+
+namespace vitkernels::bipartite_match {
+namespace {
+
+Params make_params(const Argument& metric, int64_t merged, bool class_token, bool distill_token) {
+  Params p;
+  p.dtype = metric.dtype;
+  p.batch = metric.shape[0];
+  p.tokens = metric.shape[1];
+  p.channels = static_cast<int>(metric.shape[2]);
+  p.merged = merged;
+  p.class_token = class_token;
+  p.distill_token = distill_token;
+  p.metric = metric.view;
+  return p;
+}
+
+// The argument list, once for every processor: run(params, where, stream) does the work, where is a device
+// index or a number of threads.
+template <class Run>
+auto forward_with(Run run) {
+  return [run](int where, uintptr_t stream, uintptr_t workspace, const Indices& rows, const Indices& starts,
+               const Indices& members, const Indices& src, const Indices& dst, const Argument& metric,
+               int64_t merged, bool class_token, bool distill_token) {
+    Params p = make_params(metric, merged, class_token, distill_token);
+    p.rows = rows.view;
+    p.starts = starts.view;
+    p.members = members.view;
+    p.src = src.view;
+    p.dst = dst.view;
+    p.workspace = reinterpret_cast<void*>(workspace);
+    py::gil_scoped_release release;
+    run(p, where, reinterpret_cast<Stream>(stream));
+  };
+}
+
+}  // namespace
+
+void bind(py::module_& module) {
+#ifndef VITKERNELS_HOST_TWIN
+  module.def("bipartite_match_forward_cpu",
+             forward_with([](const Params& p, int threads, Stream) { forward_cpu(p, threads); }));
+#endif
+#if VITKERNELS_WITH_CUDA
+  module.def("bipartite_match_forward_cuda", forward_with([](const Params& p, int device, Stream stream) {
+               ScopedDevice scope(device);
+               forward_cuda(p, stream);
+             }));
+  module.def("bipartite_match_workspace_cuda",
+             [](const Argument& metric, int64_t merged, bool class_token, bool distill_token) {
+               return workspace_cuda(make_params(metric, merged, class_token, distill_token));
+             });
+#endif
+}
+
+}  // namespace vitkernels::bipartite_match

@@ -1,0 +1,44 @@
+#include "cpu_kernel.h"
+#include "vitkernels/cpu_dispatch.h"
+#include "vitkernels/parallel.h"
+
+namespace vitkernels::token_merge {
+namespace {
+
+const CpuKernel& kernel() {
+#ifdef VITKERNELS_X86_ISAS
+  if (selected_isa() == Isa::avx512) return avx512::kKernel;
+  if (selected_isa() == Isa::avx2) return avx2::kKernel;
+#endif
+  return baseline::kKernel;
+}
+
+struct Loop {
+  const Params& params;
+  void (*run)(const Params&, int64_t begin, int64_t end);
+};
+
+void run(const Params& p, void (*fn)(const Params&, int64_t, int64_t), int64_t items, int threads) {
+  Loop loop{p, fn};
+  const double elements = static_cast<double>(p.batch) * p.tokens * p.channels;
+  parallel_for(
+      items, worthwhile_threads(4 * elements, items, threads),
+      [](void* context, int64_t begin, int64_t end, int) {
+        const Loop& l = *static_cast<Loop*>(context);
+        l.run(l.params, begin, end);
+      },
+      &loop);
+}
+
+}  // namespace
+
+void forward_cpu(const Params& p, int threads) {
+  run(p, kernel().forward, p.batch * p.merged_tokens, threads);
+}
+
+void backward_cpu(const Params& p, int threads) {
+  const bool groups = p.mode == Mode::amax;
+  run(p, kernel().backward, p.batch * (groups ? p.merged_tokens : p.tokens), threads);
+}
+
+}  // namespace vitkernels::token_merge

@@ -1,0 +1,23 @@
+// Between cpu.cpp, compiled once, and cpu_kernel.cpp, compiled once per instruction set.
+#pragma once
+#include "token_merge.h"
+
+namespace vitkernels::token_merge {
+
+// Items [begin, end) of a call: groups or tokens of image after image, whatever items() of cpu.cpp counts.
+struct CpuKernel {
+  void (*forward)(const Params&, int64_t begin, int64_t end);
+  void (*backward)(const Params&, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+extern const CpuKernel kKernel;
+}
+namespace avx2 {
+extern const CpuKernel kKernel;
+}
+namespace avx512 {
+extern const CpuKernel kKernel;
+}
+
+}  // namespace vitkernels::token_merge
