@@ -80,7 +80,7 @@ def backward_keys(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Fills grad_k and grad_v, either of which may be absent; grad_v is where grad_out is."""
+    """Fills grad_k, for which delta is, and grad_v, for which grad_out is; either may be absent."""
     tiles = tl.cdiv(key_count, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     pair = program // tiles
@@ -93,7 +93,8 @@ def backward_keys(
     sizes = size_logits(size + batch * size_b, keys, key_valid, size_m)
     q += batch * q_b + head * q_h
     lse += batch * lse_b + head * lse_h
-    delta += pair * query_count
+    if grad_k is not None:
+        delta += pair * query_count
     if grad_out is not None:
         grad_out += batch * go_b + head * go_h
     key_gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
