@@ -129,7 +129,8 @@ def test_ties_go_to_the_lower_token(
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("told", [(False, False), (True, True)])
 def test_zeros_and_what_is_no_number(told: tuple[bool, bool], dtype: torch.dtype) -> None:
-    metric = torch.eye(8)[torch.randint(8, (5, 40))].to(dtype)  # cosines of 0 and 1 alone: the same in any order
+    # Cosines of 0 and 1 alone, which are the same in any order of summation.
+    metric = torch.eye(8)[torch.randint(8, (5, 40))].to(dtype)
     metric[1, [3, 8, 20]] = 0
     metric[2, [4, 7], 1] = NAN
     metric[3, [0, 5, 10], 2] = float("inf")
@@ -144,7 +145,8 @@ def test_strides_are_read_in_place() -> None:
     for layout in (Layout((0, 1, 2), before=65), Layout((2, 0, 1), padding=1, before=37)):
         placed = guarded((2, 45, 20), F32, layout).copy_(metric)
         check(placed, 9, True, False)
-        assert all(torch.equal(a, b) for a, b in zip(match(placed, 9).values(), match(metric, 9).values(), strict=True))
+        want, got = match(metric, 9), match(placed, 9)
+        assert all(torch.equal(got[name], want[name]) for name in NAMES)
     check(torch.randn(1, 45, 20).expand(3, 45, 20), 9)
 
 
@@ -168,7 +170,9 @@ def test_tokens_further_apart_than_32_bits_count() -> None:
 
 def test_the_public_function_runs_the_kernels() -> None:
     metric = torch.randn(2, 3, 23, 6, requires_grad=True).mean(1)
-    plans = [ops.bipartite_match(metric, 7, class_token=True, backend=name) for name in ("triton", "reference")]
+    plans = [
+        ops.bipartite_match(metric, 7, class_token=True, backend=name) for name in ("triton", "reference")
+    ]
     for name in NAMES:
         assert torch.equal(getattr(plans[0], name), getattr(plans[1], name)), name
     assert ops.bipartite_match(metric[:0], 7, backend="triton").rows.shape == (0, 23)

@@ -96,7 +96,9 @@ def run_kernels(
 ) -> dict[str, torch.Tensor]:
     arguments = (*(inputs[name] for name in NAMES), case.normalize)
     y = guarded((case.batch, case.merged, case.width), case.dtype)
-    y_other = y.new_empty(0) if case.other is None else guarded((case.batch, case.merged, case.other), case.dtype)
+    y_other = (
+        y.new_empty(0) if case.other is None else guarded((case.batch, case.merged, case.other), case.dtype)
+    )
     g = inputs["g"]
     lines = {"none": (0,), "softmax_rows": g.shape[:-1]}.get(case.normalize, (*g.shape[:-2], case.merged))
     divisors = guarded(lines, F32)
@@ -171,7 +173,9 @@ def test_matches_reference(case: Case, guarded: Guarded) -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("dtypes", [(F32, None), (F16, None), (F16, F32)], ids=str)
-@pytest.mark.parametrize(("tokens", "merged", "width", "other"), [(197, 158, 48, None), (64, 52, 96, 80), (65, 3, 1, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "merged", "width", "other"), [(197, 158, 48, None), (64, 52, 96, 80), (65, 3, 1, 2)]
+)
 @each_normalization
 def test_grid(normalize, tokens, merged, width, other, dtypes, shared, guarded) -> None:  # type: ignore[no-untyped-def]
     case = Case(normalize, tokens, merged, width, other, *dtypes, batch=3, shared=shared)
@@ -196,9 +200,7 @@ def test_shares_of_the_batch_add_up(
 @two_normalizations
 @pytest.mark.parametrize("given", ["grad_y", "grad_y_other"])
 def test_absent_incoming_gradient_is_zero(given: str, normalize: str, guarded: Guarded) -> None:
-    case = Case(
-        normalize, 12, 9, 5, other=4, grad_y=given == "grad_y", grad_y_other=given == "grad_y_other"
-    )
+    case = Case(normalize, 12, 9, 5, other=4, grad_y=given == "grad_y", grad_y_other=given == "grad_y_other")
     inputs = make_inputs(case, guarded)
     got = run_kernels(case, inputs, guarded)
     zeros = {"grad_y": torch.zeros(2, 9, 5), "grad_y_other": torch.zeros(2, 9, 4)}
@@ -311,7 +313,9 @@ def test_tokens_further_apart_than_32_bits_count(normalize: str, guarded: Guarde
 @pytest.mark.parametrize(
     ("normalize", "shared"),
     [
-        (name, shared) if shared == (name != "softmax") else pytest.param(name, shared, marks=pytest.mark.thorough)
+        (name, shared)
+        if shared == (name != "softmax")
+        else pytest.param(name, shared, marks=pytest.mark.thorough)
         for name in NORMALIZATIONS
         for shared in (False, True)
     ],

@@ -173,7 +173,13 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 def reduced(
-    y: Tensor, sizes: Tensor | None, x: Tensor, size: Tensor | None, starts: Tensor, members: Tensor, mode: str
+    y: Tensor,
+    sizes: Tensor | None,
+    x: Tensor,
+    size: Tensor | None,
+    starts: Tensor,
+    members: Tensor,
+    mode: str,
 ) -> None:
     """Fills y [batch, t', C] from x [batch, t, C], any strides, and sizes unless it is None."""
     batch, tokens, channels = x.shape

@@ -1,9 +1,9 @@
 """Backward of proportional attention in Triton; every result has one owner, sums are in a fixed order, no atomics.
 
 `backward_queries` owns the gradient of a tile of queries and what each of them subtracts (delta), `backward_keys` those
-of a tile of keys and of their values. Both compute the weights again from lse. Floor of a head: reads q, k, v, out,
-grad_out, lse and writes three gradients, s (N (2 d + 2 dv) + M (2 d + 2 dv)) + 4 N bytes; N M (6 d + 4 dv) FLOPs and 2 N
-M exponentials.
+of a tile of keys and of their values. Both compute the weights again from lse. Floor of a head, N queries, M keys,
+element size s: reads q, k, v, out, grad_out, lse and writes three gradients, 2 s (N + M) (d + dv) + 4 N bytes; with the
+logits and the weights' gradients computed twice, N M (8 d + 6 dv) FLOPs and 2 N M exponentials.
 """
 
 from __future__ import annotations

@@ -51,8 +51,9 @@ def place_tokens(
     odd = token % 2 == 1
     group = tl.where(odd, half, tl.load(target + half, mask=valid & (token % 2 == 0), other=0))
     alone = group < 0
-    lower = tl.zeros([BLOCK, CHUNK], tl.int32)  # merged tokens of earlier odd tokens; of a kept one, merged before
-    fellows = tl.zeros([BLOCK, CHUNK], tl.int32)  # merged tokens of the same row and before
+    # Merged tokens in the rows of earlier odd tokens (for a kept token: before it), and before it in its own row.
+    lower = tl.zeros([BLOCK, CHUNK], tl.int32)
+    fellows = tl.zeros([BLOCK, CHUNK], tl.int32)
     for start in range(0, evens, CHUNK):
         other = start + tl.arange(0, CHUNK)
         theirs = tl.load(target + other, mask=other < evens, other=-1)[None, :]

@@ -103,10 +103,11 @@ def backward(
             else:
                 _product(grad, g, divisors, incoming, normalize, False)
         if grad_g is not None:
-            if grad_y is None and (grad_y_other is None or other is None):
+            grad_y_other = None if other is None else grad_y_other
+            if grad_y is None and grad_y_other is None:
                 grad_g.zero_()
             else:
-                _mask_gradient(grad_g, grad_y, None if other is None else grad_y_other, divisors, z, g, other, normalize)
+                _mask_gradient(grad_g, grad_y, grad_y_other, divisors, z, g, other, normalize)
 
 
 def _mask_gradient(

@@ -56,9 +56,7 @@ def line_divisors(
         maximum, total = softmax_start(BLOCK_L)
         for first in range(0, place_count, BLOCK_K):
             places = first + tl.arange(0, BLOCK_K)
-            raw = load_lines(
-                g, lines, places, line_valid, places < place_count, g_line, g_place, NORMALIZE
-            )
+            raw = load_lines(g, lines, places, line_valid, places < place_count, g_line, g_place, NORMALIZE)
             _, _, maximum, total = softmax_step(raw * LOG2E, maximum, total)
         result = natural_lse(maximum, total)
     tl.store(divisors + image * line_count + lines, result, mask=line_valid)
