@@ -32,10 +32,9 @@ def configuration(kernel: str, head_dim: int, value_dim: int, itemsize: int) -> 
     if kernel == "forward":
         return {"BLOCK_M": 64, "BLOCK_N": 64, **config, "num_warps": 4, "num_stages": 2}
     # The kernel's own tile is 64 long, the one that it walks with shorter where registers are scarce.
-    walking = 32 if wide else 64
     if kernel == "queries":
-        return {"BLOCK_M": 64, "BLOCK_N": walking, **config, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": walking, "BLOCK_N": 64, **config, "num_warps": 8 if wide else 4, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 32 if wide else 64, **config, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 32, "BLOCK_N": 64, **config, "num_warps": 8 if wide else 4, "num_stages": 2}
 
 
 def _strides(tensor: Tensor | None, dims: int = 4) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitkernels.core.triton_tiles import INF, dot, logit_gradient, probabilities
+from vitkernels.core.triton_tiles import INF, LOG2E, dot, logit_gradient, probabilities
 from vitkernels.kernels.attention_with_size.triton_forward import (
     load_channels,
     load_rows,
@@ -104,17 +104,19 @@ def backward_keys(
         query_valid = queries < query_count
         query = load_channels(q, queries, query_valid, q_n, q_c, HEAD_DIM, BLOCK_D)
         row_lse = load_rows(lse, queries, query_valid, lse_n, INF)
-        weights = probabilities(tile_logits(query, key, sizes, scale), row_lse)
-        grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        # Keys are the rows of these tiles: as such they multiply, without being transposed.
+        logits = dot(key, tl.trans(query)) * (scale * LOG2E) + sizes[:, None]
+        weights = tl.exp2(logits - (row_lse * LOG2E)[None, :])
+        grad_weights = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if grad_out is not None:
             grad_result = load_channels(grad_out, queries, query_valid, go_n, go_c, VALUE_DIM, BLOCK_V)
             if grad_v is not None:
-                value_gradient = dot(tl.trans(weights.to(grad_result.dtype)), grad_result, value_gradient)
-            grad_weights = dot(grad_result, tl.trans(value))
+                value_gradient = dot(weights.to(grad_result.dtype), grad_result, value_gradient)
+            grad_weights = dot(value, tl.trans(grad_result))
         if grad_k is not None:
             row_delta = tl.load(delta + queries, mask=query_valid, other=0.0)
-            grad_logits = logit_gradient(weights, grad_weights, row_delta)
-            key_gradient = dot(tl.trans(grad_logits.to(query.dtype)), query, key_gradient)
+            grad_logits = weights * (grad_weights - row_delta[None, :])
+            key_gradient = dot(grad_logits.to(query.dtype), query, key_gradient)
     if grad_k is not None:
         start = grad_k + batch * gk_b + head * gk_h
         store_channels(start, keys, key_valid, gk_n, gk_c, key_gradient * scale, HEAD_DIM, BLOCK_D)
