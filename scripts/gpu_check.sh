@@ -64,8 +64,9 @@ step "tests (gpu)" 40 "$python" -m pytest -q -m gpu tests
 bench=("$python" -m vitkernels bench --device cuda --quiet)
 # With its default preset each: every peer, and every backend of ours.
 for operator in window_attention cascaded_group_attention neighborhood_attention kan_linear \
-  polyline_path_attention polyline_path_mask polyline_path_scan strip_attention block_sparse_linear; do
-  step --partial "bench, $operator" 18 "${bench[@]}" --op "$operator" --batch 64 --json "$out/bench_$operator.json"
+  polyline_path_attention polyline_path_mask polyline_path_scan strip_attention block_sparse_linear \
+  token_merge attention_with_size learnable_token_merge; do
+  step --partial "bench, $operator" 13 "${bench[@]}" --op "$operator" --batch 64 --json "$out/bench_$operator.json"
 done
 step --partial "bench, efficientvit_m5" 40 "${bench[@]}" --model efficientvit_m5 --batch 1 64 256 \
   --json "$out/bench_efficientvit_m5.json"

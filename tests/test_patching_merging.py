@@ -261,3 +261,16 @@ def test_published_models(name: str) -> None:
         assert torch.equal(model(x), before)
         exact = plain(model.double(), x.double(), [8] * 12)
     assert relative_error(got, exact) < 1e-5
+
+
+def test_checkpointing_after_the_change_is_refused() -> None:
+    """It would run the blocks one by one, and merge nothing."""
+    model = vit()
+    vitkernels.apply(model, token_merging=4, verbose=False)
+    for changed in (model, pickle.loads(pickle.dumps(copy.deepcopy(model)))):
+        with pytest.raises(ValueError, match="argument `enable`: expected no gradient checkpointing"):
+            changed.set_grad_checkpointing()
+        changed.set_grad_checkpointing(False)
+    vitkernels.revert(model)
+    model.set_grad_checkpointing()
+    assert model.grad_checkpointing

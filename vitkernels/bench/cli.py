@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="images per call (default: 1 16)")
     what.add_argument("--mode", nargs="+", choices=["fwd", "fwd+bwd"], help="default: both (networks: fwd)")
     what.add_argument("--providers", nargs="+", help="only these, besides eager")
+    what.add_argument(
+        "--token-merging",
+        type=int,
+        nargs="+",
+        metavar="R",
+        help="networks: merge R tokens in every block, or as many as given for each; timm's ViTs",
+    )
     what.add_argument("--channels-last", action="store_true", help="networks: channels-last memory format")
     what.add_argument("--list", action="store_true", help="list operators, presets and providers, and stop")
     where = parser.add_argument_group("where and how")
@@ -73,7 +80,7 @@ def settings_of(args: argparse.Namespace) -> Any:
 
 
 def print_list(device: torch.device) -> None:
-    from vitkernels.bench import models, providers
+    from vitkernels.bench import merging, models, providers
     from vitkernels.bench.case import load_case, operators
 
     for name in operators():
@@ -81,6 +88,7 @@ def print_list(device: torch.device) -> None:
         print(f"--op {name}\n  --preset    {' '.join(case.presets)}\n  --shape     {case.shape_help}")
         print(f"  --providers {' '.join(p.name for p in providers.all_providers(case, device))}")
     print(f"--model NAME\n  --providers {' '.join(models.VARIANTS)}")
+    print(f"--model NAME --token-merging R\n  --providers {' '.join(merging.contest(0).variants)}")
 
 
 def chosen_problems(case: Any, args: argparse.Namespace) -> dict[str, Sequence[Any]]:
@@ -114,14 +122,18 @@ def run_operator(args: argparse.Namespace, settings: Any, peaks: Any, progress: 
 def run_network(
     args: argparse.Namespace, settings: Any, progress: Any, console: Any, rows: list[Any]
 ) -> None:
-    from vitkernels.bench import models
+    from vitkernels.bench import merging, models
     from vitkernels.bench.host_model import calibrate, create_host_model, randomize
 
     if args.preset or args.shape or list(settings.modes) != ["fwd"]:
         raise ValueError(
             "model: a network runs in inference at its own shapes; got --preset, --shape or --mode"
         )
-    names = models.select(args.providers)
+    contest = models.APPLY
+    if args.token_merging is not None:
+        schedule = args.token_merging
+        contest = merging.contest(schedule[0] if len(schedule) == 1 else schedule)
+    names = contest.select(args.providers)
     generator = torch.Generator().manual_seed(settings.seed)
     torch.manual_seed(settings.seed)
     host = create_host_model(args.model)
@@ -129,8 +141,10 @@ def run_network(
     console.print("weights, norm statistics and attention biases are random: speed does not depend on them")
     randomize(host.model, generator)
 
+    image = getattr(host.model, "default_cfg", {}).get("input_size", (3, 224, 224))
+
     def make_images(batch: int) -> torch.Tensor:
-        return torch.randn(batch, 3, 224, 224, generator=generator)
+        return torch.randn(batch, *image, generator=generator)
 
     calibrate(host.model, [make_images(16)])
     progress.total(len(settings.batches))
@@ -142,6 +156,7 @@ def run_network(
         settings,
         rows,
         channels_last=args.channels_last,
+        contest=contest,
         progress=progress.step,
     )
 

@@ -71,7 +71,7 @@ def randomize(model: nn.Module, generator: torch.Generator) -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith("attention_biases"):
                 centred(parameter, 1.0)
-            elif name.rpartition(".")[2] in ("gamma1", "gamma2", "gamma_1", "gamma_2"):
+            elif name.rpartition(".")[2] in ("gamma", "gamma1", "gamma2", "gamma_1", "gamma_2"):
                 positive(parameter)
     return model
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -51,11 +52,35 @@ VARIANTS: dict[str, Variant] = {
 DEFAULT_VARIANTS = ("eager", "eager-folded", "torch.compile", "vitkernels")
 
 
-def select(names: Sequence[str] | None) -> list[str]:
-    unknown = [name for name in names or () if name not in VARIANTS]
-    if unknown:
-        raise ValueError(f"providers: expected some of {', '.join(VARIANTS)}; got {', '.join(unknown)}")
-    return list(DEFAULT_VARIANTS if names is None else dict.fromkeys(("eager", *names)))
+@dataclass(frozen=True)
+class Contest:
+    """The variants of a network to choose from, and what holds each of them to the truth.
+
+    ``judge(model, images)`` returns a function of a variant's name and the variant.
+    """
+
+    variants: Mapping[str, Variant]
+    default: Sequence[str]
+    judge: Callable[[nn.Module, Tensor], Callable[[str, Any], gate.Check]]
+
+    def select(self, names: Sequence[str] | None) -> list[str]:
+        unknown = [name for name in names or () if name not in self.variants]
+        if unknown:
+            raise ValueError(
+                f"providers: expected some of {', '.join(self.variants)}; got {', '.join(unknown)}"
+            )
+        return list(self.default if names is None else dict.fromkeys(("eager", *names)))
+
+
+def judge(model: nn.Module, images: Tensor) -> Callable[[str, Any], gate.Check]:
+    """Logits against those of the network in float64."""
+    truth = forward(plain(clone(model, torch.float64)), images.double())
+    baseline = forward(VARIANTS["eager"](model), images)
+
+    def check(name: str, variant: Any) -> gate.Check:
+        return gate.check("logits", forward(variant, images), baseline, truth, factor=gate.FORWARD_FACTOR)
+
+    return check
 
 
 def forward(model: Any, images: Tensor) -> Tensor:
@@ -63,12 +88,17 @@ def forward(model: Any, images: Tensor) -> Tensor:
         return model(images)
 
 
-def build_variants(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+APPLY = Contest(VARIANTS, DEFAULT_VARIANTS, judge)
+
+
+def build_variants(
+    model: nn.Module, names: Sequence[str], variants: Mapping[str, Variant] = VARIANTS
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The variants that could be built and, for the others, why not."""
     built, failed = {}, {}
     for name in names:
         try:
-            built[name] = VARIANTS[name](model)
+            built[name] = variants[name](model)
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return built, failed
@@ -83,6 +113,7 @@ def run_model(
     rows: list[Row],
     *,
     channels_last: bool = False,
+    contest: Contest = APPLY,
     progress: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Inference at every batch size; ``model`` is left as it is, every variant is a copy of it.
@@ -92,8 +123,7 @@ def run_model(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = clone(model, settings.dtype).to(settings.device)
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
-    exact = plain(clone(model, torch.float64))
-    built, failed = build_variants(model, names)
+    built, failed = build_variants(model, names, contest.variants)
     for batch in settings.batches:
         progress(f"{name} batch {batch}")
         images = make_images(batch).to(settings.device, settings.dtype, memory_format=memory_format)
@@ -111,7 +141,7 @@ def run_model(
         )
         by_name: dict[str, Row] = {}
         steps: dict[str, timing.Step] = {}
-        truth, baseline = forward(exact, images.double()), forward(built["eager"], images)
+        check = contest.judge(model, images)
         for variant in names:
             row = Row(**{**blank.as_dict(), "provider": variant, "ours": variant.startswith("vitkernels")})
             by_name[variant] = row
@@ -119,11 +149,10 @@ def run_model(
                 row.status, row.reason = "skipped", failed[variant]
                 continue
             try:
-                got = forward(built[variant], images)
+                logits = check(variant, built[variant])
             except Exception as error:
                 row.status, row.reason = "skipped", f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
-            logits = gate.check("logits", got, baseline, truth, factor=gate.FORWARD_FACTOR)
             row.error_share = logits.share
             if not logits.ok:
                 row.status, row.reason = "wrong", str(logits)

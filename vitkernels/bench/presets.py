@@ -215,3 +215,26 @@ PPMA_MODELS: dict[str, dict[str, PolylineStage]] = {
     "ppma_t_detection": _ppma(_PPMA_DETECTION, (4, 4, 8, 16), 2),
     "ppma_t_1024": _ppma(_PPMA_1024, (4, 4, 8, 16), 2),
 }
+
+
+@dataclass(frozen=True)
+class MergingModel:
+    """A transformer that merges r tokens in each block."""
+
+    tokens: int
+    channels: int
+    heads: int
+    r: int
+    depth: int
+    class_token: bool = True
+
+
+MERGING_MODELS: dict[str, MergingModel] = {
+    "deit_s": MergingModel(197, 384, 6, 13, 12),
+    "vit_b": MergingModel(197, 768, 12, 16, 12),
+    "vit_l_384": MergingModel(577, 1024, 16, 23, 24),
+    "vit_h_518": MergingModel(1370, 1280, 16, 40, 32),
+    # The first level of Stable Diffusion 1.5 merges half of its tokens, and brings them back after the attention.
+    "sd_512": MergingModel(4096, 320, 8, 2048, 1, class_token=False),
+    "sd_1024": MergingModel(16384, 320, 8, 8192, 1, class_token=False),
+}

@@ -24,6 +24,7 @@ from vitkernels.models.efficientvit import (
     efficientvit_m5,
 )
 from vitkernels.models.ltm import LTMViT, ltm_vit_base, ltm_vit_small
+from vitkernels.models.ltm_swin import LTMSwin, ltm_swin_tiny
 from vitkernels.models.medvit import MedViT, medvit_base, medvit_large, medvit_small, medvit_tiny
 from vitkernels.models.ppma import PPMA, ppma_b, ppma_s, ppma_t
 from vitkernels.models.registry import create_model, list_models
@@ -42,6 +43,7 @@ __all__ = [
     "PPMA",
     "DeiT",
     "EfficientViT",
+    "LTMSwin",
     "LTMViT",
     "MedViT",
     "S2AFormer",
@@ -61,6 +63,7 @@ __all__ = [
     "efficientvit_m4",
     "efficientvit_m5",
     "list_models",
+    "ltm_swin_tiny",
     "ltm_vit_base",
     "ltm_vit_small",
     "medvit_base",

@@ -30,17 +30,20 @@ class MergingMask(nn.Module):
         dim: width of the tokens.
         merged_tokens: P.
         hidden: width between the layers. Default: dim // 4.
+        carry: whether it has that share of the mask before.
     """
 
-    def __init__(self, dim: int, merged_tokens: int, hidden: int | None = None) -> None:
+    carry: nn.Parameter | None
+
+    def __init__(self, dim: int, merged_tokens: int, hidden: int | None = None, carry: bool = True) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden or max(dim // 4, 1))
         self.fc2 = nn.Linear(self.fc1.out_features, merged_tokens)
-        self.carry = nn.Parameter(torch.zeros(()))
+        self.register_parameter("carry", nn.Parameter(torch.zeros(())) if carry else None)
 
     def forward(self, z: Tensor, before: Tensor | None = None) -> Tensor:
         logits = self.fc2(F.gelu(self.fc1(z)))
-        if before is not None and before.shape == logits.shape:
+        if self.carry is not None and before is not None and before.shape == logits.shape:
             logits = logits + self.carry * before
         return logits
 

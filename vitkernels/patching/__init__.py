@@ -19,6 +19,7 @@ from vitkernels.patching.merging import (
     find_stacks,
     merged_source,
     merging_for,
+    refuse_checkpointing,
     why_not_stack,
 )
 
@@ -157,6 +158,9 @@ def apply(
     return report
 
 
+_CHECKPOINTING = "set_grad_checkpointing"
+
+
 def _merge_tokens(model: nn.Module, value: Any, proportional: bool, trace: bool, backend: str | None) -> None:
     stacks = list(find_stacks(model))
     reasons = [why_not_stack(stack, owner) for _, stack, owner in stacks]
@@ -165,10 +169,12 @@ def _merge_tokens(model: nn.Module, value: Any, proportional: bool, trace: bool,
         fix = next(filter(None, reasons), "It has no sequence of blocks with norm1, attn, norm2 and mlp.")
         fail("model", "a model with a stack of plain transformer blocks", type(model).__name__, f"{fix}.")
     plans = [merging_for(stack, owner, value, proportional, trace) for _, stack, owner in fitting]
-    for (_, stack, _owner), merging in zip(fitting, plans, strict=True):
+    for (_, stack, owner), merging in zip(fitting, plans, strict=True):
         original: Any = stack.vitkernels_original if isinstance(stack, Patched) else type(stack)
         stack.__class__ = patched_class(original, MergedBlocks, backend)
         stack.__dict__["vitkernels_merging"] = merging
+        if owner is not None and hasattr(type(owner), _CHECKPOINTING):
+            owner.__dict__[_CHECKPOINTING] = refuse_checkpointing
 
 
 def revert(model: nn.Module) -> int:
@@ -183,4 +189,6 @@ def revert(model: nn.Module) -> int:
             for name in ("vitkernels_merging", "vitkernels_source"):
                 module.__dict__.pop(name, None)
             restored += 1
+        if module.__dict__.get(_CHECKPOINTING) is refuse_checkpointing:
+            del module.__dict__[_CHECKPOINTING]
     return restored

@@ -186,6 +186,13 @@ def why_not_stack(stack: nn.Module, owner: Any) -> str:
     return ""
 
 
+def refuse_checkpointing(enable: bool = True) -> None:
+    """In the place of the owner's method of that name: timm would run the blocks past the stack, unmerged."""
+    if enable:
+        fix = "Call vitkernels.revert(model) first."
+        fail("enable", "no gradient checkpointing in a model that merges tokens", enable, fix)
+
+
 def _differs(block: nn.Module) -> bool:
     """Whether a block, run as `run_block` does but merging nothing, has another output on random tokens."""
     trial: Any = copy.deepcopy(block).to("cpu", torch.float64).eval()
