@@ -195,6 +195,15 @@ def _merge_plan(tensors: dict[str, Any], name: str) -> MergePlan:
     return MergePlan(*(t.repeat(x.shape[0], 1) for t in (rows, starts, members)))
 
 
+def _wrong_plan(**changes: Any) -> MergePlan:
+    """With a tensor of another dtype, or cut off along a dimension."""
+    plan = _merge_plan({"x": _tokens}, "x")
+    for name, change in changes.items():
+        value = getattr(plan, name)
+        setattr(plan, name, value.narrow(change, 0, 1) if isinstance(change, int) else value.to(change))
+    return plan
+
+
 def token_merge(**arguments: Any) -> torch.Tensor:
     return ops.token_merge(**arguments)[0]  # the sizes have no gradient
 
@@ -597,7 +606,20 @@ SAMPLES = [
             ({"x": "text"}, TypeError, "argument `x`: expected a tensor"),
             ({"x": _tokens[:, 1:]}, ValueError, "argument `x`: expected shape [batch, tokens, channels] of"),
             ({"x": _tokens.int()}, TypeError, "argument `x`: expected dtype"),
+            ({"x": _tokens[..., :0]}, ValueError, "argument `x`: expected at least one channel"),
             ({"plan": _tokens}, TypeError, "argument `plan`: expected a MergePlan"),
+            (
+                {"plan": _wrong_plan(rows=torch.int64)},
+                TypeError,
+                "argument `plan.rows`: expected dtype int32",
+            ),
+            (
+                {"plan": _wrong_plan(members=torch.float)},
+                TypeError,
+                "argument `plan.members`: expected dtype",
+            ),
+            ({"plan": _wrong_plan(members=1)}, ValueError, "argument `plan.members`: expected shape"),
+            ({"plan": _wrong_plan(starts=0)}, ValueError, "argument `plan.starts`: expected shape"),
             (
                 {"plan": _merge_plan({"x": _tokens.to("meta")}, "x")},
                 ValueError,

@@ -2,7 +2,10 @@
 //
 // Floor of N queries and M keys: N M (3 d + 2 dv) multiply-adds at two vectors of them a cycle, and N M
 // exponentials. An item is a whole head, so that the gradients of keys and values are added up in one place;
-// tiles of queries go by and everything of a head stays in cache.
+// tiles of queries go by.
+//
+// The weights of a tile of queries with all keys are kept, so that their own sum divides them: lse grows with
+// the tokens that a sequence had before it was merged, and its rounding would be in every weight.
 #include "rows_cpu.h"
 
 namespace vitkernels::attention_with_size {
@@ -14,8 +17,9 @@ struct BackwardScratch {
   Tiling<T> tiling;
   KeyTiles tiles;
   int k_pitch, v_pitch;
-  T *sizes, *k, *v, *grad_k, *grad_v;                          // of all keys
-  T *q, *g, *q_rows, *g_rows, *lse, *delta, *grad_q, *p, *ds;  // of a tile of queries
+  T *sizes, *k, *v, *grad_k, *grad_v;                              // of all keys
+  T *q, *g, *q_rows, *g_rows, *lse, *rest, *total, *sum, *grad_q;  // of a tile of queries
+  T *p, *ds;  // of all keys and a tile of queries, [key][query]
   size_t size;
 
   BackwardScratch(const Params& params, Scratch scratch)
@@ -34,88 +38,88 @@ struct BackwardScratch {
     q_rows = scratch.take<T>(width * k_pitch);
     g_rows = scratch.take<T>(width * v_pitch);
     lse = scratch.take<T>(width);
-    delta = scratch.take<T>(width);
+    rest = scratch.take<T>(width);
+    total = scratch.take<T>(width);
+    sum = scratch.take<T>(width);
     grad_q = scratch.take<T>(width * k_pitch);
-    p = scratch.take<T>(tiles.width * width);
-    ds = scratch.take<T>(tiles.width * width);
+    p = scratch.take<T>(keys * width);
+    ds = scratch.take<T>(keys * width);
     size = scratch.used;
   }
 };
 
-// p <- P, ds <- dS, from the logits and <g, v>. Where all keys are here, their sums take the rounding of lse
-// and of out out of the gradients, and where one key takes all, <g, v> - sum is exactly 0.
+// p <- e^(p + bias - lse) with one bias a key, total += that, sum += that times <g, v>.
 template <class T, int V>
-void weights(T* p, T* ds, int width, int keys, const T* lse, const T* delta, bool wanted, bool whole) {
+void exponentiate(T* p, const T* ds, int width, int keys, const T* bias, const T* lse, T* total, T* sum) {
   constexpr int L = kLanes<T>;
-  Vec<T> lses[V], deltas[V], sum[V], total[V];
+  Vec<T> lses[V], totals[V], sums[V];
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     lses[v] = load(lse + v * L);
-    deltas[v] = load(delta + v * L);
-    sum[v] = total[v] = Vec<T>{};
+    totals[v] = sums[v] = Vec<T>{};
   }
-  T *pm = p, *dm = ds;
-  if (!wanted || !whole) {
-    for (int m = 0; m < keys; ++m, pm += width, dm += width)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-        const Vec<T> e = exp_softmax<T>(load(pm + v * L) - lses[v]);
-        store(pm + v * L, e);
-        if (wanted) store(dm + v * L, e * (load(dm + v * L) - deltas[v]));
-      }
-    return;
-  }
-  for (int m = 0; m < keys; ++m, pm += width, dm += width)
+  for (int m = 0; m < keys; ++m, p += width, ds += width)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const Vec<T> e = exp_softmax<T>(load(pm + v * L) - lses[v]);
-      store(pm + v * L, e);
-      sum[v] += e * load(dm + v * L);
-      total[v] += e;
+      const Vec<T> e = exp_softmax<T>((load(p + v * L) + bias[m]) - lses[v]);
+      store(p + v * L, e);
+      totals[v] += e;
+      sums[v] += e * load(ds + v * L);
     }
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
-    // A lane without a query has no weights.
-    total[v] = T(1) / (total[v] == T(0) ? broadcast(T(1)) : total[v]);
-    sum[v] *= total[v];
+    store(total + v * L, load(total + v * L) + totals[v]);
+    store(sum + v * L, load(sum + v * L) + sums[v]);
   }
-  pm = p;
-  dm = ds;
-  for (int m = 0; m < keys; ++m, pm += width, dm += width)
+}
+
+// p <- P = p inverse, ds <- dS = P (<g, v> - mean - rest). Two subtractions: where one key takes all,
+// <g, v> - mean is exactly 0 and only grad_lse is left.
+template <class T, int V>
+void finish(T* p, T* ds, int width, int keys, const T* inverse, const T* mean, const T* rest) {
+  constexpr int L = kLanes<T>;
+  Vec<T> inverses[V], means[V], rests[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    inverses[v] = load(inverse + v * L);
+    means[v] = load(mean + v * L);
+    rests[v] = load(rest + v * L);
+  }
+  for (int m = 0; m < keys; ++m, p += width, ds += width)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const Vec<T> e = load(pm + v * L) * total[v];
-      store(pm + v * L, e);
-      store(dm + v * L, e * (load(dm + v * L) - sum[v] - deltas[v]));
+      const Vec<T> e = load(p + v * L) * inverses[v];
+      store(p + v * L, e);
+      store(ds + v * L, e * (load(ds + v * L) - means[v] - rests[v]));
     }
 }
 
-// lse and delta of a tile of queries; where all keys are in one tile, delta is - grad_lse alone.
-template <class E, class T>
+// lse and -grad_lse of a tile of queries, and sums of nothing yet.
+template <class T>
 void read_numbers(const Params& p, const BackwardScratch<T>& w, int64_t b, int64_t h, int start,
                   int queries) {
-  constexpr int L = kLanes<T>;
   const Matrix<const T> lse = tokens<const T>(p.lse, b, h, start);
   const Matrix<const T> grad_lse = tokens<const T>(p.grad_lse, b, h, p.grad_lse ? start : 0);
-  const Matrix<const E> out = tokens<const E>(p.out, b, h, start);
-  const int dv = p.value_dim, whole = dv / L * L;
-  for (int i = 0; i < queries; ++i) {
-    w.lse[i] = lse.data[i * lse.token];
-    T delta = p.grad_lse ? -grad_lse.data[i * grad_lse.token] : T(0);
-    if (p.grad_out && w.tiles.count > 1) {
-      const E* o = out.data + i * out.token;
-      const T* g = w.g_rows + static_cast<ptrdiff_t>(i) * w.v_pitch;
-      Vec<T> sum = {};
-      for (int c = 0; c < whole; c += L) sum += load(o + c) * load(g + c);
-      if (whole < dv) sum += load_first(o + whole, dv - whole) * load(g + whole);
-      delta += across<T>(sum);
-    }
-    w.delta[i] = delta;
+  for (int i = 0; i < round_up_lanes<T>(queries); ++i) {
+    const bool real = i < queries;  // a lane without a query has weights of 0
+    w.lse[i] = real ? lse.data[i * lse.token] : static_cast<T>(__builtin_inff());
+    w.rest[i] = real && p.grad_lse ? -grad_lse.data[i * grad_lse.token] : T(0);
+    w.total[i] = w.sum[i] = 0;
   }
-  for (int i = queries; i % L; ++i) {  // a lane without a query has weights of 0
-    w.lse[i] = static_cast<T>(__builtin_inff());
-    w.delta[i] = 0;
-  }
+}
+
+struct One {
+  static constexpr int value = 1;
+};
+struct Two {
+  static constexpr int value = 2;
+};
+// Calls run(One{} or Two{}, first lane) on the vectors of a tile, two at a time.
+template <class T, class Run>
+VITKERNELS_INLINE void by_twos(int vecs, Run run) {
+  int v = 0;
+  for (; v + 2 <= vecs; v += 2) run(Two{}, v * kLanes<T>);
+  if (v < vecs) run(One{}, v * kLanes<T>);
 }
 
 // A tile of queries against all keys.
@@ -134,34 +138,48 @@ void backward_tile(const Params& p, const BackwardScratch<T>& w, int64_t b, int6
     if (wanted) pack(w.g, width, g.data, 1, g.token, dv, queries, T(1));
     read_rows<E, T>(g, queries, dv, T(1), w.g_rows);
   }
-  read_numbers<E, T>(p, w, b, h, start, queries);
+  read_numbers<T>(p, w, b, h, start, queries);
 
   for (int part = 0; part < w.tiles.count; ++part) {
     const int key = w.tiles.start(part), count = w.tiles.size(part);
-    const ptrdiff_t k_at = static_cast<ptrdiff_t>(key) * w.k_pitch,
-                    v_at = static_cast<ptrdiff_t>(key) * w.v_pitch;
-    multiply<T>(vecs,
-                {count, d, w.k + k_at, w.k_pitch, 1, w.q, width, nullptr, 0, w.p, width, w.sizes + key});
-    if (wanted) multiply<T>(vecs, {count, dv, w.v + v_at, w.v_pitch, 1, w.g, width, nullptr, 0, w.ds, width});
-    const bool whole = w.tiles.count == 1;
-    int v = 0;
-    for (; v + 2 <= vecs; v += 2)
-      weights<T, 2>(w.p + v * L, w.ds + v * L, width, count, w.lse + v * L, w.delta + v * L, wanted, whole);
-    if (v < vecs)
-      weights<T, 1>(w.p + v * L, w.ds + v * L, width, count, w.lse + v * L, w.delta + v * L, wanted, whole);
+    const ptrdiff_t at = static_cast<ptrdiff_t>(key) * width;
+    T *weights = w.p + at, *ds = w.ds + at;
+    multiply<T>(vecs, {count, d, w.k + static_cast<ptrdiff_t>(key) * w.k_pitch, w.k_pitch, 1, w.q, width,
+                       nullptr, 0, weights, width});
+    if (wanted)
+      multiply<T>(vecs, {count, dv, w.v + static_cast<ptrdiff_t>(key) * w.v_pitch, w.v_pitch, 1, w.g, width,
+                         nullptr, 0, ds, width});
+    by_twos<T>(vecs, [&](auto two, int i) {
+      exponentiate<T, decltype(two)::value>(weights + i, wanted ? ds + i : weights + i, width, count,
+                                            w.sizes + key, w.lse + i, w.total + i, w.sum + i);
+    });
+  }
+  for (int i = 0; i < vecs * L; i += L) {
+    const Vec<T> total = load(w.total + i), inverse = T(1) / (total == T(0) ? broadcast(T(1)) : total);
+    store(w.total + i, inverse);
+    store(w.sum + i, load(w.sum + i) * inverse);
+  }
+
+  for (int part = 0; part < w.tiles.count; ++part) {
+    const int key = w.tiles.start(part), count = w.tiles.size(part);
+    const ptrdiff_t at = static_cast<ptrdiff_t>(key) * width;
+    T *weights = w.p + at, *ds = w.ds + at;
+    by_twos<T>(vecs, [&](auto two, int i) {
+      finish<T, decltype(two)::value>(weights + i, ds + i, width, count, w.total + i, w.sum + i, w.rest + i);
+    });
     if (p.grad_v) {
-      T* to = w.grad_v + v_at;
-      multiply<T>(w.v_pitch / L, {count, dv ? queries : 0, w.p, width, 1, w.g_rows, w.v_pitch,
+      T* to = w.grad_v + static_cast<ptrdiff_t>(key) * w.v_pitch;
+      multiply<T>(w.v_pitch / L, {count, dv ? queries : 0, weights, width, 1, w.g_rows, w.v_pitch,
                                   tile ? to : nullptr, w.v_pitch, to, w.v_pitch});
     }
     if (p.grad_k) {
-      T* to = w.grad_k + k_at;
-      multiply<T>(w.k_pitch / L, {count, queries, w.ds, width, 1, w.q_rows, w.k_pitch, tile ? to : nullptr,
+      T* to = w.grad_k + static_cast<ptrdiff_t>(key) * w.k_pitch;
+      multiply<T>(w.k_pitch / L, {count, queries, ds, width, 1, w.q_rows, w.k_pitch, tile ? to : nullptr,
                                   w.k_pitch, to, w.k_pitch});
     }
     if (p.grad_q)
-      multiply<T>(w.k_pitch / L, {queries, count, w.ds, 1, width, w.k + k_at, w.k_pitch,
-                                  part ? w.grad_q : nullptr, w.k_pitch, w.grad_q, w.k_pitch});
+      multiply<T>(w.k_pitch / L, {queries, count, ds, 1, width, w.k + static_cast<ptrdiff_t>(key) * w.k_pitch,
+                                  w.k_pitch, part ? w.grad_q : nullptr, w.k_pitch, w.grad_q, w.k_pitch});
   }
   if (p.grad_q) write_rows<E, T>(tokens<E>(p.grad_q, b, h, start), w.grad_q, w.k_pitch, queries, d, scale);
 }

@@ -1,8 +1,7 @@
 // Proportional attention on one core, one instruction set: forward.
 //
 // Floor of N queries and M keys: N M (d + dv) multiply-adds at two vectors of them a cycle, and N M
-// exponentials of about twelve such instructions each; the logarithm of a size is where its key's sums
-// begin. q, k, v and out cross memory once.
+// exponentials of about twelve such instructions each. q, k, v and out cross memory once.
 #include "rows_cpu.h"
 
 namespace vitkernels::attention_with_size {
@@ -36,9 +35,10 @@ struct ForwardScratch {
   }
 };
 
-// One step of the online softmax: p <- e^(p - top) with the new top; rescale is what belongs to the old one.
+// One step of the online softmax: p <- e^(p + bias - top) with the new top and one bias a key; rescale is
+// what belongs to the old one. Sums of products that began with the bias would round as large numbers do.
 template <class T, int V>
-void online_weights(T* p, int width, int keys, T* top, T* sum, T* rescale) {
+void online_weights(T* p, int width, int keys, const T* bias, T* top, T* sum, T* rescale) {
   constexpr int L = kLanes<T>;
   const Vec<T> nothing = broadcast(-static_cast<T>(__builtin_inff()));
   Vec<T> tops[V], run[V];
@@ -49,7 +49,8 @@ void online_weights(T* p, int width, int keys, T* top, T* sum, T* rescale) {
   }
   for (int m = 0; m < keys; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) tops[v] = vmax(load(p + static_cast<ptrdiff_t>(m) * width + v * L), tops[v]);
+    for (int v = 0; v < V; ++v)
+      tops[v] = vmax(load(p + static_cast<ptrdiff_t>(m) * width + v * L) + bias[m], tops[v]);
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const Vec<T> old = load(top + v * L);
@@ -60,7 +61,7 @@ void online_weights(T* p, int width, int keys, T* top, T* sum, T* rescale) {
   for (int m = 0; m < keys; ++m, p += width)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const Vec<T> e = exp_softmax<T>(load(p + v * L) - tops[v]);
+      const Vec<T> e = exp_softmax<T>((load(p + v * L) + bias[m]) - tops[v]);
       store(p + v * L, e);
       run[v] += e;
     }
@@ -97,13 +98,14 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     for (int part = 0; part < w.tiles.count; ++part) {
       const int key = w.tiles.start(part), count = w.tiles.size(part);
       const T* k = w.k + static_cast<ptrdiff_t>(key) * w.k_pitch;
-      multiply<T>(vecs,
-                  {count, p.key_dim, k, w.k_pitch, 1, w.q, width, nullptr, 0, w.p, width, w.sizes + key});
+      multiply<T>(vecs, {count, p.key_dim, k, w.k_pitch, 1, w.q, width, nullptr, 0, w.p, width});
       int v = 0;
       for (; v + 2 <= vecs; v += 2)
-        online_weights<T, 2>(w.p + v * L, width, count, w.top + v * L, w.sum + v * L, w.rescale + v * L);
+        online_weights<T, 2>(w.p + v * L, width, count, w.sizes + key, w.top + v * L, w.sum + v * L,
+                             w.rescale + v * L);
       if (v < vecs)
-        online_weights<T, 1>(w.p + v * L, width, count, w.top + v * L, w.sum + v * L, w.rescale + v * L);
+        online_weights<T, 1>(w.p + v * L, width, count, w.sizes + key, w.top + v * L, w.sum + v * L,
+                             w.rescale + v * L);
       for (int i = 0; part && i < queries; ++i) {
         if (w.rescale[i] == T(1)) continue;
         for (int c = 0; c < w.v_pitch; c += L) {
@@ -131,9 +133,8 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     if (!kSame<E, T> || dv != w.v_pitch) write_rows<E, T>(to, w.out, w.v_pitch, queries, dv, T(1));
     if (!p.lse) continue;
     for (int i = 0; i < vecs * L; i += L) {
-      const Vec<T> top = load(w.top + i);
-      const Vec<T> value = top + log_softmax<T>(load(w.sum + i));
-      store(w.sum + i, top == -static_cast<T>(__builtin_inff()) ? top : value);
+      const Vec<T> top = load(w.top + i), sum = load(w.sum + i);
+      store(w.sum + i, sum == T(0) ? top : top + log_softmax<T>(sum));  // -inf where every key is hidden
     }
     const Matrix<T> lse = tokens<T>(p.lse, b, h, start);
     for (int i = 0; i < queries; ++i) lse.data[i * lse.token] = w.sum[i];

@@ -12,10 +12,9 @@
 // Floor: 2 ceil(t / 2) floor(t / 2) c FLOPs an image, one reading of the metric, 12 t + 4 r bytes written.
 // Scores live in registers: a running maximum and its b per row. The norm of an even token only scales its
 // row, so it is applied to the maximum. Products of fp16 and bf16 tokens are exact in the matrix unit; norms
-// are fp32, as is the division. Ranking: (best, a) as one 64-bit key, a total order in which no two keys are
-// equal, so that any sort gives the same result. The CSR needs no sort: a row's members are its odd token and
-// the merged tokens that chose it; counting them per b, a scan over b, and one pass over the even tokens in
-// rising order place them.
+// are fp32, as is the division. Ranking is by (best, a), a total order in which no two are equal, so that any
+// method gives the same result. The CSR follows: a row's members are its odd token and the merged tokens that
+// chose it, in rising order.
 #pragma once
 #include "vitkernels/params.h"
 

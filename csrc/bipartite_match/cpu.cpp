@@ -116,8 +116,7 @@ struct Call {
   size_t odds, best, choice, evens, plan, shared;
   char* memory = nullptr;
 
-  explicit Call(const Params& p)
-      : params(p), kernel(p.dtype == DType::f64 ? kernels().f64 : kernels().f32) {
+  explicit Call(const Params& p) : params(p), kernel(p.dtype == DType::f64 ? kernels().f64 : kernels().f32) {
     const int64_t count = (p.tokens + 1) / 2;
     panels = (p.tokens / 2 + kernel.panel_odds - 1) / kernel.panel_odds;
     tiles = (count + kernel.tile_evens - 1) / kernel.tile_evens;

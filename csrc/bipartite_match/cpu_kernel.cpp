@@ -23,7 +23,7 @@ constexpr int kPanelVecs = 2, kTileRows = kVectorRegisters == 32 ? 12 : 6;
 constexpr int kBlockTiles = 8;
 
 template <class T>
-constexpr int kPanelWidth = kPanelVecs* kLanes<T>;
+constexpr int kPanelWidth = kPanelVecs * kLanes<T>;
 
 template <class E>
 VITKERNELS_INLINE const E* token_of(const Params& p, int64_t image, int64_t token) {
@@ -87,16 +87,18 @@ void pack_panel(const Params& p, int64_t image, int64_t first, Compute<E>* panel
   }
 }
 
-// The highest scores of a tile's tokens so far, lane by lane, and the vectors of odd tokens they were in.
+// The highest scores of a block's tokens so far, lane by lane, and the vectors of odd tokens they were in.
 template <class T>
 struct Highest {
-  Vec<T> score[kTileRows];
-  IntVec<T> vec[kTileRows];
+  static constexpr int kRows = kBlockTiles * kTileRows;
+  static_assert(kRows % kLanes<T> == 0);
+  Vec<T> score[kRows];
+  IntVec<T> vec[kRows];
 };
 
 template <class T>
 __attribute__((noinline)) void score_tile(const T* evens, const T* panel, int channels, int64_t panel_number,
-                                          Highest<T>* highest) {
+                                          int row, Highest<T>* highest) {
   constexpr int L = kLanes<T>, W = kPanelWidth<T>;
   Vec<T> acc[kTileRows][kPanelVecs] = {};
   const ptrdiff_t stride = channels;
@@ -115,8 +117,8 @@ __attribute__((noinline)) void score_tile(const T* evens, const T* panel, int ch
   }
 #pragma GCC unroll 12
   for (int r = 0; r < kTileRows; ++r) {
-    Vec<T> score = highest->score[r];
-    IntVec<T> vec = highest->vec[r];
+    Vec<T> score = highest->score[row + r];
+    IntVec<T> vec = highest->vec[row + r];
 #pragma GCC unroll 2
     for (int v = 0; v < kPanelVecs; ++v) {
       const IntVec<T> number =
@@ -124,26 +126,38 @@ __attribute__((noinline)) void score_tile(const T* evens, const T* panel, int ch
       vec = acc[r][v] > score ? number : vec;
       score = vmax(acc[r][v], score);  // the old one where the new one is not a number
     }
-    highest->score[r] = score;
-    highest->vec[r] = vec;
+    highest->score[row + r] = score;
+    highest->vec[row + r] = vec;
   }
 }
 
-// Of the lanes' highest scores the highest, the lowest token's among equals.
+// Of the lanes' highest scores the highest, the lowest token's among equals; as many tokens at a time as
+// there are lanes.
 template <class T>
-void choose(const Params& p, Vec<T> scores, IntVec<T> vecs, T* best, int32_t* choice) {
+void choose(const Params& p, const Highest<T>& highest, int rows, T* best, int32_t* choice) {
   constexpr int L = kLanes<T>;
-  T score = scores[0];
-  int64_t token = vecs[0] * L;
-  for (int j = 1; j < L; ++j) {
-    const int64_t candidate = vecs[j] * L + j;
-    if (scores[j] > score || (scores[j] == score && candidate < token)) {
-      score = scores[j];
-      token = candidate;
+  using Int = typename Bits<T>::type;
+  for (int first = 0; first < rows; first += L) {
+    Vec<T> scores[L], vecs[L];
+    for (int j = 0; j < L; ++j) {
+      scores[j] = highest.score[first + j];
+      vecs[j] = bit_cast<Vec<T>>(highest.vec[first + j]);
     }
+    transpose<T>(scores);
+    transpose<T>(vecs);
+    Vec<T> score = scores[0];
+    IntVec<T> token = bit_cast<IntVec<T>>(vecs[0]) * Int(L);
+    for (int j = 1; j < L; ++j) {
+      const IntVec<T> candidate = bit_cast<IntVec<T>>(vecs[j]) * Int(L) + Int(j);
+      const IntVec<T> better = (scores[j] > score) | ((scores[j] == score) & (candidate < token));
+      score = better ? scores[j] : score;
+      token = better ? candidate : token;
+    }
+    token = score == broadcast(T(-2)) ? IntVec<T>{} + Int(p.distill_token) : token;
+    const int count = imin(L, rows - first);
+    store_first(best + first, score, count);
+    for (int i = 0; i < count; ++i) choice[first + i] = static_cast<int32_t>(token[i]);
   }
-  *best = score;
-  *choice = static_cast<int32_t>(score == T(-2) ? p.distill_token : token);
 }
 
 template <class E>
@@ -161,24 +175,21 @@ void score_block(const Params& p, const Image& image, int64_t first, int tiles, 
     }
     const E* token = token_of<E>(p, image.number, 2 * (first + row));
     const T length = length_of(token, p.channels);
-    for (int c = 0; c < p.channels; c += L) {
-      const int channels = imin(L, p.channels - c);
-      store_first(to + c, load_first(token + c, channels) / length, channels);
-    }
+    int c = 0;
+    for (; c + L <= p.channels; c += L) store(to + c, load(token + c) / length);
+    if (c < p.channels) store_first(to + c, load_first(token + c, p.channels - c) / length, p.channels - c);
   }
-  for (int tile = 0; tile < tiles; ++tile)
-    for (int r = 0; r < kTileRows; ++r) {
-      highest[tile].score[r] = broadcast(T(-2));
-      highest[tile].vec[r] = IntVec<T>{};
-    }
+  for (int row = 0; row < Highest<T>::kRows; ++row) {
+    highest->score[row] = broadcast(T(-2));
+    highest->vec[row] = IntVec<T>{};
+  }
   const T* panel = static_cast<const T*>(image.odds);
   for (int64_t i = 0; i < panels; ++i, panel += static_cast<ptrdiff_t>(kPanelWidth<T>) * p.channels)
     for (int tile = 0; tile < tiles; ++tile)
-      score_tile<T>(evens + tile * tile_size, panel, p.channels, i, highest + tile);
-  for (int row = 0; row < tiles * kTileRows && first + row < count; ++row)
-    choose<T>(p, highest[row / kTileRows].score[row % kTileRows],
-              highest[row / kTileRows].vec[row % kTileRows], static_cast<T*>(image.best) + first + row,
-              image.choice + first + row);
+      score_tile<T>(evens + tile * tile_size, panel, p.channels, i, tile * kTileRows, highest);
+  const int64_t left = count - first;
+  choose<T>(p, *highest, left < tiles * kTileRows ? static_cast<int>(left) : tiles * kTileRows,
+            static_cast<T*>(image.best) + first, image.choice + first);
 }
 
 // ---- by dtype
@@ -190,7 +201,7 @@ size_t odds_bytes(const Params& p) {
 }
 template <class T>
 size_t evens_bytes(const Params& p) {
-  return kBlockTiles * (sizeof(Highest<T>) + kTileRows * static_cast<size_t>(p.channels) * sizeof(T));
+  return sizeof(Highest<T>) + static_cast<size_t>(Highest<T>::kRows) * p.channels * sizeof(T);
 }
 
 template <class T>
@@ -211,7 +222,7 @@ void score_tiles(const Params& p, const Image& image, int64_t begin, int64_t end
     using E = decltype(element);
     if constexpr (kSame<Compute<E>, T>) {
       Highest<T>* highest = static_cast<Highest<T>*>(memory);
-      T* evens = reinterpret_cast<T*>(highest + kBlockTiles);
+      T* evens = reinterpret_cast<T*>(highest + 1);
       for (int64_t tile = begin; tile < end; tile += kBlockTiles)
         score_block<E>(p, image, tile * kTileRows, imin(kBlockTiles, static_cast<int>(end - tile)), evens,
                        highest);

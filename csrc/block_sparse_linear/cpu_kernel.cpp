@@ -43,50 +43,87 @@ struct Tokens {
 
 // ---- y = activation(x W^T + bias), or the gradient of x
 
+// Where a tile's rows go, and what is on the way; a row costs few instructions beside its sums.
 template <class E, class T, int V>
-void finish_tile(const Params& p, bool backward, const T* sums, int64_t token, int rows, int first,
-                 int count) {
-  constexpr int L = kLanes<T>;
-  const View& out = backward ? p.grad_x : p.y;
-  const E* bias = backward || !p.bias ? nullptr : static_cast<const E*>(p.bias.data) + first;
+struct Finish {
+  E *to, *before;
+  ptrdiff_t step, before_step;
+  Vec<T> shift[V];
+  int count;  // real lanes
+
+  template <Activation A, bool kWhole>
+  void rows(const T* sums, int count_of_rows) const {
+    constexpr int L = kLanes<T>;
+    E *row = to, *kept = before;
+    for (int r = 0; r < count_of_rows; ++r, row += step, kept += before_step, sums += V * L) {
 #pragma GCC unroll 2
-  for (int v = 0; v < V; ++v) {
-    const int real = imin(L, count - v * L);
-    if (real <= 0) return;
-    const Vec<T> shift = !bias ? Vec<T>{} : real == L ? load(bias + v * L) : load_first(bias + v * L, real);
-    for (int r = 0; r < rows; ++r) {
-      Vec<T> z = load(sums + (r * V + v) * L) + shift;
-      E* to = const_cast<E*>(row_of<E>(out, token + r)) + first + v * L;
-      if (!backward && p.activation == Activation::gelu) {
-        if (p.before) {
-          E* before = const_cast<E*>(row_of<E>(p.before, token + r)) + first + v * L;
-          if (real == L)
-            store(before, z);
-          else
-            store_first(before, z, real);
+      for (int v = 0; v < V; ++v) {
+        const int real = kWhole ? L : imin(L, count - v * L);
+        if (!kWhole && real <= 0) break;
+        Vec<T> z = load(sums + v * L) + shift[v];
+        if constexpr (A == Activation::gelu) {
+          if (before) put<kWhole>(kept + v * L, z, real);
+          z = gelu<T>(z);
+        } else if constexpr (A == Activation::relu) {
+          z = z <= T(0) ? Vec<T>{} : z;  // NaN passes
         }
-        z = gelu<T>(z);
-      } else if (!backward && p.activation == Activation::relu) {
-        z = z <= T(0) ? Vec<T>{} : z;  // NaN passes
+        put<kWhole>(row + v * L, z, real);
       }
-      if (real == L)
-        store(to, z);
-      else
-        store_first(to, z, real);
     }
   }
-}
+
+  template <bool kWhole>
+  static void put(E* to, Vec<T> z, int real) {
+    if (kWhole || real == kLanes<T>)
+      store(to, z);
+    else
+      store_first(to, z, real);
+  }
+
+  template <Activation A>
+  void rows(const T* sums, int count_of_rows) const {
+    if (count >= V * kLanes<T>)
+      rows<A, true>(sums, count_of_rows);
+    else
+      rows<A, false>(sums, count_of_rows);
+  }
+};
 
 template <class E, class T, int V>
-void panel_tile(const Params& p, bool backward, const Run<T>& run, int blocks, int64_t token, int rows,
+void panel_tile(const Params& p, bool backward, const Run<T>& run, const Runs& runs, int64_t token, int rows,
                 int first, int count) {
-  T sums[kMaxRows * kPanelVecs * kLanes<T>];
+  constexpr int L = kLanes<T>;
+  const View& out = backward ? p.grad_x : p.y;
+  Finish<E, T, V> finish{};
+  finish.count = count;
+  finish.step = static_cast<ptrdiff_t>(out.stride[0]);
+  finish.to = const_cast<E*>(row_of<E>(out, token)) + first;
+  if (!backward && p.before) {
+    finish.before_step = static_cast<ptrdiff_t>(p.before.stride[0]);
+    finish.before = const_cast<E*>(row_of<E>(p.before, token)) + first;
+  }
+  if (!backward && p.bias) {
+    const E* bias = static_cast<const E*>(p.bias.data) + first;
+    for (int v = 0; v < V && v * L < count; ++v)
+      finish.shift[v] = count - v * L >= L ? load(bias + v * L) : load_first(bias + v * L, count - v * L);
+  }
+  const Activation activation = backward ? Activation::none : p.activation;
+  T sums[kRows<V> * V * L];
   for (int r = 0; r < rows; r += kRows<V>) {
     Run<T> part = run;
     part.features += r * run.token_step;
     const int tile = imin(kRows<V>, rows - r);
-    multiply_panel<T, V>(part, blocks, tile, sums);
-    finish_tile<E, T, V>(p, backward, sums, token + r, tile, first, count);
+    // The lines to write arrive while the sums are made.
+    for (int i = 0; i < tile; ++i) __builtin_prefetch(finish.to + i * finish.step, 1);
+    multiply_panel<T, V>(part, runs, tile, sums);
+    if (activation == Activation::none)
+      finish.template rows<Activation::none>(sums, tile);
+    else if (activation == Activation::gelu)
+      finish.template rows<Activation::gelu>(sums, tile);
+    else
+      finish.template rows<Activation::relu>(sums, tile);
+    finish.to += tile * finish.step;
+    finish.before += tile * finish.before_step;
   }
 }
 
@@ -108,6 +145,7 @@ void product_item(const Params& p, const Side& side, bool backward, int64_t begi
   weights += start * padded * side.depth;
   Run<T> run{nullptr,    features.block_step, features.token_step,           nullptr, side.ids + start, 0,
              side.depth, side.blocks - 1,     side.depth_of(side.blocks - 1)};
+  const Runs runs(blocks, side.depth);
   // Tiles of equal height: a row too few leaves adders idle.
   const int tokens = static_cast<int>(end - begin), tiles = ceil_div(tokens, kMaxRows);
   int64_t token = begin;
@@ -118,9 +156,9 @@ void product_item(const Params& p, const Side& side, bool backward, int64_t begi
       run.weights = weights + static_cast<ptrdiff_t>(blocks) * side.depth * lane;
       const int first = group * side.lanes + lane, count = lanes - lane;
       if (padded - lane >= kPanelVecs * L)
-        panel_tile<E, T, kPanelVecs>(p, backward, run, blocks, token, rows, first, count);
+        panel_tile<E, T, kPanelVecs>(p, backward, run, runs, token, rows, first, count);
       else
-        panel_tile<E, T, 1>(p, backward, run, blocks, token, rows, first, count);
+        panel_tile<E, T, 1>(p, backward, run, runs, token, rows, first, count);
     }
     token += rows;
   }

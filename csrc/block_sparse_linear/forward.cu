@@ -12,85 +12,10 @@
 #include "product.h"
 #include "tiles.h"
 #include "vitkernels/tile_attention_engine.h"
+#include "vitkernels/warp_product.h"
 
 namespace vitkernels::block_sparse_linear {
 namespace {
-
-// The sums of a warp: two times 16 tokens, TILES x 16 outputs, in the layout of mma_m16n8k16.
-template <class T, int TILES>
-using Sums = accumulate_t<T>[2][TILES][2][4];
-
-// One step of 16: x [32][LD] of this warp, weights those of its tiles as load_weights leaves them, LD apart.
-template <bool BY_ROWS, int LD, class T, int TILES>
-VK_DEVICE void multiply(Sums<T, TILES>& sums, const T* x, const T* weights, int mask) {
-  using C = Config<T>;
-  const int lane = lane_id();
-  if constexpr (C::HALF) {
-    uint32_t left[2][4];
-    x += (lane & 15) * C::LD + (lane >> 4) * 8;
-    ldmatrix_x4(left[0], x);
-    ldmatrix_x4(left[1], x + 16 * C::LD);
-    weights += BY_ROWS ? ((lane & 7) + (lane >> 4) * 8) * LD + ((lane >> 3) & 1) * 8
-                       : (lane & 15) * LD + (lane >> 4) * 8;
-    VK_UNROLL
-    for (int i = 0; i < TILES; ++i) {
-      if ((mask >> i & 1) == 0) continue;
-      uint32_t right[4];
-      if constexpr (BY_ROWS) {
-        ldmatrix_x4(right, weights + 16 * i * LD);
-      } else {
-        ldmatrix_x4_trans(right, weights + 16 * i);
-      }
-      VK_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        mma_m16n8k16<T>(sums[half][i][0], left[half], {right[0], right[1]});
-        mma_m16n8k16<T>(sums[half][i][1], left[half], {right[2], right[3]});
-      }
-    }
-  } else {
-    constexpr int WIDTH = C::WIDTH;
-    const int g = lane / 4, t = lane % 4;
-    x += g * C::LD;
-    VK_NO_UNROLL
-    for (int k = 0; k < 16; k += WIDTH) {
-      Vec<T, WIDTH> left[4];
-      VK_UNROLL
-      for (int r = 0; r < 4; ++r) left[r] = Vec<T, WIDTH>::load(x + 8 * r * C::LD + k);
-      VK_UNROLL
-      for (int i = 0; i < TILES; ++i) {
-        if ((mask >> i & 1) == 0) continue;
-        VK_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          T right[2][WIDTH];
-          const int column = 16 * i + 8 * j + 2 * t;
-          if constexpr (BY_ROWS) {
-            VK_UNROLL
-            for (int c = 0; c < 2; ++c) {
-              const auto values = Vec<T, WIDTH>::load(weights + (column + c) * LD + k);
-              VK_UNROLL
-              for (int e = 0; e < WIDTH; ++e) right[c][e] = values[e];
-            }
-          } else {
-            VK_UNROLL
-            for (int e = 0; e < WIDTH; ++e) {
-              const auto values = Vec<T, 2>::load(weights + (k + e) * LD + column);
-              right[0][e] = values[0];
-              right[1][e] = values[1];
-            }
-          }
-          VK_UNROLL
-          for (int e = 0; e < WIDTH; ++e) {
-            VK_UNROLL
-            for (int r = 0; r < 4; ++r) {
-              sums[r / 2][i][j][r % 2 * 2] += left[r][e] * right[0][e];
-              sums[r / 2][i][j][r % 2 * 2 + 1] += left[r][e] * right[1][e];
-            }
-          }
-        }
-      }
-    }
-  }
-}
 
 template <class Acc>
 VK_DEVICE Acc activate(Acc z, Activation activation) {
@@ -182,12 +107,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * ROWS * SIDES, 1) product_kernel(Problem<T> 
     return masks;
   };
 
-  Sums<T, TILES> sums;
-  VK_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    VK_UNROLL
-    for (int i = 0; i < TILES; ++i) tile_attention::clear(sums[half][i]);
-  }
+  WarpSums<T, TILES> sums;
+  clear_sums<T, TILES>(sums);
   uint32_t masks[STAGES];  // of the stages in flight, the oldest first
   VK_UNROLL
   for (int s = 0; s < STAGES - 1; ++s) masks[s] = load(s);
@@ -204,7 +125,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * ROWS * SIDES, 1) product_kernel(Problem<T> 
       const T* weights =
           stage + S::X + 16 * s * (BY_ROWS ? 1 : S::LD) + 16 * TILES * side * (BY_ROWS ? S::LD : 1);
       if (mask != 0)
-        multiply<BY_ROWS, S::LD, T, TILES>(sums, stage + warp_row * 32 * C::LD + 16 * s, weights, mask);
+        multiply_step<true, BY_ROWS, C::LD, S::LD, T, TILES>(sums, stage + warp_row * 32 * C::LD + 16 * s,
+                                                             weights, mask);
     }
     place = place == STAGES - 1 ? 0 : place + 1;
     VK_UNROLL

@@ -131,16 +131,27 @@ VITKERNELS_INLINE void multiply_tokens(const Run<T>& run, int rows, T* sums, boo
     multiply_tokens<T, V, R - 1>(run, rows, sums, add);
 }
 
+// How the blocks of a row are cut into chains of sums: the first `longer` of them take one block more.
+struct Runs {
+  int count, blocks, longer;
+
+  Runs(int all, int depth) {
+    const int most = depth >= kTerms ? 1 : kTerms / depth;
+    count = ceil_div(all, most);
+    blocks = count ? all / count : 0;
+    longer = count ? all % count : 0;
+  }
+};
+
 // All blocks of a panel: sums [rows][V vectors] of the tile, zeros where the row of blocks is empty.
 template <class T, int V>
-static void multiply_panel(Run<T> run, int count, int rows, T* sums) {
-  if (count == 0) {
+static void multiply_panel(Run<T> run, const Runs& runs, int rows, T* sums) {
+  if (runs.count == 0) {
     for (int i = 0; i < rows * V; ++i) store(sums + i * kLanes<T>, Vec<T>{});
     return;
   }
-  const int most = run.depth >= kTerms ? 1 : kTerms / run.depth, runs = ceil_div(count, most);
-  for (int i = 0, done = 0; i < runs; ++i, done += run.count) {
-    run.count = ceil_div(count - done, runs - i);
+  for (int i = 0; i < runs.count; ++i) {
+    run.count = runs.blocks + (i < runs.longer);
     multiply_tokens<T, V>(run, rows, sums, i > 0);
     run.weights += static_cast<ptrdiff_t>(run.count) * run.depth * (V * kLanes<T>);
     run.ids += run.count;

@@ -62,13 +62,14 @@ void set_gradients(Params* p, const Argument& grad_z, const Argument& grad_g, co
 // is a device index or a number of threads.
 template <class Run>
 auto forward_with(Run run) {
-  return
-      [run](int where, uintptr_t stream, const Argument& y, const Argument& y_other, const Argument& divisors,
-            const Argument& z, const Argument& g, const Argument& other, const std::string& normalize) {
-        const Params p = make_params(z, g, other, y, y_other, divisors, normalize);
-        py::gil_scoped_release release;
-        run(p, where, reinterpret_cast<Stream>(stream));
-      };
+  return [run](int where, uintptr_t stream, uintptr_t workspace, const Argument& y, const Argument& y_other,
+               const Argument& divisors, const Argument& z, const Argument& g, const Argument& other,
+               const std::string& normalize) {
+    Params p = make_params(z, g, other, y, y_other, divisors, normalize);
+    p.workspace = reinterpret_cast<void*>(workspace);
+    py::gil_scoped_release release;
+    run(p, where, reinterpret_cast<Stream>(stream));
+  };
 }
 
 template <class Run>
@@ -106,6 +107,10 @@ void bind(py::module_& module) {
                ScopedDevice scope(device);
                backward_cuda(p, stream);
              }));
+  module.def("learnable_token_merge_forward_workspace_cuda",
+             [](const Argument& z, const Argument& g, const Argument& other, const std::string& normalize) {
+               return forward_workspace_cuda(make_params(z, g, other, {}, {}, {}, normalize));
+             });
   module.def("learnable_token_merge_workspace_cuda",
              [](const Argument& grad_z, const Argument& grad_g, const Argument& grad_other,
                 const Argument& grad_y, const Argument& grad_y_other, const Argument& z, const Argument& g,

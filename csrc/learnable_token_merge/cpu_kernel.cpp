@@ -23,29 +23,34 @@ struct Slices {
 
 template <class T>
 struct ProductScratch {
-  T *tops, *divisors, *weights, *left, *panel, *sums;
+  T *numbers, *weights, *left, *panels, *sums;
   size_t size;
 
   // depth: of the product; rows: of its result
   ProductScratch(const Params& p, int64_t depth, int64_t rows, bool packs_left, Scratch scratch) {
     const size_t pitch = pitch_of<T>(p), width = kPanelVecs * kLanes<T>;
-    tops = scratch.take<T>(pitch);
-    divisors = scratch.take<T>(pitch);
+    numbers = scratch.take<T>(3 * pitch);
     weights = scratch.take<T>(p.tokens * pitch);
-    left = scratch.take<T>(packs_left ? p.tokens * (pitch + kRows) : 0);
-    panel = scratch.take<T>(depth * width);
+    left = scratch.take<T>(packs_left ? p.tokens * pitch : 0);
+    panels = scratch.take<T>(depth * width * kGroupPanels);
     sums = scratch.take<T>(rows * width);
     size = scratch.used;
   }
 };
 
-// left[group of kRows merged tokens][token][kRows]
+// left[group of merged tokens][token][merged token of the group]
 template <class T>
 void pack_columns(const T* weights, int pitch, int tokens, int merged, T* left) {
-  for (int p = 0; p < merged; p += kRows, left += static_cast<ptrdiff_t>(tokens) * kRows)
-    for (int n = 0; n < tokens; ++n)
-      for (int r = 0; r < kRows; ++r)
-        left[n * kRows + r] = p + r < merged ? weights[static_cast<ptrdiff_t>(n) * pitch + p + r] : T(0);
+  const RowGroups groups(merged);
+  for (int n = 0; n < tokens; ++n, weights += pitch)
+    for (int g = 0; g < groups.count; ++g) {
+      const int first = groups.start(g), size = groups.size(g);
+      T* to = left + static_cast<ptrdiff_t>(first) * tokens + n * size;
+      if (size == kRows)
+        __builtin_memcpy(to, weights + first, kRows * sizeof(T));
+      else
+        for (int r = 0; r < size; ++r) to[r] = weights[first + r];
+    }
 }
 
 template <class E, class M, bool Forward>
@@ -65,7 +70,7 @@ void product_range(const Params& p, int64_t begin, int64_t end, void* memory) {
       T* kept = nullptr;
       if (Forward && p.divisors && group == 0 && (p.g.stride[0] || b == 0))
         kept = static_cast<T*>(p.divisors.data) + b * p.divisors.stride[0];
-      fill_weights<E, M, T>(mask, w.tops, w.divisors, kept, w.weights, pitch);
+      fill_weights<E, M, T>(mask, w.numbers, kept, w.weights, pitch);
       if (Forward) pack_columns(w.weights, pitch, tokens, merged, w.left);
       filled = mask_of;
     }
@@ -74,24 +79,19 @@ void product_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     const Panels<T>& panels = second ? slices.second : slices.first;
     const View& from = Forward ? (second ? p.other : p.z) : (second ? p.grad_y_other : p.grad_y);
     const View& to = Forward ? (second ? p.y_other : p.y) : (second ? p.grad_other : p.grad_z);
-    for (int panel = panels.panel(group); panel < panels.panel(group + 1); ++panel) {
+    const int begin_panel = panels.panel(group), end_panel = panels.panel(group + 1);
+    if (from)
+      pack_panels<E, T>(w.panels, static_cast<const E*>(from.data) + b * from.stride[0], from.stride[1],
+                        depth, panels, begin_panel, end_panel);
+    const T* packed = w.panels;
+    for (int panel = begin_panel; panel < end_panel; ++panel) {
       const int first = panels.vec(panel) * L, vecs = panels.vec(panel + 1) - panels.vec(panel);
       const int width = vecs * L, lanes = imin(width, panels.lanes - first);
-      if (from)
-        pack_panel(w.panel, static_cast<const E*>(from.data) + b * from.stride[0] + first, from.stride[1],
-                   depth, vecs, lanes);
       E* target = static_cast<E*>(to.data) + b * to.stride[0] + first;
-      Product<T> product{rows,
-                         from ? depth : 0,
-                         Forward ? w.left : w.weights,
-                         Forward ? 1 : pitch,
-                         Forward ? kRows : 1,
-                         w.panel,
-                         width,
-                         nullptr,
-                         0,
-                         w.sums,
-                         width};
+      Product<T> product{
+          rows, from ? depth : 0, Forward ? w.left : w.weights, pitch, 1, packed, width, nullptr, 0, w.sums,
+          width};
+      packed += static_cast<ptrdiff_t>(depth) * width;
       bool in_place = false;
       if constexpr (kSame<E, T>) {
         in_place = lanes == width;
@@ -100,9 +100,7 @@ void product_range(const Params& p, int64_t begin, int64_t end, void* memory) {
           product.c_row = to.stride[1];
         }
       }
-      multiply_panel<T>(
-          vecs, product,
-          Forward ? static_cast<ptrdiff_t>(tokens) * kRows : static_cast<ptrdiff_t>(pitch) * kRows);
+      multiply_panel<T>(vecs, product, Forward);
       if (!in_place) write_panel<E, T>(target, to.stride[1], w.sums, width, rows, lanes);
     }
   }

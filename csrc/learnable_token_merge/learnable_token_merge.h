@@ -40,11 +40,13 @@ struct Params {
   View grad_y, grad_y_other;  // channels side by side
   View grad_z, grad_other;    // as z and other
   View grad_g;                // as g, batch stride 0: summed over the batch
-  void* workspace = nullptr;  // backward_workspace_cuda() bytes
+
+  void* workspace = nullptr;  // CUDA: forward_ or backward_workspace_cuda() bytes
 };
 
 void forward_cuda(const Params& params, Stream stream);
 void backward_cuda(const Params& params, Stream stream);
+int64_t forward_workspace_cuda(const Params& params);
 int64_t backward_workspace_cuda(const Params& params);
 
 void forward_cpu(const Params& params, int threads);

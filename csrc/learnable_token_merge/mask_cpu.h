@@ -30,6 +30,36 @@ VITKERNELS_INLINE Vec<T> load_or(const M* p, int count, Vec<T> beyond) {
   return load(all);
 }
 
+template <class M, class T>
+VITKERNELS_INLINE void store_some(M* to, Vec<T> x, int count) {
+  if (count >= kLanes<T>)
+    store(to, x);
+  else
+    store_first(to, x, count);
+}
+
+// Sums down the rows of `vecs` vectors of columns, in runs of kRun rows.
+template <class T>
+struct ColumnSums {
+  T *run, *sum;
+  int vecs, rows = 0;
+
+  ColumnSums(T* run, T* sum, int vecs) : run(run), sum(sum), vecs(vecs) {
+    for (int i = 0; i < vecs * kLanes<T>; i += kLanes<T>) {
+      store(run + i, Vec<T>{});
+      store(sum + i, Vec<T>{});
+    }
+  }
+  void add(int i, Vec<T> x) const { store(run + i, load(run + i) + x); }
+  void end_row(bool last) {
+    if (++rows % kRun != 0 && !last) return;
+    for (int i = 0; i < vecs * kLanes<T>; i += kLanes<T>) {
+      store(sum + i, load(sum + i) + load(run + i));
+      store(run + i, Vec<T>{});
+    }
+  }
+};
+
 // One mask [token][merged token] of element type M.
 template <class M, class T>
 struct Mask {
@@ -46,84 +76,93 @@ struct Mask {
         kind(p.normalize) {}
 
   bool by_columns() const { return kind == Normalize::sum || kind == Normalize::softmax; }
-  const M* at(int token, int column) const { return data + token * row + column; }
+  Vec<T> read(int token, int column, Vec<T> beyond) const {
+    return load_or<M, T>(data + token * row + column, merged - column, beyond);
+  }
 
-  // Of one vector of columns: the largest element and the sum of the exponentials, or ("sum") the sum and
-  // what it divides by.
-  void measure_columns(int column, Vec<T>* top, Vec<T>* divisor) const {
-    const int count = imin(kLanes<T>, merged - column);
-    Vec<T> highest = load_or<M, T>(at(0, column), count, Vec<T>{}), sum = {};
-    if (kind == Normalize::softmax)
-      for (int n = 1; n < tokens; ++n) highest = vmax(load_or<M, T>(at(n, column), count, Vec<T>{}), highest);
-    for (int n = 0; n < tokens;) {
+  // The weights of columns [first, first + vecs * L) of all tokens, to[token][pitch], which the columns
+  // divide. Of each column `tops` gets the largest element of a softmax and `sums` what divides: the sum of
+  // exponentials, or the sum (1 for one of 0, where tops is 0).
+  template <class E>
+  void divide_columns(int first, int vecs, T* tops, T* sums, T* run, T* to, int pitch) const {
+    constexpr int L = kLanes<T>;
+    const int lanes = vecs * L;
+    const bool softmax = kind == Normalize::softmax;
+    for (int i = 0; softmax && i < lanes; i += L) store(tops + i, read(0, first + i, Vec<T>{}));
+    for (int n = 1; softmax && n < tokens; ++n)
+      for (int i = 0; i < lanes; i += L) store(tops + i, vmax(read(n, first + i, Vec<T>{}), load(tops + i)));
+    ColumnSums<T> all(run, sums, vecs);
+    for (int n = 0; n < tokens; ++n) {
+      T* target = to + static_cast<ptrdiff_t>(n) * pitch;
+      for (int i = 0; i < lanes; i += L) {
+        Vec<T> x = read(n, first + i, Vec<T>{});
+        if (softmax) x = exp_softmax<T>(x - load(tops + i));
+        store(target + i, x);
+        all.add(i, x);
+      }
+      all.end_row(n + 1 == tokens);
+    }
+    for (int i = 0; i < lanes; i += L) {
+      const Vec<T> sum = load(sums + i);
+      if (!softmax) store(tops + i, sum);
+      if (!softmax) store(sums + i, sum == T(0) ? broadcast(T(1)) : sum);
+      store(run + i, T(1) / sum);
+    }
+    for (int n = 0; n < tokens; ++n, to += pitch)
+      for (int i = 0; i < lanes; i += L) {
+        const Vec<T> x = load(to + i);
+        store(to + i, rounded<E, T>(softmax ? x * load(run + i) : x / load(sums + i)));
+      }
+  }
+
+  // The weights of one token, divided by their own sum or not at all. Returns the logarithm of the sum.
+  template <class E>
+  T divide_row(int token, T* to) const {
+    constexpr int L = kLanes<T>;
+    if (kind != Normalize::softmax_rows) {
+      for (int i = 0; i < merged; i += L) store(to + i, rounded<E, T>(read(token, i, Vec<T>{})));
+      return 0;
+    }
+    const Vec<T> nothing = broadcast(-static_cast<T>(__builtin_inff()));
+    Vec<T> highest = nothing, sum = {};
+    for (int i = 0; i < merged; i += L) highest = vmax(read(token, i, nothing), highest);
+    T lanes[L];
+    store(lanes, highest);
+    T top = lanes[0];
+    for (int i = 1; i < L; ++i) top = lanes[i] > top ? lanes[i] : top;
+    for (int i = 0; i < merged;) {
       Vec<T> run = {};
-      for (const int end = imin(tokens, n + kRun); n < end; ++n) {
-        const Vec<T> x = load_or<M, T>(at(n, column), count, Vec<T>{});
-        run += kind == Normalize::softmax ? exp_softmax<T>(x - highest) : x;
+      for (const int end = imin(merged, i + kRun * L); i < end; i += L) {
+        const Vec<T> e = exp_softmax<T>(read(token, i, nothing) - top);
+        store(to + i, e);
+        run += e;
       }
       sum += run;
     }
-    *top = kind == Normalize::sum ? sum : highest;
-    *divisor = kind == Normalize::sum ? (sum == T(0) ? broadcast(T(1)) : sum) : sum;
-  }
-  // The same of one row.
-  void measure_row(int token, T* top, T* divisor) const {
-    const Vec<T> nothing = broadcast(-static_cast<T>(__builtin_inff()));
-    Vec<T> highest = nothing, sum = {};
-    for (int i = 0; i < merged; i += kLanes<T>)
-      highest = vmax(load_or<M, T>(at(token, i), merged - i, nothing), highest);
-    T lanes[kLanes<T>];
-    store(lanes, highest);
-    T most = lanes[0];
-    for (int i = 1; i < kLanes<T>; ++i) most = lanes[i] > most ? lanes[i] : most;
-    for (int i = 0; i < merged;) {
-      Vec<T> run = {};
-      for (const int end = imin(merged, i + kRun * kLanes<T>); i < end; i += kLanes<T>)
-        run += exp_softmax<T>(load_or<M, T>(at(token, i), merged - i, nothing) - most);
-      sum += run;
-    }
-    *top = most;
-    *divisor = across<T>(sum);
-  }
-
-  // The weight of an element, given the largest and the divisor of its row or column.
-  Vec<T> weight(Vec<T> x, Vec<T> top, Vec<T> divisor) const {
-    if (kind == Normalize::none) return x;
-    if (kind == Normalize::sum) return x / divisor;
-    return exp_softmax<T>(x - top) / divisor;
-  }
-
-  // What the backward pass and the user see of a divisor: its logarithm, but for "sum".
-  Vec<T> kept(Vec<T> top, Vec<T> divisor) const {
-    return kind == Normalize::sum ? divisor : top + log_softmax<T>(divisor);
+    const T all = across<T>(sum), inverse = 1 / all;
+    for (int i = 0; i < merged; i += L) store(to + i, rounded<E, T>(load(to + i) * inverse));
+    return top + log_softmax<T>(broadcast(all))[0];
   }
 };
 
-// The weights of a mask, [token][pitch], rounded to E; the columns' measures in `tops` and `divisors`, of
-// `pitch` elements each. Leaves the divisors in `kept` unless it is null.
+// All weights of a mask, [token][pitch], rounded to E; numbers are three arrays of `pitch`. Leaves the
+// divisors in `kept` unless it is null.
 template <class E, class M, class T>
-static void fill_weights(const Mask<M, T>& mask, T* tops, T* divisors, T* kept, T* to, int pitch) {
+static void fill_weights(const Mask<M, T>& mask, T* numbers, T* kept, T* to, int pitch) {
   constexpr int L = kLanes<T>;
-  for (int i = 0; i < mask.merged; i += L) {
-    Vec<T> top = {}, divisor = {};
-    if (mask.by_columns()) mask.measure_columns(i, &top, &divisor);
-    store(tops + i, top);
-    store(divisors + i, divisor);
-    if (kept && mask.by_columns()) store_first(kept + i, mask.kept(top, divisor), imin(L, mask.merged - i));
+  T *tops = numbers, *sums = numbers + pitch;
+  if (!mask.by_columns()) {
+    for (int n = 0; n < mask.tokens; ++n) {
+      const T log = mask.template divide_row<E>(n, to + static_cast<ptrdiff_t>(n) * pitch);
+      if (kept) kept[n] = log;
+    }
+    return;
   }
-  for (int n = 0; n < mask.tokens; ++n, to += pitch) {
-    T top = 0, divisor = 0;
-    if (mask.kind == Normalize::softmax_rows) {
-      mask.measure_row(n, &top, &divisor);
-      if (kept) store_one(kept + n, mask.kept(broadcast(top), broadcast(divisor))[0]);
-    }
-    for (int i = 0; i < mask.merged; i += L) {
-      const Vec<T> x = load_or<M, T>(mask.at(n, i), mask.merged - i, Vec<T>{});
-      const bool columns = mask.by_columns();
-      const Vec<T> weight = mask.weight(x, columns ? load(tops + i) : broadcast(top),
-                                        columns ? load(divisors + i) : broadcast(divisor));
-      store(to + i, rounded<E, T>(weight));
-    }
+  mask.template divide_columns<E>(0, pitch / L, tops, sums, numbers + 2 * pitch, to, pitch);
+  for (int i = 0; kept && i < mask.merged; i += L) {
+    const Vec<T> sum = load(sums + i);
+    store_some<T, T>(kept + i, mask.kind == Normalize::sum ? sum : load(tops + i) + log_softmax<T>(sum),
+                     mask.merged - i);
   }
 }
 

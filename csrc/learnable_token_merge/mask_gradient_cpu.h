@@ -77,7 +77,7 @@ void add_products(const Params& p, const SumsScratch<T>& w, const View& z, const
       product.b_k = vecs * L;
       product.c = sums + lane;
       product.add = first && s == 0 ? nullptr : product.c;
-      multiply_panel<T>(vecs, product, kRows * product.a_row);
+      multiply_panel<T>(vecs, product, false);
       packed += static_cast<ptrdiff_t>(depth) * vecs * L;
     }
   }
@@ -122,66 +122,69 @@ VITKERNELS_INLINE Vec<T> total(T* sums, const Chunks<T>& chunks, bool shared_mas
   return sum;
 }
 
-template <class M, class T>
-VITKERNELS_INLINE void store_some(M* to, Vec<T> x, int count) {
-  if (count >= kLanes<T>)
-    store(to, x);
-  else
-    store_first(to, x, count);
-}
+template <class T>
+struct ChainScratch {
+  T *numbers, *weights;  // of a piece: five arrays, and [token][lane] or one row
+  size_t size;
+  ChainScratch(const Params& p, Scratch scratch) {
+    const size_t lanes = kChainVecs * kLanes<T>, pitch = round_up_lanes<T>(static_cast<int>(p.merged_tokens));
+    numbers = scratch.take<T>(5 * lanes);
+    weights = scratch.take<T>(p.tokens * lanes > pitch ? p.tokens * lanes : pitch);
+    size = scratch.used;
+  }
+};
 
+// The gradient of columns [first, first + vecs * L), for a mask that its columns divide.
 template <class M, class T>
-void chain_columns(const Params& p, const Mask<M, T>& mask, const Chunks<T>& chunks, T* sums, M* to,
-                   int column) {
-  const bool shared_mask = p.g.stride[0] == 0;
-  const int count = imin(kLanes<T>, mask.merged - column);
-  Vec<T> top, divisor, mean = {};
-  mask.measure_columns(column, &top, &divisor);
-  for (int n = 0; n < mask.tokens;) {
-    Vec<T> run = {};
-    for (const int end = imin(mask.tokens, n + kRun); n < end; ++n) {
-      const ptrdiff_t at = static_cast<ptrdiff_t>(n) * chunks.pitch + column;
+void chain_columns(const Mask<M, T>& mask, const Chunks<T>& chunks, bool shared_mask,
+                   const ChainScratch<T>& w, T* sums, M* to, ptrdiff_t row, int first, int vecs) {
+  constexpr int L = kLanes<T>, pitch = kChainVecs * L;
+  T *tops = w.numbers, *divisors = tops + pitch, *run = divisors + pitch, *means = run + pitch;
+  mask.template divide_columns<T>(first, vecs, tops, divisors, run, w.weights, pitch);
+  ColumnSums<T> all(run, means, vecs);
+  for (int n = 0; n < mask.tokens; ++n) {
+    for (int i = 0; i < vecs * L; i += L) {
+      const ptrdiff_t at = static_cast<ptrdiff_t>(n) * chunks.pitch + first + i;
       const Vec<T> grad = total(sums, chunks, shared_mask, at);
       store(sums + at, grad);
-      run += grad * mask.weight(load_or<M, T>(mask.at(n, column), count, Vec<T>{}), top, divisor);
+      all.add(i, grad * load(w.weights + n * pitch + i));
     }
-    mean += run;
+    all.end_row(n + 1 == mask.tokens);
   }
   const bool is_sum = mask.kind == Normalize::sum;
-  if (is_sum) mean = top == T(0) ? Vec<T>{} : mean;  // a sum of 0 divides nothing
-  for (int n = 0; n < mask.tokens; ++n, to += p.grad_g.stride[1]) {
-    const Vec<T> grad = load(sums + static_cast<ptrdiff_t>(n) * chunks.pitch + column) - mean;
-    const Vec<T> x = load_or<M, T>(mask.at(n, column), count, Vec<T>{});
-    store_some<M, T>(to + column, is_sum ? grad / divisor : grad * mask.weight(x, top, divisor), count);
-  }
+  for (int i = 0; is_sum && i < vecs * L; i += L)  // a sum of 0 divides nothing
+    store(means + i, load(tops + i) == T(0) ? Vec<T>{} : load(means + i));
+  for (int n = 0; n < mask.tokens; ++n, to += row)
+    for (int i = 0; i < vecs * L; i += L) {
+      const Vec<T> grad = load(sums + static_cast<ptrdiff_t>(n) * chunks.pitch + first + i) - load(means + i);
+      store_some<M, T>(to + first + i,
+                       is_sum ? grad / load(divisors + i) : grad * load(w.weights + n * pitch + i),
+                       mask.merged - first - i);
+    }
 }
 
+// The gradient of one row, for a mask that its rows divide or nothing.
 template <class M, class T>
-void chain_row(const Mask<M, T>& mask, const Chunks<T>& chunks, bool shared_mask, T* sums, M* to, int token) {
+void chain_row(const Mask<M, T>& mask, const Chunks<T>& chunks, bool shared_mask, const ChainScratch<T>& w,
+               T* sums, M* to, int token) {
   constexpr int L = kLanes<T>;
-  T* row = sums + static_cast<ptrdiff_t>(token) * chunks.pitch;
-  T top = 0, divisor = 1;
+  const ptrdiff_t row = static_cast<ptrdiff_t>(token) * chunks.pitch;
   const bool softmax = mask.kind == Normalize::softmax_rows;
-  if (softmax) mask.measure_row(token, &top, &divisor);
+  if (softmax) mask.template divide_row<T>(token, w.weights);
   Vec<T> sum = {};
   for (int i = 0; i < mask.merged; i += L) {
-    const Vec<T> grad = total(sums, chunks, shared_mask, row - sums + i);
+    const Vec<T> grad = total(sums, chunks, shared_mask, row + i);
     if (!softmax) {
       store_some<M, T>(to + i, grad, mask.merged - i);
       continue;
     }
-    store(row + i, grad);
-    const Vec<T> x =
-        load_or<M, T>(mask.at(token, i), mask.merged - i, broadcast(-static_cast<T>(__builtin_inff())));
-    sum += grad * mask.weight(x, broadcast(top), broadcast(divisor));
+    store(sums + row + i, grad);
+    sum += grad * load(w.weights + i);  // of no column: a weight of 0
   }
   if (!softmax) return;
   const T mean = across<T>(sum);
-  for (int i = 0; i < mask.merged; i += L) {
-    const Vec<T> x = load_or<M, T>(mask.at(token, i), mask.merged - i, Vec<T>{});
-    store_some<M, T>(to + i, (load(row + i) - mean) * mask.weight(x, broadcast(top), broadcast(divisor)),
-                     mask.merged - i);
-  }
+  for (int i = 0; i < mask.merged; i += L)
+    store_some<M, T>(to + i, (load(sums + row + i) - mean) * load(w.weights + i), mask.merged - i);
 }
 
 int chain_pieces(const Params& p, int lanes) {
@@ -191,8 +194,10 @@ int chain_pieces(const Params& p, int lanes) {
 }
 
 template <class E, class M>
-void chain_range(const Params& p, int64_t begin, int64_t end, void* shared) {
+void chain_range(const Params& p, int64_t begin, int64_t end, void* memory, void* shared) {
   using T = Compute<E>;
+  const ChainScratch<T> w(p, Scratch(memory));
+  const bool shared_mask = p.g.stride[0] == 0;
   const Chunks<T> chunks(p);
   const int pieces = chain_pieces(p, kLanes<T>);
   for (int64_t item = begin; item < end; ++item) {
@@ -203,11 +208,11 @@ void chain_range(const Params& p, int64_t begin, int64_t end, void* shared) {
     M* to = static_cast<M*>(p.grad_g.data) + b * p.grad_g.stride[0];
     if (mask.by_columns()) {
       const int first = piece * kChainVecs * kLanes<T>;
-      for (int i = first; i < imin(mask.merged, first + kChainVecs * kLanes<T>); i += kLanes<T>)
-        chain_columns<M, T>(p, mask, chunks, sums, to, i);
+      const int vecs = imin(kChainVecs, ceil_div(mask.merged - first, kLanes<T>));
+      chain_columns<M, T>(mask, chunks, shared_mask, w, sums, to, p.grad_g.stride[1], first, vecs);
     } else {
       for (int n = piece * kChainRows; n < imin(mask.tokens, (piece + 1) * kChainRows); ++n)
-        chain_row<M, T>(mask, chunks, p.g.stride[0] == 0, sums, to + n * p.grad_g.stride[1], n);
+        chain_row<M, T>(mask, chunks, shared_mask, w, sums, to + n * p.grad_g.stride[1], n);
     }
   }
 }
@@ -241,11 +246,12 @@ int64_t chain_items(const Params& p) {
   return (p.g.stride[0] ? p.batch : 1) *
          chain_pieces(p, p.dtype == DType::f64 ? kLanes<double> : kLanes<float>);
 }
-size_t chain_scratch(const Params&) {
-  return 0;
+size_t chain_scratch(const Params& p) {
+  return p.dtype == DType::f64 ? ChainScratch<double>(p, Scratch(nullptr)).size
+                               : ChainScratch<float>(p, Scratch(nullptr)).size;
 }
-void chain(const Params& p, int64_t begin, int64_t end, void*, void* shared) {
-  by_dtype(p, [&](auto e, auto m) { chain_range<decltype(e), decltype(m)>(p, begin, end, shared); });
+void chain(const Params& p, int64_t begin, int64_t end, void* scratch, void* shared) {
+  by_dtype(p, [&](auto e, auto m) { chain_range<decltype(e), decltype(m)>(p, begin, end, scratch, shared); });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The products of learnable token merging on the CPU, by panels of three vectors.
+// The products of learnable token merging on the CPU, by panels of two vectors.
 //
 // The right operand is packed, panel by panel, [panel][depth][lanes of the panel]: a panel stays in L1 while
 // the rows of the left operand go by.
@@ -8,8 +8,8 @@
 namespace vitkernels::learnable_token_merge {
 namespace VITKERNELS_ISA {
 
-constexpr int kPanelVecs = 3, kRows = max_rows(kPanelVecs);
-constexpr int kGroupPanels = 4;  // panels of an item
+constexpr int kPanelVecs = 2, kRows = kVectorRegisters == 32 ? 12 : 6;
+constexpr int kGroupPanels = 6;  // panels of an item: whole cache lines of several rows
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr int kTerms = 256;  // of one chain of sums
 #else
@@ -36,39 +36,66 @@ VITKERNELS_INLINE void multiply_group(const Product<T>& p) {
   multiply_rows<T, V, kRows>(p, p.rows, 0, 0);
 }
 
-// Rows of the left operand by one panel of `vecs` vectors. The left operand's groups of kRows rows are
-// `group_step` apart.
+// Rows of the left operand, in equal groups of at most kRows.
+struct RowGroups {
+  int rows, count;
+  explicit RowGroups(int rows) : rows(rows), count(ceil_div(rows, kRows)) {}
+  int start(int group) const { return static_cast<int>(static_cast<int64_t>(rows) * group / count); }
+  int size(int group) const { return start(group + 1) - start(group); }
+};
+
+// Rows of the left operand by one panel of `vecs` vectors. Packed, the left operand is [group][depth][row of
+// the group].
 template <class T>
-static void multiply_panel(int vecs, Product<T> p, ptrdiff_t group_step) {
-  const int rows = p.rows;
-  for (int row = 0; row < rows; row += kRows) {
-    p.rows = imin(kRows, rows - row);
+static void multiply_panel(int vecs, const Product<T>& p, bool packed) {
+  const RowGroups groups(p.rows);
+  for (int g = 0; g < groups.count; ++g) {
+    const int row = groups.start(g);
     Product<T> part = p;
+    part.rows = groups.size(g);
+    part.a_row = packed ? 1 : p.a_row;
+    part.a_k = packed ? part.rows : p.a_k;
+    part.c = p.c + row * p.c_row;
+    if (p.add) part.add = p.add + row * p.add_row;
+    const T* a = p.a + row * (packed ? p.depth : p.a_row);
     // A product of no terms is one run: it has zeros to store.
     for (int runs = p.depth ? ceil_div(p.depth, kTerms) : 1, k = 0; runs > 0; --runs, k += part.depth) {
       part.depth = ceil_div(p.depth - k, runs);
-      part.a = p.a + k * p.a_k;
+      part.a = a + k * part.a_k;
       part.b = p.b + k * p.b_k;
-      if (vecs == 3)
-        multiply_group<T, 3>(part);
-      else if (vecs == 2)
+      if (vecs == 2)
         multiply_group<T, 2>(part);
       else
         multiply_group<T, 1>(part);
       part.add = part.c;
       part.add_row = part.c_row;
     }
-    p.a += group_step;
-    p.c += kRows * p.c_row;
-    if (p.add) p.add += kRows * p.add_row;
   }
 }
 
-// Packs `rows` rows of the lanes [first, first + vecs * L) of a matrix into a panel; `left` of them exist.
+// Packs the lanes of panels [begin, end) of a matrix of `rows` rows.
 template <class E, class T>
-VITKERNELS_INLINE void pack_panel(T* to, const E* from, ptrdiff_t row, int rows, int vecs, int left) {
-  const int width = vecs * kLanes<T>;
-  pack(to, width, from, row, 1, rows, imin(width, left), T(1));
+static void pack_panels(T* to, const E* from, ptrdiff_t row, int rows, const Panels<T>& panels, int begin,
+                        int end) {
+  constexpr int L = kLanes<T>;
+  const int first = panels.vec(begin), last = panels.vec(end), vecs = last - first;
+  if (vecs == kPanelVecs * (end - begin) && last * L <= panels.lanes) {
+    // Row by row: what lies together is read together.
+    const ptrdiff_t step = static_cast<ptrdiff_t>(rows) * kPanelVecs * L;
+    for (int r = 0; r < rows; ++r, to += kPanelVecs * L) {
+      const E* source = from + r * row + first * L;
+      T* target = to;
+      for (int panel = begin; panel < end; ++panel, target += step, source += kPanelVecs * L)
+#pragma GCC unroll 2
+        for (int v = 0; v < kPanelVecs; ++v) store(target + v * L, load(source + v * L));
+    }
+    return;
+  }
+  for (int panel = begin; panel < end; ++panel) {
+    const int lane = panels.vec(panel) * L, width = panels.vec(panel + 1) * L - lane;
+    pack(to, width, from + lane, row, 1, rows, imin(width, panels.lanes - lane), T(1));
+    to += static_cast<ptrdiff_t>(rows) * width;
+  }
 }
 
 // Rows of sums to a tensor's rows.

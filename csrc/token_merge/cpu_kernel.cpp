@@ -48,7 +48,8 @@ struct Sizes {
   int64_t stride;
 
   Sizes(const View& view, int64_t b)
-      : data(view ? static_cast<const T*>(view.data) + b * view.stride[0] : nullptr), stride(view.stride[1]) {}
+      : data(view ? static_cast<const T*>(view.data) + b * view.stride[0] : nullptr),
+        stride(view.stride[1]) {}
   T operator[](int64_t token) const { return data ? data[token * stride] : T(1); }
   T sum(const Group& group) const {
     T total = 0;
@@ -72,8 +73,8 @@ void merge_group(const Params& p, const Group& group, const Sizes<Compute<E>>& s
     copy_row(y, x + members[0] * stride, channels);
   } else if (p.mode == Mode::amax) {
     reduce_rows(
-        y, x, stride, members, count, channels, itself,
-        [](V acc, V v, int32_t) { return larger<T>(acc, v); }, [](V acc) { return acc; });
+        y, x, stride, members, count, channels, itself, [](V acc, V v, int32_t) { return larger<T>(acc, v); },
+        [](V acc) { return acc; });
   } else if (p.mode == Mode::sum) {
     sum_rows(y, x, stride, members, count, channels);
   } else if (p.mode == Mode::mean || !size.data) {
@@ -127,7 +128,8 @@ void spread(const Params& p, int64_t begin, int64_t end) {
   }
 }
 
-// The gradient of a row goes to the members that reach its value, in equal parts.
+// The gradient of a row goes to the members that reach its value, in equal parts. Nobody reaches what is not
+// a number, a token alone neither.
 template <class E>
 void share_among_largest(const Params& p, const Group& group) {
   using T = Compute<E>;
@@ -135,10 +137,6 @@ void share_among_largest(const Params& p, const Group& group) {
   const E* x = image_of<E>(p.x, group.image);
   const E* y = row_of<E>(p.y, group.image, group.row);
   const E* grad_y = row_of<E>(p.grad_y, group.image, group.row);
-  if (group.count == 1) {
-    copy_row(row_of<E>(p.grad_x, group.image, group.members[0]), grad_y, p.channels);
-    return;
-  }
   constexpr int L = kLanes<T>;
   for (int64_t c = 0; c < p.channels; c += L) {
     const int rest = static_cast<int>(p.channels - c < L ? p.channels - c : L);

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vitkernels.core.checks import check_tensor, fail
+from vitkernels.core.checks import check_dtype, check_tensor, fail
 
 
 @dataclass(eq=False)
@@ -114,3 +114,12 @@ def groups(rows: torch.Tensor, merged_tokens: int) -> tuple[torch.Tensor, torch.
 def check_plan(plan: object) -> None:
     if not isinstance(plan, MergePlan):
         fail("plan", "a MergePlan", plan, "ops.bipartite_match(metric, r) makes one.", TypeError)
+
+
+def check_groups(rows: torch.Tensor, starts: torch.Tensor, members: torch.Tensor) -> None:
+    """Checks the shapes and dtypes of a plan made by hand; what the indices say is not looked at."""
+    check_tensor("plan.rows", rows, (None, None), "[batch, tokens]")
+    check_tensor("plan.starts", starts, (rows.shape[0], None), "[batch, merged tokens + 1]")
+    check_tensor("plan.members", members, tuple(rows.shape), "[batch, tokens]")
+    for name, value in (("plan.rows", rows), ("plan.starts", starts), ("plan.members", members)):
+        check_dtype(name, value, (torch.int32,), "MergePlan.from_rows(rows, merged_tokens) makes a plan.")

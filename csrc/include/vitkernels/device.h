@@ -19,6 +19,8 @@
 #define VK_LAUNCH_BOUNDS(threads, min_blocks) __launch_bounds__(threads, min_blocks)
 #define VK_UNROLL _Pragma("unroll")
 #endif
+// Unrolled copies hold a register per address and gain nothing: each visit has its own loads in flight.
+#define VK_NO_UNROLL _Pragma("unroll 1")
 
 // clang-format off
 #include "vitkernels/dtypes.h"

@@ -12,23 +12,22 @@
 //   fits_small_tile()                                     no tile needs more than 16 queries and 16 keys
 //   Positions, disjoint(rows), keys_seen(..), enter(..), ...    optional, see below
 // and WHAT a logit is:
-//   query_code(token), key_code(token)                    what logit() needs of a token, in 32 bits
+//   query_code(token), key_code(token)                    what logit() needs of a token: an int, or for a key
+//                                                         the type KeyCode where the map has one
 //   shared_elements(), stage(shared, head, thread, threads)     tables in shared memory, times unit
 //   logit(s, query_code, key_code, shared)                of s = scale * q k; or -inf. d logit / d s = 1
 //   gradient_elements(), gradient(sums, tile)             sums over tiles of d loss / d logit (backward)
 // Acc is accumulate_t<T>. Logits and tables are multiplied by unit = Exponential<T>::unit.
 #pragma once
-#include "vitkernels/device.h"
+#include <limits>
 
-// Unrolled copies hold a register per address and gain nothing: each visit has its own loads in flight.
-#define VK_NO_UNROLL _Pragma("unroll 1")
+#include "vitkernels/device.h"
 
 namespace vitkernels::tile_attention {
 
 constexpr int BLOCK_THREADS = 128;
-constexpr int MAX_COLUMNS = 128;          // of the sums that a kernel holds in registers; more take passes
-constexpr int MAX_CHANNELS = 256;         // of q and k, and of v, the half of it in double
-constexpr int INVALID = -2147483647 - 1;  // the code of a key slot without a key
+constexpr int MAX_COLUMNS = 128;   // of the sums that a kernel holds in registers; more take passes
+constexpr int MAX_CHANNELS = 256;  // of q and k, and of v, the half of it in double
 // What a block may use on every architecture from sm_80 on (sm_86, sm_89 and sm_120 are the tightest). A
 // fixed number, so that the choice of tiles, and with it every rounding, depends on the sizes alone.
 constexpr int64_t SHARED_LIMIT = 99 * 1024;
@@ -166,6 +165,19 @@ VK_DEVICE auto enter(Map& map, int batch, int head, int) -> decltype(map.enter(b
 }
 template <class Map>
 VK_DEVICE void enter(Map&, int, int, ...) {}
+
+template <class Map, class = void>
+struct KeyCodeOf {
+  using type = int;
+};
+template <class Map>
+struct KeyCodeOf<Map, std::void_t<typename Map::KeyCode>> {
+  using type = typename Map::KeyCode;
+};
+// The code of a key slot without a key.
+template <class Code>
+constexpr Code NO_KEY = std::numeric_limits<Code>::lowest();
+constexpr int INVALID = NO_KEY<int>;
 
 struct Span {
   int begin = 0, end = 0;

@@ -23,14 +23,14 @@ namespace vitkernels::tile_attention {
 enum class Owner { queries, keys, values, both };
 
 // D of one tile in shared memory as an operator's gradient() sees it.
-template <class Acc>
+template <class Acc, class KeyCode = int>
 struct GradientTile {
   const Acc* values;  // [rows][ld], zero where a slot has no token
   int ld;
   int rows;
   const int* query_codes;
-  const int* key_codes;  // INVALID where a slot has no key
-  int query_tile;        // the tiles' numbers as in query() and key_of()
+  const KeyCode* key_codes;  // NO_KEY where a slot has no key
+  int query_tile;            // the tiles' numbers as in query() and key_of()
   int key_tile;
   int thread;  // of `threads`
   int threads;
@@ -55,6 +55,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   using Exp = Exponential<T>;
+  using KeyCode = typename KeyCodeOf<Map>::type;
   using Layout = BackwardLayout<Engine>;
   constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
   constexpr bool WITH_D = OWNER != Owner::values, WITH_OUT = WITH_D && OWNER != Owner::both;
@@ -67,6 +68,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   if (index >= problem.items()) return;
   const Item item = get_item(problem, index);
   const BackwardShared<Engine> shared(layout, shared_memory() + group.index * layout.bytes);
+  KeyCode* const key_codes = static_cast<KeyCode*>(shared.key_codes);
 
   const int row0 = group.first_row, lane_row = row0 + lane_id() / 4, lane_column = lane_id() % 4 * 2;
   const int head_depth = round_up(problem.head_dim, 16), value_depth = round_up(problem.value_dim, 16);
@@ -132,7 +134,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       for (int slot = group.thread; slot < ROWS; slot += THREADS) {
         const int query_index = query_token(slot), key_index = key_token(slot);
         shared.query_codes[slot] = map.query_code(query_index < 0 ? 0 : query_index);
-        shared.key_codes[slot] = key_index < 0 ? INVALID : map.key_code(key_index);
+        key_codes[slot] = key_index < 0 ? NO_KEY<KeyCode> : map.key_code(key_index);
       }
       cp_async_wait<0>();
       group.sync();
@@ -184,9 +186,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         }
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
-          const int key_code = shared.key_codes[8 * j + lane_column + c % 2], r = c / 2;
+          const KeyCode key_code = key_codes[8 * j + lane_column + c % 2];
+          const int r = c / 2;
           p[j][c] =
-              key_code == INVALID
+              key_code == NO_KEY<KeyCode>
                   ? Acc(0)
                   : Exp::exp(map.logit(p[j][c] * logit_scale, codes[r], key_code, shared.table) - lse[r]);
         }
@@ -221,8 +224,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         }
         group.sync();
         forget(tile);
-        map.gradient(shared.sums, GradientTile<Acc>{shared.gradient, LD_GRADIENT, ROWS, shared.query_codes,
-                                                    shared.key_codes, tile, i, group.thread, THREADS});
+        map.gradient(shared.sums,
+                     GradientTile<Acc, KeyCode>{shared.gradient, LD_GRADIENT, ROWS, shared.query_codes,
+                                                key_codes, tile, i, group.thread, THREADS});
         group.sync();  // before p and d take over the memory
       }
       if (OWNER != Owner::queries)

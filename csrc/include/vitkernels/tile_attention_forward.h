@@ -25,6 +25,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   using Exp = Exponential<T>;
+  using KeyCode = typename KeyCodeOf<Map>::type;
   constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8;
   constexpr Acc NOTHING = -INFINITY;
 
@@ -34,6 +35,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   if (index >= problem.items()) return;
   const Item item = get_item(problem, index);
   const ForwardShared<Engine> shared(layout, shared_memory() + group.index * layout.bytes);
+  KeyCode* const key_codes = static_cast<KeyCode*>(shared.key_codes);
 
   const int lane_row = group.first_row + lane_id() / 4, lane_column = lane_id() % 4 * 2;
   const int depth = round_up(problem.head_dim, 16);
@@ -77,7 +79,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       cp_async_commit();
       for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS) {
         const int token = key(slot);
-        shared.key_codes[slot] = token < 0 ? INVALID : map.key_code(token);
+        key_codes[slot] = token < 0 ? NO_KEY<KeyCode> : map.key_code(token);
       }
       cp_async_wait<1>();  // all but the values
       group.sync();
@@ -93,8 +95,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
         if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) continue;
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
-          const int key_code = shared.key_codes[8 * j + lane_column + c % 2];
-          p[j][c] = key_code == INVALID
+          const KeyCode key_code = key_codes[8 * j + lane_column + c % 2];
+          p[j][c] = key_code == NO_KEY<KeyCode>
                         ? NOTHING
                         : map.logit(p[j][c] * scale, query_codes[c / 2], key_code, shared.table);
           tile_max[c / 2] = p[j][c] > tile_max[c / 2] ? p[j][c] : tile_max[c / 2];

@@ -16,7 +16,7 @@ struct ForwardLayout {
   ForwardLayout(const Problem& problem, const Map& map)
       : ld_head(leading_dimension<T>(problem.head_dim)), ld_value(leading_dimension<T>(problem.value_dim)) {
     Carver carver;
-    key_codes = carver.take<int>(Engine::ROWS);
+    key_codes = carver.take<typename KeyCodeOf<Map>::type>(Engine::ROWS);
     scratch = carver.take<T>(Engine::SCRATCH);
     q = carver.take<T>(Engine::ROWS * ld_head);
     k = carver.take<T>(Engine::ROWS * ld_head);
@@ -32,7 +32,7 @@ struct ForwardShared {
   using Acc = typename Engine::Acc;
   int ld_head, ld_value;
   T *q, *k, *v, *scratch;
-  int* key_codes;
+  void* key_codes;  // of the type that the map has for them
   Acc* table;
 
   VK_DEVICE ForwardShared(const ForwardLayout<Engine>& layout, char* base)
@@ -42,7 +42,7 @@ struct ForwardShared {
         k(reinterpret_cast<T*>(base + layout.k)),
         v(reinterpret_cast<T*>(base + layout.v)),
         scratch(reinterpret_cast<T*>(base + layout.scratch)),
-        key_codes(reinterpret_cast<int*>(base + layout.key_codes)),
+        key_codes(base + layout.key_codes),
         table(reinterpret_cast<Acc*>(base + layout.table)) {}
 };
 
@@ -68,7 +68,7 @@ struct BackwardLayout {
     delta = carver.take<Acc>(ROWS);
     grad_lse = carver.take<Acc>(ROWS);
     query_codes = carver.take<int>(ROWS);
-    key_codes = carver.take<int>(ROWS);
+    key_codes = carver.take<typename KeyCodeOf<Map>::type>(ROWS);
     constexpr int PAIR = 2 * ROWS * LD_PAIR;
     constexpr int GRADIENT = ROWS * LD_GRADIENT * static_cast<int>(sizeof(Acc) / sizeof(T));
     const int longest = PAIR > GRADIENT ? PAIR : GRADIENT;
@@ -89,7 +89,8 @@ struct BackwardShared {
   using Acc = typename Engine::Acc;
   using Layout = BackwardLayout<Engine>;
   Acc *lse, *delta, *grad_lse;
-  int *query_codes, *key_codes;
+  int* query_codes;
+  void* key_codes;  // of the type that the map has for them
   T *q, *k, *v, *grad_out;
   T *out, *p, *d;
   Acc *gradient, *table, *sums;
@@ -99,7 +100,7 @@ struct BackwardShared {
         delta(reinterpret_cast<Acc*>(base + layout.delta)),
         grad_lse(reinterpret_cast<Acc*>(base + layout.grad_lse)),
         query_codes(reinterpret_cast<int*>(base + layout.query_codes)),
-        key_codes(reinterpret_cast<int*>(base + layout.key_codes)),
+        key_codes(base + layout.key_codes),
         q(reinterpret_cast<T*>(base + layout.q)),
         k(reinterpret_cast<T*>(base + layout.k)),
         v(reinterpret_cast<T*>(base + layout.v)),

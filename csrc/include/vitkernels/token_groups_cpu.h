@@ -24,8 +24,8 @@ static void by_token_dtype(DType dtype, Run run) {
 // Vectors of a row that go through the registers together.
 constexpr int kRowVecs = 8;
 
-// Calls run(channel, load, store) for a row's vectors from left to right, load and store being those of a
-// whole vector and then of the row's rest.
+// A row from left to right: whole(channel) for kRowVecs vectors each time they fit, rest(channel, count) for
+// up to a vector each of what remains.
 template <class T, class Whole, class Rest>
 VITKERNELS_INLINE void along_row(int64_t channels, Whole whole, Rest rest) {
   constexpr int L = kLanes<T>;
@@ -83,7 +83,7 @@ VITKERNELS_INLINE void reduce_rows(E* to, const E* tokens, int64_t stride, const
       });
 }
 
-// to = factor * the sum of the members, in their order
+// to = the sum of the members, in their order
 template <class E>
 static void sum_rows(E* to, const E* tokens, int64_t stride, const int32_t* members, int count,
                      int64_t channels) {

@@ -37,13 +37,16 @@ def forward(
 ) -> None:
     """Fills the outputs. `module` and `cuda` let the tests run the CUDA kernels on the host."""
     module = module or native.load()
-    run = (
-        module.learnable_token_merge_forward_cuda
-        if (z.is_cuda if cuda is None else cuda)
-        else module.learnable_token_merge_forward_cpu
-    )
-    tensors = (y, _some(y_other), _some(divisors), native.dense(z), _mask(g), native.dense(other))
-    run(*native.place(z), *native.arguments(module, *tensors), normalize)
+    places = (y, _some(y_other), _some(divisors), native.dense(z), _mask(g), native.dense(other))
+    tensors = native.arguments(module, *places)
+    workspace = None
+    if z.is_cuda if cuda is None else cuda:
+        run = module.learnable_token_merge_forward_cuda
+        nbytes = module.learnable_token_merge_forward_workspace_cuda(*tensors[3:], normalize)
+        workspace = torch.empty(nbytes, dtype=torch.uint8, device=z.device) if nbytes else None
+    else:
+        run = module.learnable_token_merge_forward_cpu
+    run(*native.place(z), 0 if workspace is None else workspace.data_ptr(), *tensors, normalize)
 
 
 def backward(

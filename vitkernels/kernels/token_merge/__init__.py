@@ -8,7 +8,7 @@ import torch
 
 from vitkernels.core.backends import FLOAT_DTYPES, Backend
 from vitkernels.core.checks import check_device, check_dtype, check_tensor, fail
-from vitkernels.core.merge_plan import MergePlan, check_plan
+from vitkernels.core.merge_plan import MergePlan, check_groups, check_plan
 from vitkernels.core.operator import Operator
 from vitkernels.kernels.token_merge import reference
 
@@ -77,8 +77,11 @@ def token_merge(
 
 
 def _check(x: Any, size: Any, rows: Any, starts: Any, members: Any, mode: Any) -> tuple[Any, ...]:
+    check_groups(rows, starts, members)
     check_tensor("x", x, (*rows.shape, None), "[batch, tokens, channels] of the plan")
     check_dtype("x", x, FLOAT_DTYPES, "Cast it with x.float().")
+    if x.shape[2] == 0:
+        fail("x", "at least one channel", x)
     check_device("plan", rows, x.device, "x")
     if mode not in MODES:
         fail("mode", "'wavg', 'sum', 'mean' or 'amax'", mode)

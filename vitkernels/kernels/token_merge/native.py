@@ -28,7 +28,10 @@ def forward(
     module = module or native.load()
     on_device = x.is_cuda if cuda is None else cuda
     run = module.token_merge_forward_cuda if on_device else module.token_merge_forward_cpu
-    tokens, plan = native.dense(x), native.indices(rows, starts, members)  # named: copies must outlive the call
+    tokens, plan = (
+        native.dense(x),
+        native.indices(rows, starts, members),
+    )  # named: copies must outlive the call
     run(*native.place(x), *native.arguments(module, y, sizes, tokens, size, *plan), _MODES[mode])
 
 

@@ -8,7 +8,7 @@ import torch
 
 from vitkernels.core.backends import FLOAT_DTYPES, Backend
 from vitkernels.core.checks import check_device, check_dtype, check_tensor
-from vitkernels.core.merge_plan import MergePlan, check_plan
+from vitkernels.core.merge_plan import MergePlan, check_groups, check_plan
 from vitkernels.core.operator import Operator
 from vitkernels.kernels.token_unmerge import reference
 
@@ -50,6 +50,7 @@ def token_unmerge(y: torch.Tensor, plan: MergePlan, *, backend: str | None = Non
 
 
 def _check(y: Any, rows: Any, starts: Any, members: Any) -> tuple[Any, ...]:
+    check_groups(rows, starts, members)
     wanted = (starts.shape[0], starts.shape[1] - 1, None)
     check_tensor("y", y, wanted, "[batch, merged tokens, channels] of the plan")
     check_dtype("y", y, FLOAT_DTYPES, "Cast it with y.float().")

@@ -23,7 +23,10 @@ def forward(
     module = module or native.load()
     on_device = y.is_cuda if cuda is None else cuda
     run = module.token_unmerge_forward_cuda if on_device else module.token_unmerge_forward_cpu
-    merged, plan = native.dense(y), native.indices(rows, starts, members)  # named: copies must outlive the call
+    merged, plan = (
+        native.dense(y),
+        native.indices(rows, starts, members),
+    )  # named: copies must outlive the call
     run(*native.place(y), *native.arguments(module, x, merged, *plan))
 
 
