@@ -192,6 +192,19 @@ def test_tokens_further_apart_than_32_bits_count(mode: str) -> None:
         assert torch.equal(got, want[name]), name
 
 
+def test_a_plan_may_lie_anyhow() -> None:
+    plan, x = random_plan(2, 9, 4), torch.randn(2, 9, 3)
+    scattered = MergePlan(*(t.T.contiguous().T for t in (plan.rows, plan.starts, plan.members)))
+    for mode in MODES:
+        results = []
+        for either in (plan, scattered):
+            leaf = x.clone().requires_grad_()
+            y, sizes = ops.token_merge(leaf, either, mode=mode, backend="triton")
+            back = ops.token_unmerge(y, either, backend="triton")
+            results.append((sizes, back, *torch.autograd.grad(back.square().sum(), leaf)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_absent_gradients() -> None:
     plan, x = random_plan(2, 9, 4), torch.randn(2, 9, 3)
     y, sizes = torch.empty(2, 4, 3), torch.empty(2, 4)

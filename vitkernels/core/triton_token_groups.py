@@ -182,6 +182,7 @@ def reduced(
     mode: str,
 ) -> None:
     """Fills y [batch, t', C] from x [batch, t, C], any strides, and sizes unless it is None."""
+    starts, members = starts.contiguous(), members.contiguous()
     batch, tokens, channels = x.shape
     tile = _tile(channels, y.shape[1])
     with device_of(x):
@@ -195,6 +196,7 @@ def spread(
     x: Tensor, y: Tensor, size: Tensor | None, sizes: Tensor | None, rows: Tensor, starts: Tensor, mode: str
 ) -> None:
     """Fills x [batch, t, C] from y [batch, t', C], any strides; the transpose of `reduced`, whose sizes it reads."""
+    rows, starts = rows.contiguous(), starts.contiguous()
     batch, tokens, channels = x.shape
     tile = _tile(channels, tokens)
     with device_of(x):
@@ -208,6 +210,7 @@ def shared_among_largest(
     grad_x: Tensor, grad_y: Tensor, y: Tensor, x: Tensor, starts: Tensor, members: Tensor
 ) -> None:
     """Fills grad_x, the gradient of `reduced` in mode "amax", whose result y is."""
+    starts, members = starts.contiguous(), members.contiguous()
     batch, tokens, channels = x.shape
     tile = _tile(channels, y.shape[1])
     with device_of(x):
