@@ -114,6 +114,37 @@ def test_neither_tokens_nor_pattern_recompile_block_sparse_linear(
     assert len(compiled) == 5
 
 
+def test_neither_batch_nor_sequence_recompiles_token_merging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer has another sequence."""
+    from vitkernels.kernels.attention_with_size import triton as attention
+    from vitkernels.kernels.bipartite_match import triton as matching
+    from vitkernels.kernels.learnable_token_merge import triton as soft
+    from vitkernels.kernels.token_merge import triton as merging
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with kernel_report.compile_only(80) as compiled:
+        for batch, tokens, r in ((1, 197, 16), (2, 181, 1), (3, 160, 16), (4096, 48, 8)):
+            half = [torch.empty(batch, n, 64, dtype=torch.float16) for n in (tokens, tokens - r)]
+            whole, size = (torch.empty(batch, n, dtype=d) for n, d in ((tokens, torch.int32), (tokens, None)))
+            starts, pairs = (torch.empty(batch, n, dtype=torch.int32) for n in (tokens - r + 1, r))
+            matching.forward(whole, starts, whole, pairs, pairs, half[0], r, True, False)
+            plan = (half[0], size, whole, starts, whole, "wavg")
+            merging.forward(half[1], size[:, r:].contiguous(), *plan)
+            merging.backward(half[0], None, None, None, None, half[1], None, half[1], size, *plan)
+            q, lse = half[0].view(batch, tokens, 4, 16).transpose(1, 2), torch.empty(batch, 4, tokens)
+            attention.forward(q, lse, q, q, q, size, 1.0)
+            attention.backward(q, q, q, None, q, None, q, lse, q, q, q, size, 1.0)
+            g = torch.empty(batch, tokens, 48, dtype=torch.float16)
+            soft_inputs = (half[0], g, None, "softmax_rows")
+            y = torch.empty(batch, 48, 64, dtype=torch.float16)
+            soft.forward(y, y, size, *soft_inputs)
+            soft.backward(half[0], g, None, y, None, None, y, y, size, *soft_inputs)
+    # Of the soft merge's products each direction is one.
+    assert len(compiled) == len({function for function, _ in compiled}) + 1 == 12
+
+
 def test_a_spilling_kernel_is_seen() -> None:
     row = kernel_report.Usage("triton", "kernel", "float32", "sm_80", 255, 0, 64, 64, 128, "")
     assert row.fails
