@@ -86,6 +86,9 @@ def _check(z: Any, g: Any, other: Any, normalize: Any) -> tuple[Any, ...]:
     if other is not None:
         check_tensor("others", other, (batch, tokens, None), "[batch, N, D]")
         check_device("others", other, z.device, "z")
+    for name, tensor in (("z", z), ("others", other)):
+        if tensor is not None and tensor.shape[2] == 0:
+            fail(name, "at least one channel", tensor)
     if normalize not in NORMALIZATIONS:
         fail("normalize", "None, 'sum', 'softmax' or 'softmax_rows'", normalize)
 
