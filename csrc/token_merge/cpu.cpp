@@ -32,7 +32,8 @@ void run(const Params& p, void (*fn)(const Params&, int64_t, int64_t), int64_t i
 }
 
 void expect(const Params& p, const View& result, int64_t tokens) {
-  if (result.stride[1] != p.channels || result.stride[0] != tokens * p.channels) return;  // not a block of memory
+  if (result.stride[1] != p.channels || result.stride[0] != tokens * p.channels)
+    return;  // not a block of memory
   const size_t element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
   expect_large_result(result.data, static_cast<size_t>(p.batch * tokens * p.channels) * element);
 }

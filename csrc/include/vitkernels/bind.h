@@ -135,7 +135,8 @@ struct type_caster<vitkernels::Indices> {
   bool load(handle source, bool) {
     value = {};
     if (source.is_none()) return true;
-    if (vitkernels::exchange.lends(source.ptr())) return vitkernels::read_borrowed(source.ptr(), &value, true);
+    if (vitkernels::exchange.lends(source.ptr()))
+      return vitkernels::read_borrowed(source.ptr(), &value, true);
     return vitkernels::read_tuple(source.ptr(), &value, true);
   }
 };

@@ -10,9 +10,10 @@
 
 namespace vitkernels {
 
-// Memory of this size is never kept by glibc: each call writes to pages that are not there yet, and a fault for
-// every 4 KiB costs more than filling them. Asks for large pages there, which fault five hundred times less; the
-// advice goes with the mapping. Contents do not change, and where the system declines nothing happens.
+// Memory of this size is never kept by glibc: each call writes to pages that are not there yet, and a fault
+// for every 4 KiB costs more than filling them. Asks for large pages there, which fault five hundred times
+// less; the advice goes with the mapping. Contents do not change, and where the system declines nothing
+// happens.
 inline void expect_large_result(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr size_t kNeverKept = size_t{32} << 20;  // M_MMAP_THRESHOLD rises to this at most
