@@ -243,13 +243,11 @@ def test_a_column_that_sums_to_zero_is_divided_by_one(shared: bool, guarded: Gua
 @pytest.mark.parametrize("normalize", ["softmax", "softmax_rows"])
 @pytest.mark.parametrize("level", [-300.0, 300.0])
 def test_exponentials_neither_overflow_nor_vanish(level: float, normalize: str, guarded: Guarded) -> None:
-    """The logarithm of a line's sum keeps as many digits as a number of its size: of 300, five behind the point."""
+    """The logarithm of a line's sum keeps as many digits as a number of its size: weights must not come from it."""
     case = Case(normalize, 40, 9, 6)
     inputs = make_inputs(case, guarded)
     inputs["g"].add_(level)
-    got, truth = run_kernels(case, inputs, guarded), run_reference(case, inputs, torch.float64)
-    for name, tensor in got.items():
-        torch.testing.assert_close(tensor.double(), truth[name], rtol=1e-4, atol=1e-4, msg=name)
+    compare(case, inputs, run_kernels(case, inputs, guarded))
 
 
 def test_a_column_without_weight(guarded: Guarded) -> None:

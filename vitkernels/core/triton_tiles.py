@@ -31,6 +31,12 @@ def tile_offsets(rows, row_stride, col_stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def place_of(rows, row_stride, columns, col_stride):
+    """Element offsets [rows, columns] in 64 bits."""
+    return rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * col_stride
+
+
+@triton.jit
 def channel_offset(first, col_stride):
     """Element offset of a loop's channel, in 64 bits: the loop variable and the stride may both be 32-bit."""
     return tl.cast(first, tl.int64) * col_stride

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitkernels.core.triton_tiles import INF, device_of
+from vitkernels.core.triton_tiles import INF, device_of, place_of
 
 # Elements of a tile: 16 a thread. Sequence lengths are not specialised, since every layer has another one.
 ELEMENTS = 2048
@@ -25,12 +25,6 @@ ELEMENTS = 2048
 def group_ends(starts, rows, row_valid):
     first = tl.load(starts + rows, mask=row_valid, other=0)
     return first, tl.load(starts + rows + 1, mask=row_valid, other=0) - first
-
-
-@triton.jit
-def place_of(rows, row_stride, columns, col_stride):
-    """Element offsets [rows, columns] in 64 bits."""
-    return rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * col_stride
 
 
 @triton.jit

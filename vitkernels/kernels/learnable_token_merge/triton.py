@@ -7,6 +7,7 @@ recompiles.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -49,16 +50,42 @@ def _lines(g: Tensor, normalize: str) -> tuple[Tensor, tuple[int, ...]]:
     return whole, tuple(whole.shape)
 
 
-def _product(out: Tensor, g: Tensor, divisors: Tensor, x: Tensor, normalize: str, transposed: bool) -> None:
+class Norms(NamedTuple):
+    """What the lines of a mask are normalised by, [masks, lines] each: a shift of exponents, and a divisor."""
+
+    shifts: Tensor | None
+    divisors: Tensor | None
+
+
+def _norms(g: Tensor, dtype: torch.dtype, normalize: str, divisors: Tensor, write: bool) -> Norms:
+    """Those of the mask for tokens of `dtype`. `write`: fills the divisors that the forward returns."""
+    if normalize == "none":
+        return Norms(None, None)
+    softmax = normalize.startswith("softmax")
+    exact = softmax and dtype is torch.float32
+    mask, (masks, lines, places) = _lines(g, normalize)
+    norms = Norms(divisors, None) if softmax else Norms(None, divisors)
+    if exact:
+        norms = Norms(_scratch(g, masks, lines), _scratch(g, masks, lines))
+    if write or exact:
+        line_divisors[(masks * triton.cdiv(lines, LINES["BLOCK_L"]),)](
+            divisors if write else None, *(norms if exact else (None, None)), mask, *mask.stride(), lines, places,
+            NORMALIZE=normalize, **LINES,
+        )  # fmt: skip
+    return norms
+
+
+def _product(out: Tensor, g: Tensor, norms: Norms, x: Tensor, normalize: str, transposed: bool) -> None:
     """out = G^T x, or G x where transposed is False."""
     mask = _whole(g).mT if transposed else _whole(g)
     batch, depth, width = x.shape
     config = configuration(x.element_size())
     tiles = triton.cdiv(out.shape[1], config["BLOCK_M"]) * triton.cdiv(width, config["BLOCK_N"])
-    # Of a shared mask the batch stride is 0; so is that of its divisors.
-    divisor_b = 0 if mask.shape[0] == 1 or normalize == "none" else divisors.stride(0)
+    some = norms.divisors if norms.shifts is None else norms.shifts
+    # Of a shared mask the batch stride is 0; so is that of its norms.
+    norm_b = 0 if mask.shape[0] == 1 or some is None else some.stride(0)
     mask_product[(batch * tiles,)](
-        out, mask, divisors, x, *out.stride(), _batch_stride(mask), *mask.stride()[1:], divisor_b, *x.stride(),
+        out, mask, *norms, x, *out.stride(), _batch_stride(mask), *mask.stride()[1:], norm_b, *x.stride(),
         out.shape[1], depth, width, NORMALIZE=normalize, BY_ROW=transposed != (normalize == "softmax_rows"), **config,
     )  # fmt: skip
 
@@ -68,14 +95,10 @@ def forward(
 ) -> None:
     """Fills y and divisors, and y_other where there is another operand."""
     with device_of(z):
-        if normalize != "none":
-            mask, (masks, lines, places) = _lines(g, normalize)
-            line_divisors[(masks * triton.cdiv(lines, LINES["BLOCK_L"]),)](
-                divisors, mask, *mask.stride(), lines, places, NORMALIZE=normalize, **LINES
-            )
-        _product(y, g, divisors, z, normalize, True)
+        norms = _norms(g, z.dtype, normalize, divisors, True)
+        _product(y, g, norms, z, normalize, True)
         if other is not None:
-            _product(y_other, g, divisors, other, normalize, True)
+            _product(y_other, g, norms, other, normalize, True)
 
 
 def backward(
@@ -95,26 +118,27 @@ def backward(
 ) -> None:
     """Fills the gradients that are not None; an absent incoming gradient is zero. Divisors have none."""
     with device_of(z):
+        norms = _norms(g, z.dtype, normalize, divisors, False)
         for grad, incoming in ((grad_z, grad_y), (grad_other, grad_y_other)):
             if grad is None:
                 continue
             if incoming is None:
                 grad.zero_()
             else:
-                _product(grad, g, divisors, incoming, normalize, False)
+                _product(grad, g, norms, incoming, normalize, False)
         if grad_g is not None:
             grad_y_other = None if other is None else grad_y_other
             if grad_y is None and grad_y_other is None:
                 grad_g.zero_()
             else:
-                _mask_gradient(grad_g, grad_y, grad_y_other, divisors, z, g, other, normalize)
+                _mask_gradient(grad_g, grad_y, grad_y_other, norms, z, g, other, normalize)
 
 
 def _mask_gradient(
     grad_g: Tensor,
     grad_y: Tensor | None,
     grad_other: Tensor | None,
-    divisors: Tensor,
+    norms: Norms,
     z: Tensor,
     g: Tensor,
     other: Tensor | None,
@@ -144,7 +168,7 @@ def _mask_gradient(
     mask, (_, lines, places) = _lines(g, normalize)
     strides = [tensor.stride()[1:] for tensor in (_lines(grad_g, normalize)[0], _lines(target, normalize)[0])]
     close_gradient[(masks * triton.cdiv(lines, LINES["BLOCK_L"]),)](
-        grad, target, divisors, mask, grad.stride(0), *strides[0], *strides[1], *mask.stride(), lines, places,
+        grad, target, *norms, mask, grad.stride(0), *strides[0], *strides[1], *mask.stride(), lines, places,
         NORMALIZE=normalize, **LINES,
     )  # fmt: skip
 

@@ -1,9 +1,11 @@
 """The mask of learnable token merging in Triton: what divides it, its tiles as they multiply, and its gradient.
 
-A mask is normalised along lines: its columns for "sum" and "softmax", its rows for "softmax_rows". What a line divides
-by (the logarithm of it, for exponentials) is found once, by `line_divisors`; every tile is then normalised as it is
-loaded. Backward, the chain through the normalisation is linear in the gradient of the normalised mask, so that of a
-shared mask is summed over the batch first and goes through it once (`close_gradient`).
+A mask is normalised along lines: its columns for "sum" and "softmax", its rows for "softmax_rows". What belongs to a
+line is found once, by `line_divisors`; every tile is then normalised as it is loaded. For exponentials that is the
+logarithm of their sum, a shift; its rounding, of a number as large as the logits, is in every weight, which in half
+precision drowns in theirs. In float32 it would not: there a line has a maximum, the shift, and a sum. Backward, the
+chain through the normalisation is linear in the gradient of the normalised mask, so that of a shared mask is summed
+over the batch first and goes through it once (`close_gradient`).
 """
 
 from __future__ import annotations
@@ -11,35 +13,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitkernels.core.triton_tiles import INF, LOG2E, natural_lse, softmax_start, softmax_step
+from vitkernels.core.triton_tiles import INF, LOG2E, place_of, softmax_start
 
 
 @triton.jit
 def load_lines(g, lines, places, line_valid, place_valid, line_stride, place_stride, NORMALIZE: tl.constexpr):
     """Raw elements [lines, places] in fp32, outside the mask such that nothing is added to a sum along the line."""
-    offsets = lines.to(tl.int64)[:, None] * line_stride + places.to(tl.int64)[None, :] * place_stride
     mask = line_valid[:, None] & place_valid[None, :]
     nothing: tl.constexpr = 0.0 if NORMALIZE == "none" or NORMALIZE == "sum" else -INF
-    return tl.load(g + offsets, mask=mask, other=nothing).to(tl.float32)
+    return tl.load(g + place_of(lines, line_stride, places, place_stride), mask=mask, other=nothing).to(
+        tl.float32
+    )
 
 
 @triton.jit
-def normalized(raw, divisor, NORMALIZE: tl.constexpr):
-    """raw as it multiplies; the divisor has a value for every line, in raw's shape or to be broadcast to it."""
+def load_norm(norms, lines, valid, otherwise: tl.constexpr):
+    """A number of each line; `otherwise` where there are none."""
+    if norms is None:
+        return tl.full(lines.shape, otherwise, tl.float32)
+    else:
+        return tl.load(norms + lines, mask=valid, other=otherwise)
+
+
+@triton.jit
+def normalized(raw, shift, divisor, NORMALIZE: tl.constexpr):
+    """raw as it multiplies; shift and divisor have a value for every line, in raw's shape or to be broadcast to it."""
     if NORMALIZE == "none":
         return raw
     elif NORMALIZE == "sum":
         return raw / divisor
     else:
-        return tl.exp2((raw - divisor) * LOG2E)
+        return tl.exp2((raw - shift) * LOG2E) / divisor
 
 
 @triton.jit(do_not_specialize=["line_count", "place_count"])
 def line_divisors(
-    divisors, g, g_b, g_line, g_place, line_count, place_count, NORMALIZE: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    divisors, maxima, sums, g, g_b, g_line, g_place, line_count, place_count, NORMALIZE: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """divisors [masks, lines]: sums of lines, an exact 0 counting as 1, or logarithms of sums of exponentials.
+    """divisors [masks, lines]: sums of lines, an exact 0 counting as 1, or logarithms of sums of exponentials; maxima
+    and sums of the latter, where they are wanted. Each may be None.
 
     Floor: the mask read once.
     """
@@ -57,9 +70,19 @@ def line_divisors(
         for first in range(0, place_count, BLOCK_K):
             places = first + tl.arange(0, BLOCK_K)
             raw = load_lines(g, lines, places, line_valid, places < place_count, g_line, g_place, NORMALIZE)
-            _, _, maximum, total = softmax_step(raw * LOG2E, maximum, total)
-        result = natural_lse(maximum, total)
-    tl.store(divisors + image * line_count + lines, result, mask=line_valid)
+            # Not softmax_step: logits of a few hundred lose digits on the way to base 2, their differences do not.
+            higher = tl.maximum(maximum, tl.max(raw, 1))
+            shift = tl.where(higher == -INF, 0.0, higher)  # so far, nothing but -inf
+            weights = tl.exp2((raw - shift[:, None]) * LOG2E)
+            total = total * tl.exp2((maximum - shift) * LOG2E) + tl.sum(weights, 1)
+            maximum = higher
+        result = maximum + tl.log(total)
+        if maxima is not None:
+            tl.store(maxima + image * line_count + lines, maximum, mask=line_valid)
+        if sums is not None:
+            tl.store(sums + image * line_count + lines, total, mask=line_valid)
+    if divisors is not None:
+        tl.store(divisors + image * line_count + lines, result, mask=line_valid)
 
 
 @triton.jit
@@ -76,8 +99,8 @@ def line_sums(
 
 @triton.jit(do_not_specialize=["line_count", "place_count"])
 def close_gradient(
-    grad_g, partial, divisors, g, grad_b, grad_line, grad_place, partial_line, partial_place, g_b, g_line, g_place,
-    line_count, place_count, NORMALIZE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_g, partial, shifts, divisors, g, grad_b, grad_line, grad_place, partial_line, partial_place, g_b, g_line,
+    g_place, line_count, place_count, NORMALIZE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_g: the gradient of the normalised mask, in partial [masks, N, P], through the normalisation.
 
@@ -91,16 +114,17 @@ def close_gradient(
     line_valid = lines < line_count
     g += image * g_b
     partial += image * line_count * place_count
-    divisor = tl.load(divisors + image * line_count + lines, mask=line_valid, other=1.0)[:, None]
+    shift = load_norm(shifts, image * line_count + lines, line_valid, 0.0)[:, None]
+    divisor = load_norm(divisors, image * line_count + lines, line_valid, 1.0)[:, None]
     taken_off = tl.zeros([BLOCK_L, BLOCK_K], tl.float32)
     for first in range(0, place_count, BLOCK_K):
         places = first + tl.arange(0, BLOCK_K)
         place_valid = places < place_count
         raw = load_lines(g, lines, places, line_valid, place_valid, g_line, g_place, NORMALIZE)
-        offsets = lines.to(tl.int64)[:, None] * partial_line + places.to(tl.int64)[None, :] * partial_place
+        offsets = place_of(lines, partial_line, places, partial_place)
         mask = line_valid[:, None] & place_valid[None, :]
         gradient = tl.load(partial + offsets, mask=mask, other=0.0)
-        taken_off += normalized(raw, divisor, NORMALIZE) * gradient
+        taken_off += normalized(raw, shift, divisor, NORMALIZE) * gradient
     mean = tl.sum(taken_off, 1)
     if NORMALIZE == "sum":  # a sum of 0 is a constant 1
         sums = line_sums(g, lines, line_valid, g_line, g_place, place_count, BLOCK_L, BLOCK_K)
@@ -108,14 +132,13 @@ def close_gradient(
     for first in range(0, place_count, BLOCK_K):
         places = first + tl.arange(0, BLOCK_K)
         place_valid = places < place_count
-        offsets = lines.to(tl.int64)[:, None] * partial_line + places.to(tl.int64)[None, :] * partial_place
+        offsets = place_of(lines, partial_line, places, partial_place)
         mask = line_valid[:, None] & place_valid[None, :]
         gradient = tl.load(partial + offsets, mask=mask, other=0.0) - mean[:, None]
         if NORMALIZE == "sum":
             gradient = gradient / divisor
         else:
             raw = load_lines(g, lines, places, line_valid, place_valid, g_line, g_place, NORMALIZE)
-            gradient *= normalized(raw, divisor, NORMALIZE)
-        place = grad_g + image * grad_b
-        place += lines.to(tl.int64)[:, None] * grad_line + places.to(tl.int64)[None, :] * grad_place
+            gradient *= normalized(raw, shift, divisor, NORMALIZE)
+        place = grad_g + image * grad_b + place_of(lines, grad_line, places, grad_place)
         tl.store(place, gradient.to(grad_g.dtype.element_ty), mask=mask)

@@ -9,25 +9,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitkernels.core.triton_tiles import dot, load_tile, store_tile
-from vitkernels.kernels.learnable_token_merge.triton_mask import normalized
+from vitkernels.core.triton_tiles import dot, load_tile, place_of, store_tile
+from vitkernels.kernels.learnable_token_merge.triton_mask import load_norm, normalized
 
 
-@triton.jit
-def offsets_of(rows, row_stride, columns, col_stride):
-    """Element offsets [rows, columns] in 64 bits."""
-    return rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * col_stride
-
-
-@triton.jit(do_not_specialize=["rows", "depth", "divisor_b"])
+@triton.jit(do_not_specialize=["rows", "depth", "norm_b"])
 def mask_product(
-    out, g, divisors, x, out_b, out_n, out_c, g_b, g_row, g_depth, divisor_b, x_b, x_n, x_c, rows, depth, width,
+    out, g, shifts, divisors, x, out_b, out_n, out_c, g_b, g_row, g_depth, norm_b, x_b, x_n, x_c, rows, depth, width,
     NORMALIZE: tl.constexpr, BY_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [batch, rows, width] = G x, G [rows, depth] being the mask or its transpose.
 
-    BY_ROW: what divides the mask belongs to its rows, as G has them; else to the depth. Programs of one image and one
+    BY_ROW: what normalises the mask belongs to its rows, as G has them; else to the depth. Programs of one image and a
     tile of rows are neighbours, which share the mask in the second-level cache. Floor: 2 rows * depth * width FLOPs an
     image at the matrix rate; mask, x and out once from or to memory.
     """
@@ -40,26 +34,28 @@ def mask_product(
     row_valid, column_valid = row < rows, column < width
     g += image * g_b
     x += image * x_b
-    divisors += image * divisor_b
+    norms = image * norm_b
     if NORMALIZE != "none" and BY_ROW:
-        divisor = tl.load(divisors + row, mask=row_valid, other=1.0)[:, None]
+        shift = load_norm(shifts, norms + row, row_valid, 0.0)[:, None]
+        divisor = load_norm(divisors, norms + row, row_valid, 1.0)[:, None]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, depth, BLOCK_K):
         inner = first + tl.arange(0, BLOCK_K)
         inner_valid = inner < depth
         mask = row_valid[:, None] & inner_valid[None, :]
-        raw = load_tile(g, offsets_of(row, g_row, inner, g_depth), mask)
+        raw = load_tile(g, place_of(row, g_row, inner, g_depth), mask)
         if NORMALIZE == "none":
             weights = raw
         else:
             if not BY_ROW:
-                divisor = tl.load(divisors + inner, mask=inner_valid, other=1.0)[None, :]
+                shift = load_norm(shifts, norms + inner, inner_valid, 0.0)[None, :]
+                divisor = load_norm(divisors, norms + inner, inner_valid, 1.0)[None, :]
             # An exponential of the zeros beyond the mask may overflow.
-            weights = tl.where(mask, normalized(raw.to(tl.float32), divisor, NORMALIZE), 0.0)
-        tile = load_tile(x, offsets_of(inner, x_n, column, x_c), inner_valid[:, None] & column_valid[None, :])
+            weights = tl.where(mask, normalized(raw.to(tl.float32), shift, divisor, NORMALIZE), 0.0)
+        tile = load_tile(x, place_of(inner, x_n, column, x_c), inner_valid[:, None] & column_valid[None, :])
         total = dot(weights.to(tile.dtype), tile, total)
     store_tile(
-        out + image * out_b, offsets_of(row, out_n, column, out_c), row_valid[:, None] & column_valid[None, :], total
+        out + image * out_b, place_of(row, out_n, column, out_c), row_valid[:, None] & column_valid[None, :], total
     )  # fmt: skip
 
 
@@ -72,8 +68,8 @@ def outer_sum(
     for first in range(0, width, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
         inside = (channel < width)[None, :]
-        a = load_tile(left, offsets_of(left_rows, left_n, channel, left_c), left_valid[:, None] & inside)
-        b = load_tile(right, offsets_of(right_rows, right_n, channel, right_c), right_valid[:, None] & inside)
+        a = load_tile(left, place_of(left_rows, left_n, channel, left_c), left_valid[:, None] & inside)
+        b = load_tile(right, place_of(right_rows, right_n, channel, right_c), right_valid[:, None] & inside)
         total = dot(a, tl.trans(b), total)
     return total
 
@@ -109,6 +105,6 @@ def mask_gradient(
                 go_p, go_c, other_width, BLOCK_K,
             )  # fmt: skip
     store_tile(
-        out + share * out_b, offsets_of(token, out_n, merged, out_p), token_valid[:, None] & merged_valid[None, :],
+        out + share * out_b, place_of(token, out_n, merged, out_p), token_valid[:, None] & merged_valid[None, :],
         total,
     )  # fmt: skip
