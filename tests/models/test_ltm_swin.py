@@ -47,7 +47,7 @@ def test_windows_and_back() -> None:
 
 
 def test_the_steps_of_a_block() -> None:
-    block = randomise(LTMSwinBlock(16, 2, 3, 36, 0.0, None)).double().eval()
+    block = randomise(LTMSwinBlock(16, 2, 3, (14, 7), 36, 0.0, None)).double().eval()
     x = torch.randn(2, 14, 7, 16, dtype=torch.float64)
     z = windows_of(x + block.attn(block.norm1(x)))
     logits = block.mask.fc2(torch.nn.functional.gelu(block.mask.fc1(z)))
@@ -75,6 +75,18 @@ def test_autocast_compile_and_classifier() -> None:
         assert relative_error(compiled(images), exact) < 1e-5
         model.reset_classifier(0)
         assert model(images).shape == (2, 32)
+
+
+def test_another_size_than_the_announced_one() -> None:
+    announced, other = (
+        models.create_model("ltm_swin_tiny", **{**SMALL, "img_size": size}) for size in (56, 112)
+    )
+    randomise(announced)
+    other.load_state_dict(announced.state_dict())
+    images = torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        # The last stage shifts its windows only where the announced size has several: here it has one block.
+        torch.testing.assert_close(announced.eval()(images), other.eval()(images), rtol=0, atol=0)
 
 
 def test_errors_name_the_argument() -> None:

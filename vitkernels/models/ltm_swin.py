@@ -41,14 +41,29 @@ def map_of(windows: Tensor, height: int, width: int) -> Tensor:
 
 
 class ShiftedWindowAttention(nn.Module):
-    """Swin's attention within windows of 7 x 7, on a map `[B, H, W, dim]` whose sides they divide."""
+    """Swin's attention within windows of 7 x 7, on a map `[B, H, W, dim]` whose sides they divide.
 
-    def __init__(self, dim: int, num_heads: int, shift: int, backend: str | None) -> None:
+    For maps of `sides` the masks of shifted windows are made once; others make them in each call.
+    """
+
+    position_index: Tensor
+    apart: Tensor
+
+    def __init__(
+        self, dim: int, num_heads: int, shift: int, sides: tuple[int, int], backend: str | None
+    ) -> None:
         super().__init__()
-        self.num_heads, self.shift, self.backend = num_heads, shift, backend
+        self.num_heads, self.shift, self.sides, self.backend = num_heads, shift, sides, backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * WINDOW - 1) ** 2, num_heads))
+        if shift:
+            position = torch.arange(WINDOW * WINDOW)
+            row, column = position // WINDOW, position % WINDOW
+            dy, dx = row[:, None] - row, column[:, None] - column
+            index = (dy + WINDOW - 1) * (2 * WINDOW - 1) + dx + WINDOW - 1
+            self.register_buffer("position_index", index, persistent=False)
+            self.register_buffer("apart", self._seams(*sides), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
@@ -56,7 +71,8 @@ class ShiftedWindowAttention(nn.Module):
             x = x.roll((-self.shift, -self.shift), (1, 2))
         q, k, v = self.qkv(windows_of(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if self.shift:
-            out = self._masked(q, k, v, self._mask(height, width, x))
+            here = self.apart if (height, width) == self.sides else self._seams(height, width).to(x.device)
+            out = self._masked(q, k, v, here)
         else:
             table = self.relative_position_bias_table.mT
             mixed = ops.window_attention(
@@ -67,26 +83,21 @@ class ShiftedWindowAttention(nn.Module):
         x = map_of(self.proj(out.transpose(1, 2).flatten(2)), height, width)
         return x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
 
-    def _mask(self, height: int, width: int, like: Tensor) -> Tensor:
-        """`[windows, 1, 49, 49]`: 0 for tokens of one region of the unshifted map, -inf across the seams."""
+    def _seams(self, height: int, width: int) -> Tensor:
+        """`[windows, 1, 49, 49]`: whether two tokens lie in different regions of the unshifted map."""
         sides = [
-            torch.arange(side, device=like.device).ge(side - WINDOW).int()
-            + torch.arange(side, device=like.device).ge(side - self.shift).int()
+            torch.arange(side).ge(side - WINDOW).int() + torch.arange(side).ge(side - self.shift).int()
             for side in (height, width)
         ]
         regions = windows_of((3 * sides[0][:, None] + sides[1])[None, :, :, None])[..., 0]
-        apart = regions[:, :, None] != regions[:, None, :]
-        return torch.zeros_like(apart, dtype=like.dtype).masked_fill(apart, -torch.inf).unsqueeze(1)
+        return (regions[:, :, None] != regions[:, None, :]).unsqueeze(1)
 
-    def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        position = torch.arange(WINDOW * WINDOW, device=q.device)
-        row, column = position // WINDOW, position % WINDOW
-        dy, dx = row[:, None] - row, column[:, None] - column
-        index = (dy + WINDOW - 1) * (2 * WINDOW - 1) + dx + WINDOW - 1
-        bias = self.relative_position_bias_table[index].permute(2, 0, 1)
-        windows = len(mask)
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, apart: Tensor) -> Tensor:
+        bias = self.relative_position_bias_table[self.position_index].permute(2, 0, 1).to(q.dtype)
+        windows = len(apart)
         q, k, v = (t.unflatten(0, (-1, windows)).flatten(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=(bias + mask).flatten(0, 1).to(q.dtype))
+        mask = bias.masked_fill(apart, -torch.inf).flatten(0, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.unflatten(1, (windows, -1)).flatten(0, 1)
 
 
@@ -101,12 +112,19 @@ class LTMSwinBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, shift: int, merged_tokens: int, drop_path: float, backend: str | None
+        self,
+        dim: int,
+        num_heads: int,
+        shift: int,
+        sides: tuple[int, int],
+        merged_tokens: int,
+        drop_path: float,
+        backend: str | None,
     ) -> None:
         super().__init__()
         self.backend = backend
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = ShiftedWindowAttention(dim, num_heads, shift, backend)
+        self.attn = ShiftedWindowAttention(dim, num_heads, shift, sides, backend)
         self.mask = MergingMask(dim, merged_tokens, dim // 8, carry=False) if merged_tokens else None
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
@@ -213,11 +231,12 @@ class LTMSwin(nn.Module):
         self.layers = nn.ModuleList()
         for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             dim = embed_dim << i
-            single = min(sides) // (4 << i) <= WINDOW  # one window along a side: nothing to shift into
+            height, width = sides[0] // (4 << i), sides[1] // (4 << i)
+            shift = (
+                0 if min(height, width) <= WINDOW else WINDOW // 2
+            )  # one window along a side: nowhere to shift
             blocks = [
-                LTMSwinBlock(
-                    dim, heads, 0 if single else (j % 2) * (WINDOW // 2), merged, next(rates), backend
-                )
+                LTMSwinBlock(dim, heads, j % 2 * shift, (height, width), merged, next(rates), backend)
                 for j in range(depth)
             ]
             self.layers.append(Stage(PatchMerging(dim // 2) if i else nn.Identity(), blocks))
