@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -92,12 +93,18 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.contiguous()
 
 
-def writable(tensor: torch.Tensor) -> torch.Tensor:
-    """Where kernels write a tensor: itself, or for one whose channels are not side by side another that is then copied
-    to it."""
-    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+def writable(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Where kernels write a tensor: itself, or another in its place whose channels are side by side; see `deliver`."""
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def deliver(tensors: Sequence[torch.Tensor | None], places: Sequence[torch.Tensor | None]) -> None:
+    """Copies to the tensors what kernels wrote to their `writable` places instead."""
+    for tensor, place in zip(tensors, places, strict=True):
+        if tensor is not None and place is not None and place is not tensor:
+            tensor.copy_(place)
 
 
 def indices(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

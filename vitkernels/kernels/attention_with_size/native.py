@@ -53,7 +53,7 @@ def backward(
     if grad_size is not None:
         grad_size.zero_()
     wanted = (grad_q, grad_k, grad_v)
-    filled = [native.dense(grad) for grad in wanted]  # a gradient lies as its input does
+    filled = [native.writable(grad) for grad in wanted]  # a gradient lies as its input does
     inputs = (
         native.dense(grad_out),
         grad_lse,
@@ -73,6 +73,4 @@ def backward(
     else:
         run = module.attention_with_size_backward_cpu
     run(*native.place(q), 0 if workspace is None else workspace.data_ptr(), *tensors, scale)
-    for grad, written in zip(wanted, filled, strict=True):
-        if grad is not None and written is not None and written is not grad:
-            grad.copy_(written)
+    native.deliver(wanted, filled)

@@ -70,7 +70,7 @@ def backward(
     of the public function, so that their gradient never carries anything."""
     module = module or native.load()
     wanted = (grad_z, grad_g, None if other is None else grad_other)
-    filled = [native.dense(grad) for grad in wanted]  # a gradient lies as its input does
+    filled = [native.writable(grad) for grad in wanted]  # a gradient lies as its input does
     inputs = (
         native.dense(grad_y),
         None if other is None else native.dense(grad_y_other),
@@ -90,6 +90,4 @@ def backward(
     else:
         run = module.learnable_token_merge_backward_cpu
     run(*native.place(z), 0 if workspace is None else workspace.data_ptr(), *tensors, normalize)
-    for grad, written in zip(wanted, filled, strict=True):
-        if grad is not None and written is not None and written is not grad:
-            grad.copy_(written)
+    native.deliver(wanted, filled)

@@ -66,7 +66,7 @@ def backward(
     """Fills the gradients that are not None; an incoming gradient that is None is zero."""
     module = module or native.load()
     wanted = (grad_q, grad_k, grad_v)
-    filled = [native.dense(grad) for grad in wanted]  # a gradient lies as its input does
+    filled = [native.writable(grad) for grad in wanted]  # a gradient lies as its input does
     tensors = native.arguments(
         module,
         *(
@@ -91,6 +91,4 @@ def backward(
     else:
         run = module.neighborhood_attention_backward_cpu
     run(*native.place(q), 0 if workspace is None else workspace.data_ptr(), *tensors, *options)
-    for grad, dense in zip(wanted, filled, strict=True):
-        if grad is not None and dense is not None and dense is not grad:
-            grad.copy_(dense)
+    native.deliver(wanted, filled)

@@ -81,7 +81,7 @@ def backward(
     """Fills the gradients that are not None; an incoming gradient that is None is zero."""
     module = module or native.load()
     wanted = (grad_q, grad_k, grad_v)
-    filled = [native.dense(grad) for grad in wanted]  # a gradient lies as its input does
+    filled = [native.writable(grad) for grad in wanted]  # a gradient lies as its input does
     grad_logits = logit_gradient(grad_attn_bias, q, k)
     outputs = (*filled, grad_logits)
     inputs = (
@@ -103,7 +103,5 @@ def backward(
     else:
         run = module.strip_attention_backward_cpu
     run(*native.place(q), 0 if workspace is None else workspace.data_ptr(), *tensors, scale)
-    for grad, written in zip(wanted, filled, strict=True):
-        if grad is not None and written is not None and written is not grad:
-            grad.copy_(written)
+    native.deliver(wanted, filled)
     fold(grad_attn_bias, grad_logits)

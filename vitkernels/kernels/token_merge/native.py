@@ -28,10 +28,7 @@ def forward(
     module = module or native.load()
     on_device = x.is_cuda if cuda is None else cuda
     run = module.token_merge_forward_cuda if on_device else module.token_merge_forward_cpu
-    tokens, plan = (
-        native.dense(x),
-        native.indices(rows, starts, members),
-    )  # named: copies must outlive the call
+    tokens, plan = native.dense(x), native.indices(rows, starts, members)  # copies must outlive the call
     run(*native.place(x), *native.arguments(module, y, sizes, tokens, size, *plan), _MODES[mode])
 
 
@@ -70,5 +67,4 @@ def backward(
     plan = native.indices(rows, starts, members)
     tensors = native.arguments(module, place, upstream, y, sizes, tokens, size, *plan)
     run(*native.place(x), *tensors, _MODES[mode])
-    if place is not grad_x:
-        grad_x.copy_(place)
+    native.deliver((grad_x,), (place,))

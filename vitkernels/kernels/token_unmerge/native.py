@@ -23,10 +23,7 @@ def forward(
     module = module or native.load()
     on_device = y.is_cuda if cuda is None else cuda
     run = module.token_unmerge_forward_cuda if on_device else module.token_unmerge_forward_cpu
-    merged, plan = (
-        native.dense(y),
-        native.indices(rows, starts, members),
-    )  # named: copies must outlive the call
+    merged, plan = native.dense(y), native.indices(rows, starts, members)  # copies must outlive the call
     run(*native.place(y), *native.arguments(module, x, merged, *plan))
 
 
@@ -57,5 +54,4 @@ def backward(
     place, upstream = native.writable(grad_y), native.dense(grad_x)
     plan = native.indices(rows, starts, members)
     run(*native.place(y), *native.arguments(module, place, upstream, *plan))
-    if place is not grad_y:
-        grad_y.copy_(place)
+    native.deliver((grad_y,), (place,))
