@@ -1,7 +1,6 @@
 #include "cpu_kernel.h"
 #include "vitkernels/cpu_dispatch.h"
-#include "vitkernels/fresh_memory.h"
-#include "vitkernels/parallel.h"
+#include "vitkernels/token_rows.h"
 
 namespace vitkernels::token_unmerge {
 namespace {
@@ -14,40 +13,14 @@ const CpuKernel& kernel() {
   return baseline::kKernel;
 }
 
-struct Loop {
-  const Params& params;
-  void (*run)(const Params&, int64_t begin, int64_t end);
-};
-
-void run(const Params& p, void (*fn)(const Params&, int64_t, int64_t), int64_t items, int threads) {
-  Loop loop{p, fn};
-  const double elements = static_cast<double>(p.batch) * p.tokens * p.channels;
-  parallel_for(
-      items, worthwhile_threads(4 * elements, items, threads),
-      [](void* context, int64_t begin, int64_t end, int) {
-        const Loop& l = *static_cast<Loop*>(context);
-        l.run(l.params, begin, end);
-      },
-      &loop);
-}
-
-void expect(const Params& p, const View& result, int64_t tokens) {
-  if (result.stride[1] != p.channels || result.stride[0] != tokens * p.channels)
-    return;  // not a block of memory
-  const size_t element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
-  expect_large_result(result.data, static_cast<size_t>(p.batch * tokens * p.channels) * element);
-}
-
 }  // namespace
 
 void forward_cpu(const Params& p, int threads) {
-  expect(p, p.x, p.tokens);
-  run(p, kernel().forward, p.batch * p.tokens, threads);
+  over_token_rows(p, kernel().forward, p.x, p.tokens, p.batch * p.tokens, threads);
 }
 
 void backward_cpu(const Params& p, int threads) {
-  expect(p, p.grad_y, p.merged_tokens);
-  run(p, kernel().backward, p.batch * p.merged_tokens, threads);
+  over_token_rows(p, kernel().backward, p.grad_y, p.merged_tokens, p.batch * p.merged_tokens, threads);
 }
 
 }  // namespace vitkernels::token_unmerge

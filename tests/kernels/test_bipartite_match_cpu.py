@@ -202,9 +202,11 @@ def test_the_mean_of_keys_is_a_metric():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_lesser_instruction_sets(isa):
-    known = ["baseline", "avx2", "avx512"]
-    if known.index(isa) >= known.index(extension.load().cpu_isa()):
-        pytest.skip(f"{isa} is what the other tests run, or more than this processor has")
+    own = extension.load().cpu_isa()
+    if isa == own:
+        pytest.skip(f"{isa} is what the other tests run")
+    if own == "baseline":
+        pytest.skip(f"this processor or build has no {isa}")
     code = (
         "import torch\n"
         "from token_merge_calls import assert_same, check_match, expected, launch_match, tied_metric\n"

@@ -180,9 +180,11 @@ def test_nothing_is_read_or_written_outside(before, dtype, mode):
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_lesser_instruction_sets(isa):
     """Of merging and of unmerging, whose kernels share their loops."""
-    known = ["baseline", "avx2", "avx512"]
-    if known.index(isa) >= known.index(extension.load().cpu_isa()):
-        pytest.skip(f"{isa} is what the other tests run, or more than this processor has")
+    own = extension.load().cpu_isa()
+    if isa == own:
+        pytest.skip(f"{isa} is what the other tests run")
+    if own == "baseline":
+        pytest.skip(f"this processor or build has no {isa}")
     code = (
         "import torch\n"
         "from token_merge_calls import *\n"
