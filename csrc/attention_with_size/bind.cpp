@@ -1,9 +1,6 @@
 #include "vitkernels/bind.h"
 
 #include "attention_with_size.h"
-#if VITKERNELS_WITH_CUDA
-#include "vitkernels/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -67,22 +64,9 @@ auto backward_with(Run run) {
 }  // namespace
 
 void bind(py::module_& module) {
-#ifndef VITKERNELS_HOST_TWIN
-  module.def("attention_with_size_forward_cpu",
-             forward_with([](const Params& p, int threads, Stream) { forward_cpu(p, threads); }));
-  module.def("attention_with_size_backward_cpu",
-             backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
-#endif
+  VITKERNELS_BIND(module, "attention_with_size_forward", forward_with, forward);
+  VITKERNELS_BIND(module, "attention_with_size_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  module.def("attention_with_size_forward_cuda", forward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               forward_cuda(p, stream);
-             }));
-  module.def("attention_with_size_backward_cuda",
-             backward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               backward_cuda(p, stream);
-             }));
   module.def("attention_with_size_workspace_cuda",
              [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& q,
                 const Argument& k, const Argument& v, const Argument& size, double scale) {

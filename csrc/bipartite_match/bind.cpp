@@ -1,9 +1,6 @@
 #include "vitkernels/bind.h"
 
 #include "bipartite_match.h"
-#if VITKERNELS_WITH_CUDA
-#include "vitkernels/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -45,15 +42,8 @@ auto forward_with(Run run) {
 }  // namespace
 
 void bind(py::module_& module) {
-#ifndef VITKERNELS_HOST_TWIN
-  module.def("bipartite_match_forward_cpu",
-             forward_with([](const Params& p, int threads, Stream) { forward_cpu(p, threads); }));
-#endif
+  VITKERNELS_BIND(module, "bipartite_match_forward", forward_with, forward);
 #if VITKERNELS_WITH_CUDA
-  module.def("bipartite_match_forward_cuda", forward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               forward_cuda(p, stream);
-             }));
   module.def("bipartite_match_workspace_cuda",
              [](const Argument& metric, int64_t merged, bool class_token, bool distill_token) {
                return workspace_cuda(make_params(metric, merged, class_token, distill_token));

@@ -1,9 +1,6 @@
 #include "vitkernels/bind.h"
 
 #include "block_sparse_linear.h"
-#if VITKERNELS_WITH_CUDA
-#include "vitkernels/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -73,22 +70,9 @@ auto backward_with(Run run) {
 }  // namespace
 
 void bind(py::module_& module) {
-#ifndef VITKERNELS_HOST_TWIN
-  module.def("block_sparse_linear_forward_cpu",
-             forward_with([](const Params& p, int threads, Stream) { forward_cpu(p, threads); }));
-  module.def("block_sparse_linear_backward_cpu",
-             backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
-#endif
+  VITKERNELS_BIND(module, "block_sparse_linear_forward", forward_with, forward);
+  VITKERNELS_BIND(module, "block_sparse_linear_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  module.def("block_sparse_linear_forward_cuda", forward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               forward_cuda(p, stream);
-             }));
-  module.def("block_sparse_linear_backward_cuda",
-             backward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               backward_cuda(p, stream);
-             }));
   module.def("block_sparse_linear_forward_workspace_cuda",
              [](const Argument&, const Argument&, const Argument& x, const Argument& values, const Argument&,
                 uintptr_t index, int out_features, int in_features, int activation, bool transposed) {

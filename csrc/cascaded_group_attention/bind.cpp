@@ -3,9 +3,6 @@
 #include <stdexcept>
 
 #include "cascaded_group_attention.h"
-#if VITKERNELS_WITH_CUDA
-#include "vitkernels/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -104,14 +101,13 @@ auto backward_with(Run run) {
 }  // namespace
 
 void bind(py::module_& module) {
+  VITKERNELS_BIND(module, "cascaded_group_attention_backward", backward_with, backward);
 #ifndef VITKERNELS_HOST_TWIN
   module.def("cascaded_group_attention_forward_cpu",
              forward_arguments<int, uintptr_t>([](const Params& p, int threads, uintptr_t) {
                py::gil_scoped_release release;
                forward_cpu(p, threads);
              }));
-  module.def("cascaded_group_attention_backward_cpu",
-             backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
 #endif
 #if VITKERNELS_WITH_CUDA
   module.def("cascaded_group_attention_forward_cuda",
@@ -122,11 +118,6 @@ void bind(py::module_& module) {
                    ScopedDevice scope(device);
                    return forward_cuda(p, reinterpret_cast<Stream>(stream));
                  }));
-  module.def("cascaded_group_attention_backward_cuda",
-             backward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               backward_cuda(p, stream);
-             }));
   module.def("cascaded_group_attention_workspace_cuda",
              backward_arguments([](Params& p) { return backward_workspace_cuda(p); }));
 #endif

@@ -3,9 +3,6 @@
 #include <string>
 
 #include "learnable_token_merge.h"
-#if VITKERNELS_WITH_CUDA
-#include "vitkernels/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -90,23 +87,9 @@ auto backward_with(Run run) {
 }  // namespace
 
 void bind(py::module_& module) {
-#ifndef VITKERNELS_HOST_TWIN
-  module.def("learnable_token_merge_forward_cpu",
-             forward_with([](const Params& p, int threads, Stream) { forward_cpu(p, threads); }));
-  module.def("learnable_token_merge_backward_cpu",
-             backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
-#endif
+  VITKERNELS_BIND(module, "learnable_token_merge_forward", forward_with, forward);
+  VITKERNELS_BIND(module, "learnable_token_merge_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  module.def("learnable_token_merge_forward_cuda",
-             forward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               forward_cuda(p, stream);
-             }));
-  module.def("learnable_token_merge_backward_cuda",
-             backward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               backward_cuda(p, stream);
-             }));
   module.def("learnable_token_merge_forward_workspace_cuda",
              [](const Argument& z, const Argument& g, const Argument& other, const std::string& normalize) {
                return forward_workspace_cuda(make_params(z, g, other, {}, {}, {}, normalize));

@@ -1,9 +1,6 @@
 #include "vitkernels/bind.h"
 
 #include "polyline_path_attention.h"
-#if VITKERNELS_WITH_CUDA
-#include "vitkernels/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -85,23 +82,9 @@ auto backward_with(Run run) {
 }  // namespace
 
 void bind(py::module_& module) {
-#ifndef VITKERNELS_HOST_TWIN
-  module.def("polyline_path_attention_forward_cpu",
-             forward_with([](const Params& p, int threads, Stream) { forward_cpu(p, threads); }));
-  module.def("polyline_path_attention_backward_cpu",
-             backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
-#endif
+  VITKERNELS_BIND(module, "polyline_path_attention_forward", forward_with, forward);
+  VITKERNELS_BIND(module, "polyline_path_attention_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  module.def("polyline_path_attention_forward_cuda",
-             forward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               forward_cuda(p, stream);
-             }));
-  module.def("polyline_path_attention_backward_cuda",
-             backward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               backward_cuda(p, stream);
-             }));
   module.def("polyline_path_attention_workspace_cuda",
              [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v,
                 const Argument& grad_w, const Argument& grad_h, const Argument& grad_out, const Argument& out,

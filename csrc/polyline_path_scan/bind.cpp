@@ -1,9 +1,6 @@
 #include "vitkernels/bind.h"
 
 #include "polyline_path_scan.h"
-#if VITKERNELS_WITH_CUDA
-#include "vitkernels/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -59,23 +56,8 @@ auto backward_with(Run run) {
 }  // namespace
 
 void bind(py::module_& module) {
-#ifndef VITKERNELS_HOST_TWIN
-  module.def("polyline_path_scan_forward_cpu",
-             forward_with([](const Params& p, int threads, Stream) { forward_cpu(p, threads); }));
-  module.def("polyline_path_scan_backward_cpu",
-             backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
-#endif
-#if VITKERNELS_WITH_CUDA
-  module.def("polyline_path_scan_forward_cuda", forward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               forward_cuda(p, stream);
-             }));
-  module.def("polyline_path_scan_backward_cuda",
-             backward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               backward_cuda(p, stream);
-             }));
-#endif
+  VITKERNELS_BIND(module, "polyline_path_scan_forward", forward_with, forward);
+  VITKERNELS_BIND(module, "polyline_path_scan_backward", backward_with, backward);
 }
 
 }  // namespace vitkernels::polyline_path_scan

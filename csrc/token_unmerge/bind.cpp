@@ -1,9 +1,6 @@
 #include "vitkernels/bind.h"
 
 #include "token_unmerge.h"
-#if VITKERNELS_WITH_CUDA
-#include "vitkernels/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -53,22 +50,8 @@ auto backward_with(Run run) {
 }  // namespace
 
 void bind(py::module_& module) {
-#ifndef VITKERNELS_HOST_TWIN
-  module.def("token_unmerge_forward_cpu",
-             forward_with([](const Params& p, int threads, Stream) { forward_cpu(p, threads); }));
-  module.def("token_unmerge_backward_cpu",
-             backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
-#endif
-#if VITKERNELS_WITH_CUDA
-  module.def("token_unmerge_forward_cuda", forward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               forward_cuda(p, stream);
-             }));
-  module.def("token_unmerge_backward_cuda", backward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               backward_cuda(p, stream);
-             }));
-#endif
+  VITKERNELS_BIND(module, "token_unmerge_forward", forward_with, forward);
+  VITKERNELS_BIND(module, "token_unmerge_backward", backward_with, backward);
 }
 
 }  // namespace vitkernels::token_unmerge

@@ -1,9 +1,6 @@
 #include "vitkernels/bind.h"
 
 #include "window_attention.h"
-#if VITKERNELS_WITH_CUDA
-#include "vitkernels/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -69,21 +66,9 @@ auto backward_with(Run run) {
 }  // namespace
 
 void bind(py::module_& module) {
-#ifndef VITKERNELS_HOST_TWIN
-  module.def("window_attention_forward_cpu",
-             forward_with([](const Params& p, int threads, Stream) { forward_cpu(p, threads); }));
-  module.def("window_attention_backward_cpu",
-             backward_with([](const Params& p, int threads, Stream) { backward_cpu(p, threads); }));
-#endif
+  VITKERNELS_BIND(module, "window_attention_forward", forward_with, forward);
+  VITKERNELS_BIND(module, "window_attention_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  module.def("window_attention_forward_cuda", forward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               forward_cuda(p, stream);
-             }));
-  module.def("window_attention_backward_cuda", backward_with([](const Params& p, int device, Stream stream) {
-               ScopedDevice scope(device);
-               backward_cuda(p, stream);
-             }));
   module.def("window_attention_workspace_cuda",
              [](const Argument& grad_bias_table, const Argument& q, const Argument& k, const Argument& v,
                 const Argument& bias_table, int window_h, int window_w, bool signed_bias, double scale) {

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 
 #include "vitkernels/params.h"
+#if VITKERNELS_WITH_CUDA
+#include "vitkernels/runtime.h"
+#endif
 
 namespace vitkernels {
 
@@ -142,3 +145,29 @@ struct type_caster<vitkernels::Indices> {
 };
 
 }  // namespace pybind11::detail
+
+// The same call for every processor that the module has kernels for. NAME_cpu runs ENTRY_cpu(params,
+// threads), NAME_cuda ENTRY_cuda(params, stream) on a device; `with` turns run(params, where, stream), where
+// being the number of threads or the device, into the function of Python's arguments.
+#define VITKERNELS_BIND(module, name, with, entry)                  \
+  do {                                                              \
+    VITKERNELS_BIND_CPU(module, name "_cpu", with, entry##_cpu);    \
+    VITKERNELS_BIND_CUDA(module, name "_cuda", with, entry##_cuda); \
+  } while (false)
+
+#ifndef VITKERNELS_HOST_TWIN
+#define VITKERNELS_BIND_CPU(module, name, with, entry) \
+  module.def(name, with([](const auto& p, int threads, ::vitkernels::Stream) { entry(p, threads); }))
+#else
+#define VITKERNELS_BIND_CPU(module, name, with, entry)
+#endif
+
+#if VITKERNELS_WITH_CUDA
+#define VITKERNELS_BIND_CUDA(module, name, with, entry)                              \
+  module.def(name, with([](const auto& p, int device, ::vitkernels::Stream stream) { \
+               ::vitkernels::ScopedDevice scope(device);                             \
+               entry(p, stream);                                                     \
+             }))
+#else
+#define VITKERNELS_BIND_CUDA(module, name, with, entry)
+#endif
