@@ -5,8 +5,6 @@
 
 namespace vitkernels::block_sparse_linear::VITKERNELS_ISA {
 
-constexpr int kChunk = 32;  // tokens of an item
-
 template <class E>
 VITKERNELS_INLINE const E* row_of(const View& view, int64_t row) {
   return static_cast<const E*>(view.data) + row * view.stride[0];
@@ -22,17 +20,18 @@ VITKERNELS_INLINE Vec<T> through(Activation activation, Vec<T> grad, const E* ke
   return z <= T(0) ? Vec<T>{} : grad;
 }
 
-// Tokens [begin, end) of `from` into to [block][token][width]; `kept` are an activation's.
+// Tokens [begin, end) of `from` into to [block][token][width], blocks `block_step` apart; `kept` are an
+// activation's.
 template <class E, class T, Activation A>
-static void pack_tokens(const Params& p, const View& from, const View& kept, int features, int block,
-                        int64_t begin, int64_t end, T* to) {
+static void pack_tokens(const View& from, const View& kept, int features, int block, int64_t begin,
+                        int64_t end, T* to, ptrdiff_t block_step) {
   constexpr int L = kLanes<T>;
   const int width = round_up_lanes<T>(block);
   for (int64_t n = begin; n < end; ++n) {
     const E* row = row_of<E>(from, n);
     const E* kept_row = A == Activation::none ? nullptr : row_of<E>(kept, n);
-    T* target = to + n * width;
-    for (int first = 0; first < features; first += block, target += p.tokens * width) {
+    T* target = to + (n - begin) * width;
+    for (int first = 0; first < features; first += block, target += block_step) {
       const int count = imin(block, features - first), whole = count / L * L;
       const E* source = row + first;
       const E* z = A == Activation::none ? nullptr : kept_row + first;
