@@ -23,7 +23,7 @@ constexpr int kMaxRows = 12, kPanelVecs = 2;
 // Terms of one chain of sums, where blocks allow: longer sums are cut, which keeps the rounding error near
 // that of a blocked library product. Shorter without FMA, where a term rounds twice.
 #if defined(__FMA__) || defined(__aarch64__)
-constexpr int kTerms = 512;
+constexpr int kTerms = 192;
 #else
 constexpr int kTerms = 32;
 #endif
