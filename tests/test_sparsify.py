@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 import vitkernels
 from vitkernels.bench.photo import load_photo, normalize, random_crops
 from vitkernels.nn import BlockSparseLinear
+from vitkernels.sparsity import SparseLayer, SparsityReport
 from vitkernels.sparsity.allocation import (
     LEVELS,
     allocate,
@@ -387,6 +389,26 @@ def test_the_report_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert timed.layers[0].speed > 0
     assert "measured" in str(timed)
+
+
+def test_the_report_says_which_layers_the_dense_one_beats() -> None:
+    def layer(kept: int, **options: Any) -> SparseLayer:
+        values = {"block_shape": (32, 32), "rows": 197.0, **options}
+        return SparseLayer(f"at {kept}", (3072, 768), blocks=100, kept=kept, elements=1, **values)
+
+    speeds = [layer(kept).expected for kept in (5, 20, 50, 95)]
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(0.7 / d < speed < 1 / d for speed, d in zip(speeds[1:3], (0.2, 0.5), strict=True))
+    assert [layer(kept).slower for kept in (5, 20, 50, 95)] == [False, False, False, True]
+    unknown = [{"device": "cuda"}, {"dtype": torch.bfloat16}, {"block_shape": (16, 16)}, {"rows": 1.0}]
+    assert all(layer(50, **options).expected is None for options in unknown)
+    assert layer(50, speed=0.8).slower
+    assert layer(50, speed=1.7, device="cuda").expected == 1.7
+    report = SparsityReport("Network", [layer(20), layer(95), layer(50, device="cuda")])
+    lines = str(report).splitlines()
+    assert lines[2].endswith(f"about {speeds[1]:.2f}x")
+    assert lines[4].endswith("at most 2.00x")
+    assert lines[5] == "expected to be slower than dense: at 95; exclude them"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 // The product of packed features with packed blocks, a tile of tokens by lanes at a time.
 //
-// Features are packed by blocks, [block][token][width], width a multiple of the vector and zeros beyond the
-// features: a tile reads a few short rows that lie together, whatever the tensor's strides. Weights are
-// packed by rows of blocks, [row of blocks][panel][block of the row][depth][lanes of the panel], in the order
-// in which a tile reads them. Forward, the lanes are the rows of W and the depth its columns; backward the
-// reverse.
+// Features are packed by blocks, [block][token of the slice][width], width a multiple of the vector and zeros
+// beyond the features: a tile reads a few short rows that lie together, whatever the tensor's strides.
+// Weights are packed by rows of blocks, [row of blocks][panel][block of the row][depth][lanes of the panel],
+// in the order in which a tile reads them. Forward, the lanes are the rows of W and the depth its columns;
+// backward the reverse.
 #pragma once
 #include "cpu_kernel.h"
 #include "vitkernels/matrix_cpu.h"
@@ -23,7 +23,7 @@ constexpr int kMaxRows = 12, kPanelVecs = 2;
 // Terms of one chain of sums, where blocks allow: longer sums are cut, which keeps the rounding error near
 // that of a blocked library product. Shorter without FMA, where a term rounds twice.
 #if defined(__FMA__) || defined(__aarch64__)
-constexpr int kTerms = 512;
+constexpr int kTerms = 192;
 #else
 constexpr int kTerms = 32;
 #endif
@@ -56,15 +56,11 @@ struct Side {
   int lanes_of(int group) const { return imin(lanes, lane_count - group * lanes); }
 };
 
-// A run of blocks of one panel: where the features of the tile's first token in block 0 lie, how far apart
-// the blocks and the tokens of a block are, and the panel's weights.
-template <class T>
-struct Run {
-  const T* features;
+// How the features of a tile lie: the distances between blocks and between the tokens of a block, and the
+// depth of a block; the block at the edge is shorter.
+struct Source {
   ptrdiff_t block_step, token_step;
-  const T* weights;
-  const int32_t* ids;
-  int count, depth, last_block, last_depth;  // the block at the edge is shorter
+  int depth, last_block, last_depth;
 };
 
 template <class T, int V, int R>
@@ -80,9 +76,11 @@ VITKERNELS_INLINE void multiply_term(Vec<T> (&acc)[R][V], const T* a, ptrdiff_t 
   }
 }
 
-// sums[r][lane] = (add ? sums[r][lane] : 0) + the run's terms.
+// sums[r][lane] = (add ? sums[r][lane] : 0) + the terms of `count` blocks of one panel: block ids[q] of the
+// features, whose block 0 begins at `features` for the tile's first token, times the panel's weights.
 template <class T, int V, int R>
-static __attribute__((noinline)) void multiply_run(const Run<T>& run, T* sums, bool add) {
+static __attribute__((noinline)) void multiply_run(const Source& source, const T* features, const T* weights,
+                                                   const int32_t* ids, int count, T* sums, bool add) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[R][V];
 #pragma GCC unroll 16
@@ -90,20 +88,20 @@ static __attribute__((noinline)) void multiply_run(const Run<T>& run, T* sums, b
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
 
-  const ptrdiff_t step = run.token_step;
-  for (int q = 0; q < run.count; ++q) {
-    const int id = run.ids[q];
-    const T* a = run.features + id * run.block_step;
-    const T* b = run.weights + static_cast<ptrdiff_t>(q) * run.depth * (V * L);
+  const ptrdiff_t step = source.token_step;
+  for (int q = 0; q < count; ++q) {
+    const int id = ids[q];
+    const T* a = features + id * source.block_step;
+    const T* b = weights + static_cast<ptrdiff_t>(q) * source.depth * (V * L);
     // The next block's features lie elsewhere, in a place that the processor cannot foresee.
-    const T* next = run.features + run.ids[q + 1 < run.count ? q + 1 : q] * run.block_step;
+    const T* next = features + ids[q + 1 < count ? q + 1 : q] * source.block_step;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(next + r * step);
-      __builtin_prefetch(next + r * step + run.depth - 1);
+      __builtin_prefetch(next + r * step + source.depth - 1);
     }
     // Four terms at a time: loops of 32 end less predictably than loops of 8.
-    int k = id == run.last_block ? run.last_depth : run.depth;
+    int k = id == source.last_block ? source.last_depth : source.depth;
     for (; k >= 4; k -= 4) {
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u, ++a, b += V * L) multiply_term<T, V, R>(acc, a, step, b);
@@ -124,11 +122,12 @@ static __attribute__((noinline)) void multiply_run(const Run<T>& run, T* sums, b
 }
 
 template <class T, int V, int R = kRows<V>>
-VITKERNELS_INLINE void multiply_tokens(const Run<T>& run, int rows, T* sums, bool add) {
+VITKERNELS_INLINE void multiply_tokens(const Source& source, const T* features, const T* weights,
+                                       const int32_t* ids, int count, int rows, T* sums, bool add) {
   if (rows == R)
-    multiply_run<T, V, R>(run, sums, add);
+    multiply_run<T, V, R>(source, features, weights, ids, count, sums, add);
   else if constexpr (R > 1)
-    multiply_tokens<T, V, R - 1>(run, rows, sums, add);
+    multiply_tokens<T, V, R - 1>(source, features, weights, ids, count, rows, sums, add);
 }
 
 // How the blocks of a row are cut into chains of sums: the first `longer` of them take one block more.
@@ -145,16 +144,17 @@ struct Runs {
 
 // All blocks of a panel: sums [rows][V vectors] of the tile, zeros where the row of blocks is empty.
 template <class T, int V>
-static void multiply_panel(Run<T> run, const Runs& runs, int rows, T* sums) {
+VITKERNELS_INLINE void multiply_panel(const Source& source, const T* features, const T* weights,
+                                      const int32_t* ids, const Runs& runs, int rows, T* sums) {
   if (runs.count == 0) {
     for (int i = 0; i < rows * V; ++i) store(sums + i * kLanes<T>, Vec<T>{});
     return;
   }
   for (int i = 0; i < runs.count; ++i) {
-    run.count = runs.blocks + (i < runs.longer);
-    multiply_tokens<T, V>(run, rows, sums, i > 0);
-    run.weights += static_cast<ptrdiff_t>(run.count) * run.depth * (V * kLanes<T>);
-    run.ids += run.count;
+    const int count = runs.blocks + (i < runs.longer);
+    multiply_tokens<T, V>(source, features, weights, ids, count, rows, sums, i > 0);
+    weights += static_cast<ptrdiff_t>(count) * source.depth * (V * kLanes<T>);
+    ids += count;
   }
 }
 

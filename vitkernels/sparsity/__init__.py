@@ -69,12 +69,14 @@ def sparsify(
         hardware: cost of a layer's remaining blocks against which its distortion is weighed: "macs", multiply-adds
             with its tokens (without calibration one a layer); "lpvit", blocks * floor(in_features / 16); None, the
             share of the blocks, so that all layers stop at the same slope.
-        measure: time each layer, dense and sparse, on the rows of one image, instead of stating the bound 1 / density.
+        measure: time each layer, dense and sparse, on the rows of one image. Else the report states what a model of
+            other measurements expects, or the bound 1 / density where there is none (`SparseLayer.expected`).
         backend: as in `ops.block_sparse_linear`, kept by the layers.
         verbose: print the report.
 
     Returns:
-        the layers' densities and expected speeds, and why the rest was left.
+        the layers' densities and expected speeds, which of them the dense layer is expected to beat (they become sparse
+        all the same, since the target counts on them), and why the rest was left.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -147,6 +149,8 @@ def sparsify(
             int(keep.sum()),
             elements,
             rows,
+            device=linear.weight.device.type,
+            dtype=linear.weight.dtype,
         )
         if measure:
             layer.speed = measure_speed(linear, sparse, math.ceil(rows or 1))

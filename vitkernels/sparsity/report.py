@@ -11,6 +11,12 @@ from torch.utils.benchmark import Timer
 
 from vitkernels.nn.block_sparse_linear import BlockSparseLinear
 
+# Time of the sparse layer / time of the dense one, forward, as a line in the density: a share of what the dense layer
+# takes whatever is stored, and the stored blocks at a lower rate than its own. About the slowest that was measured
+# beside a dense layer of the same threads: see benchmarks/block_sparse_break_even.py.
+CPU_FIXED, CPU_RATE = 0.02, 1.20
+_MODELLED_SIDE, _MODELLED_ROWS = 32, 96  # blocks and rows from which on it holds
+
 
 @dataclass
 class SparseLayer:
@@ -24,6 +30,7 @@ class SparseLayer:
         elements: number of elements that are stored, without the padding of partial blocks.
         rows: rows of its input an image; None without calibration.
         speed: dense time / time of a forward pass, measured; None if not asked for.
+        device, dtype: of the weight.
     """
 
     name: str
@@ -34,6 +41,8 @@ class SparseLayer:
     elements: int
     rows: float | None
     speed: float | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     @property
     def density(self) -> float:
@@ -44,6 +53,25 @@ class SparseLayer:
     def bound(self) -> float:
         """The speed-up that the product cannot exceed: 1 / density in multiply-adds."""
         return self.blocks / self.kept if self.kept else float("inf")
+
+    @property
+    def expected(self) -> float | None:
+        """dense time / time of a forward pass: measured, else by a model of what was measured elsewhere; None where
+        there is no such model, which is other devices than the CPU, other types than float32, blocks smaller than
+        32 and few rows."""
+        if self.speed is not None:
+            return self.speed
+        known = (
+            self.device == "cpu" and self.dtype == torch.float32 and min(self.block_shape) >= _MODELLED_SIDE
+        )
+        if not known or (self.rows is not None and self.rows < _MODELLED_ROWS):
+            return None
+        return 1 / (CPU_FIXED + CPU_RATE * self.density)
+
+    @property
+    def slower(self) -> bool:
+        """Whether the dense layer is expected to be as fast or faster."""
+        return self.expected is not None and self.expected <= 1
 
 
 @dataclass
@@ -67,8 +95,10 @@ class SparsityReport:
     def __str__(self) -> str:
         rows = [("layer", "shape", "blocks kept", "density", "expected speed")]
         for layer in self.layers:
-            measured = layer.speed is not None
-            speed = f"{layer.speed:.2f}x measured" if measured else f"at most {layer.bound:.2f}x"
+            speed = f"at most {layer.bound:.2f}x"
+            if layer.expected is not None:
+                measured = layer.speed is not None
+                speed = f"{layer.expected:.2f}x measured" if measured else f"about {layer.expected:.2f}x"
             kept = f"{layer.kept} of {layer.blocks}"
             rows.append((layer.name, "x".join(map(str, layer.shape)), kept, f"{layer.density:.3f}", speed))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -82,9 +112,11 @@ class SparsityReport:
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
             for row in rows
         ]
+        slow = [layer.name for layer in self.layers if layer.slower]
+        slower = [f"expected to be slower than dense: {', '.join(slow)}; exclude them"] if slow else []
         left = [f"left: {name} ({cls}): {reason}" for name, cls, reason in self.skipped]
         rest = f"{self.density:.1%} of the prunable weights remain{flops}."
-        return "\n".join([title, *(lines if len(rows) > 1 else []), *left, rest])
+        return "\n".join([title, *(lines if len(rows) > 1 else []), *slower, *left, rest])
 
 
 def measure_speed(dense: nn.Linear, sparse: BlockSparseLinear, rows: int) -> float:
