@@ -3,6 +3,7 @@
 #include "vitkernels/bind.h"
 #include "vitkernels/cpu_dispatch.h"
 #include "vitkernels/fingerprint.h"
+#include "vitkernels/fresh_memory.h"
 #include "vitkernels/parallel.h"
 #if VITKERNELS_WITH_CUDA
 #include "vitkernels/runtime.h"
@@ -147,6 +148,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("use_exchange", &use_exchange);
   module.def("signature", &signature);
   module.def("fingerprint", &fingerprint);
+  module.def("expect_large_result", [](uintptr_t data, size_t bytes) {
+    vitkernels::expect_large_result(reinterpret_cast<void*>(data), bytes);
+  });
   module.attr("version") = VITKERNELS_VERSION;
   module.attr("compiler") = VITKERNELS_COMPILER;
   module.attr("cuda_archs") = VITKERNELS_CUDA_ARCHS;  // empty without CUDA kernels

@@ -16,13 +16,12 @@ const CpuKernel& kernel() {
 }  // namespace
 
 void forward_cpu(const Params& p, int threads) {
-  over_token_rows(p, kernel().forward, p.y, p.merged_tokens, p.batch * p.merged_tokens, threads);
+  over_token_rows(p, kernel().forward, p.batch * p.merged_tokens, threads);
 }
 
 void backward_cpu(const Params& p, int threads) {
   const bool groups = p.mode == Mode::amax;
-  over_token_rows(p, kernel().backward, p.grad_x, p.tokens, p.batch * (groups ? p.merged_tokens : p.tokens),
-                  threads);
+  over_token_rows(p, kernel().backward, p.batch * (groups ? p.merged_tokens : p.tokens), threads);
 }
 
 }  // namespace vitkernels::token_merge

@@ -16,11 +16,11 @@ const CpuKernel& kernel() {
 }  // namespace
 
 void forward_cpu(const Params& p, int threads) {
-  over_token_rows(p, kernel().forward, p.x, p.tokens, p.batch * p.tokens, threads);
+  over_token_rows(p, kernel().forward, p.batch * p.tokens, threads);
 }
 
 void backward_cpu(const Params& p, int threads) {
-  over_token_rows(p, kernel().backward, p.grad_y, p.merged_tokens, p.batch * p.merged_tokens, threads);
+  over_token_rows(p, kernel().backward, p.batch * p.merged_tokens, threads);
 }
 
 }  // namespace vitkernels::token_unmerge

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from vitkernels.bench import timing
-from vitkernels.bench.case import Cost
+from vitkernels.bench import runner, timing
+from vitkernels.bench.case import Cost, Inputs
 from vitkernels.bench.peaks import Peaks, measured_peaks
 
 
@@ -111,3 +111,38 @@ def test_cuda_step_that_synchronizes_is_reported_not_timed():
     )
     assert set(timings) == {"ok"}
     assert set(failed) == {"item"}
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_calls_share_one_backward_and_none_of_their_tensors(calls):
+    seen = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(("forward", x.data_ptr()))
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(("backward", grad.data_ptr()))
+            return 2 * grad
+
+    x, grad = torch.ones(3), torch.ones(3)
+    step = runner.make_step(Double.apply, Inputs({"x": x}, {}, grad), training=True, calls=calls)
+    gradients = step()
+    assert [kind for kind, _ in seen] == ["forward"] * calls + ["backward"] * calls
+    assert len(gradients) == calls  # nothing is summed into one leaf
+    assert all(torch.equal(g, 2 * grad) for g in gradients)
+
+
+def test_short_calls_share_a_backward_and_are_timed_one_by_one():
+    settings = runner.Settings(torch.device("cpu"), torch.float32)
+    assert runner.calls_to_share(lambda: None, settings, training=True) == runner.SHARING_CALLS
+    assert runner.calls_to_share(lambda: None, settings, training=False) == 1
+    assert runner.calls_to_share(lambda: time.sleep(0.002), settings, training=True) == 1
+
+    row = runner.Row("op", "p", "s", "1", 1, "float32", "cpu", "fwd+bwd", "mine", True, calls=8)
+    timed = runner.record(row, "wall", timing.summarize([0.8]), timing.summarize([1.6]))
+    assert timed.median == pytest.approx(0.1)
+    assert timed.speedup == pytest.approx(2.0)

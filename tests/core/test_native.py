@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from vitkernels import ops
 from vitkernels.core import backends, native
 
 
@@ -79,3 +80,27 @@ def test_an_address_keeps_its_tensor():
     del copy
     assert alive() is not None
     assert arguments == ((address, (3, 4), (4, 1), native.DTYPES[torch.float32]), None)
+
+
+@pytest.mark.skipif(not native.holds("window_attention"), reason="needs the extension's window attention")
+def test_large_results_may_lie_in_large_pages(monkeypatch):
+    told = []
+    monkeypatch.setattr(native, "LARGE", 256)
+    monkeypatch.setattr(native, "expect_large", lambda tensor: told.append(tuple(tensor.shape)))
+    q, k = (torch.randn(4, 2, 4, 4) for _ in range(2))  # 128 elements
+    v = torch.randn(4, 2, 4, 8)  # 256
+    want = ops.window_attention(q, k, v, window=(2, 2), backend="reference")
+    assert torch.allclose(ops.window_attention(q, k, v, window=(2, 2), backend="cpu"), want, atol=1e-5)
+    assert told == [tuple(v.shape)]
+    told.clear()
+    v.requires_grad_()
+    ops.window_attention(q, k, v, window=(2, 2), backend="cpu").sum().backward()
+    assert told.count(tuple(v.shape)) == 2  # the output and the gradient of v; of q and k none is asked for
+
+
+def test_the_advice_on_large_results_changes_nothing():
+    tensor = torch.arange(native.LARGE + 1000, dtype=torch.float64)[3:]
+    before = tensor.clone()
+    native.expect_large(tensor)
+    assert torch.equal(tensor, before)
+    native.expect_large(torch.empty(0))

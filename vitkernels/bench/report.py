@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vitkernels.bench.runner import Row
+from vitkernels.bench.runner import SHORT_CALL, Row
 
 SCHEMA = 1
 METHODS = {
@@ -153,6 +153,11 @@ def print_report(console: Console, rows: Sequence[Row], summary: Sequence[dict[s
     for text, where in failures.items():
         style = "red" if text.startswith("wrong") else None
         console.print(f"{text} [first at {where}]", markup=False, style=style)
+    if (shared := max((row.calls for row in rows), default=1)) > 1:
+        console.print(
+            f"where eager takes less than {show_time(SHORT_CALL)}, {shared} calls on inputs of their own, as the "
+            "layers of a network, share one backward pass; times are of one call"
+        )
     if any(row.floor_share is not None and row.floor_share > 1 for row in rows):
         console.print(
             "a share of the floor above 100 %: the peak was measured too low (a busy machine does that)"

@@ -107,6 +107,16 @@ def deliver(tensors: Sequence[torch.Tensor | None], places: Sequence[torch.Tenso
             tensor.copy_(place)
 
 
+# Elements of float64 in the least memory that is mapped anew at every allocation (fresh_memory.h).
+LARGE = (32 << 20) // 8
+
+
+def expect_large(tensor: torch.Tensor) -> None:
+    """Before a CPU kernel fills a fresh result of at least LARGE elements: lets it lie in large pages."""
+    if tensor.is_cpu and _module is not None:
+        _module.expect_large_result(tensor.data_ptr(), tensor.nbytes)
+
+
 def indices(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tensors of int32, contiguous, as the kernels read them."""
     return tuple(t if t.is_contiguous() else t.contiguous() for t in tensors)

@@ -103,7 +103,9 @@ class Operator:
         if by_products or not chosen.skips_by_products:
             return self.run_forward(*tensors, *params)
         result = self.allocate[0](*tensors, *params[:-1])
-        if result.numel():
+        if size := result.numel():
+            if size >= native.LARGE:
+                native.expect_large(result)
             chosen.load().forward(result, *self._no_by_products, *tensors, *params[:-1])
         return (result, *self._no_by_products)
 
@@ -174,7 +176,10 @@ class Operator:
         outputs = []
         for allocate in self.allocate:  # a loop: a generator costs as much as an allocation
             outputs.append(allocate(*inputs))
-        if outputs[0].numel():
+        if size := outputs[0].numel():
+            if size >= native.LARGE:
+                for output in outputs:
+                    native.expect_large(output)
             self.backends[args[-1]].load().forward(*outputs, *inputs)
         return tuple(outputs)
 
@@ -187,6 +192,9 @@ class Operator:
         inputs = args[2 * count : -2]
         grads = self._empty_gradients(inputs, mask)
         if args[count].numel():
+            for grad in grads:
+                if grad.numel() >= native.LARGE:
+                    native.expect_large(grad)
             wanted = (
                 [g if want else None for g, want in zip(grads, mask, strict=True)] if False in mask else grads
             )
