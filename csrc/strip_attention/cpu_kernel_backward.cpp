@@ -107,8 +107,8 @@ void add_grad_k(const Params& p, const BackwardScratch<T>& w, Rows<T> q, int key
                 bool first) {
   const int width = w.tiling.width, pitch = w.chunks.k_pitch;
   if (p.key_dim == 1) {
-    lane_dots<T>(w.dots, 1, w.dl, width, keys, w.q, queries);
-    for (int m = 0; m < keys; ++m) to[m] = first ? w.dots[m] : to[m] + w.dots[m];
+    lane_dots<T>(w.k_sums, 1, w.dl, width, keys, w.q, queries);
+    for (int m = 0; m < keys; ++m) to[m] = first ? w.k_sums[m] : to[m] + w.k_sums[m];
     return;
   }
   multiply<T>(pitch / kLanes<T>,
@@ -220,8 +220,7 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
     const int first = static_cast<int>(item % chunks.count * chunks.each);
     const int last = imin(first + static_cast<int>(chunks.each), w.tiling.count);
     if (head.expanded) {
-      const int used = w.expansion.bins * (kTerms + 1) * w.rows_pitch;
-      for (int i = 0; i < used; i += kLanes<T>) store(w.sums_of_g + i, Vec<T>{});
+      clear_sums(w);
       for (int tile = first; tile < last; ++tile)
         if constexpr (!kSame<T, double>) expanded_tile<E, T>(p, w, b, h, tile);
       expanded_sums(p, w, chunks.grad_k(sums, p.keys), chunks.grad_v(sums));

@@ -1,6 +1,6 @@
 // Strip attention on one core, one instruction set: forward.
 //
-// One by one, or, for one channel and logits that do not spread too far, by expansion_cpu.h's polynomials.
+// One by one, or, for one channel and logits that do not spread too far, by expansion_cpu.h's few terms.
 // Floor of N queries and M keys: N M (r + dv) multiply-adds at two vectors of them a cycle, and N M
 // exponentials of about twelve such instructions each. q, k, v and out cross memory once.
 #include "expansion_cpu.h"
@@ -32,9 +32,9 @@ struct ForwardScratch {
     p = scratch.take<T>(kTileKeys * width);
     out = scratch.take<T>(width * pitch);
     top = scratch.take<T>(width);
-    sum = scratch.take<T>(width);
+    sum = scratch.take<T>(sorted.pitch);
     rescale = scratch.take<T>(width);
-    inverse = scratch.take<T>(width);
+    inverse = scratch.take<T>(sorted.pitch);
     size = scratch.used;
   }
 };
@@ -129,10 +129,10 @@ struct Head {
   bool expanded;
 };
 
-// Whether the polynomials cost less, in multiply-adds; what is no product counts by experience.
+// Whether few terms cost less, in multiply-adds; what is no product counts by experience.
 bool pays(const Params& p, int bins) {
   const double n = static_cast<double>(p.queries), m = static_cast<double>(p.keys), dv = p.value_dim;
-  return kTerms * (1.5 * n + bins * m) * (dv + 8) < n * m * (dv + 12);
+  return kTerms * (n * (dv + 8) + bins * m * (dv + 12)) < n * m * (dv + 14);
 }
 
 template <class E, class T>
@@ -143,13 +143,16 @@ Head<T> read_head(const Params& p, ForwardScratch<T>& w, int64_t b, int64_t h) {
   if (is_outer(p)) {
     read_numbers(w.k, k.data, k.token, keys, T(1));
     head.k = {w.k, 1, 1};
-    const bool finite = range_of_keys(w.k, keys, &head.lowest, &head.highest);
-    T lowest, highest;
-    if (finite && may_expand(p) && range_of_queries<E>(p, w.tiling, b, h, w.q, &lowest, &highest) &&
-        w.expansion.place(head.lowest, head.highest, lowest, highest) && pays(p, w.expansion.bins)) {
-      w.expansion.read(tokens<const E>(p.v, b, h), w.k);
-      head.expanded = true;
-      return head;
+    [[maybe_unused]] const bool finite = range_of_keys(w.k, keys, &head.lowest, &head.highest);
+    if constexpr (!kSame<T, double>) {
+      Expansion<T>& e = w.expansion;
+      T lowest, highest;
+      if (finite && may_expand(p) && range_of_queries<E>(p, w.tiling, b, h, w.q, &lowest, &highest) &&
+          e.place(w.k, head.lowest, head.highest, lowest, highest) && pays(p, e.bins)) {
+        e.read(tokens<const E>(p.v, b, h));
+        head.expanded = true;
+        return head;
+      }
     }
   } else {
     head.k = readable<E, T>(k, keys, p.key_dim, w.k);
@@ -183,16 +186,37 @@ void start_softmax(const Params& p, const ForwardScratch<T>& w, const Head<T>& h
   }
 }
 
-// A tile of queries by polynomials, its numbers in w.q.
+// The terms of a tile's queries, [term][query], and w.inverse; w.sum is the lse.
+template <class T>
+void evaluate(const ForwardScratch<T>& w, bool wants_lse) {
+  const Expansion<T>& e = w.expansion;
+  const Sorted<T>& sorted = w.sorted;
+  for (int bin = 0; bin < e.bins; ++bin) {
+    const T *ones = e.ones + e.first_term(bin), center = e.center[bin];
+    for (int i = sorted.begin[bin]; i < sorted.begin[bin + 1]; i += kLanes<T>) {
+      const Vec<T> away = load(sorted.x + i) - center;
+      const Terms<T> terms(away * e.hk);
+      Vec<T> even = {}, odd = {};
+#pragma GCC unroll 16
+      for (int j = 0; j < kTerms; ++j) {
+        const Vec<T> term = terms.term(j);
+        store(w.p + static_cast<ptrdiff_t>(j) * sorted.pitch + i, term);
+        (j % 2 ? odd : even) += term * ones[j];
+      }
+      const Vec<T> sum = even + odd;
+      store(w.inverse + i, T(1) / sum);
+      if (wants_lse) store(w.sum + i, e.top[bin] + away * e.kc + log_softmax<T>(sum));
+    }
+  }
+}
+
+// A tile of queries by few terms, its numbers in w.q.
 template <class E, class T>
 void expanded_tile(const Params& p, const ForwardScratch<T>& w, Matrix<E> to, Matrix<T> lse, int queries) {
   const Expansion<T>& e = w.expansion;
   const Sorted<T>& sorted = w.sorted;
-  const int width = w.tiling.width;
   sorted.sort(e, w.q, queries);
-  sorted.evaluate(e, lse.data != nullptr);
-  sorted.fill_terms(queries, w.p, width);
-  for (int i = 0; i < queries; i += kLanes<T>) store(w.inverse + i, T(1) / load(sorted.z + i));
+  evaluate(w, lse.data != nullptr);
 
   T* out = w.out;
   ptrdiff_t pitch = w.pitch;
@@ -205,16 +229,13 @@ void expanded_tile(const Params& p, const ForwardScratch<T>& w, Matrix<E> to, Ma
     const int first = sorted.begin[bin], count = sorted.begin[bin + 1] - first;
     if (count)
       multiply<T>(w.pitch / kLanes<T>,
-                  {count, kTerms, w.p + first, 1, width, e.moment(bin, 0), e.pitch, nullptr, 0,
+                  {count, kTerms, w.p + first, 1, sorted.pitch, e.moment(bin), e.pitch, nullptr, 0,
                    out + first * pitch, pitch, nullptr, nullptr, w.inverse + first});
   }
-  for (int i = 0; i < queries; ++i) {
-    const int query = sorted.order[i];
-    if (out == w.out)
-      write_rows(Matrix<E>{to.data + query * to.token, to.token, 1}, out + i * pitch, w.pitch, 1,
-                 p.value_dim);
-    if (lse.data) lse.data[query * lse.token] = sorted.lse[i];
-  }
+  for (int i = 0; i < queries && out == w.out; ++i)
+    write_rows(Matrix<E>{to.data + sorted.order[i] * to.token, to.token, 1}, out + i * pitch, w.pitch, 1,
+               p.value_dim);
+  for (int i = 0; i < queries && lse.data; ++i) lse.data[sorted.order[i] * lse.token] = w.sum[i];
 }
 
 template <class E>
@@ -241,8 +262,9 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     const Matrix<E> to = tokens<E>(p.out, b, h);
     const Matrix<T> lse = p.lse ? tokens<T>(p.lse, b, h) : Matrix<T>{};
     if (head.expanded) {
-      expanded_tile<E, T>(p, w, {to.data + start * to.token, to.token, 1},
-                          {p.lse ? lse.data + start * lse.token : nullptr, lse.token, 1}, queries);
+      if constexpr (!kSame<T, double>)
+        expanded_tile<E, T>(p, w, {to.data + start * to.token, to.token, 1},
+                            {p.lse ? lse.data + start * lse.token : nullptr, lse.token, 1}, queries);
       continue;
     }
     T* out = w.out;

@@ -1,66 +1,68 @@
-// Attention to one channel as a polynomial: an outer product's softmax without its logits.
+// Attention to one channel by few terms: an outer product's softmax without its logits.
 //
 // All that a query x = scale q is asked for is e^(x k_m) of every key, and these functions of x are smooth.
 // With the keys in kc +- hk and the queries of a bin in xc +- rho / hk, u = (x - xc) hk and
 // kappa = (k - kc) / hk give |u kappa| <= rho and, up to a factor of the query alone, which a softmax drops,
-//   e^(x k) = e^(xc k) e^(u kappa) = w_m sum_j c_j u^j kappa^j,
-// a polynomial of 7 terms that is exact to float's rounding. So instead of N M weights there are
-//   moments    M_j = sum_m w_m kappa_m^j [v_m | 1]          once a bin: terms M (dv + 1) multiply-adds, M
-//   exponentials outputs    sum_j c_j u^j M_j, divided by its last column               terms N (dv + 1), no
-//   exponential
+//   e^(x k) = e^(xc k) e^(u kappa) = w_m sum_j phi_j(u) psi_j(kappa),
+// ten terms (series_cpu.h). So instead of N M weights there are
+//   moments  M_j = sum_m w_m psi_j(kappa_m) [v_m | 1]       once a bin: M (dv + 1) multiply-adds a term
+//   outputs  sum_j phi_j(u) M_j, divided by its last column               N (dv + 1) a term, no exponential
 // and backward, with zeta one over that last column and g the gradient of out,
-//   E_j = <g, M_j>: from sums over j of c_j u^j come <g, out> and sum_m P kappa <g, v>, thus delta and
-//   grad_q; G_j = sum_n u^j zeta [g | -delta], from which key m takes w_m sum_j c_j kappa_m^j G_j for grad_v,
-//   and, the same sum over xc G_j + G_(j+1) / hk being X_m, <[v_m | 1], X_m> for grad_k.
-// How many bins there are follows from the spread of a head's logits; where they are too many, where a number
-// is not finite, and in float64 the weights are computed one by one.
+//   E_j = <g, M_j>: from sums over j of phi_j E_j and phi_j' E_j come <g, out> and sum_m P kappa <g, v>, thus
+//   delta and grad_q; G_j = sum_n phi_j zeta [g | -delta], from which key m takes w_m sum_j psi_j(kappa_m)
+//   G_j for grad_v and, with w_m (xc psi_j + psi_j' / hk) in place of w_m psi_j, X_m for grad_k = <[v_m | 1],
+//   X_m>.
+// Most heads of a network need one bin. Where a head's logits spread so far that there are too many, where a
+// number is not finite, and in float64 the weights are computed one by one.
 #pragma once
-#include "tiles_cpu.h"
+#include "series_cpu.h"
 
 namespace vitkernels::strip_attention {
 namespace VITKERNELS_ISA {
 
-// The polynomial of least relative error, 2.4e-8, for |t| <= kReach. A longer one would reach further, but
-// where a softmax is all but decided, its alternating terms cancel: they cost e^(2 kReach) of the last bits.
-constexpr int kTerms = 7, kMaxBins = 6;
-constexpr float kReach = 0.5f;
-constexpr float kSeries[kTerms] = {1.0000000102f,   1.0000003152f,  0.49999929275f, 0.16665617307f,
-                                   0.041673389427f, 0.00841917257f, 0.00137807697f};
+constexpr int kMaxBins = 4;
+constexpr float kTame = 2;  // see tame()
 
 // Whether a head may be expanded at all. Few keys cost less one by one.
 VITKERNELS_INLINE bool may_expand(const Params& p) {
-  return is_outer(p) && p.dtype != DType::f64 && p.keys > 2 * kTerms;
+  return is_outer(p) && p.dtype != DType::f64 && p.keys > kTerms;
 }
 
 template <class T>
 struct Expansion {
   bool derived;
-  int keys, channels, pitch, key_pitch, moment_count;
-  T *kappa, *powers, *rows,
-      *moments;  // [m]; [bin][j][m]: w kappa^j, forward of one bin alone; [m][v | 1]; [bin][j][c]
+  int keys, channels, pitch, key_pitch;
+  T *kappa, *weight;          // [m]; [m], of the bin at hand
+  T *powers, *slopes;         // [bin][j][m]: w psi_j, forward of one bin alone; w (xc psi_j + psi_j' / hk)
+  T *copied, *moments;        // [m][c]; [bin][j][c]
+  T ones[kMaxBins * kTerms];  // the moments' last column
+  Rows<T> values{};
   T center[kMaxBins] = {}, top[kMaxBins] = {};  // xc, and the largest xc k, which w is relative to
   const T* k = nullptr;
   int bins = 0;
   T low = 0, bins_per_x = 0, kc = 0, hk = 0;
 
-  // `derived`: for gradients, which take one moment more than there are terms.
+  // `derived`: for gradients.
   Expansion(const Params& p, bool derived, Scratch& scratch)
       : derived(derived),
         keys(static_cast<int>(p.keys)),
         channels(p.value_dim),
-        pitch(round_up_lanes<T>(p.value_dim + 1)),
-        key_pitch(round_up_lanes<T>(keys)),
-        moment_count(kTerms + derived) {
-    const size_t used = may_expand(p) ? 1 : 0;
+        pitch(round_up_lanes<T>(p.value_dim)),
+        key_pitch(round_up_lanes<T>(keys)) {
+    const size_t used = may_expand(p) ? 1 : 0, of_bin = used * kTerms * key_pitch;
     kappa = scratch.take<T>(used * key_pitch);
-    powers = scratch.take<T>(used * (derived ? kMaxBins : 1) * moment_count * key_pitch);
-    rows = scratch.take<T>(used * keys * pitch);
-    moments = scratch.take<T>(used * kMaxBins * moment_count * pitch);
+    weight = scratch.take<T>(used * key_pitch);
+    powers = scratch.take<T>((derived ? kMaxBins : 1) * of_bin);
+    slopes = scratch.take<T>(derived ? kMaxBins * of_bin : 0);
+    copied = scratch.take<T>(used * keys * pitch);
+    moments = scratch.take<T>(used * kMaxBins * kTerms * pitch);
   }
 
-  // From the ranges of keys and queries: the bins. False: too many, or not finite.
-  bool place(T lowest_k, T highest_k, T lowest_x, T highest_x) {
+  // From the ranges of keys and queries: the bins. False: too many, or not finite. `numbers` are the keys,
+  // zeros beyond them up to a whole vector.
+  bool place(const T* numbers, T lowest_k, T highest_k, T lowest_x, T highest_x) {
     const T half = (highest_x - lowest_x) / 2;
+    k = numbers;
     hk = (highest_k - lowest_k) / 2;
     kc = lowest_k + hk;
     low = lowest_x;
@@ -68,7 +70,8 @@ struct Expansion {
     // A logit that is not finite fails as well.
     if (!(hk >= T(1e-30) && half <= T(1e30) && reach < T(kReach * kMaxBins))) return false;
     if (half > 0 && reach < T(1e-30)) return false;  // u would be no normal number
-    bins = static_cast<int>(reach / T(kReach)) + 1;
+    for (bins = static_cast<int>(reach / T(kReach)) + 1; !tame(half); ++bins)
+      if (bins == kMaxBins) return false;
     bins_per_x = bins > 1 ? bins / (2 * half) : T(0);
     for (int bin = 0; bin < bins; ++bin) {
       center[bin] = lowest_x + half * (2 * bin + 1) / bins;
@@ -77,80 +80,108 @@ struct Expansion {
     return true;
   }
 
+  // The terms of a weight round like e^|u kappa|, the weight is e^(u kappa): where a softmax is all but
+  // decided against most keys, nothing would be left of them. At the two ends of a bin, between which it is
+  // less, the sums of all weights less kc's must not differ by more than kTame.
+  bool tame(T half) const {
+    T last = 0, last_top = 0;
+    for (int i = 0; i <= bins; ++i) {
+      const T x = low + 2 * half * i / bins, highest = (x < 0 ? -x : x) * hk;
+      Vec<T> sum = {};
+      int m = 0;
+      for (; m + kLanes<T> <= keys; m += kLanes<T>) sum += exp_softmax<T>((load(k + m) - kc) * x - highest);
+      T total = across<T>(sum);
+      if (m < keys) {
+        const Vec<T> rest = exp_softmax<T>((load(k + m) - kc) * x - highest);
+        for (int lane = 0; m + lane < keys; ++lane) total += rest[lane];
+      }
+      if (i) {
+        const T ratio = total / last * exp_softmax<T>(broadcast(highest - last_top))[0];
+        if (!(ratio <= T(kTame) && ratio * T(kTame) >= 1)) return false;
+      }
+      last = total;
+      last_top = highest;
+    }
+    return true;
+  }
+
   int bin_of(T x) const {
     const int bin = static_cast<int>((x - low) * bins_per_x);
     return bin < 0 ? 0 : imin(bin, bins - 1);
   }
-  const T* moment(int bin, int j) const {
-    return moments + (static_cast<ptrdiff_t>(bin) * moment_count + j) * pitch;
-  }
+  ptrdiff_t first_term(int bin) const { return static_cast<ptrdiff_t>(bin) * kTerms; }
+  const T* moment(int bin) const { return moments + first_term(bin) * pitch; }
 
   template <class E>
-  void read(Matrix<const E> v, const T* numbers) {
-    k = numbers;
+  void read(Matrix<const E> v) {
     const Vec<T> inverse = broadcast(1 / hk);
-    for (int m = 0; m < keys; m += kLanes<T>) store(kappa + m, (load(k + m) - kc) * inverse);
-    pack(rows, pitch, v.data, v.token, 1, keys, channels, T(1));
-    if (derived) center_values();
-    for (int m = 0; m < keys; ++m)
-      for (int c = channels; c < pitch; ++c) rows[static_cast<ptrdiff_t>(m) * pitch + c] = c == channels;
+    for (int m = 0; m < key_pitch; m += kLanes<T>) store(kappa + m, (load(k + m) - kc) * inverse);
+    for (int m = keys; m < key_pitch; ++m) kappa[m] = 0;
+    if (derived)
+      values = centered(v);
+    else
+      values = read_rows<E, T>(v, keys, channels, T(1), copied);
     for (int bin = 0; bin < bins; ++bin) {
-      fill_powers(bin, powers, moment_count);
-      multiply<T>(pitch / kLanes<T>, {moment_count, keys, powers, key_pitch, 1, rows, pitch, nullptr, 0,
-                                      moments + static_cast<ptrdiff_t>(bin) * moment_count * pitch, pitch});
+      T* to = powers + (derived ? first_term(bin) * key_pitch : 0);
+      fill_powers(bin, to);
+      multiply<T>(pitch / kLanes<T>, {kTerms, keys, to, key_pitch, 1, values.data, values.pitch, nullptr, 0,
+                                      moments + first_term(bin) * pitch, pitch});
     }
   }
 
   // Less their mean, which no gradient depends on and which would cancel in all of them.
-  void center_values() const {
-    for (int c = 0; c < channels; c += kLanes<T>) {
+  template <class E>
+  Rows<T> centered(Matrix<const E> v) const {
+    pack(copied, pitch, v.data, v.token, 1, keys, channels, T(1));
+    for (int c = 0; c < pitch; c += kLanes<T>) {
       Vec<T> sum = {};
-      for (int m = 0; m < keys; ++m) sum += load(rows + static_cast<ptrdiff_t>(m) * pitch + c);
+      for (int m = 0; m < keys; ++m) sum += load(copied + static_cast<ptrdiff_t>(m) * pitch + c);
       sum /= broadcast(static_cast<T>(keys));
       for (int m = 0; m < keys; ++m) {
-        T* v = rows + static_cast<ptrdiff_t>(m) * pitch + c;
-        store(v, load(v) - sum);
+        T* row = copied + static_cast<ptrdiff_t>(m) * pitch + c;
+        store(row, load(row) - sum);
       }
     }
+    return {copied, pitch};
   }
 
-  // to[j][m] = w_m kappa_m^j
-  void fill_powers(int bin, T* to, int count) const {
-    for (int m = 0; m < keys; m += kLanes<T>) {
-      const Vec<T> step = load(kappa + m);
-      Vec<T> power = exp_softmax<T>(load(k + m) * center[bin] - top[bin]);
-      for (int j = 0; j < count; ++j, power *= step)
+  // to[j][m] = w_m psi_j, and their sums
+  void fill_powers(int bin, T* to) {
+    for (int m = 0; m < key_pitch; m += kLanes<T>)
+      store(weight + m, exp_softmax<T>(load(k + m) * center[bin] - top[bin]));
+    for (int m = keys; m < key_pitch; ++m) weight[m] = 0;
+    Vec<T> sum[kTerms] = {};
+    for (int m = 0; m < key_pitch; m += kLanes<T>) {
+      const KeyTerms<T> terms(load(kappa + m));
+      const Vec<T> w = load(weight + m), per_hk = w * (1 / hk);
+#pragma GCC unroll 16
+      for (int j = 0; j < kTerms; ++j) {
+        const Vec<T> power = w * terms.term(j);
         store(to + static_cast<ptrdiff_t>(j) * key_pitch + m, power);
+        sum[j] += power;
+        if (derived)
+          store(slopes + (first_term(bin) + j) * key_pitch + m,
+                power * center[bin] + per_hk * terms.slope(j));
+      }
     }
-  }
-  // powers[bin][j][m] = c_j w_m kappa_m^j of all bins, the term after the last being 0
-  void fill_series() const {
-    for (int bin = 0; bin < bins; ++bin) {
-      T* to = powers + static_cast<ptrdiff_t>(bin) * moment_count * key_pitch;
-      fill_powers(bin, to, kTerms);
-      for (int j = 0; j <= kTerms; ++j, to += key_pitch)
-        for (int m = 0; m < keys; m += kLanes<T>)
-          store(to + m, j < kTerms ? load(to + m) * T(kSeries[j]) : Vec<T>{});
-    }
+    for (int j = 0; j < kTerms; ++j) ones[first_term(bin) + j] = across<T>(sum[j]);
   }
 };
 
-// The queries of a tile by bins, and what is computed of each alone. Arrays are read and written a vector
-// beyond a run, in order.
+// The queries of a tile by bins. Arrays are read and written a vector beyond a run, in order; so rows of a
+// tile's numbers are `pitch` apart.
 template <class T>
 struct Sorted {
+  int pitch;
   int *order, *bin, *begin;  // [i]: the query and its bin; runs [begin[bin], begin[bin + 1])
-  T *x, *u, *z, *lse;        // z = sum_j c_j u^j M_j[1]
+  T* x;
 
-  Sorted(int width, bool used, Scratch& scratch) {
-    const size_t count = used ? width + kLanes<T> : 0;
+  Sorted(int width, bool used, Scratch& scratch) : pitch(width + kLanes<T>) {
+    const size_t count = used ? pitch : 0;
     order = scratch.take<int>(count);
     bin = scratch.take<int>(count);
     begin = scratch.take<int>(used ? kMaxBins + 1 : 0);
     x = scratch.take<T>(count);
-    u = scratch.take<T>(count);
-    z = scratch.take<T>(count);
-    lse = scratch.take<T>(count);
   }
 
   void sort(const Expansion<T>& e, const T* from, int queries) const {
@@ -175,31 +206,6 @@ struct Sorted {
       begin[0] = 0;
     }
     for (int i = queries; i < queries + kLanes<T>; ++i) x[i] = x[queries - 1];
-  }
-
-  void evaluate(const Expansion<T>& e, bool wants_lse) const {
-    for (int b = 0; b < e.bins; ++b) {
-      const T *ones = e.moment(b, 0) + e.channels, center = e.center[b];
-      for (int i = begin[b]; i < begin[b + 1]; i += kLanes<T>) {
-        const Vec<T> away = load(x + i) - center, ui = away * e.hk;
-        Vec<T> sum = {};
-        for (int j = kTerms - 1; j >= 0; --j)
-          sum = sum * ui + T(kSeries[j]) * ones[static_cast<ptrdiff_t>(j) * e.pitch];
-        store(u + i, ui);
-        store(z + i, sum);
-        if (wants_lse) store(lse + i, e.top[b] + away * e.kc + log_softmax<T>(sum));
-      }
-    }
-  }
-
-  // to[j][i] = c_j u^j
-  void fill_terms(int queries, T* to, int width) const {
-    for (int i = 0; i < queries; i += kLanes<T>) {
-      const Vec<T> ui = load(u + i);
-      Vec<T> power = broadcast(T(1));
-      for (int j = 0; j < kTerms; ++j, power *= ui)
-        store(to + static_cast<ptrdiff_t>(j) * width + i, power * T(kSeries[j]));
-    }
   }
 };
 
