@@ -9,15 +9,15 @@ namespace vitkernels::polyline_path_attention {
 namespace {
 
 struct Kernels {
-  const Loop *sums, *whole_forward, *whole_backward, *criss_cross_forward, *criss_cross_backward,
-      *heads_forward, *heads_backward;
+  const Loop *sums, *whole_forward, *whole_backward, *small_backward, *criss_cross_forward,
+      *criss_cross_backward, *heads_forward, *heads_backward;
 };
 
 Kernels kernels() {
-#define VITKERNELS_POLYLINE_KERNELS(isa)                                                        \
-  {                                                                                             \
-    &isa::kSums, &isa::kWholeForward, &isa::kWholeBackward, isa::kCrissCrossForward,            \
-        isa::kCrissCrossBackward, &isa::kCrissCrossForwardHeads, &isa::kCrissCrossBackwardHeads \
+#define VITKERNELS_POLYLINE_KERNELS(isa)                                                                   \
+  {                                                                                                        \
+    &isa::kSums, &isa::kWholeForward, &isa::kWholeBackward, &isa::kSmallBackward, isa::kCrissCrossForward, \
+        isa::kCrissCrossBackward, &isa::kCrissCrossForwardHeads, &isa::kCrissCrossBackwardHeads            \
   }
 #ifdef VITKERNELS_X86_ISAS
   if (selected_isa() == Isa::avx512) return VITKERNELS_POLYLINE_KERNELS(avx512);
@@ -27,7 +27,7 @@ Kernels kernels() {
 #undef VITKERNELS_POLYLINE_KERNELS
 }
 
-constexpr size_t kHeadBytes = 4 << 20;
+constexpr size_t kHeadBytes = 4 << 20, kMapBytes = 24 << 20;
 
 size_t aligned(size_t bytes) {
   return (bytes + 63) / 64 * 64;
@@ -83,19 +83,35 @@ Params chunk_of(const Params& p, int64_t first, int64_t count) {
   return part;
 }
 
-// Maps that a criss-cross pass takes through its sweeps together: what they read and write stays in a shared
-// cache.
-int64_t chunk_maps(const Params& p) {
-  const int64_t channels = static_cast<int64_t>(p.heads) * (p.head_dim + p.value_dim);
-  const int64_t map = static_cast<int64_t>(p.height) * p.width * channels * 3 * accumulate_size(p.dtype);
-  return std::clamp<int64_t>((6 << 20) / std::max<int64_t>(map, 1), 1, p.batch);
-}
+// A criss-cross pass: by heads where every thread has some and each fits into its share of the caches,
+// otherwise by the lines of as many maps as share a cache.
+struct CrissCross {
+  const Loop* sweeps;
+  const Loop& heads;
+  size_t line, head;
+  bool by_heads;
+  int64_t chunk;
 
-// Whether every thread has heads to take through the sweeps, each in no more memory than its share of the
-// caches.
-bool by_heads(const Params& p, int threads, size_t scratch) {
-  return p.criss_cross && p.batch * p.heads >= threads && scratch <= kHeadBytes;
-}
+  CrissCross(const Params& p, const Loop* sweeps, const Loop& heads, int threads)
+      : sweeps(sweeps), heads(heads), line(aligned(sweeps[0].scratch(p))), head(heads.scratch(p) - line) {
+    by_heads = p.batch * p.heads >= threads && head <= kHeadBytes;
+    const int64_t map = p.heads * static_cast<int64_t>(head);
+    chunk = std::clamp<int64_t>(kMapBytes / std::max<int64_t>(map, 1), 1, std::max<int64_t>(p.batch, 1));
+  }
+  size_t bytes(const Params& p, int threads) const {
+    return by_heads ? (head + line) * threads : head * p.heads * chunk + line * threads;
+  }
+  void run_all(const Params& p, int threads, double work, char* memory) const {
+    if (by_heads) return run(heads, p, threads, work, memory, head + line);
+    char* scratch = memory + head * p.heads * chunk;
+    for (int64_t first = 0; first < p.batch; first += chunk) {
+      Params part = chunk_of(p, first, std::min(chunk, p.batch - first));
+      part.workspace = memory;
+      for (int i = 0; i < kSweeps; ++i)
+        run(sweeps[i], part, threads, work / kSweeps * part.batch / p.batch, scratch, line);
+    }
+  }
+};
 
 // A tensor [pair][batch][...] of `each` elements a map.
 View pair_of_maps(void* data, int64_t maps, int64_t each) {
@@ -106,66 +122,38 @@ View pair_of_maps(void* data, int64_t maps, int64_t each) {
   return view;
 }
 
-size_t largest_scratch(const Loop* loops, int count, const Params& p) {
-  size_t largest = 0;
-  for (int i = 0; i < count; ++i) largest = std::max(largest, aligned(loops[i].scratch(p)));
-  return largest;
-}
-
 }  // namespace
 
 void forward_cpu(const Params& given, int threads) {
   Params p = given;
   const Kernels cpu = kernels();
-  const Loop* loops = p.criss_cross ? cpu.criss_cross_forward : cpu.whole_forward;
-  const int sweeps = p.criss_cross ? kSweeps : 1;
-  const int64_t tokens = static_cast<int64_t>(p.height) * p.width,
-                chunk = p.criss_cross ? chunk_maps(p) : p.batch;
-  const int64_t values = tokens * p.heads * p.value_dim;
+  const CrissCross lines(p, cpu.criss_cross_forward, *cpu.heads_forward, threads);
+  const int64_t tokens = static_cast<int64_t>(p.height) * p.width;
   const size_t sums = p.cum ? 0 : aligned(2 * p.batch * p.heads * tokens * accumulate_size(p.dtype));
-  const size_t head = p.criss_cross ? aligned(cpu.heads_forward->scratch(p)) : 0;
-  const bool heads = by_heads(p, threads, head);
-  const size_t between =
-      p.criss_cross && !p.partial && !heads ? aligned(2 * chunk * values * element_size(p.dtype)) : 0;
-  const size_t scratch = heads ? head : largest_scratch(loops, sweeps, p);
-  char* memory = static_cast<char*>(thread_scratch(sums + between + scratch * threads));
+  const size_t whole = aligned(cpu.whole_forward->scratch(p));
+  const size_t scratch = p.criss_cross ? lines.bytes(p, threads) : whole * threads;
+  char* memory = static_cast<char*>(thread_scratch(sums + scratch));
   if (!p.cum) {
     p.cum = pair_of_maps(memory, p.batch, p.heads * tokens);
     p.cum.stride[2] = tokens;
   }
   run(*cpu.sums, p, threads, 10.0 * p.batch * p.heads * tokens, nullptr, 0);
-  if (heads) return run(*cpu.heads_forward, p, threads, products(p), memory + sums, scratch);
-  for (int64_t first = 0; first < p.batch; first += chunk) {
-    Params part = chunk_of(p, first, std::min(chunk, p.batch - first));
-    if (between) part.partial = pair_of_maps(memory + sums, chunk, values);
-    for (int i = 0; i < sweeps; ++i)
-      run(loops[i], part, threads, products(part) / sweeps, memory + sums + between, scratch);
-  }
+  if (p.criss_cross) return lines.run_all(p, threads, products(p), memory + sums);
+  run(*cpu.whole_forward, p, threads, products(p), memory + sums, whole);
 }
 
 void backward_cpu(const Params& p, int threads) {
   const Kernels cpu = kernels();
-  const Loop* loops = p.criss_cross ? cpu.criss_cross_backward : cpu.whole_backward;
   if (p.criss_cross) {
-    const size_t head = aligned(cpu.heads_backward->scratch(p));
-    if (by_heads(p, threads, head)) {
-      char* memory = static_cast<char*>(thread_scratch(head * threads));
-      return run(*cpu.heads_backward, p, threads, 2.5 * products(p), memory, head);
-    }
+    const CrissCross lines(p, cpu.criss_cross_backward, *cpu.heads_backward, threads);
+    char* memory = static_cast<char*>(thread_scratch(lines.bytes(p, threads)));
+    return lines.run_all(p, threads, 2.5 * products(p), memory);
   }
-  const int sweeps = p.criss_cross ? kSweeps : 1;
-  const int64_t chunk = p.criss_cross ? chunk_maps(p) : p.batch;
-  const int64_t lanes = 64 / accumulate_size(p.dtype);  // of the widest vector
-  const int64_t channels = 2 * ((p.head_dim + lanes - 1) / lanes) + 3 * ((p.value_dim + lanes - 1) / lanes);
-  const size_t between = p.criss_cross ? aligned(chunk * p.heads * p.height * p.width * channels * 64) : 0;
-  const size_t scratch = largest_scratch(loops, sweeps, p);
-  char* memory = static_cast<char*>(thread_scratch(between + scratch * threads));
-  for (int64_t first = 0; first < p.batch; first += chunk) {
-    Params part = chunk_of(p, first, std::min(chunk, p.batch - first));
-    part.workspace = memory;
-    for (int i = 0; i < sweeps; ++i)
-      run(loops[i], part, threads, 2.5 * products(part) / sweeps, memory + between, scratch);
-  }
+  const bool small = static_cast<int64_t>(p.height) * p.width <= kSmallMap;
+  const Loop& loop = small ? *cpu.small_backward : *cpu.whole_backward;
+  const size_t scratch = aligned(loop.scratch(p));
+  char* memory = static_cast<char*>(thread_scratch(scratch * threads));
+  run(loop, p, threads, 2.5 * products(p), memory, scratch);
 }
 
 }  // namespace vitkernels::polyline_path_attention

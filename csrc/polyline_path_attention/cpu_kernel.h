@@ -14,14 +14,20 @@ struct Loop {
   void (*run)(const Params&, int64_t begin, int64_t end, void* scratch);
 };
 
-// The criss-cross passes cross rows, then columns, then rows; a sweep must be over when the next begins.
-constexpr int kSweeps = 3;
+// The criss-cross passes gather each head by rows, then cross rows, columns, and rows again; a sweep must be
+// over when the next begins. Heads lie in params.workspace, those of one map side by side.
+constexpr int kSweeps = 4;
+
+// Whole maps of so few tokens have a backward pass of their own, which needs no saved product with v; Python
+// then allocates none.
+constexpr int64_t kSmallMap = 256;
 
 // `sums` fills cum, which all others read. Each item of the loops over heads takes one head of one map
-// through all three sweeps: the same results, with less memory traffic where a head's map fits into a cache.
+// through all sweeps, in scratch that holds the head and what a line needs: the same results, with less
+// memory traffic where a head fits into a cache.
 #define VITKERNELS_POLYLINE_LOOPS(isa)                                         \
   namespace isa {                                                              \
-  extern const Loop kSums, kWholeForward, kWholeBackward;                      \
+  extern const Loop kSums, kWholeForward, kWholeBackward, kSmallBackward;      \
   extern const Loop kCrissCrossForward[kSweeps], kCrissCrossBackward[kSweeps]; \
   extern const Loop kCrissCrossForwardHeads, kCrissCrossBackwardHeads;         \
   }

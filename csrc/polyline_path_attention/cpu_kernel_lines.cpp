@@ -1,162 +1,132 @@
 // Criss-cross polyline path attention, forward, on one core and one instruction set.
 //
-// Floor of a map of N tokens: 2 N (H + W) (d + 2 dv) FLOPs and N (H + W) exponentials; the rows'
-// probabilities are computed twice, which adds 2 N W d and N W. Sweeps:
-//   rows      A_w v
-//   columns   A_h (A_w v) and A_h v, in one product
-//   rows      A_w (A_h v), and the mean of both orders
+// Floor of a map of N tokens: 2 N (H + W) (d + 2 dv) FLOPs and N (H + W) exponentials. Sweeps:
+//   rows      Y1 = A_w v
+//   columns   A_h Y1 and Y2 = A_h v
+//   rows      A_w Y2, and the mean of both orders
+// The rows' probabilities of a small head are kept; otherwise they are computed twice, which adds 2 N W d and
+// N W.
 #include "lines_cpu.h"
 
 namespace vitkernels::polyline_path_attention {
 namespace VITKERNELS_ISA {
 namespace {
 
-template <class T>
-struct ForwardScratch {
-  Tiling<T> tiling;
-  int d_pitch, v_pitch;
-  T *sums, *k, *v, *q, *mask, *s, *out, *previous, *inverse, *lse, *ones;
-  size_t size;
-
-  ForwardScratch(const Params& p, int sweep, Scratch scratch)
-      : tiling(line_length(p, sweep)), d_pitch(round_up_lanes<T>(p.head_dim)), v_pitch(pair_pitch<T>(p)) {
-    const size_t n = tiling.tokens, width = tiling.width;
-    sums = scratch.take<T>(tiling.count * width);
-    k = scratch.take<T>(n * d_pitch);
-    v = scratch.take<T>(n * v_pitch);
-    q = scratch.take<T>(p.head_dim * width);
-    mask = scratch.take<T>(n * width);
-    s = scratch.take<T>(n * width);
-    out = scratch.take<T>(2 * p.value_dim * width);
-    previous = scratch.take<T>(p.value_dim * width);
-    inverse = scratch.take<T>(width);
-    lse = scratch.take<T>(width);
-    ones = scratch.take<T>(width);
-    size = scratch.used;
-  }
-};
-
-template <class E, class T>
-void forward_line(const Params& p, int sweep, const Line& line, const ForwardScratch<T>& w) {
-  constexpr int L = kLanes<T>;
-  const int n = line.length, width = w.tiling.width, dv = p.value_dim;
-  const View by_rows = saved_product<E>(p, 0), by_columns = saved_product<E>(p, 1);
-  line.read_sums(p, w.sums, w.tiling.count * width);
-  line.template read<E>(p.k, p.head_dim, T(1), w.k, w.d_pitch);
-  if (sweep == 1) line.template read<E>(by_rows, dv, T(1), w.v, w.v_pitch);
-  line.template read<E>(sweep == 2 ? by_columns : p.v, dv, T(1), w.v + (sweep == 1 ? dv : 0), w.v_pitch);
-  const int channels = sweep == 1 ? 2 * dv : dv;
-  for (int tile = 0; tile < w.tiling.count; ++tile) {
-    const int begin = w.tiling.start(tile), lanes = w.tiling.lanes(tile);
-    line.template read_lanes<E>(p.q, begin, lanes, p.head_dim, static_cast<T>(p.scale), w.q, width);
-    for (int c = 0; c < p.head_dim; ++c)
-      for (int i = round_up_lanes<T>(lanes); i < width; ++i) w.q[static_cast<ptrdiff_t>(c) * width + i] = 0;
-    fill_mask(w.sums, 0, n, begin, width, w.mask);
-    ForwardTile<T>{n, width, 0, p.head_dim, channels, w.q, w.mask, w.s, w.out, w.inverse, w.lse, nullptr}.run(
-        {w.k, w.d_pitch, 1}, {w.v, w.v_pitch, 1});
-    if (p.lse && sweep < 2) {
-      T* to = line.template lse<T>(p) + begin * line.lse_step(p);
-      for (int i = 0; i < lanes; ++i) to[i * line.lse_step(p)] = w.lse[i];
-    }
-    if (sweep == 0) {
-      line.template write_lanes<E>(by_rows, begin, lanes, dv, w.out, width, w.inverse);
-    } else if (sweep == 1) {
-      line.template write_lanes<E>(p.out, begin, lanes, dv, w.out, width, w.inverse);
-      line.template write_lanes<E>(by_columns, begin, lanes, dv, w.out + static_cast<ptrdiff_t>(dv) * width,
-                                   width, w.inverse);
-    } else {
-      line.template read_lanes<E>(p.out, begin, lanes, dv, T(0.5), w.previous, width);
-      for (int c = 0; c < dv; ++c)
-        for (int i = 0; i < round_up_lanes<T>(lanes); i += L) {
-          T* at = w.out + static_cast<ptrdiff_t>(c) * width + i;
-          store(at, load(w.previous + (at - w.out)) + load(at) * load(w.inverse + i) * T(0.5));
-        }
-      line.template write_lanes<E>(p.out, begin, lanes, dv, w.out, width, w.ones);
-    }
-  }
-}
-
 template <class E>
-void forward_range(const Params& p, int sweep, int64_t begin, int64_t end, void* memory) {
+struct Forward {
   using T = Compute<E>;
-  const ForwardScratch<T> w(p, sweep, Scratch(memory));
-  for (int i = 0; i < w.tiling.width; ++i) w.ones[i] = 1;
-  for (int64_t item = begin; item < end; ++item) forward_line<E>(p, sweep, Line(p, item, sweep), w);
-}
+  static constexpr int L = kLanes<T>;
 
-template <class E>
-struct HeadScratch {
-  View q, k, v, out, products;
-  char* sweeps;
-  size_t size;
+  const Params& p;
+  int64_t batch;
+  int head, d_pitch, v_pitch;
+  T *q, *k, *v, *y1, *y2, *out, *lse_rows, *kept;     // of the head
+  T *sums, *q_lanes, *s, *inverse, *lse_line, *ones;  // of a line
+  size_t head_used, scratch_used;
 
-  HeadScratch(const Params& p, Scratch scratch) {
-    q = gathered<E>(p, p.head_dim, &scratch);
-    k = gathered<E>(p, p.head_dim, &scratch);
-    v = gathered<E>(p, p.value_dim, &scratch);
-    out = gathered<E>(p, p.value_dim, &scratch);
-    const ptrdiff_t each = static_cast<ptrdiff_t>(p.height) * p.width * p.value_dim;
-    products.data = scratch.take<E>(2 * each);
-    products.stride[0] = each;
-    sweeps = scratch.base + scratch.used;
-    size = scratch.used;
-    size_t largest = 0;
-    for (int sweep = 0; sweep < kSweeps; ++sweep) {
-      const size_t needed = ForwardScratch<Compute<E>>(p, sweep, Scratch(nullptr)).size;
-      largest = needed > largest ? needed : largest;
+  Forward(const Params& p, int64_t batch, int head, void* memory, void* scratch)
+      : p(p),
+        batch(batch),
+        head(head),
+        d_pitch(round_up_lanes<T>(p.head_dim)),
+        v_pitch(round_up_lanes<T>(p.value_dim)) {
+    Scratch of_head(memory), of_line(scratch);
+    const size_t tokens = static_cast<size_t>(p.height) * p.width, longest = longest_line(p);
+    q = of_head.take<T>(tokens * d_pitch);
+    k = of_head.take<T>(tokens * d_pitch);
+    v = of_head.take<T>(tokens * v_pitch);
+    y1 = of_head.take<T>(tokens * v_pitch);
+    y2 = of_head.take<T>(tokens * v_pitch);
+    out = of_head.take<T>(tokens * v_pitch);
+    lse_rows = of_head.take<T>(tokens);
+    const Tiling<T> rows(p.width);
+    kept = keeps_rows<T>(p) ? of_head.take<T>(tokens * rows.count * rows.width) : nullptr;
+    head_used = of_head.used;
+    const size_t padded = longest + kTileWidth;
+    sums = of_line.take<T>(padded);
+    q_lanes = of_line.take<T>(p.head_dim * kTileWidth);
+    s = of_line.take<T>(longest * kTileWidth);
+    inverse = of_line.take<T>(padded);
+    lse_line = of_line.take<T>(padded);
+    ones = of_line.take<T>(v_pitch);
+    scratch_used = of_line.used;
+  }
+  static size_t head_size(const Params& p) { return Forward(p, 0, 0, nullptr, nullptr).head_used; }
+  static size_t scratch_size(const Params& p) { return Forward(p, 0, 0, nullptr, nullptr).scratch_used; }
+
+  void line(int sweep, int index) const {
+    if (sweep == kGather) {
+      gather_row<E>(p, p.q, batch, head, index, p.head_dim, static_cast<T>(p.scale), q, d_pitch);
+      gather_row<E>(p, p.k, batch, head, index, p.head_dim, T(1), k, d_pitch);
+      return gather_row<E>(p, p.v, batch, head, index, p.value_dim, T(1), v, v_pitch);
     }
-    size += largest;
+    const Line<T> line(p, index, sweep);
+    const Tiling<T> tiling(line.length);
+    line.read(plane<const T>(p.cum, line.vertical, batch, head), sums, tiling.count * tiling.width, true,
+              T(0));
+    for (int tile = 0; tile < tiling.count; ++tile)
+      attend(sweep, line, tiling.start(tile), tiling.lanes(tile), tiling);
+    if (sweep == kRowsAgain) {
+      for (int i = 0; i < v_pitch; ++i) ones[i] = T(0.5);
+      deliver_row<E>(p, p.out, batch, head, index, p.value_dim, ones, out, v_pitch);
+    }
+  }
+
+  // One tile of queries.
+  void attend(int sweep, const Line<T>& line, int begin, int lanes, const Tiling<T>& tiling) const {
+    const int n = line.length, pitch = tiling.width, vecs = ceil_div(lanes, L);
+    const bool again = sweep == kRowsAgain;
+    T* weights = kept && sweep != kColumns ? kept_tile(line, begin, tiling) : s;
+    if (!again || !kept) {
+      line.of(q, d_pitch).read_lanes(begin, lanes, p.head_dim, q_lanes, pitch);
+      const Tokens<T> keys = line.of(k, d_pitch);
+      multiply<T>(vecs, {n, p.head_dim, keys.data, keys.step, 1, q_lanes, pitch, nullptr, 0, weights, pitch});
+    }
+    const T* factors = nullptr;
+    if (!again) {
+      for (int i = 0; i < vecs * L; i += L)
+        softmax_of_line(sums, n, begin + i, weights + i, pitch, inverse + i, lse_line + i);
+      write_lse(line, begin, lanes);
+      factors = inverse;
+      if (kept && sweep == kRows) normalise(weights, n, pitch, vecs), factors = nullptr;
+    } else if (!kept) {
+      for (int i = 0; i < vecs * L; i += L)
+        recall_line(sums, n, begin + i, load_first(lse_rows + line.first + begin + i, imin(L, lanes - i)),
+                    weights + i, pitch);
+    }
+    const auto product = [&](T* values, T* add, T* to) {
+      const Tokens<T> from = line.of(values, v_pitch), into = line.of(to, v_pitch);
+      multiply<T>(v_pitch / L,
+                  {lanes, n, weights, 1, pitch, from.data, from.step, add ? into.at(begin) : nullptr,
+                   into.step, into.at(begin), into.step, nullptr, nullptr, factors});
+    };
+    if (sweep == kRows) return product(v, nullptr, y1);
+    if (again) return product(y2, out, out);
+    product(y1, nullptr, out);
+    product(v, nullptr, y2);
+  }
+
+  T* kept_tile(const Line<T>& line, int begin, const Tiling<T>& tiling) const {
+    return kept + line.first * tiling.count * tiling.width + static_cast<ptrdiff_t>(begin) * line.length;
+  }
+
+  void normalise(T* weights, int n, int pitch, int vecs) const {
+    for (int r = 0; r < n; ++r, weights += pitch)
+      for (int i = 0; i < vecs * L; i += L) store(weights + i, load(weights + i) * load(inverse + i));
+  }
+
+  void write_lse(const Line<T>& line, int begin, int lanes) const {
+    if (!line.vertical)
+      for (int i = 0; i < lanes; ++i) lse_rows[line.first + begin + i] = lse_line[i];
+    if (!p.lse) return;
+    T* to = plane<T>(p.lse, line.vertical, batch, head) + line.first;
+    for (int i = 0; i < lanes; ++i) to[(begin + i) * line.step] = lse_line[i];
   }
 };
-
-template <class E>
-void forward_heads(const Params& p, int64_t begin, int64_t end, void* memory) {
-  const HeadScratch<E> w(p, Scratch(memory));
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t map = item / p.heads;
-    const int head = static_cast<int>(item % p.heads);
-    Params one = head_of<E>(p, map, head);
-    one.q = w.q, one.k = w.k, one.v = w.v, one.out = w.out, one.partial = w.products;
-    copy_head<E>(p, p.q, map, head, one.q, 0, 0, p.head_dim);
-    copy_head<E>(p, p.k, map, head, one.k, 0, 0, p.head_dim);
-    copy_head<E>(p, p.v, map, head, one.v, 0, 0, p.value_dim);
-    for (int sweep = 0; sweep < kSweeps; ++sweep)
-      forward_range<E>(one, sweep, 0, sweep_items(one, sweep), w.sweeps);
-    copy_head<E>(p, one.out, 0, 0, p.out, map, head, p.value_dim);
-    for (int i = 0; p.partial && i < 2; ++i)
-      copy_head<E>(p, saved_product<E>(one, i), 0, 0, saved_product<E>(p, i), map, head, p.value_dim);
-  }
-}
-
-size_t head_scratch(const Params& p) {
-  return by_dtype(p, [&](auto e) { return HeadScratch<decltype(e)>(p, Scratch(nullptr)).size; });
-}
-void forward_by_heads(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  by_dtype(p, [&](auto e) { forward_heads<decltype(e)>(p, begin, end, scratch); });
-}
-
-// ---- by sweep and dtype
-
-template <int Sweep>
-int64_t forward_items(const Params& p) {
-  return sweep_items(p, Sweep);
-}
-template <int Sweep>
-size_t forward_scratch(const Params& p) {
-  return p.dtype == DType::f64 ? ForwardScratch<double>(p, Sweep, Scratch(nullptr)).size
-                               : ForwardScratch<float>(p, Sweep, Scratch(nullptr)).size;
-}
-template <int Sweep>
-void forward(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  by_dtype(p, [&](auto e) { forward_range<decltype(e)>(p, Sweep, begin, end, scratch); });
-}
 
 }  // namespace
 
-const Loop kCrissCrossForward[kSweeps] = {{forward_items<0>, forward_scratch<0>, forward<0>},
-                                          {forward_items<1>, forward_scratch<1>, forward<1>},
-                                          {forward_items<2>, forward_scratch<2>, forward<2>}};
-const Loop kCrissCrossForwardHeads{head_items, head_scratch, forward_by_heads};
+VITKERNELS_POLYLINE_SWEEPS(kCrissCrossForward, Forward);
 
 }  // namespace VITKERNELS_ISA
 }  // namespace vitkernels::polyline_path_attention

@@ -1,322 +1,190 @@
 // Criss-cross polyline path attention, backward, on one core and one instruction set.
 //
-// Floor of a map of N tokens: 2 N (H + W) (3 d + 4 dv) FLOPs and N (H + W) exponentials; the rows'
-// probabilities are computed twice. With G = grad_out / 2, Y1 = A_w v, Y2 = A_h v:
-//   rows      dY2 = A_w^T G
-//   columns   dA_h = G Y1^T + dY2 v^T, dY1 = A_h^T G, and what v, q, k and log_decay_h get through A_h
+// Floor of a map of N tokens: 2 N (H + W) (3 d + 5 dv) FLOPs and N (H + W) exponentials. With G = grad_out /
+// 2:
+//   rows      Y1 = A_w v, dY2 = A_w^T G
+//   columns   Y2 = A_h v, dA_h = G Y1^T + dY2 v^T, dY1 = A_h^T G, and what v, q, k and log_decay_h get
+//             through A_h
 //   rows      dA_w = dY1 v^T + G Y2^T, and what v, q, k and log_decay_w get through A_w
-// A line has one owner and holds all its keys, so the softmax's own sum is taken from the probabilities. What
-// passes from sweep to sweep is kept as it was accumulated, [batch][head][y][x][channel].
+// Y1 and Y2 are computed again: in memory they would be two tensors more to write, to map and to read, which
+// takes longer than half a product each. A line has one owner and holds all its keys, so the softmax's own
+// sum is taken from the probabilities. The rows' probabilities of a small head are kept from one sweep to the
+// other; otherwise they are computed twice, which adds 2 N W d and N W.
 #include "lines_cpu.h"
 
 namespace vitkernels::polyline_path_attention {
 namespace VITKERNELS_ISA {
 namespace {
 
-constexpr int kQueries = 32;  // in a tile: two matrices of them and of all keys of a line
+template <class E>
+struct Backward {
+  using T = Compute<E>;
+  static constexpr int L = kLanes<T>;
 
-// dY1, dY2 and the gradients of q, k and v so far.
-template <class T>
-struct Between {
-  int height, width, d_pitch, v_pitch;
-  int64_t heads, tokens;
-  T *dy1, *dy2, *dq, *dk, *dv;
+  const Params& p;
+  int64_t batch;
+  int head, d_pitch, v_pitch;
+  bool decays, logits;                                           // wanted: of the decays; of any logit
+  T *q, *k, *v, *g, *y1, *y2, *dy1, *dy2, *dq, *dk, *dv, *kept;  // of the head
+  T *sums, *lse, *q_lanes, *g_lanes, *dy_lanes, *s, *ds, *across_keys, *dsums, *ones, *scales;  // of a line
+  size_t head_used, scratch_used;
 
-  Between(const Params& p, void* memory)
-      : height(p.height),
-        width(p.width),
+  Backward(const Params& p, int64_t batch, int head, void* memory, void* scratch)
+      : p(p),
+        batch(batch),
+        head(head),
         d_pitch(round_up_lanes<T>(p.head_dim)),
         v_pitch(round_up_lanes<T>(p.value_dim)),
-        heads(p.heads),
-        tokens(static_cast<int64_t>(p.height) * p.width) {
-    const int64_t all = p.batch * heads * tokens;
-    dy1 = static_cast<T*>(memory);
-    dy2 = dy1 + all * v_pitch;
-    dv = dy2 + all * v_pitch;
-    dq = dv + all * v_pitch;
-    dk = dq + all * d_pitch;
+        decays(p.grad_log_decay_w || p.grad_log_decay_h),
+        logits(decays || p.grad_q || p.grad_k) {
+    Scratch of_head(memory), of_line(scratch);
+    const size_t tokens = static_cast<size_t>(p.height) * p.width, longest = longest_line(p);
+    T** const of_logits[] = {&q, &k, &dq, &dk};
+    for (T** tensor : of_logits) *tensor = of_head.take<T>(tokens * d_pitch);
+    T** const of_values[] = {&v, &g, &y1, &y2, &dy1, &dy2, &dv};
+    for (T** tensor : of_values) *tensor = of_head.take<T>(tokens * v_pitch);
+    const Tiling<T> rows(p.width);
+    kept = keeps_rows<T>(p) ? of_head.take<T>(tokens * rows.count * rows.width) : nullptr;
+    head_used = of_head.used;
+    const size_t padded = longest + kTileWidth;
+    sums = of_line.take<T>(padded);
+    lse = of_line.take<T>(padded);
+    q_lanes = of_line.take<T>(p.head_dim * kTileWidth);
+    g_lanes = of_line.take<T>(p.value_dim * kTileWidth);
+    dy_lanes = of_line.take<T>(p.value_dim * kTileWidth);
+    s = of_line.take<T>(longest * kTileWidth);
+    ds = of_line.take<T>(longest * kTileWidth);
+    across_keys = of_line.take<T>(longest * L);
+    dsums = of_line.take<T>(padded);
+    ones = of_line.take<T>(v_pitch + d_pitch);
+    scales = of_line.take<T>(d_pitch);
+    scratch_used = of_line.used;
   }
-  T* token(T* tensor, int pitch, const Line& line, int i) const {
-    const int64_t at = line.vertical ? static_cast<int64_t>(i) * width + line.index
-                                     : static_cast<int64_t>(line.index) * width + i;
-    return tensor + ((line.batch * heads + line.head) * tokens + at) * pitch;
+  static size_t head_size(const Params& p) { return Backward(p, 0, 0, nullptr, nullptr).head_used; }
+  static size_t scratch_size(const Params& p) { return Backward(p, 0, 0, nullptr, nullptr).scratch_used; }
+
+  void line(int sweep, int index) const {
+    if (sweep == kGather) return gather(index);
+    const Line<T> line(p, index, sweep);
+    const Tiling<T> tiling(line.length);
+    const int padded = tiling.count * tiling.width;
+    line.read(plane<const T>(p.cum, line.vertical, batch, head), sums, padded, true, T(0));
+    // A lane beyond the line gets probability 0.
+    line.read(plane<const T>(p.lse, line.vertical, batch, head), lse, padded, false,
+              static_cast<T>(__builtin_inff()));
+    for (int i = 0; i < padded; ++i) dsums[i] = 0;
+    for (int i = 0; i < line.length * L; i += L) store(across_keys + i, Vec<T>{});
+    for (int tile = 0; tile < tiling.count; ++tile)
+      differentiate(sweep, line, tiling.start(tile), tiling.lanes(tile), tiling);
+    if (sweep == kRows) return;
+    const View& grad = line.vertical ? p.grad_log_decay_h : p.grad_log_decay_w;
+    if (grad) {
+      add_across(dsums, across_keys, line.length);
+      by_decay<E>(p, [&](auto d) {
+        using D = decltype(d);
+        D* to = line.vertical ? token<D>(grad, batch, head, 0, index) : token<D>(grad, batch, head, index, 0);
+        differentiate_sums(dsums, 1, line.length, to, grad.stride[line.vertical ? 1 : 2]);
+      });
+    }
+    if (sweep == kRowsAgain) deliver(index);
+  }
+
+  void gather(int y) const {
+    gather_row<E>(p, p.q, batch, head, y, p.head_dim, static_cast<T>(p.scale), q, d_pitch);
+    gather_row<E>(p, p.k, batch, head, y, p.head_dim, T(1), k, d_pitch);
+    gather_row<E>(p, p.v, batch, head, y, p.value_dim, T(1), v, v_pitch);
+    gather_row<E>(p, p.grad_out, batch, head, y, p.value_dim, T(0.5), g, v_pitch);
+  }
+  void deliver(int y) const {
+    for (int i = 0; i < v_pitch + d_pitch; ++i) ones[i] = 1;
+    for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
+    deliver_row<E>(p, p.grad_q, batch, head, y, p.head_dim, scales, dq, d_pitch);
+    deliver_row<E>(p, p.grad_k, batch, head, y, p.head_dim, ones, dk, d_pitch);
+    deliver_row<E>(p, p.grad_v, batch, head, y, p.value_dim, ones, dv, v_pitch);
+  }
+
+  // to[query] (+)= sum over keys of weights * from[key]
+  void to_queries(const Line<T>& line, const T* weights, int begin, int lanes, int pitch, T* from, T* to,
+                  int channels, bool add) const {
+    const Tokens<T> f = line.of(from, channels), t = line.of(to, channels);
+    multiply<T>(channels / L, {lanes, line.length, weights, 1, pitch, f.data, f.step,
+                               add ? t.at(begin) : nullptr, t.step, t.at(begin), t.step});
+  }
+  // to[key] (+)= sum over queries of weights * from[query]
+  void to_keys(const Line<T>& line, const T* weights, int begin, int lanes, int pitch, T* from, T* to,
+               int channels, bool add) const {
+    const Tokens<T> f = line.of(from, channels), t = line.of(to, channels);
+    multiply<T>(channels / L, {line.length, lanes, weights, pitch, 1, f.at(begin), f.step,
+                               add ? t.data : nullptr, t.step, t.data, t.step});
+  }
+
+  // One tile of queries.
+  void differentiate(int sweep, const Line<T>& line, int begin, int lanes, const Tiling<T>& tiling) const {
+    const int n = line.length, pitch = tiling.width, vecs = ceil_div(lanes, L);
+    const bool again = sweep == kRowsAgain, later = begin > 0;
+    T* weights = kept && !line.vertical
+                     ? kept + line.first * tiling.count * pitch + static_cast<ptrdiff_t>(begin) * n
+                     : s;
+    if (!again || !kept) {
+      line.of(q, d_pitch).read_lanes(begin, lanes, p.head_dim, q_lanes, pitch);
+      const Tokens<T> keys = line.of(k, d_pitch);
+      multiply<T>(vecs, {n, p.head_dim, keys.data, keys.step, 1, q_lanes, pitch, nullptr, 0, weights, pitch});
+      for (int i = 0; i < vecs * L; i += L)
+        recall_line(sums, n, begin + i, load(lse + begin + i), weights + i, pitch);
+    }
+    if (sweep == kRows) {
+      to_keys(line, weights, begin, lanes, pitch, g, dy2, v_pitch, later);
+      if (logits) to_queries(line, weights, begin, lanes, pitch, v, y1, v_pitch, false);
+      return;
+    }
+    T* const dy = again ? dy1 : dy2;  // through the other factor
+    if (!again) to_keys(line, weights, begin, lanes, pitch, g, dy1, v_pitch, later);
+    if (p.grad_v) to_keys(line, weights, begin, lanes, pitch, dy, dv, v_pitch, again || later);
+    if (!logits) return;
+    if (!again) to_queries(line, weights, begin, lanes, pitch, v, y2, v_pitch, false);
+    // What G meets came through the other factor, what dY meets did not.
+    const Tokens<T> with_g = line.of(again ? y2 : y1, v_pitch), with_dy = line.of(v, v_pitch);
+    line.of(g, v_pitch).read_lanes(begin, lanes, p.value_dim, g_lanes, pitch);
+    line.of(dy, v_pitch).read_lanes(begin, lanes, p.value_dim, dy_lanes, pitch);
+    multiply<T>(vecs, {n, p.value_dim, with_g.data, with_g.step, 1, g_lanes, pitch, nullptr, 0, ds, pitch});
+    multiply<T>(vecs, {n, p.value_dim, with_dy.data, with_dy.step, 1, dy_lanes, pitch, ds, pitch, ds, pitch});
+    for (int i = 0; i < vecs * L; i += L) differentiate_softmax(n, begin + i, weights + i, ds + i, pitch);
+    if (p.grad_q) to_queries(line, ds, begin, lanes, pitch, k, dq, d_pitch, again);
+    if (p.grad_k) to_keys(line, ds, begin, lanes, pitch, q, dk, d_pitch, again || later);
+  }
+
+  // ds, gradients of the probabilities w, becomes that of the logits; and with later(i, j) = +1 where i is
+  // the later one, -1 where the earlier:
+  //   dsums[i] += later(i, j) ds[j][i] for the lanes' queries i, dsums[j] -= the same for the keys j
+  __attribute__((noinline)) void differentiate_softmax(int keys, int lane, const T* w, T* ds,
+                                                       int pitch) const {
+    Vec<T> mean = {};
+    for (int key = 0; key < keys; ++key)
+      mean += load(w + static_cast<ptrdiff_t>(key) * pitch) * load(ds + static_cast<ptrdiff_t>(key) * pitch);
+    Vec<T> queries = {};
+    T* const by_key = across_keys;  // stores might change what is behind `this`
+    const auto visit = [&](int from, int to, auto direct) __attribute__((always_inline)) {
+      for (int key = from; key < to; ++key) {
+        T* at = ds + static_cast<ptrdiff_t>(key) * pitch;
+        const Vec<T> d = load(w + static_cast<ptrdiff_t>(key) * pitch) * (load(at) - mean);
+        store(at, d);
+        const Vec<T> directed = direct(key, d);
+        queries += directed;
+        store(by_key + key * L, load(by_key + key * L) - directed);
+      }
+    };
+    const int before = imin(keys, lane), mixed = imin(keys, lane + L);
+    const IntVec<T> lanes = positions_from<T>(lane);
+    visit(0, before, [](int, Vec<T> d) { return d; });
+    visit(before, mixed, [&](int key, Vec<T> d) { return towards<T>(d, lanes, key); });
+    visit(mixed, keys, [](int, Vec<T> d) { return -d; });
+    store(dsums + lane, load(dsums + lane) + queries);
   }
 };
-
-template <class T>
-struct BackwardScratch {
-  int width, d_pitch, v_pitch, pair;
-  T *sums, *q, *k, *k_lanes, *v_lanes, *g, *mask, *p, *dl, *lse, *delta, *dq, *dk, *dv, *dsums, *ones,
-      *scales;
-  size_t size;
-
-  BackwardScratch(const Params& params, int sweep, Scratch scratch)
-      : width(round_up_lanes<T>(line_length(params, sweep))),
-        d_pitch(round_up_lanes<T>(params.head_dim)),
-        v_pitch(round_up_lanes<T>(params.value_dim)),
-        pair(pair_pitch<T>(params)) {
-    const size_t n = line_length(params, sweep), dv_channels = 2 * params.value_dim;
-    sums = scratch.take<T>(width);
-    q = scratch.take<T>(n * d_pitch);
-    k = scratch.take<T>(n * d_pitch);
-    k_lanes = scratch.take<T>(params.head_dim * width);
-    v_lanes = scratch.take<T>(dv_channels * width);
-    g = scratch.take<T>(n * pair);
-    mask = scratch.take<T>(kQueries * width);
-    p = scratch.take<T>(kQueries * width);
-    dl = scratch.take<T>(kQueries * width);
-    lse = scratch.take<T>(n);
-    delta = scratch.take<T>(kQueries);
-    dq = scratch.take<T>(n * d_pitch);
-    dk = scratch.take<T>(n * d_pitch);
-    dv = scratch.take<T>(n * pair);
-    dsums = scratch.take<T>(width);
-    ones = scratch.take<T>(pair + d_pitch);
-    scales = scratch.take<T>(pair + d_pitch);
-    size = scratch.used;
-  }
-};
-
-template <class T>
-void copy_channels(T* to, const T* from, int channels) {
-  for (int c = 0; c < channels; ++c) to[c] = from[c];
-}
-
-// dsums[p] += sum_t later(p, t) (dl[p][t] + dl[t][p]) over the queries [first, first + count).
-template <class T>
-void add_to_sums(const T* dl, int first, int count, int width, T* dsums) {
-  constexpr int L = kLanes<T>;
-  for (int r = 0; r < count; ++r) {
-    const T* row = dl + static_cast<ptrdiff_t>(r) * width;
-    Vec<T> sum = {};
-    IntVec<T> lanes = positions_from<T>(0);
-    for (int i = 0; i < width; i += L, lanes += L) {
-      const Vec<T> directed = towards<T>(load(row + i), lanes, first + r);
-      store(dsums + i, load(dsums + i) + directed);
-      sum += directed;
-    }
-    dsums[first + r] -= across<T>(sum);
-  }
-}
-
-// A line's tensors into scratch: g = [what the first product gets | the second], v_lanes likewise.
-template <class E, class T>
-void read_line(const Params& p, int sweep, const Line& line, const Between<T>& between,
-               const BackwardScratch<T>& w) {
-  const int n = line.length, dv = p.value_dim;
-  line.read_sums(p, w.sums, w.width);
-  line.template read<E>(p.q, p.head_dim, static_cast<T>(p.scale), w.q, w.d_pitch);
-  line.template read_lanes<E>(p.k, 0, n, p.head_dim, T(1), w.k_lanes, w.width);
-  const T* lse = line.template lse<const T>(p);
-  for (int i = 0; i < n; ++i) w.lse[i] = lse[i * line.lse_step(p)];
-  if (sweep == 0) return line.template read<E>(p.grad_out, dv, T(0.5), w.g, w.pair);
-  line.template read<E>(p.k, p.head_dim, T(1), w.k, w.d_pitch);
-  T* second = w.v_lanes + static_cast<ptrdiff_t>(dv) * w.width;
-  if (sweep == 1) {
-    line.template read_lanes<E>(saved_product<E>(p, 0), 0, n, dv, T(1), w.v_lanes, w.width);
-    line.template read_lanes<E>(p.v, 0, n, dv, T(1), second, w.width);
-    line.template read<E>(p.grad_out, dv, T(0.5), w.g, w.pair);
-    for (int i = 0; i < n; ++i)
-      copy_channels(w.g + i * w.pair + dv, between.token(between.dy2, w.v_pitch, line, i), dv);
-  } else {
-    line.template read_lanes<E>(p.v, 0, n, dv, T(1), w.v_lanes, w.width);
-    line.template read_lanes<E>(saved_product<E>(p, 1), 0, n, dv, T(1), second, w.width);
-    line.template read<E>(p.grad_out, dv, T(0.5), w.g + dv, w.pair);
-    for (int i = 0; i < n; ++i)
-      copy_channels(w.g + i * w.pair, between.token(between.dy1, w.v_pitch, line, i), dv);
-  }
-}
-
-// Probabilities alone, of one tile of queries.
-template <class T>
-void find_probabilities(const Params& params, int queries, const T* q, const T* lse,
-                        const BackwardScratch<T>& w) {
-  multiply<T>(w.width / kLanes<T>,
-              {queries, params.head_dim, q, w.d_pitch, 1, w.k_lanes, w.width, w.mask, w.width, w.p, w.width});
-  for (int r = 0; r < queries; ++r)
-    for (int i = 0; i < w.width; i += kLanes<T>) {
-      T* at = w.p + static_cast<ptrdiff_t>(r) * w.width + i;
-      store(at, exp_softmax<T>(load(at) - lse[r]));
-    }
-}
-
-// The line's share of all gradients, into w.dq, w.dk, w.dv and w.dsums.
-template <class T>
-void differentiate(const Params& params, int sweep, int n, bool logits, bool decays,
-                   const BackwardScratch<T>& w) {
-  constexpr int L = kLanes<T>;
-  const int dv = params.value_dim;
-  for (int i = 0; i < w.width; ++i) w.dsums[i] = 0;
-  for (int i = 0; i < kQueries; ++i) w.delta[i] = 0;  // the tile finds its own
-  int first = 0;
-  for (int tiles = ceil_div(n, kQueries); tiles > 0; --tiles) {
-    const int queries = ceil_div(n - first, tiles);
-    const T *q = w.q + static_cast<ptrdiff_t>(first) * w.d_pitch,
-            *g = w.g + static_cast<ptrdiff_t>(first) * w.pair;
-    fill_mask(w.sums, first, queries, 0, w.width, w.mask);
-    if (logits && sweep > 0) {
-      const BackwardTile<T> task{
-          queries, w.width, n,   0,    params.head_dim, 2 * dv, w.k_lanes, w.v_lanes, w.mask, w.lse + first,
-          w.delta, true,    w.p, w.dl, nullptr,         nullptr};
-      task.run({q, w.d_pitch, 1}, {g, w.pair, 1});
-      if (params.grad_q)
-        multiply<T>(w.d_pitch / L, {queries, n, w.dl, w.width, 1, w.k, w.d_pitch, nullptr, 0,
-                                    w.dq + static_cast<ptrdiff_t>(first) * w.d_pitch, w.d_pitch});
-      if (params.grad_k)
-        multiply<T>(w.d_pitch / L, {n, queries, w.dl, 1, w.width, q, w.d_pitch, first ? w.dk : nullptr,
-                                    w.d_pitch, w.dk, w.d_pitch});
-      if (decays) add_to_sums(w.dl, first, queries, w.width, w.dsums);
-    } else {
-      find_probabilities(params, queries, q, w.lse + first, w);
-    }
-    const int channels = sweep == 1 ? 2 * dv : dv;
-    multiply<T>(round_up_lanes<T>(channels) / L,
-                {n, queries, w.p, 1, w.width, g, w.pair, first ? w.dv : nullptr, w.pair, w.dv, w.pair});
-    first += queries;
-  }
-}
-
-template <class T>
-void add_channels(T* to, const T* from, int channels) {
-  for (int c = 0; c < channels; ++c) to[c] += from[c];
-}
-
-template <class E, class T>
-void backward_line(const Params& p, int sweep, const Line& line, const Between<T>& between,
-                   const BackwardScratch<T>& w) {
-  const int n = line.length, dv = p.value_dim;
-  const bool decays = p.grad_log_decay_w || p.grad_log_decay_h, logits = decays || p.grad_q || p.grad_k;
-  read_line<E>(p, sweep, line, between, w);
-  differentiate(p, sweep, n, logits, decays, w);
-  for (int i = 0; i < n; ++i) {
-    const T* mine = w.dv + static_cast<ptrdiff_t>(i) * w.pair;
-    if (sweep == 0) {
-      copy_channels(between.token(between.dy2, w.v_pitch, line, i), mine, dv);
-      continue;
-    }
-    T *to_v = between.token(between.dv, w.v_pitch, line, i),
-      *to_q = between.token(between.dq, w.d_pitch, line, i);
-    T* to_k = between.token(between.dk, w.d_pitch, line, i);
-    const T *dq = w.dq + static_cast<ptrdiff_t>(i) * w.d_pitch,
-            *dk = w.dk + static_cast<ptrdiff_t>(i) * w.d_pitch;
-    if (sweep == 1) {
-      copy_channels(between.token(between.dy1, w.v_pitch, line, i), mine, dv);
-      copy_channels(to_v, mine + dv, dv);
-      if (p.grad_q) copy_channels(to_q, dq, p.head_dim);
-      if (p.grad_k) copy_channels(to_k, dk, p.head_dim);
-    } else {
-      add_channels(to_v, mine, dv);
-      if (p.grad_q) add_channels(to_q, dq, p.head_dim);
-      if (p.grad_k) add_channels(to_k, dk, p.head_dim);
-    }
-  }
-  const View& grad = line.vertical ? p.grad_log_decay_h : p.grad_log_decay_w;
-  if (sweep > 0 && grad)
-    by_decay<E>(p, [&](auto d) {
-      using D = decltype(d);
-      differentiate_sums(w.dsums, 1, n, line.template first<D>(grad), line.step(grad));
-    });
-  if (sweep < 2) return;
-  const auto write = [&](const View& view, T* tensor, int pitch, int channels, const T* factors) {
-    if (view)
-      unpack(line.template first<E>(view), line.step(view), view.stride[4],
-             between.token(tensor, pitch, line, 0), pitch, n, channels, factors);
-  };
-  write(p.grad_q, between.dq, w.d_pitch, p.head_dim, w.scales);
-  write(p.grad_k, between.dk, w.d_pitch, p.head_dim, w.ones);
-  write(p.grad_v, between.dv, w.v_pitch, dv, w.ones);
-}
-
-template <class E>
-void backward_range(const Params& p, int sweep, int64_t begin, int64_t end, void* memory) {
-  using T = Compute<E>;
-  const BackwardScratch<T> w(p, sweep, Scratch(memory));
-  const Between<T> between(p, p.workspace);
-  for (int i = 0; i < w.pair + w.d_pitch; ++i) {
-    w.ones[i] = 1;
-    w.scales[i] = static_cast<T>(p.scale);
-  }
-  for (int64_t item = begin; item < end; ++item) backward_line<E>(p, sweep, Line(p, item, sweep), between, w);
-}
-
-template <class E>
-struct HeadScratch {
-  View q, k, v, grad_out, out, products;
-  void* between;
-  char* sweeps;
-  size_t size;
-
-  HeadScratch(const Params& p, Scratch scratch) {
-    using T = Compute<E>;
-    const ptrdiff_t tokens = static_cast<ptrdiff_t>(p.height) * p.width;
-    q = gathered<E>(p, p.head_dim, &scratch);
-    k = gathered<E>(p, p.head_dim, &scratch);
-    v = gathered<E>(p, p.value_dim, &scratch);
-    grad_out = gathered<E>(p, p.value_dim, &scratch);
-    out = grad_out;  // only its strides count, for those of the saved products
-    products.data = scratch.take<E>(2 * tokens * p.value_dim);
-    products.stride[0] = tokens * p.value_dim;
-    const int d_pitch = round_up_lanes<T>(p.head_dim), v_pitch = round_up_lanes<T>(p.value_dim);
-    between = scratch.take<T>(tokens * (2 * d_pitch + 3 * v_pitch));
-    sweeps = scratch.base + scratch.used;
-    size_t largest = 0;
-    for (int sweep = 0; sweep < kSweeps; ++sweep) {
-      const size_t needed = BackwardScratch<T>(p, sweep, Scratch(nullptr)).size;
-      largest = needed > largest ? needed : largest;
-    }
-    size = scratch.used + largest;
-  }
-};
-
-template <class E>
-void backward_heads(const Params& p, int64_t begin, int64_t end, void* memory) {
-  const HeadScratch<E> w(p, Scratch(memory));
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t map = item / p.heads;
-    const int head = static_cast<int>(item % p.heads);
-    Params one = head_of<E>(p, map, head);
-    one.q = w.q, one.k = w.k, one.v = w.v, one.grad_out = w.grad_out;
-    one.out = w.out, one.partial = w.products, one.workspace = w.between;
-    copy_head<E>(p, p.q, map, head, one.q, 0, 0, p.head_dim);
-    copy_head<E>(p, p.k, map, head, one.k, 0, 0, p.head_dim);
-    copy_head<E>(p, p.v, map, head, one.v, 0, 0, p.value_dim);
-    copy_head<E>(p, p.grad_out, map, head, one.grad_out, 0, 0, p.value_dim);
-    for (int i = 0; i < 2; ++i)
-      copy_head<E>(p, saved_product<E>(p, i), map, head, saved_product<E>(one, i), 0, 0, p.value_dim);
-    for (int sweep = 0; sweep < kSweeps; ++sweep)
-      backward_range<E>(one, sweep, 0, sweep_items(one, sweep), w.sweeps);
-  }
-}
-
-size_t head_scratch(const Params& p) {
-  return by_dtype(p, [&](auto e) { return HeadScratch<decltype(e)>(p, Scratch(nullptr)).size; });
-}
-void backward_by_heads(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  by_dtype(p, [&](auto e) { backward_heads<decltype(e)>(p, begin, end, scratch); });
-}
-
-// ---- by sweep and dtype
-
-template <int Sweep>
-int64_t backward_items(const Params& p) {
-  return sweep_items(p, Sweep);
-}
-template <int Sweep>
-size_t backward_scratch(const Params& p) {
-  return p.dtype == DType::f64 ? BackwardScratch<double>(p, Sweep, Scratch(nullptr)).size
-                               : BackwardScratch<float>(p, Sweep, Scratch(nullptr)).size;
-}
-template <int Sweep>
-void backward(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  by_dtype(p, [&](auto e) { backward_range<decltype(e)>(p, Sweep, begin, end, scratch); });
-}
 
 }  // namespace
 
-const Loop kCrissCrossBackward[kSweeps] = {{backward_items<0>, backward_scratch<0>, backward<0>},
-                                           {backward_items<1>, backward_scratch<1>, backward<1>},
-                                           {backward_items<2>, backward_scratch<2>, backward<2>}};
-const Loop kCrissCrossBackwardHeads{head_items, head_scratch, backward_by_heads};
+VITKERNELS_POLYLINE_SWEEPS(kCrissCrossBackward, Backward);
 
 }  // namespace VITKERNELS_ISA
 }  // namespace vitkernels::polyline_path_attention

@@ -1,14 +1,21 @@
-// Rows and columns of a map, the lines in which criss-cross attention works. Compiled once per instruction
-// set.
+// Rows and columns of a map, the lines in which criss-cross attention works, and one head gathered to pass
+// through them. Compiled once per instruction set.
+//
+// In a tensor of many heads the tokens of one lie far apart, a cache line or two each. They are gathered
+// once, so that all sweeps read them side by side, and products take them where they lie, by rows or by
+// columns. Matrices of a line are [key][query]: queries in the lanes, so that a softmax goes down and never
+// across.
 #pragma once
 #include "maps_cpu.h"
 
 namespace vitkernels::polyline_path_attention {
 namespace VITKERNELS_ISA {
 
-// Rows, then columns, then rows again.
+// Rows to gather, then rows, columns, and rows again.
+enum Sweep { kGather, kRows, kColumns, kRowsAgain };
+
 VITKERNELS_INLINE bool is_vertical(int sweep) {
-  return sweep == 1;
+  return sweep == kColumns;
 }
 VITKERNELS_INLINE int line_length(const Params& p, int sweep) {
   return is_vertical(sweep) ? p.height : p.width;
@@ -16,153 +23,171 @@ VITKERNELS_INLINE int line_length(const Params& p, int sweep) {
 VITKERNELS_INLINE int lines_of_map(const Params& p, int sweep) {
   return is_vertical(sweep) ? p.width : p.height;
 }
-// Channels of two tensors side by side, the second after the last of the first.
-template <class T>
-VITKERNELS_INLINE int pair_pitch(const Params& p) {
-  return round_up_lanes<T>(p.value_dim + round_up_lanes<T>(p.value_dim));
+VITKERNELS_INLINE int longest_line(const Params& p) {
+  return p.height > p.width ? p.height : p.width;
 }
-
-// One row or column of one head.
-struct Line {
-  int64_t batch;
-  int head, index, length;
-  bool vertical;
-
-  Line(const Params& p, int64_t item, int sweep)
-      : length(line_length(p, sweep)), vertical(is_vertical(sweep)) {
-    // Heads change fastest: they lie side by side.
-    const int lines = lines_of_map(p, sweep);
-    head = static_cast<int>(item % p.heads);
-    index = static_cast<int>(item / p.heads % lines);
-    batch = item / p.heads / lines;
-  }
-  template <class E>
-  E* first(const View& view) const {
-    return vertical ? token<E>(view, batch, head, 0, index) : token<E>(view, batch, head, index, 0);
-  }
-  ptrdiff_t step(const View& view) const { return vertical ? view.stride[1] : view.stride[2]; }
-
-  // [token][channel]
-  template <class E, class T>
-  void read(const View& view, int channels, T factor, T* to, int pitch) const {
-    pack(to, pitch, first<const E>(view), step(view), view.stride[4], length, channels, factor);
-  }
-  // [channel][token] of the tokens from `begin` on
-  template <class E, class T>
-  void read_lanes(const View& view, int begin, int count, int channels, T factor, T* to, int width) const {
-    pack(to, width, first<const E>(view) + begin * step(view), view.stride[4], step(view), channels, count,
-         factor);
-  }
-  template <class E, class T>
-  void write_lanes(const View& view, int begin, int count, int channels, const T* from, int width,
-                   const T* factors) const {
-    unpack(first<E>(view) + begin * step(view), view.stride[4], step(view), from, width, channels, count,
-           factors);
-  }
-
-  // Its sums of decays, padded with the last one to `padded` elements.
-  template <class T>
-  void read_sums(const Params& p, T* to, int padded) const {
-    const T* from = plane<const T>(p.cum, vertical, batch, head) +
-                    (vertical ? index : static_cast<ptrdiff_t>(index) * p.width);
-    const ptrdiff_t step = vertical ? p.width : 1;
-    for (int i = 0; i < padded; ++i) to[i] = from[imin(i, length - 1) * step];
-  }
-  template <class T>
-  T* lse(const Params& p) const {
-    return plane<T>(p.lse, vertical, batch, head) +
-           (vertical ? index : static_cast<ptrdiff_t>(index) * p.width);
-  }
-  ptrdiff_t lse_step(const Params& p) const { return vertical ? p.width : 1; }
-};
-
-// mask[row][lane]: what the decays between tokens row0 + row and lane0 + lane of the line add up to.
-template <class T>
-static void fill_mask(const T* sums, int row0, int rows, int lane0, int width, T* mask) {
-  constexpr int L = kLanes<T>;
-  for (int i = 0; i < width; i += L) {
-    const int lane = lane0 + i;
-    const Vec<T> at_lanes = load(sums + lane);
-    const IntVec<T> lanes = positions_from<T>(lane);
-    T* to = mask + i;
-    int row = 0;
-    for (; row < rows && row0 + row <= lane; ++row, to += width) store(to, at_lanes - sums[row0 + row]);
-    for (; row < rows && row0 + row < lane + L; ++row, to += width)
-      store(to, between<T>(at_lanes, sums[row0 + row], lanes, row0 + row));
-    for (; row < rows; ++row, to += width) store(to, sums[row0 + row] - at_lanes);
-  }
-}
-
 VITKERNELS_INLINE int64_t sweep_items(const Params& p, int sweep) {
   return p.batch * p.heads * lines_of_map(p, sweep);
 }
-
-// visit(element of the tensors' dtype)
-template <class Visit>
-VITKERNELS_INLINE auto by_dtype(const Params& p, Visit visit) {
-  switch (p.dtype) {
-    case DType::f64:
-      return visit(double{});
-    case DType::f32:
-      return visit(float{});
-    case DType::f16:
-      return visit(f16{});
-    default:
-      return visit(bf16{});
-  }
-}
-
 VITKERNELS_INLINE int64_t head_items(const Params& p) {
   return p.batch * p.heads;
 }
 
-// ---- one head gathered, so that all sweeps over it run in the second-level cache: in a tensor of many heads
-// its tokens lie far apart, a cache line or two each, and every sweep would fetch them anew
-
-// A tensor [y][x][channel] in scratch, as that of one map and one head.
-template <class E>
-static View gathered(const Params& p, int channels, Scratch* scratch) {
-  View view;
-  view.data = scratch->take<E>(static_cast<size_t>(p.height) * p.width * channels);
-  view.stride[0] = view.stride[3] = 0;
-  view.stride[1] = static_cast<ptrdiff_t>(p.width) * channels;
-  view.stride[2] = channels;
-  view.stride[4] = 1;
-  return view;
+// Whether a head's probabilities of rows are kept from the first sweep over them for the second.
+template <class T>
+VITKERNELS_INLINE bool keeps_rows(const Params& p) {
+  const Tiling<T> tiling(p.width);
+  return static_cast<int64_t>(p.height) * p.width * tiling.count * tiling.width *
+             static_cast<int64_t>(sizeof(T)) <=
+         1 << 20;
 }
 
-template <class E>
-static void copy_head(const Params& p, const View& from, int64_t from_map, int from_head, const View& to,
-                      int64_t to_map, int to_head, int channels) {
-  for (int y = 0; y < p.height; ++y)
-    for (int x = 0; x < p.width; ++x)
-      __builtin_memcpy(token<E>(to, to_map, to_head, y, x), token<const E>(from, from_map, from_head, y, x),
-                       channels * sizeof(E));
+// Tokens [token][channel] of a line, `step` elements apart.
+template <class T>
+struct Tokens {
+  T* data;
+  ptrdiff_t step;
+
+  T* at(int i) const { return data + i * step; }
+  // [channel][token] of `count` tokens from `begin` on, zeros up to the next whole vector
+  void read_lanes(int begin, int count, int channels, T* to, int width) const {
+    pack(to, width, static_cast<const T*>(at(begin)), 1, step, channels, count, T(1));
+  }
+};
+
+// One row or column of a head.
+template <class T>
+struct Line {
+  int index, length;
+  bool vertical;
+  ptrdiff_t first, step;
+
+  Line(const Params& p, int index, int sweep)
+      : index(index),
+        length(line_length(p, sweep)),
+        vertical(is_vertical(sweep)),
+        first(vertical ? index : static_cast<ptrdiff_t>(index) * p.width),
+        step(vertical ? p.width : 1) {}
+
+  Tokens<T> of(T* head, int pitch) const { return {head + first * pitch, step * pitch}; }
+  // One number a token of a plane [y][x], padded to `padded` elements.
+  void read(const T* plane, T* to, int padded, bool repeat_last, T padding) const {
+    const T* from = plane + first;
+    for (int i = 0; i < length; ++i) to[i] = from[i * step];
+    for (int i = length; i < padded; ++i) to[i] = repeat_last ? to[length - 1] : padding;
+  }
+};
+
+// Between the tensors and a gathered head, a row at a time.
+template <class E, class T>
+VITKERNELS_INLINE void gather_row(const Params& p, const View& view, int64_t batch, int head, int y,
+                                  int channels, T factor, T* to, int pitch) {
+  pack(to + static_cast<ptrdiff_t>(y) * p.width * pitch, pitch, token<const E>(view, batch, head, y, 0),
+       view.stride[2], view.stride[4], p.width, channels, factor);
+}
+template <class E, class T>
+VITKERNELS_INLINE void deliver_row(const Params& p, const View& view, int64_t batch, int head, int y,
+                                   int channels, const T* factors, const T* from, int pitch) {
+  if (view)
+    unpack(token<E>(view, batch, head, y, 0), view.stride[2], view.stride[4],
+           from + static_cast<ptrdiff_t>(y) * p.width * pitch, pitch, p.width, channels, factors);
 }
 
-template <class E>
-static void move_to(View* view, int64_t map, int head) {
-  if (*view) view->data = token<E>(*view, map, head, 0, 0);
+// visit(key, what the decays between it and each lane's query add up to), for queries from `lane` on.
+template <class T, class Visit>
+VITKERNELS_INLINE void visit_keys(const T* sums, int keys, int lane, Visit visit) {
+  constexpr int L = kLanes<T>;
+  const Vec<T> queries = load(sums + lane);
+  const int before = imin(keys, lane), mixed = imin(keys, lane + L);
+  int key = 0;
+  for (; key < before; ++key) visit(key, queries - sums[key]);
+  const IntVec<T> lanes = positions_from<T>(lane);
+  for (; key < mixed; ++key) visit(key, between<T>(queries, sums[key], lanes, key));
+  for (; key < keys; ++key) visit(key, sums[key] - queries);
 }
 
-// The problem of one head of one map, its tensors where they are.
-template <class E>
-static Params head_of(const Params& p, int64_t map, int head) {
-  using T = Compute<E>;
-  Params one = p;
-  one.batch = 1;
-  one.heads = 1;
-  View* const gradients[] = {&one.grad_q, &one.grad_k, &one.grad_v};
-  for (View* view : gradients) move_to<E>(view, map, head);
-  by_decay<E>(p, [&](auto d) {
-    using D = decltype(d);
-    move_to<D>(&one.grad_log_decay_w, map, head);
-    move_to<D>(&one.grad_log_decay_h, map, head);
+// s, scores of a vector of queries, becomes e^(logit - max); then its sum's inverse and logarithm.
+template <class T>
+static __attribute__((noinline)) void softmax_of_line(const T* sums, int keys, int lane, T* s, int width,
+                                                      T* inverse, T* lse) {
+  Vec<T> top = broadcast(-static_cast<T>(__builtin_inff())), sum = {};
+  visit_keys(sums, keys, lane, [&](int key, Vec<T> mask) {
+    T* at = s + static_cast<ptrdiff_t>(key) * width;
+    const Vec<T> logit = load(at) + mask;
+    store(at, logit);
+    top = vmax(logit, top);
   });
-  if (p.lse) one.lse.data = plane<T>(p.lse, 0, map, head);
-  one.cum.data = plane<T>(p.cum, 0, map, head);
-  return one;
+  for (int key = 0; key < keys;) {
+    Vec<T> run = {};
+    for (const int end = imin(keys, key + kRun); key < end; ++key) {
+      T* at = s + static_cast<ptrdiff_t>(key) * width;
+      const Vec<T> e = exp_softmax<T>(load(at) - top);
+      store(at, e);
+      run += e;
+    }
+    sum += run;
+  }
+  store(inverse, T(1) / sum);
+  store(lse, top + log_softmax<T>(sum));
 }
+
+// The same from the logarithm that is known: scores become probabilities.
+template <class T>
+static __attribute__((noinline)) void recall_line(const T* sums, int keys, int lane, Vec<T> lse, T* s,
+                                                  int width) {
+  visit_keys(sums, keys, lane, [&](int key, Vec<T> mask) {
+    T* at = s + static_cast<ptrdiff_t>(key) * width;
+    store(at, exp_softmax<T>(load(at) + mask - lse));
+  });
+}
+
+// The sweeps of a pass, by lines of all heads and by heads. A Pass<E> is made from its parameters, one head's
+// memory and a thread's scratch; line(sweep, index) computes one line.
+template <template <class> class Pass>
+struct Sweeps {
+  static size_t head_bytes(const Params& p) {
+    return by_dtype(p, [&](auto e) { return Pass<decltype(e)>::head_size(p); });
+  }
+  static size_t line_bytes(const Params& p) {
+    return by_dtype(p, [&](auto e) { return Pass<decltype(e)>::scratch_size(p); });
+  }
+  static size_t both_bytes(const Params& p) { return head_bytes(p) + line_bytes(p); }
+
+  template <int S>
+  static int64_t items(const Params& p) {
+    return sweep_items(p, S);
+  }
+  template <int S>
+  static void lines(const Params& p, int64_t begin, int64_t end, void* scratch) {
+    const int64_t count = lines_of_map(p, S), bytes = static_cast<int64_t>(head_bytes(p));
+    by_dtype(p, [&](auto e) {
+      for (int64_t item = begin; item < end; ++item) {
+        // Heads change fastest: they lie side by side.
+        const int head = static_cast<int>(item % p.heads);
+        const int64_t batch = item / p.heads / count;
+        char* memory = static_cast<char*>(p.workspace) + (batch * p.heads + head) * bytes;
+        Pass<decltype(e)>(p, batch, head, memory, scratch).line(S, static_cast<int>(item / p.heads % count));
+      }
+    });
+  }
+  static void heads(const Params& p, int64_t begin, int64_t end, void* scratch) {
+    char* memory = static_cast<char*>(scratch);
+    by_dtype(p, [&](auto e) {
+      for (int64_t item = begin; item < end; ++item) {
+        const Pass<decltype(e)> pass(p, item / p.heads, static_cast<int>(item % p.heads), memory,
+                                     memory + head_bytes(p));
+        for (int sweep = 0; sweep < kSweeps; ++sweep)
+          for (int line = 0; line < lines_of_map(p, sweep); ++line) pass.line(sweep, line);
+      }
+    });
+  }
+};
+#define VITKERNELS_POLYLINE_SWEEPS(name, Pass)                                                             \
+  const Loop name[kSweeps] = {{Sweeps<Pass>::items<0>, Sweeps<Pass>::line_bytes, Sweeps<Pass>::lines<0>},  \
+                              {Sweeps<Pass>::items<1>, Sweeps<Pass>::line_bytes, Sweeps<Pass>::lines<1>},  \
+                              {Sweeps<Pass>::items<2>, Sweeps<Pass>::line_bytes, Sweeps<Pass>::lines<2>},  \
+                              {Sweeps<Pass>::items<3>, Sweeps<Pass>::line_bytes, Sweeps<Pass>::lines<3>}}; \
+  const Loop name##Heads = {head_items, Sweeps<Pass>::both_bytes, Sweeps<Pass>::heads}
 
 }  // namespace VITKERNELS_ISA
 }  // namespace vitkernels::polyline_path_attention

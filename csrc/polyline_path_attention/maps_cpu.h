@@ -47,6 +47,21 @@ static void write_map(const Params& p, const View& view, int64_t batch, int head
            from + static_cast<ptrdiff_t>(y) * p.width * pitch, pitch, p.width, channels, factors);
 }
 
+// visit(element of the tensors' dtype)
+template <class Visit>
+VITKERNELS_INLINE auto by_dtype(const Params& p, Visit visit) {
+  switch (p.dtype) {
+    case DType::f64:
+      return visit(double{});
+    case DType::f32:
+      return visit(float{});
+    case DType::f16:
+      return visit(f16{});
+    default:
+      return visit(bf16{});
+  }
+}
+
 // ---- decays
 
 template <class E, class Visit>

@@ -109,11 +109,12 @@ def _check(
     return q, k, v, log_decay_w, log_decay_h, mode == "criss_cross", scale
 
 
-def saved_products(device: torch.device, criss_cross: bool) -> int:
+def saved_products(v: torch.Tensor, criss_cross: bool) -> int:
     """How many products with v the forward pass saves (see native.py)."""
-    if not criss_cross:
-        return 1
-    return 2 if device.type == "cpu" and not interpreting() else 3
+    if v.device.type == "cpu" and not interpreting():
+        small = v.shape[1] * v.shape[2] <= 256  # kSmallMap of csrc/polyline_path_attention/cpu_kernel.h
+        return 0 if criss_cross or small else 1
+    return 3 if criss_cross else 1
 
 
 def _accumulate(q: torch.Tensor) -> torch.dtype:
@@ -134,7 +135,7 @@ def _allocate_partial(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ldw: Any, ldh: Any, criss_cross: bool, *_: Any
 ) -> torch.Tensor:
     batch, height, width, heads, value_dim = v.shape
-    count = saved_products(v.device, criss_cross)
+    count = saved_products(v, criss_cross)
     return v.new_empty((count, batch, height, width, heads * value_dim))
 
 

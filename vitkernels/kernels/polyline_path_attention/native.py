@@ -12,8 +12,8 @@ float64 for float64 inputs; all contiguous)::
                                        channels laid out as in out.
                                        whole: (P1 v), the first of the two unhalved softmax outputs; the other is
                                        2 out - P1 v.   criss-cross: (A_w v, A_h v, A_h (A_w v)); A_w (A_h v) likewise.
-                                       The CPU, which has all keys of a line in cache, saves the first two of those
-                                       alone: `saved_products` counts them.
+                                       The CPU saves none of those, nor that of a small whole map: with all keys
+                                       in cache, computing them again takes less. `saved_products` counts them.
 
 The mask, with i, r rows, j, l columns, and by the order of the indices alone (never |.|, never clamped)::
 

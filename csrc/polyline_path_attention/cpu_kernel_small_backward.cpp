@@ -1,0 +1,275 @@
+// Polyline path attention of small whole maps, backward, on one core and one instruction set.
+//
+// Floor of a map of N tokens: 2 N^2 (3 d + 2 dv) FLOPs and 2 N^2 exponentials.
+//
+// All keys of a head and a tile of its queries stay in cache, so nothing but the softmaxes' logarithms is
+// saved by the forward pass: the sums over P dP come from the tile itself. Queries lie in the lanes, whatever
+// rows they are of: no lane is lost at the end of a row, of which small maps have many. With dP = grad_out
+// v^T / 2, D1 = P1 (dP - sum P1 dP) and D2 likewise are the gradients of the logits, D1 + D2 that of the
+// scores. Of the decays, with later(a, b) = 1, 0, -1 where a is after, at, before b:
+//   dCw[i, j] += later(j, l) D1, dCw[i, l] -= the same     the way along the query's row i, for D1
+//   dCh[i, l] += later(i, r) D1, dCh[r, l] -= the same     the way down the key's column l
+// and for D2 along the key's row r and down the query's column j.
+#include "maps_cpu.h"
+
+namespace vitkernels::polyline_path_attention {
+namespace VITKERNELS_ISA {
+namespace {
+
+template <class E>
+struct Backward {
+  using T = Compute<E>;
+  using V = Vec<T>;
+  static constexpr int L = kLanes<T>;
+
+  const Params& p;
+  int height, width, tokens, d_pitch, v_pitch, turn;  // turn: of a row that starts anew at its end
+  Tiling<T> tiling;
+  T *q, *k, *v, *g, *dq, *dk, *dv;                   // [token][channel]
+  T *along, *down, *along_turns, *down_turns, *lse;  // sums of decays, and by rows that turn; lse of both
+  T *dalong, *ddown, *dalong_turns, *ddown_turns;    // their gradients
+  T *keys_along, *keys_down;                         // [key][lane]: the same, to be added across the lanes
+  T *q_lanes, *g_lanes, *s, *ds, *second;            // of a tile; P2 of one vector of it
+  T *later_columns, *near, *beside, *sums, *turns;   // [l][lane] of a vector of queries
+  T *ones, *scales;
+  size_t size;
+
+  Backward(const Params& p, void* memory)
+      : p(p),
+        height(p.height),
+        width(p.width),
+        tokens(height * width),
+        d_pitch(round_up_lanes<T>(p.head_dim)),
+        v_pitch(round_up_lanes<T>(p.value_dim)),
+        turn(width + L),
+        tiling(tokens) {
+    Scratch scratch(memory);
+    const size_t all = tokens, padded = tiling.count * tiling.width,
+                 turned = static_cast<size_t>(height) * turn;
+    T** const of_logits[] = {&q, &k, &dq, &dk};
+    for (T** tensor : of_logits) *tensor = scratch.take<T>(all * d_pitch);
+    T** const of_values[] = {&v, &g, &dv};
+    for (T** tensor : of_values) *tensor = scratch.take<T>(all * v_pitch);
+    T** const planes[] = {&along, &down, &dalong, &ddown};
+    for (T** plane : planes) *plane = scratch.take<T>(padded);
+    lse = scratch.take<T>(2 * padded);
+    T** const turning[] = {&along_turns, &down_turns, &dalong_turns, &ddown_turns};
+    for (T** plane : turning) *plane = scratch.take<T>(turned);
+    T** const by_keys[] = {&keys_along, &keys_down, &second};
+    for (T** vectors : by_keys) *vectors = scratch.take<T>(all * L);
+    q_lanes = scratch.take<T>(p.head_dim * tiling.width);
+    g_lanes = scratch.take<T>(p.value_dim * tiling.width);
+    s = scratch.take<T>(all * tiling.width);
+    ds = scratch.take<T>(all * tiling.width);
+    T** const by_columns[] = {&later_columns, &near, &beside, &sums, &turns};
+    for (T** vectors : by_columns) *vectors = scratch.take<T>(static_cast<size_t>(width) * L);
+    ones = scratch.take<T>(d_pitch + v_pitch);
+    scales = scratch.take<T>(d_pitch);
+    size = scratch.used;
+  }
+
+  void run(int64_t batch, int head) const {
+    const bool decays = p.grad_log_decay_w || p.grad_log_decay_h;
+    read(batch, head);
+    for (int tile = 0; tile < tiling.count; ++tile) {
+      const int begin = tiling.start(tile), lanes = tiling.lanes(tile), pitch = tiling.width;
+      const int vecs = ceil_div(lanes, L);
+      const T *tile_q = q + static_cast<ptrdiff_t>(begin) * d_pitch,
+              *tile_g = g + static_cast<ptrdiff_t>(begin) * v_pitch;
+      pack(q_lanes, pitch, tile_q, 1, d_pitch, p.head_dim, lanes, T(1));
+      pack(g_lanes, pitch, tile_g, 1, v_pitch, p.value_dim, lanes, T(1));
+      multiply<T>(vecs, {tokens, p.head_dim, k, d_pitch, 1, q_lanes, pitch, nullptr, 0, s, pitch});
+      multiply<T>(vecs, {tokens, p.value_dim, v, v_pitch, 1, g_lanes, pitch, nullptr, 0, ds, pitch});
+      for (int i = 0; i < vecs; ++i)
+        decays ? differentiate<true>(begin + i * L, i * L) : differentiate<false>(begin + i * L, i * L);
+      if (p.grad_v)
+        multiply<T>(v_pitch / L,
+                    {tokens, lanes, s, pitch, 1, tile_g, v_pitch, tile ? dv : nullptr, v_pitch, dv, v_pitch});
+      if (p.grad_k)
+        multiply<T>(d_pitch / L, {tokens, lanes, ds, pitch, 1, tile_q, d_pitch, tile ? dk : nullptr, d_pitch,
+                                  dk, d_pitch});
+      if (p.grad_q)
+        multiply<T>(d_pitch / L, {lanes, tokens, ds, 1, pitch, k, d_pitch, nullptr, 0,
+                                  dq + static_cast<ptrdiff_t>(begin) * d_pitch, d_pitch});
+    }
+    write(batch, head);
+  }
+
+  void read(int64_t batch, int head) const {
+    read_map<E>(p, p.q, batch, head, p.head_dim, static_cast<T>(p.scale), q);
+    read_map<E>(p, p.k, batch, head, p.head_dim, T(1), k);
+    read_map<E>(p, p.v, batch, head, p.value_dim, T(1), v);
+    read_map<E>(p, p.grad_out, batch, head, p.value_dim, T(0.5), g);
+    const int padded = tiling.count * tiling.width;
+    for (int which = 0; which < 2; ++which) {
+      const T *cum = plane<const T>(p.cum, which, batch, head),
+              *from = plane<const T>(p.lse, which, batch, head);
+      T *sum = which ? down : along, *turned = which ? down_turns : along_turns, *to = lse + which * padded;
+      for (int i = 0; i < padded; ++i) sum[i] = cum[imin(i, tokens - 1)];
+      // A lane beyond the map gets probability 0.
+      for (int i = 0; i < padded; ++i) to[i] = i < tokens ? from[i] : static_cast<T>(__builtin_inff());
+      for (int y = 0; y < height; ++y)
+        for (int x = 0, column = 0; x < turn; ++x, column = column + 1 == width ? 0 : column + 1)
+          turned[y * turn + x] = cum[y * width + column];
+    }
+    for (int i = 0; i < padded; ++i) dalong[i] = ddown[i] = 0;
+    for (int i = 0; i < height * turn; ++i) dalong_turns[i] = ddown_turns[i] = 0;
+    for (int i = 0; i < tokens * L; ++i) keys_along[i] = keys_down[i] = 0;
+  }
+
+  // What depends on the queries' and the keys' columns alone, of L queries from `first` on.
+  struct Queries {
+    int row, column;  // of the first
+    IntVec<T> rows, columns;
+  };
+  // The values that `plane` has at column l of each lane's row.
+  V at_column(const T* plane, int l, const Queries& at) const {
+    V x = broadcast(plane[at.row * width + l]);
+    for (int row = at.row + 1, lane = width - at.column; lane < L && row < height; ++row, lane += width)
+      x = at.rows >= static_cast<typename Bits<T>::type>(row) ? broadcast(plane[row * width + l]) : x;
+    return x;
+  }
+  Queries find(int first) const {
+    Queries at{first / width, first % width, {}, {}};
+    for (int i = 0, row = at.row, column = at.column; i < L; ++i) {
+      at.rows[i] = imin(row, height - 1);
+      at.columns[i] = column;
+      if (++column == width) column = 0, ++row;
+    }
+    const V own = load(along + first);
+    for (int l = 0; l < width; ++l) {
+      const V later = towards<T>(broadcast(T(1)), at.columns, l);
+      store(later_columns + l * L, later);
+      store(near + l * L, later * (own - at_column(along, l, at)));
+      store(beside + l * L, at_column(down, l, at));
+      store(sums + l * L, V{});
+      store(turns + l * L, V{});
+    }
+    return at;
+  }
+
+  // Of L queries from `first` on, which are lanes of the tile: s, scores, becomes P1 + P2; ds, the gradients
+  // of those, becomes D1 + D2; the decays' sums grow.
+  template <bool Decays>
+  __attribute__((noinline)) void differentiate(int first, int lane) const {
+    const Queries at = find(first);
+    const int pitch = tiling.width, columns = width, rows = height, padded = tiling.count * pitch;
+    const V lse1 = load(lse + first), lse2 = load(lse + padded + first), own = load(down + first);
+    V mean1 = {}, mean2 = {};
+    const T *grad = ds + lane, *row_along = along, *row_down = down;
+    // Stores might change what is behind `this`, as far as the compiler knows.
+    const T *later_l = later_columns, *near_l = near, *beside_l = beside;
+    T *const sums_l = sums, *const turns_l = turns;
+    T *score = s + lane, *other = second;
+    for (int r = 0; r < rows; ++r, row_along += columns, row_down += columns) {
+      const V later = towards<T>(broadcast(T(1)), at.rows, r);
+      const V there = load(along_turns + r * turn + at.column);
+      const V fall = later * (own - load(down_turns + r * turn + at.column));
+      V run1 = {}, run2 = {};
+      for (int l = 0; l < columns; ++l, score += pitch, grad += pitch, other += L) {
+        const V mask1 = load(near_l + l * L) + later * (load(beside_l + l * L) - row_down[l]);
+        const V mask2 = fall + load(later_l + l * L) * (there - row_along[l]);
+        const V x = load(score), dp = load(grad);
+        const V p1 = exp_softmax<T>(x + mask1 - lse1), p2 = exp_softmax<T>(x + mask2 - lse2);
+        store(score, p1);
+        store(other, p2);
+        run1 += p1 * dp;
+        run2 += p2 * dp;
+      }
+      mean1 += run1;
+      mean2 += run2;
+    }
+    V own_along = {}, own_down = {};
+    T *gradient = ds + lane, *to_along = keys_along, *to_down = keys_down;
+    score = s + lane, other = second;
+    for (int r = 0; r < rows; ++r) {
+      const V later = towards<T>(broadcast(T(1)), at.rows, r);
+      V fall = {}, far = {};
+      for (int l = 0; l < columns; ++l, score += pitch, gradient += pitch, other += L) {
+        const V p1 = load(score), p2 = load(other), dp = load(gradient);
+        const V d1 = p1 * (dp - mean1), d2 = p2 * (dp - mean2);
+        store(score, p1 + p2);
+        store(gradient, d1 + d2);
+        if constexpr (Decays) {
+          const V drop = later * d1, along_row = load(later_l + l * L) * d2;
+          store(sums_l + l * L, load(sums_l + l * L) + d1);
+          store(turns_l + l * L, load(turns_l + l * L) + drop);
+          store(to_down, load(to_down) - drop);
+          store(to_along, load(to_along) - along_row);
+          fall += d2;
+          far += along_row;
+          to_down += L;
+          to_along += L;
+        }
+      }
+      if constexpr (Decays) {
+        fall *= later;
+        own_down += fall;
+        T *far_to = dalong_turns + r * turn + at.column, *fall_to = ddown_turns + r * turn + at.column;
+        store(far_to, load(far_to) + far);
+        store(fall_to, load(fall_to) - fall);
+      }
+    }
+    if constexpr (Decays) {
+      for (int l = 0; l < columns; ++l) {
+        const V directed = load(later_l + l * L) * load(sums_l + l * L), turned = load(turns_l + l * L);
+        own_along += directed;
+        for (int row = at.row, from = 0, to = columns - at.column; from < L && row < rows;
+             ++row, from = to, to += columns) {
+          const IntVec<T> mine = at.rows == static_cast<typename Bits<T>::type>(row);
+          T *key_along = keys_along + (row * columns + l) * L,
+            *key_down = keys_down + (row * columns + l) * L;
+          store(key_along, load(key_along) - (mine ? directed : V{}));
+          store(key_down, load(key_down) + (mine ? turned : V{}));
+        }
+      }
+      store(dalong + first, load(dalong + first) + own_along);
+      store(ddown + first, load(ddown + first) + own_down);
+    }
+  }
+
+  void write(int64_t batch, int head) const {
+    for (int i = 0; i < d_pitch + v_pitch; ++i) ones[i] = 1;
+    for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
+    if (p.grad_q) write_map<E>(p, p.grad_q, batch, head, p.head_dim, scales, dq);
+    if (p.grad_k) write_map<E>(p, p.grad_k, batch, head, p.head_dim, ones, dk);
+    if (p.grad_v) write_map<E>(p, p.grad_v, batch, head, p.value_dim, ones, dv);
+    if (!p.grad_log_decay_w && !p.grad_log_decay_h) return;
+    add_across(dalong, keys_along, tokens);
+    add_across(ddown, keys_down, tokens);
+    for (int y = 0; y < height; ++y)
+      for (int x = 0, column = 0; x < turn; ++x, column = column + 1 == width ? 0 : column + 1) {
+        dalong[y * width + column] += dalong_turns[y * turn + x];
+        ddown[y * width + column] += ddown_turns[y * turn + x];
+      }
+    by_decay<E>(p, [&](auto d) {
+      using D = decltype(d);
+      const View &w = p.grad_log_decay_w, &h = p.grad_log_decay_h;
+      for (int y = 0; w && y < height; ++y)
+        differentiate_sums(dalong + y * width, 1, width, token<D>(w, batch, head, y, 0), w.stride[2]);
+      for (int x = 0; h && x < width; ++x)
+        differentiate_sums(ddown + x, width, height, token<D>(h, batch, head, 0, x), h.stride[1]);
+    });
+  }
+};
+
+int64_t items(const Params& p) {
+  return p.batch * p.heads;
+}
+size_t scratch_size(const Params& p) {
+  return by_dtype(p, [&](auto e) { return Backward<decltype(e)>(p, nullptr).size; });
+}
+void run(const Params& p, int64_t begin, int64_t end, void* scratch) {
+  by_dtype(p, [&](auto e) {
+    const Backward<decltype(e)> backward(p, scratch);
+    for (int64_t item = begin; item < end; ++item)
+      backward.run(item / p.heads, static_cast<int>(item % p.heads));
+  });
+}
+
+}  // namespace
+
+const Loop kSmallBackward = {items, scratch_size, run};
+
+}  // namespace VITKERNELS_ISA
+}  // namespace vitkernels::polyline_path_attention
