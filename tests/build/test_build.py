@@ -21,16 +21,16 @@ import json, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 import torch, vitkernels
 from vitkernels.core import native
-q = torch.randn(2, 1, 16, 16)
-v = torch.randn(2, 1, 16, 24)
-call = dict(window=4)
-out = vitkernels.ops.window_attention(q, q, v, **call)
-want = vitkernels.ops.window_attention(q, q, v, **call, backend="reference")
-torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+y = torch.randn(2, 3, 40)
+rows, starts, members = [0, 2, 1, 0, 2], [0, 2, 3, 5], [0, 3, 2, 1, 4]
+plan = vitkernels.MergePlan(*(torch.tensor([part] * 2, dtype=torch.int32) for part in (rows, starts, members)))
+out = vitkernels.ops.token_unmerge(y, plan)
+assert torch.equal(out, vitkernels.ops.token_unmerge(y, plan, backend="reference"))
+assert torch.equal(out, y[:, rows])
 x, weight, ones = torch.randn(2, 8), torch.randn(4, 64), torch.ones(8)
 left_out = vitkernels.supported_backends("kan_linear", x, weight, ones, ones, torch.linspace(-2, 2, 8))
 print(json.dumps({"where": vitkernels.__file__, "native": native.status(), "left_out": left_out,
-                  "supported": vitkernels.supported_backends("window_attention", q, q, v, **call)}))
+                  "supported": vitkernels.supported_backends("token_unmerge", y, plan)}))
 """
 
 
@@ -63,7 +63,7 @@ def build_wheel(sources: Path, no_torch: Path, target: Path, **variables: str) -
     environment |= {
         "PYTHONPATH": str(no_torch),
         "VITKERNELS_BUILD_DIR": str(target / "cmake"),
-        "VITKERNELS_OPERATORS": "window_attention",  # all are built by what installs the tests
+        "VITKERNELS_OPERATORS": "token_unmerge",  # the quickest to build; what installs the tests builds all
         **variables,
     }
     command = [
@@ -116,14 +116,22 @@ def test_wheel_with_nvcc(sources, no_torch, tmp_path):
     assert wheel.stat().st_size < 20 * MEGABYTE
     facts = use(wheel)
     assert facts["native"]["cuda_archs"] == "80-real, 80-virtual"
-    assert facts["native"]["operators"] == ["window_attention"]
+    assert facts["native"]["operators"] == ["token_unmerge"]
     assert facts["supported"]["cpu"] == []
 
 
-def test_wheel_without_nvcc(sources, no_torch, tmp_path):
-    built = build_wheel(sources, no_torch, tmp_path, PATH=path_without_nvcc())
-    wheel = wheel_of(built, tmp_path)
+@pytest.fixture(scope="module")
+def cpu_folder(sources, no_torch, tmp_path_factory) -> Path:
+    """Where a wheel was built with a C++ compiler only, its CMake folder included."""
+    folder = tmp_path_factory.mktemp("cpu")
+    built = build_wheel(sources, no_torch, folder, PATH=path_without_nvcc())
+    wheel_of(built, folder)
     assert "nvcc not found: building the CPU kernels only" in built.stdout + built.stderr
+    return folder
+
+
+def test_wheel_without_nvcc(cpu_folder):
+    (wheel,) = cpu_folder.glob("*.whl")
     assert wheel.stat().st_size < 20 * MEGABYTE
     assert "vitkernels/py.typed" in members(wheel)
     assert not [name for name in members(wheel) if "twin" in name or name.startswith(("tests", "csrc"))]
@@ -136,10 +144,10 @@ def test_wheel_without_nvcc(sources, no_torch, tmp_path):
 
 def test_an_unknown_operator_is_an_error(sources, no_torch, tmp_path):
     built = build_wheel(
-        sources, no_torch, tmp_path, VITKERNELS_BUILD_CUDA="0", VITKERNELS_OPERATORS="window_atention"
+        sources, no_torch, tmp_path, VITKERNELS_BUILD_CUDA="0", VITKERNELS_OPERATORS="token_unmegre"
     )
     assert built.returncode != 0
-    assert "there is no operator window_atention" in built.stdout + built.stderr
+    assert "there is no operator token_unmegre" in built.stdout + built.stderr
 
 
 def test_the_installed_extension_is_small():
@@ -161,18 +169,15 @@ def test_an_nvcc_that_fails_means_cpu_kernels(sources, no_torch, tmp_path):
     assert not use(wheel_of(built, tmp_path))["native"]["cuda"]
 
 
-def test_building_again_forgets_the_tools_of_the_first_build(sources, no_torch, tmp_path):
+def test_building_again_forgets_the_tools_of_the_first_build(sources, no_torch, cpu_folder):
     """Under build isolation ninja lies in a folder that is gone the next time; its path was once kept."""
-    cmake = tmp_path / "cmake"
-    cmake.mkdir()
-    (cmake / "CMakeCache.txt").write_text(
-        f"CMAKE_HOME_DIRECTORY:INTERNAL={sources}\nCMAKE_GENERATOR:INTERNAL=Ninja\n"
-        "CMAKE_MAKE_PROGRAM:FILEPATH=/no/such/ninja\n"
-    )
-    wheel_of(build_wheel(sources, no_torch, tmp_path, VITKERNELS_BUILD_CUDA="0"), tmp_path)
+    cmake = cpu_folder / "cmake"
+    cache = cmake / "CMakeCache.txt"
+    program = next(line for line in cache.read_text().splitlines() if line.startswith("CMAKE_MAKE_PROGRAM:"))
+    cache.write_text(cache.read_text().replace(program, "CMAKE_MAKE_PROGRAM:FILEPATH=/no/such/ninja"))
     kernels = {path: path.stat().st_mtime_ns for path in cmake.rglob("cpu_kernel*.o")}
     assert kernels
-    wheel_of(build_wheel(sources, no_torch, tmp_path, VITKERNELS_BUILD_CUDA="0"), tmp_path)
+    wheel_of(build_wheel(sources, no_torch, cpu_folder, PATH=path_without_nvcc()), cpu_folder)
     assert {path: path.stat().st_mtime_ns for path in kernels} == kernels, "kernels were compiled again"
 
 

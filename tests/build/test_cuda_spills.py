@@ -1,4 +1,8 @@
-"""Every CUDA kernel compiles for sm_80 and sm_90a without spills or local memory that its source leaves open."""
+"""Every CUDA kernel compiles without spills or local memory that its source leaves open.
+
+For sm_90a, which `make test` builds; for sm_80 two sources, and all in `make test-thorough`, where each is compiled
+again: no source knows its architecture, so most of what one target shows is true of the other.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +28,47 @@ __global__ void indexed(const int* index, float* out) {
 """
 
 
+BUILT = "90a"
+# Tensor cores and plain arithmetic in every dtype; and copies and sums of rows.
+SAMPLES = ("window_attention/forward.cu", "token_unmerge/forward.cu")
+
+
 @pytest.fixture(scope="module")
 def usage() -> list[kernel_report.Usage]:
-    return kernel_report.collect(languages=("cuda",))
+    return kernel_report.collect(targets=(BUILT,), languages=("cuda",))
 
 
-def test_every_source_is_compiled_for_every_target(usage: list[kernel_report.Usage]) -> None:
+def _failing(rows: list[kernel_report.Usage]) -> list[str]:
+    print(f"{len(rows)} kernels, at most {max(row.registers for row in rows)} registers")
+    return [
+        f"{row.kernel} [{row.variant}] {row.target}: {row.local} bytes, {row.spills} spilled"
+        for row in rows
+        if row.fails
+    ]
+
+
+def test_every_source_is_compiled(usage: list[kernel_report.Usage]) -> None:
     sources = kernel_report.cuda_sources()
     assert {source.name for source in sources} >= {"forward.cu", "backward.cu"}
     kernels = {(row.kernel, row.target) for row in usage}
     for kernel in ("forward_kernel", "backward_kernel", "reduce_table_kernel"):
-        for target in kernel_report.TARGETS:
-            assert (kernel, f"sm_{target}") in kernels
+        assert (kernel, f"sm_{BUILT}") in kernels
 
 
 def test_no_kernel_spills(usage: list[kernel_report.Usage]) -> None:
-    print(f"{len(usage)} kernels, at most {max(row.registers for row in usage)} registers")
-    failing = [
-        f"{row.kernel} [{row.variant}] {row.target}: {row.local} bytes, {row.spills} spilled"
-        for row in usage
-        if row.fails
-    ]
+    failing = _failing(usage)
+    assert not failing, "local memory beyond what the source explains:\n" + "\n".join(failing)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_do_not_spill_on_sm_80(name: str) -> None:
+    failing = _failing(kernel_report.cuda_usage(kernel_report.ROOT / "csrc" / name, "80"))
+    assert not failing, "local memory beyond what the source explains:\n" + "\n".join(failing)
+
+
+@pytest.mark.thorough
+def test_no_kernel_spills_on_sm_80() -> None:
+    failing = _failing(kernel_report.collect(targets=("80",), languages=("cuda",)))
     assert not failing, "local memory beyond what the source explains:\n" + "\n".join(failing)
 
 

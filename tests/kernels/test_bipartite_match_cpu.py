@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from token_merge_calls import (
@@ -20,7 +16,6 @@ from token_merge_calls import (
 )
 
 from vitkernels import ops
-from vitkernels.core import native as extension
 from vitkernels.kernels.bipartite_match import clipped, native
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -198,29 +193,3 @@ def test_the_mean_of_keys_is_a_metric():
         plan = ops.bipartite_match(metric, 8, class_token=True, backend="cpu")
         want = ops.bipartite_match(metric.double(), 8, class_token=True, backend="reference")
         assert torch.equal(plan.rows, want.rows)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets(isa):
-    own = extension.load().cpu_isa()
-    if isa == own:
-        pytest.skip(f"{isa} is what the other tests run")
-    if own == "baseline":
-        pytest.skip(f"this processor or build has no {isa}")
-    code = (
-        "import torch\n"
-        "from token_merge_calls import assert_same, check_match, expected, launch_match, tied_metric\n"
-        "from vitkernels.kernels.bipartite_match import native\n"
-        "torch.manual_seed(0)\n"
-        "for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):\n"
-        "    for tokens, channels in ((2, 1), (61, 19), (198, 64)):\n"
-        "        metric = torch.randn(2, tokens, channels).to(dtype)\n"
-        "        check_match(launch_match(native, metric, 9), metric, 9)\n"
-        "    metric = tied_metric(2, 75, 12, dtype)\n"
-        "    metric[1, [3, 6], 2] = float('nan')\n"
-        "    for options in ((9, True, True), (99, False, False)):\n"
-        "        assert_same(launch_match(native, metric, *options), expected(metric.double(), *options))\n"
-    )
-    environment = {**os.environ, "VITKERNELS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

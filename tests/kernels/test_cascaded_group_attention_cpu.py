@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -353,23 +350,3 @@ def test_peaked_softmax() -> None:
     problem = Problem((7, 7), 64, (7, 7), (5, 3), "nchw", spread=12.0)
     for name, got in zip(NAMES, problem.run(), strict=True):
         assert torch.isfinite(got).all(), name
-
-
-def _in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "VITKERNELS_CPU_ISA": isa}
-    return subprocess.run(
-        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=600, check=False
-    )
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets(isa: str) -> None:
-    """This file's own numerical tests, with the kernels of a lesser processor."""
-    tests = "(matches_reference and not bfloat16) or half_maps or its_window or dead_taps"
-    asked = _in_process(isa, "-c", "from vitkernels.core import native; print(native.load().cpu_isa())")
-    if asked.returncode != 0 and isa != "baseline":
-        assert f"VITKERNELS_CPU_ISA={isa}: not available" in asked.stderr, asked.stderr
-        pytest.skip(f"{isa} is not available on this processor or in this build")
-    assert asked.stdout.strip() == isa, asked.stderr
-    done = _in_process(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, __file__)
-    assert done.returncode == 0, done.stdout[-4000:]

@@ -176,24 +176,6 @@ def test_each_gradient_alone(wanted):
             torch.testing.assert_close(grad, want[name])
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    code = (
-        "import torch, kan_linear_calls as calls\n"
-        "from vitkernels.kernels.kan_linear import native\n"
-        "torch.manual_seed(0)\n"
-        "for dtype in (torch.float64, torch.float32, torch.bfloat16):\n"
-        "    for shape in ((61, 21, 19, 8), (140, 6, 33, 5)):\n"
-        "        tensors, grad = calls.inputs(*shape, dtype), torch.randn(shape[0], shape[2])\n"
-        "        calls.check(calls.launch(native, tensors, grad), tensors, grad)\n"
-    )
-    environment = {**os.environ, "VITKERNELS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if "not available on this processor" in done.stderr:
-        pytest.skip(f"this processor or build has no {isa}")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_below_a_quarter_of_eager():
     """Of a stage of MedViTV2-S, forward and backward, in a process each: the kernels' scratch is malloc'ed."""

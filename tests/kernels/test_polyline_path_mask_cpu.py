@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from guarded import Guarded, Layout
@@ -117,26 +113,6 @@ def test_each_gradient_alone(log, transpose, wanted):
     for gradient in grads:
         if gradient is not None:
             assert torch.equal(gradient, want[wanted])
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    code = (
-        "import torch, polyline_calls as calls\n"
-        "from vitkernels.kernels.polyline_path_mask import native\n"
-        "torch.manual_seed(0)\n"
-        "for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):\n"
-        "    for options in ((True, False), (False, True)):\n"
-        "        for grid in ((5, 19), (32, 33)):\n"
-        "            tensors = calls.decays(1, *grid, 2, dtype)\n"
-        "            grad = calls.gradient_like(tensors)\n"
-        "            calls.check(calls.launch(native, tensors, grad, *options), tensors, grad, *options)\n"
-    )
-    environment = {**os.environ, "VITKERNELS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if "not available on this processor" in done.stderr:
-        pytest.skip(f"this processor or build has no {isa}")
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @each_option

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from guarded import Guarded
@@ -127,25 +123,6 @@ def test_each_gradient_alone(transpose, wanted):
     for name, gradient in grads.items():
         if gradient is not None:
             torch.testing.assert_close(gradient, want[name])
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    code = (
-        "import torch, polyline_calls as calls\n"
-        "from vitkernels.kernels.polyline_path_scan import native\n"
-        "torch.manual_seed(0)\n"
-        "for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):\n"
-        "    for transpose in (False, True):\n"
-        "        tensors = calls.scan_inputs(1, 9, 19, 2, 21, dtype)\n"
-        "        grad = calls.gradient_like(tensors)\n"
-        "        calls.check(calls.launch(native, tensors, grad, transpose), tensors, grad, transpose)\n"
-    )
-    environment = {**os.environ, "VITKERNELS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if "not available on this processor" in done.stderr:
-        pytest.skip(f"this processor or build has no {isa}")
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @each_transpose

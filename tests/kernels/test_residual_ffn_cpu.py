@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,17 +188,3 @@ def test_threads_do_not_change_a_bit(case: tuple[Any, ...], layout: str) -> None
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets(isa: str) -> None:
-    """This file's own numerical tests, with the kernels of a lesser processor."""
-    if isa == "avx2" and extension.load().cpu_isa() == "baseline":
-        pytest.skip("this processor or build has no AVX2")
-    env = {**os.environ, "VITKERNELS_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    tests = "(matches_reference and not bfloat16) or neighbourhood or bands"
-    done = subprocess.run(
-        [*command, "-k", tests], env=env, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:]

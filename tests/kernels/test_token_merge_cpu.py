@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from guarded import Guarded, Layout
 from token_merge_calls import MODES, check_merge, launch_merge, random_plan
 
 from vitkernels import MergePlan, ops
-from vitkernels.core import native as extension
 from vitkernels.kernels.token_merge import native, reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -175,34 +172,6 @@ def test_nothing_is_read_or_written_outside(before, dtype, mode):
     guarded.check()
     for name, got in (("y", y), ("sizes", sizes), ("grad x", grad_x)):
         assert torch.equal(got, want[name]), name
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets(isa):
-    """Of merging and of unmerging, whose kernels share their loops."""
-    own = extension.load().cpu_isa()
-    if isa == own:
-        pytest.skip(f"{isa} is what the other tests run")
-    if own == "baseline":
-        pytest.skip(f"this processor or build has no {isa}")
-    code = (
-        "import torch\n"
-        "from token_merge_calls import *\n"
-        "from vitkernels.kernels.token_merge import native\n"
-        "from vitkernels.kernels.token_unmerge import native as unmerge\n"
-        "torch.manual_seed(0)\n"
-        "for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):\n"
-        "    x, grad_y = torch.randn(2, 61, 149).to(dtype), torch.randn(2, 33, 149).to(dtype)\n"
-        "    size = torch.randint(1, 198, (2, 61)).to(torch.promote_types(dtype, torch.float32))\n"
-        "    plan = random_plan(2, 61, 33)\n"
-        "    for mode in MODES:\n"
-        "        got = launch_merge(native, x, size, plan, mode, grad_y)\n"
-        "        check_merge(got, x, size, plan, mode, grad_y)\n"
-        "    check_unmerge(launch_unmerge(unmerge, grad_y, plan, x), grad_y, plan, x)\n"
-    )
-    environment = {**os.environ, "VITKERNELS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @each_mode

@@ -1,4 +1,4 @@
-"""The CPU kernels of token_unmerge against plain PyTorch; other instruction sets are in test_token_merge_cpu.py."""
+"""The CPU kernels of token_unmerge against plain PyTorch."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,34 +258,7 @@ def test_threads_do_not_change_a_bit(case: tuple[Any, ...]) -> None:
             assert torch.equal(one, same)
 
 
-def _in_process(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "VITKERNELS_CPU_ISA": isa}
-    return subprocess.run(
-        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=600, check=False
-    )
-
-
 def test_instruction_set_is_the_one_asked_for() -> None:
     found = extension.load().cpu_isa()
     assert found == (os.environ.get("VITKERNELS_CPU_ISA") or found)
     assert found in ("baseline", "avx2", "avx512")
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets(isa: str) -> None:
-    """This file's own numerical tests, with the kernels of a lesser processor."""
-    tests = (
-        "asked_for or (matches_reference and not bfloat16) or half_tensors or masks or its_window or 24x24"
-    )
-    asked = _in_process(isa, "-c", "from vitkernels.core import native; print(native.load().cpu_isa())")
-    if asked.returncode != 0 and isa != "baseline":
-        assert f"VITKERNELS_CPU_ISA={isa}: not available" in asked.stderr, asked.stderr
-        pytest.skip(f"{isa} is not available on this processor or in this build")
-    assert asked.stdout.strip() == isa, asked.stderr
-    done = _in_process(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, __file__)
-    assert done.returncode == 0, done.stdout[-4000:]
-
-
-def test_unknown_instruction_set_is_refused() -> None:
-    done = _in_process("sse9", "-c", "from vitkernels.core import native; native.load().cpu_isa()")
-    assert "ValueError: VITKERNELS_CPU_ISA: expected baseline, avx2 or avx512, got sse9" in done.stderr
