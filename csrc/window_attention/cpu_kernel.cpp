@@ -99,7 +99,7 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     E* first = out.data + start * out.token;
     bool in_place = false;
     if constexpr (kSame<E, T>) {
-      in_place = lanes_in_place<E, T>(out, lanes, odd);
+      in_place = lanes_in_place<E, T>(out, lanes, tiling.width, odd);
       if (in_place) {
         task.out = first;
         task.out_row = out.channel;
@@ -210,7 +210,7 @@ Lanes<T> lanes_of(Matrix<const E> m, const Tiling<T>& tiling, int tile, int odd,
   const int lanes = tiling.lanes(tile);
   const E* first = m.data + tiling.start(tile) * m.token;
   if constexpr (kSame<E, T>)
-    if (lanes_in_place<const E, T>(m, lanes, odd)) return {first, m.channel};
+    if (lanes_in_place<const E, T>(m, lanes, tiling.width, odd)) return {first, m.channel};
   pack(scratch, tiling.width, first, m.channel, m.token, channels, lanes, T(1));
   return {scratch, tiling.width};
 }
@@ -221,7 +221,7 @@ void store_sums(const BackwardTile<T>& task, Matrix<const T> m, int channels, co
                 const T* odd_weights, Matrix<E> to, int start, T* scratch, const T* ones) {
   E* first = to.data + start * to.token;
   if constexpr (kSame<E, T>)
-    if (lanes_in_place<E, T>(to, task.lanes, task.odd))
+    if (lanes_in_place<E, T>(to, task.lanes, task.width, task.odd))
       return task.sum_queries(m, channels, weights, odd_weights, first, to.channel);
   task.sum_queries(m, channels, weights, odd_weights, scratch, task.width);
   unpack(first, to.channel, to.token, scratch, task.width, channels, task.lanes, ones);

@@ -15,10 +15,7 @@ pytestmark = pytest.mark.skipif(bool(extension.why_missing()), reason="the compi
 
 ISAS = ("baseline", "avx2", "avx512")
 # Memory and threads are no matter of the instruction set; those tests start processes of their own or take long.
-# Known failures of baseline, each to be repaired: a sum of 600 products in block_sparse_linear that misses
-# the tolerance (5.5e-6, allowed 5.1e-6), and the guards of test_windows_of_many_tiles, found overwritten in
-# layout nchw_offset.
-LEFT_OUT = ("memory", "large_pages", "threads_do_not_change", "shape9-block9", "windows_of_many_tiles")
+LEFT_OUT = ("memory", "large_pages", "threads_do_not_change")
 FILES = sorted(map(str, Path(__file__).parent.glob("test_*_cpu.py")))
 
 

@@ -159,6 +159,13 @@ def test_windows_of_many_tiles(bias: str | None, layout: str) -> None:
     Problem((20, 23), 16, 24, bias, layout, torch.float32, batch=2, heads=1).check()
 
 
+@pytest.mark.parametrize("tokens", [68, 72, 76, 84, 88, 104, 168, 176, 200, 460])
+@pytest.mark.parametrize("layout", ["nchw_offset", "nchw"])
+def test_a_last_tile_of_whole_vectors_writes_no_more(tokens: int, layout: str) -> None:
+    """Fewer vectors than the tiles before it: the kernels once wrote the lanes that it lacks behind the tensor."""
+    Problem((1, tokens), 8, 8, None, layout, torch.float32, batch=1, heads=1).check()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float32_table_with_half_tensors(dtype: torch.dtype) -> None:
     Problem((7, 7), 16, 32, "absolute", "nchw_offset", dtype, bias_dtype=torch.float32).check()
