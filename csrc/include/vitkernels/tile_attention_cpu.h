@@ -116,8 +116,8 @@ static void token_dots(T* dst, const T* x, ptrdiff_t step, const T* m, ptrdiff_t
 // ---- forward
 
 // Whether the first lanes of a tile of a matrix [channel][token] can be read and written where it lies. All
-// `width` lanes of a tile are computed, also of a last tile that holds fewer tokens, but for `odd` ones that are
-// computed on their own.
+// `width` lanes of a tile are computed, also of a last tile that holds fewer tokens, but for `odd` ones that
+// are computed on their own.
 template <class E, class T>
 VITKERNELS_INLINE bool lanes_in_place(Matrix<E> m, int lanes, int width, int odd) {
   return kSame<E, T> && m.token == 1 && (odd || lanes == width);
