@@ -29,7 +29,8 @@ def test_demo_prints_the_comparison_and_writes_the_plot(tmp_path, capsys):
     assert plot.read_bytes()[:4] == b"\x89PNG"
     for phrase in (
         "photograph",
-        "norm-relative",
+        "from itself in float64",
+        "from eager",
         "bit for bit the same",
         "images/s",
         "CascadedGroupAttention",
