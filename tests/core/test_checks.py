@@ -14,13 +14,10 @@ def test_autocast_asks_nothing_that_an_older_dynamo_cannot_trace(monkeypatch: py
     def untraceable(device: str) -> bool:
         raise AssertionError("asked in a call")
 
-    monkeypatch.setattr(torch._C, "_is_autocast_available", untraceable)
-    single, double = torch.ones(2), torch.ones(2, dtype=torch.float64)
-    assert all(a is b for a, b in zip(checks.autocast(single, double), (single, double), strict=True))
+    single, double, nowhere = torch.ones(2), torch.ones(2, dtype=torch.float64), torch.ones(2, device="meta")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = checks.autocast(single, double)
-        assert [t.dtype for t in cast] == [torch.bfloat16, torch.float64]
-    nowhere = torch.ones(2, device="meta")
-    assert (
-        checks.autocast(nowhere)[0] is nowhere
-    )  # no autocast on this device, which torch answers with an error
+        monkeypatch.setattr(torch._C, "_is_autocast_available", untraceable)
+        assert [t.dtype for t in checks.autocast(single, double)] == [torch.bfloat16, torch.float64]
+        # No autocast on this device, which torch itself answers with an error.
+        assert checks.autocast(nowhere)[0] is nowhere
+    assert all(a is b for a, b in zip(checks.autocast(single, double), (single, double), strict=True))
