@@ -26,7 +26,8 @@ def _poison(allocate: Callable[..., Any]) -> Callable[..., Any]:
     def poisoned(*args: Any) -> Any:
         result = allocate(*args)
         for tensor in result if isinstance(result, tuple) else (result,):
-            tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+            if tensor is not None:
+                tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
         return result
 
     return poisoned

@@ -8,7 +8,7 @@ namespace VITKERNELS_ISA {
 namespace {
 
 constexpr int64_t kItems = 16;          // what a small batch is cut into
-constexpr int kLeastTiles = 4;          // of queries in an item, so that its partial sums stay a small part
+constexpr int kLeastTiles = 5;          // of queries in an item, so that its partial sums stay a small part
 constexpr int64_t kPartials = 1 << 24;  // elements of all partial sums
 
 template <class T>
@@ -56,7 +56,7 @@ struct BackwardScratch {
     const size_t used = may_expand(params) ? 1 : 0, terms = used * kMaxBins * kTerms;
     moments_across = scratch.take<T>(used * kMaxBins * dv * lanes);
     across = scratch.take<T>(used * width * lanes);
-    dots = scratch.take<T>(used * kTerms * sorted.pitch);
+    dots = scratch.take<T>(used * lanes * sorted.pitch);
     weights = scratch.take<T>(used * kTerms * sorted.pitch);
     sums_of_g = scratch.take<T>(terms * expansion.pitch);
     sums_of_delta = scratch.take<T>(terms);
@@ -99,13 +99,8 @@ void add_row_dots(T* sums, Matrix<const E> a, Matrix<const E> b, int rows, int c
       if (whole < channels)
         sum[i] += load_first(x + whole, channels - whole) * load_first(y + whole, channels - whole);
     }
-    transpose<T>(sum);
-#pragma GCC unroll 4
-    for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
     T total[L];
-    store(total, sum[0]);
+    store(total, lane_sums<T>(sum));
     for (int i = 0; i < count; ++i) sums[first + i] += total[i];
   }
 }
@@ -206,7 +201,9 @@ void expanded_tile(const Params& p, const BackwardScratch<T>& w, int64_t b, int6
                                 w.moments_across + static_cast<ptrdiff_t>(bin) * dv * w.lanes, w.lanes,
                                 nullptr, 0, w.across + static_cast<ptrdiff_t>(first) * w.lanes, w.lanes});
   }
-  pack(w.dots, sorted.pitch, w.across, 1, w.lanes, kTerms, queries, T(1));
+  // Lanes beyond the terms, and queries beyond the last, are transposed with the others: whole blocks are
+  // faster.
+  pack(w.dots, sorted.pitch, w.across, 1, w.lanes, w.lanes, round_up_lanes<T>(queries), T(1));
   differentiate(w);
   const Matrix<E> to = tokens<E>(p.grad_q, b, h);
   for (int i = 0; i < queries && p.grad_q; ++i)
@@ -234,13 +231,13 @@ void clear_sums(const BackwardScratch<T>& w) {
 
 // The gradients of the keys and values, from the sums over queries; all bins in one product.
 template <class T>
-void expanded_sums(const Params& p, const BackwardScratch<T>& w, T* grad_k, T* grad_v) {
+void expanded_sums(const Params& p, const BackwardScratch<T>& w, T* grad_k, T* grad_v, ptrdiff_t v_pitch) {
   constexpr int L = kLanes<T>;
   const Expansion<T>& e = w.expansion;
   const int keys = e.keys, pitch = e.pitch, terms = e.bins * kTerms;
   if (p.grad_v)
     multiply<T>(pitch / L,
-                {keys, terms, e.powers, 1, e.key_pitch, w.sums_of_g, pitch, nullptr, 0, grad_v, pitch});
+                {keys, terms, e.powers, 1, e.key_pitch, w.sums_of_g, pitch, nullptr, 0, grad_v, v_pitch});
   if (!p.grad_k) return;
   multiply<T>(e.key_pitch / L,
               {1, terms, w.sums_of_delta, 0, 1, e.slopes, e.key_pitch, nullptr, 0, w.k_sums, e.key_pitch});

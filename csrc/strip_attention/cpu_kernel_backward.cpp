@@ -175,8 +175,9 @@ void backward_tile(const Params& p, const BackwardScratch<T>& w, const Head<T>& 
 
 // The gradients of the keys [key, key + keys) of a head, from their sums.
 template <class E, class T>
-void write_sums(const Params& p, const Chunks<T>& chunks, int64_t b, int64_t h, T* sums, int key, int keys) {
-  if (p.grad_v) {
+void write_sums(const Params& p, const Chunks<T>& chunks, int64_t b, int64_t h, T* sums, int key, int keys,
+                bool grad_v) {
+  if (grad_v) {
     const Matrix<E> to = tokens<E>(p.grad_v, b, h);
     write_rows(Matrix<E>{to.data + key * to.token, to.token, 1},
                chunks.grad_v(sums) + static_cast<ptrdiff_t>(key) * chunks.v_pitch, chunks.v_pitch, keys,
@@ -200,6 +201,7 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
     w.ones[i] = 1;
     w.scales[i] = static_cast<T>(p.scale);
   }
+  const bool in_place = p.grad_v && chunks.count == 1 && rows_in_place<E, T>(p.value_dim);
   Head<T> head{};
   int64_t current = -1;
   for (int64_t item = begin; item < end; ++item) {
@@ -216,6 +218,11 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
       if (!head.expanded) head.v = readable<E, T>(tokens<const E>(p.v, b, h), w.tiles.keys, p.value_dim, w.v);
       current = bh;
     }
+    if (chunks.count == 1) {
+      expect_next<E>(p, p.v, b, h, p.keys);
+      expect_next<E>(p, p.grad_out, b, h, p.queries);
+      if (in_place) expect_next<E, true>(p, p.grad_v, b, h, p.keys);
+    }
     T* sums = chunks.count == 1 ? w.sums : static_cast<T*>(partials) + item * chunks.size;
     const int first = static_cast<int>(item % chunks.count * chunks.each);
     const int last = imin(first + static_cast<int>(chunks.each), w.tiling.count);
@@ -223,13 +230,22 @@ void backward_range(const Params& p, int64_t begin, int64_t end, void* memory, v
       clear_sums(w);
       for (int tile = first; tile < last; ++tile)
         if constexpr (!kSame<T, double>) expanded_tile<E, T>(p, w, b, h, tile);
-      expanded_sums(p, w, chunks.grad_k(sums, p.keys), chunks.grad_v(sums));
+      T* grad_v = chunks.grad_v(sums);
+      ptrdiff_t pitch = chunks.v_pitch;
+      if constexpr (kSame<E, T>)
+        if (in_place) {
+          const Matrix<E> to = tokens<E>(p.grad_v, b, h);
+          grad_v = to.data;
+          pitch = to.token;
+        }
+      expanded_sums(p, w, chunks.grad_k(sums, p.keys), grad_v, pitch);
     } else {
       for (int tile = first; tile < last; ++tile)
         backward_tile<E, T>(p, w, head, b, h, tile, chunks.grad_k(sums, p.keys), chunks.grad_v(sums),
                             tile == first);
     }
-    if (chunks.count == 1) write_sums<E, T>(p, chunks, b, h, sums, 0, w.tiles.keys);
+    if (chunks.count == 1)
+      write_sums<E, T>(p, chunks, b, h, sums, 0, w.tiles.keys, p.grad_v && !(head.expanded && in_place));
   }
 }
 
@@ -253,7 +269,7 @@ void reduce_range(const Params& p, int64_t begin, int64_t end, void* partials) {
         store(v + i, load(v + i) + load(more + v_ahead + i));
       for (int i = 0; p.grad_k && i < keys * chunks.k_pitch; ++i) k[i] += more[k_ahead + i];
     }
-    write_sums<E, T>(p, chunks, b, h, sums, key, keys);
+    write_sums<E, T>(p, chunks, b, h, sums, key, keys, static_cast<bool>(p.grad_v));
   }
 }
 

@@ -250,7 +250,11 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     const int64_t bh = item / tiling.count, b = bh / p.heads, h = bh % p.heads;
     const int tile = static_cast<int>(item % tiling.count), start = tiling.start(tile),
               queries = tiling.lanes(tile), vecs = ceil_div(queries, kLanes<T>);
-    if (bh != current) head = read_head<E, T>(p, w, b, h);
+    if (bh != current) {
+      expect_next<E>(p, p.v, b, h, p.keys);
+      expect_next<E, true>(p, p.out, b, h, p.queries);
+      head = read_head<E, T>(p, w, b, h);
+    }
     current = bh;
     const Matrix<const E> q = tokens<const E>(p.q, b, h);
     const E* first = q.data + start * q.token;

@@ -132,15 +132,18 @@ struct Expansion {
   // Less their mean, which no gradient depends on and which would cancel in all of them.
   template <class E>
   Rows<T> centered(Matrix<const E> v) const {
-    pack(copied, pitch, v.data, v.token, 1, keys, channels, T(1));
+    constexpr int kSums = 4;
+    const Rows<T> rows = read_rows<E, T>(v, keys, channels, T(1), copied);
     for (int c = 0; c < pitch; c += kLanes<T>) {
-      Vec<T> sum = {};
-      for (int m = 0; m < keys; ++m) sum += load(copied + static_cast<ptrdiff_t>(m) * pitch + c);
-      sum /= broadcast(static_cast<T>(keys));
-      for (int m = 0; m < keys; ++m) {
-        T* row = copied + static_cast<ptrdiff_t>(m) * pitch + c;
-        store(row, load(row) - sum);
-      }
+      Vec<T> sum[kSums] = {};
+      int m = 0;
+      for (; m + kSums <= keys; m += kSums)
+#pragma GCC unroll 4
+        for (int i = 0; i < kSums; ++i) sum[i] += load(rows.at(m + i) + c);
+      for (; m < keys; ++m) sum[0] += load(rows.at(m) + c);
+      const Vec<T> mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / broadcast(static_cast<T>(keys));
+      for (m = 0; m < keys; ++m)
+        store(copied + static_cast<ptrdiff_t>(m) * pitch + c, load(rows.at(m) + c) - mean);
     }
     return {copied, pitch};
   }
@@ -209,6 +212,18 @@ struct Sorted {
   }
 };
 
+// The largest lane.
+template <class T>
+VITKERNELS_INLINE T largest(Vec<T> x) {
+  T part[kLanes<T>];
+  store(part, x);
+#pragma GCC unroll 3
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < half; ++i) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
+  return part[0];
+}
+
 // The range of a head's scaled queries; false where one is not finite. `tile` holds a tile of numbers.
 template <class E, class T>
 static bool range_of_queries(const Params& p, const Tiling<T>& tiling, int64_t b, int64_t h, T* tile,
@@ -227,28 +242,36 @@ static bool range_of_queries(const Params& p, const Tiling<T>& tiling, int64_t b
       odd += x - x;
     }
   }
-  T tops[L], bottoms[L];
-  store(tops, top);
-  store(bottoms, bottom);
-  for (int i = 1; i < L; ++i) {
-    tops[0] = tops[i] > tops[0] ? tops[i] : tops[0];
-    bottoms[0] = bottoms[i] > bottoms[0] ? bottoms[i] : bottoms[0];
-  }
-  *highest = tops[0];
-  *lowest = -bottoms[0];
+  *highest = largest<T>(top);
+  *lowest = -largest<T>(bottom);
   return across<T>(odd) == 0;
 }
 
 // The least and the largest key, from numbers side by side; false where one is not finite.
 template <class T>
 static bool range_of_keys(const T* k, int keys, T* lowest, T* highest) {
-  *lowest = *highest = k[0];
-  T odd = 0;
-  for (int m = 0; m < keys; ++m) {
-    *highest = k[m] > *highest ? k[m] : *highest;
-    *lowest = k[m] < *lowest ? k[m] : *lowest;
+  constexpr int L = kLanes<T>;
+  T low = k[0], high = k[0], odd = 0;
+  int m = 0;
+  if (keys >= L) {
+    Vec<T> tops = load(k), bottoms = -tops, odds = {};
+    for (; m + L <= keys; m += L) {
+      const Vec<T> x = load(k + m);
+      tops = vmax(x, tops);
+      bottoms = vmax(-x, bottoms);
+      odds += x - x;
+    }
+    high = largest<T>(tops);
+    low = -largest<T>(bottoms);
+    odd = across<T>(odds);
+  }
+  for (; m < keys; ++m) {
+    high = k[m] > high ? k[m] : high;
+    low = k[m] < low ? k[m] : low;
     odd += k[m] - k[m];
   }
+  *lowest = low;
+  *highest = high;
   return odd == 0;
 }
 

@@ -1,4 +1,4 @@
-"""The autograd.Functions of an operator: one that is traced and transformed, one for plain eager code.
+"""The autograd.Functions of an operator: one that is traced and transformed, two for plain eager code.
 
 `setup_context` Functions are what torch.compile and torch.func ask for, but PyTorch binds the signature of their
 `forward` at every call, which costs more than a small kernel. Eager code takes the other one.
@@ -70,8 +70,9 @@ def second_derivative(name: str) -> RuntimeError:
 
 def make_functions(
     operator: Operator,
-) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
-    """(the traced Function over the torch ops, the eager Function over the implementations)."""
+) -> tuple[type[torch.autograd.Function], ...]:
+    """(the traced Function over the torch ops, the eager Function over the implementations, the eager one whose only
+    output is the result)."""
     # Dynamo rebuilds the closure of a Function, which works for ops, numbers and strings only.
     name, count = operator.name, len(operator.tensors)
     forward_op, backward_op = operator.forward_op, operator.backward_op
@@ -145,16 +146,26 @@ def make_functions(
                     absent, batched = False, batched or _is_batched(grad)
             if absent:
                 return (None, *([None] * count))
-            run: Callable[..., Any] = operator.run_backward
-            if _grad_enabled():
-                run = Backward.apply
-            elif batched or not plain_eager():
-                run = backward_op  # is_grads_batched hands in tensors without storage
+            if not (_grad_enabled() or batched) and plain_eager():
+                return (None, *operator.gradients(*grads, *ctx.saved_tensors, *ctx.params, mask))
+            # is_grads_batched hands in tensors without storage.
+            run: Callable[..., Any] = Backward.apply if _grad_enabled() else backward_op
             results = run(*grads, *ctx.saved_tensors, *ctx.params, mask)
-            if False in mask:
-                results = (g if want else None for g, want in zip(results, mask, strict=True))
-            return (None, *results)
+            return (None, *(g if want else None for g, want in zip(results, mask, strict=True)))
 
-    for function, suffix in ((Traced, ""), (Eager, ""), (Backward, "_backward")):
+    by_products = (None,) * (len(operator.outputs) - 1)
+
+    class Result(Eager):
+        """The by-products are saved, but no outputs of the graph: each of those costs as much as an argument."""
+
+        @staticmethod
+        def forward(ctx: Any, params: tuple[Any, ...], *tensors: Any) -> torch.Tensor:  # type: ignore[override]
+            return Eager.forward(ctx, params, *tensors)[0]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return Eager.backward(ctx, grad, *by_products)
+
+    for function, suffix in ((Traced, ""), (Eager, ""), (Result, ""), (Backward, "_backward")):
         function.__name__ = function.__qualname__ = name + suffix
-    return Traced, Eager
+    return Traced, Eager, Result

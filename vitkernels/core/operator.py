@@ -66,9 +66,10 @@ class Operator:
         self.order = order
         self._define(tensors, params)
         self._register_flops(flops)
-        self.traced, eager = make_functions(self)
+        self.traced, eager, result = make_functions(self)
         # Function.apply's own Python is for functorch transforms, which plain eager code has not.
         self._apply_eager = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
+        self._apply_result = super(torch.autograd.Function, result).apply  # type: ignore[misc]
         self._no_by_products = (None,) * (len(outputs) - 1)
         self._known: dict[Any, tuple[Any, ...]] = {}
         REGISTRY[name] = self
@@ -98,7 +99,9 @@ class Operator:
                 self._known.clear()
             params = self._known[key] = (*inputs[len(tensors) :], name)
         if wants_grad and torch.is_grad_enabled():
-            return self._apply_eager(params, *tensors)
+            if by_products or not self._no_by_products:
+                return self._apply_eager(params, *tensors)
+            return (self._apply_result(params, *tensors), *self._no_by_products)
         chosen = self.backends[params[-1]]
         if by_products or not chosen.skips_by_products:
             return self.run_forward(*tensors, *params)
@@ -188,29 +191,28 @@ class Operator:
 
     def run_backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The backward op's: (*grad_outputs, *outputs, *inputs, backend, output_mask) -> gradients."""
-        count, mask = len(self.outputs), args[-1]
-        inputs = args[2 * count : -2]
-        grads = self._empty_gradients(inputs, mask)
-        if args[count].numel():
-            for grad in grads:
-                if grad.numel() >= native.LARGE:
-                    native.expect_large(grad)
-            wanted = (
-                [g if want else None for g, want in zip(grads, mask, strict=True)] if False in mask else grads
-            )
-            self.backends[args[-2]].load().backward(*wanted, *args[:-2])
-        else:
-            for grad in grads:
-                grad.zero_()
+        return _fixed_arity(self.gradients(*args), args[2 * len(self.outputs)])
+
+    def gradients(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
+        """What the backward op computes; a gradient that is not wanted is None."""
+        count = len(self.outputs)
+        grads = self._empty_gradients(args[2 * count :], args[-1])
+        if not args[count].numel():
+            return tuple(grad if grad is None else grad.zero_() for grad in grads)
+        for grad in grads:
+            if grad is not None and grad.numel() >= native.LARGE:
+                native.expect_large(grad)
+        self.backends[args[-2]].load().backward(*grads, *args[:-2])
         return grads
 
     def _backward_fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        return self._empty_gradients(args[2 * len(self.outputs) : -2], args[-1])
+        inputs = args[2 * len(self.outputs) :]
+        return _fixed_arity(self._empty_gradients(inputs, args[-1]), inputs[0])
 
-    def _empty_gradients(self, inputs: Any, mask: list[bool]) -> tuple[torch.Tensor, ...]:
+    def _empty_gradients(self, inputs: Any, mask: list[bool]) -> tuple[torch.Tensor | None, ...]:
         grads = []
         for tensor, want in zip(inputs, mask):  # noqa: B905 (the inputs go on past the tensors)
-            grads.append(torch.empty_like(tensor) if want else inputs[0].new_empty(0))
+            grads.append(torch.empty_like(tensor) if want else None)
         return tuple(grads)
 
     def _register_flops(self, flops: Callable[..., int]) -> None:
@@ -223,6 +225,10 @@ class Operator:
         @register_flop_formula(getattr(torch.ops.vitkernels, f"{self.name}_backward"))
         def backward_flops(*args: Any, **_: Any) -> int:
             return flops(*args[2 * count : -2], mask=args[-1])
+
+
+def _fixed_arity(grads: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _only(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., Any]:

@@ -78,8 +78,9 @@ def apply(
     copies of it: a layer matched by its class name is then compared with the kernel on random weights);
     neighborhood attention on sequences and maps (NATTEN of every version, and copies of it); polyline path
     attention (the official code of PPMA, and copies of it); and, while their norms are in eval mode, every
-    Conv2d + batch norm and batch norm + Linear pair as one layer, and EfficientViT's residual units around the
-    mixer as one kernel on the CPU. In train mode pairs run as before.
+    Conv2d + batch norm and batch norm + Linear pair as one layer, EfficientViT's residual units around the
+    mixer as one kernel on the CPU, and S2AFormer's GELUs and residual sums in place where no gradient is asked for.
+    In train mode pairs run as before.
     Parameters, children, hooks and `state_dict` stay as they are; the model trains, compiles, copies, pickles
     and exports as before. Calling it again changes nothing. `revert` undoes it.
 

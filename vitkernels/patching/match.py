@@ -18,6 +18,7 @@ from vitkernels.nn.conv_norm import is_plain_conv, is_plain_norm
 from vitkernels.patching.folding import FoldedConvNorm, FoldedNormLinear, FusedFFN, FusedPatchMerging
 from vitkernels.patching.layers import Patched, WindowedCascade, WindowPartition, patched_class
 from vitkernels.patching.neighborhood import Neighborhood, rank_of, why_not_neighborhood
+from vitkernels.patching.perception import FusedPerceptionBlock, FusedStem, is_block, is_stem
 from vitkernels.patching.polyline import PolylinePath, is_polyline, why_not_polyline
 from vitkernels.patching.residuals import FusedBlock, FusedResidual, FusedSequence
 
@@ -83,6 +84,8 @@ def match_fold(module: nn.Module, proven: dict[Any, str]) -> Match | None:
         match, norm, layer = Match(FoldedConvNorm, "batch norm folded"), children[1], children[0]
     elif _is_norm_linear(children):
         match, norm, layer = Match(FoldedNormLinear, "batch norm folded"), children[0], children[-1]
+    elif is_stem(children):
+        return Match(FusedStem, "GELU in place")
     else:
         return Match(None, reason="not a Conv2d + batch norm or BatchNorm1d + Linear pair")
     reason = _why_no_constants(layer, norm)
@@ -115,6 +118,8 @@ def _match_container(module: nn.Module, children: list[Any], proven: dict[Any, s
         mixin = FusedPatchMerging
     elif _is_residual(module, lambda inner: _folds(inner) or _is_ffn(inner) or _is_mixer(inner)):
         mixin, kernel = FusedResidual, "residual fused"
+    elif is_block(module):
+        mixin, kernel = FusedPerceptionBlock, "GELU and residual in place"
     elif name.lower() == "efficientvitblock" and parts == {"dw0", "ffn0", "mixer", "dw1", "ffn1"}:
         mixin, kernel = FusedBlock, "residual fused"
     else:

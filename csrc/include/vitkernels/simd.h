@@ -422,4 +422,15 @@ VITKERNELS_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// Lane i: the sum of the lanes of rows[i], by halves. Leaves the rows undefined.
+template <class T>
+VITKERNELS_INLINE Vec<T> lane_sums(Vec<T> (&rows)[kLanes<T>]) {
+  transpose<T>(rows);
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) rows[i] += rows[i + half];
+  return rows[0];
+}
+
 }  // namespace vitkernels::VITKERNELS_ISA

@@ -87,13 +87,8 @@ static void lane_dots(T* dst, ptrdiff_t step, const T* m, ptrdiff_t channel_stri
         for (int j = 0; j < L; ++j) sum[j] += load(m + imin(j, rows - 1) * channel_stride + i) * xi;
       }
     }
-    transpose<T>(sum);
-#pragma GCC unroll 4
-    for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
     T total[L];
-    store(total, sum[0]);
+    store(total, lane_sums<T>(sum));
     for (int i = whole; i < tokens; ++i)
       for (int j = 0; j < rows; ++j) total[j] += m[j * channel_stride + i] * x[i];
     for (int j = 0; j < rows; ++j) dst[(c + j) * step] = total[j];

@@ -122,14 +122,18 @@ def _check_bias(attn_bias: Any, shape: tuple[int, ...]) -> None:
 
 
 def _allocate_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
-    batch, heads, queries, width = q.shape[0], q.shape[1], q.shape[2], v.shape[3]
+    batch, heads, queries, _ = q.shape
+    width = v.shape[3]
     row = heads * width  # what a projection of all heads reads, side by side
     return v.new_empty_strided((batch, heads, queries, width), (queries * row, width, row, 1))
 
 
 def _allocate_lse(q: torch.Tensor, *_: Any) -> torch.Tensor:
-    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    return q.new_empty(q.shape[:3], dtype=dtype)
+    shape = q.shape[:3]
+    # Naming a dtype costs as much as the allocation.
+    if q.dtype is torch.float32 or q.dtype is torch.float64:
+        return q.new_empty(shape)
+    return q.new_empty(shape, dtype=torch.float32)
 
 
 def _flops(q: Any, k: Any, v: Any, attn_bias: Any, scale: float, mask: list[bool] | None) -> int:
