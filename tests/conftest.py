@@ -9,7 +9,6 @@ import torch
 
 from vitkernels.core.operator import REGISTRY
 
-
 # Files that run for long, longest first; the workers share out the rest after them, and none is left alone at the end.
 LONGEST = (
     *("build/test_cuda_spills.py", "build/test_build.py", "build/test_triton_compile.py"),

@@ -252,7 +252,11 @@ def test_no_schedule_changes_a_walk_over_windows(case: Case) -> None:
     def repeat(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None:
             return None
-        return tensor.expand(case.heads, -1) if tensor.ndim == 2 else tensor.expand(-1, case.heads, *tensor.shape[2:])
+        return (
+            tensor.expand(case.heads, -1)
+            if tensor.ndim == 2
+            else tensor.expand(-1, case.heads, *tensor.shape[2:])
+        )
 
     tensors = {name: repeat(tensor) for name, tensor in inputs.tensors.items()}
     repeated = Inputs(tensors, repeat(inputs.grad_out), repeat(inputs.grad_lse))
