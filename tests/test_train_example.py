@@ -65,7 +65,7 @@ def test_loss_falls_and_a_resumed_run_has_the_same_curve(
 
 
 def test_dinat_mini_on_two_processes_has_the_curve_of_one(tmp_path: Path) -> None:
-    arguments = [*DINAT, "--model-args", *NARROW, "drop_path_rate=0", "--limit", "24", "--epochs", "2"]
+    arguments = [*DINAT, "--model-args", *DINAT_ARGS, "drop_path_rate=0", "--limit", "24", "--epochs", "2"]
     curves = []
     for processes in (1, 2):
         path = tmp_path / f"{processes}.json"
