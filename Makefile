@@ -9,8 +9,9 @@ export VITKERNELS_BUILD_DIR ?= $(CURDIR)/build/cmake
 ifeq ($(shell command -v nvidia-smi),)
 export VITKERNELS_CUDA_ARCHS ?= 90a-real
 endif
-# One process a core; waiting OpenMP threads must not take the other's.
-PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+# One process a core, of one thread where a test asks for no more: two threads each would wait for each other's.
+# Files keep the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install test test-thorough demo bench lint format kernels clean
 
@@ -28,11 +29,11 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 
 test: install
 	$(PYTEST) tests -m "not thorough"
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -k triton -m "not thorough"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_*_triton.py -m "not thorough"
 
 test-thorough: install
 	$(PYTEST) tests
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -k triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_*_triton.py
 
 demo: install
 	$(PY) -m vitkernels demo

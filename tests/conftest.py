@@ -1,15 +1,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import vitkernels
 from vitkernels.core.operator import REGISTRY
+
+# Files that run for long, longest first; the workers share out the rest after them, and none is left alone at the end.
+LONGEST = (
+    *("build/test_cuda_spills.py", "build/test_build.py", "build/test_triton_compile.py"),
+    *("core/test_operators.py", "kernels/test_instruction_sets.py", "device/test_twin_memory.py"),
+    *("test_train_example.py", "test_patching_graphs.py", "device/test_device_targets.py"),
+    *("kernels/test_neighborhood_attention_triton.py", "kernels/test_window_attention_triton.py"),
+    *("kernels/test_cascaded_group_attention_triton.py", "kernels/test_polyline_path_attention_triton.py"),
+    *("kernels/test_strip_attention_triton.py", "kernels/test_learnable_token_merge_triton.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {str(Path(__file__).parent / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
@@ -42,6 +56,23 @@ def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     for operator in REGISTRY.values():
         monkeypatch.setattr(operator, "allocate", tuple(map(_poison, operator.allocate)))
         monkeypatch.setattr(operator, "_empty_gradients", _poison(operator._empty_gradients))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """(operator, backend) of every call of an operator, in order."""
+    seen = []
+
+    def spy(name, original):
+        def call(*args, **kwargs):
+            seen.append((name, kwargs.get("backend")))
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in vitkernels.ops.__all__:
+        monkeypatch.setattr(vitkernels.ops, name, spy(name, getattr(vitkernels.ops, name)))
+    return seen
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

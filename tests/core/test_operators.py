@@ -21,6 +21,13 @@ from vitkernels.core.operator import REGISTRY
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
+# Each operator's first sample, and all of them: what costs a compiler's run differs by the operator, hardly by options.
+FIRST = {sample.op: sample.name for sample in reversed(SAMPLES)}
+each_first_sample = pytest.mark.parametrize(
+    "sample",
+    [s if s.name in FIRST.values() else pytest.param(s, marks=pytest.mark.thorough) for s in SAMPLES],
+    ids=lambda s: s.name,
+)
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_kernel = pytest.mark.parametrize(
     ("device", "backend"),
@@ -73,31 +80,41 @@ def test_every_declared_backend_is_there():
 
 @each_sample
 @each_device
-def test_gradcheck(sample, device):
+@pytest.mark.parametrize("elements", ["projected", pytest.param("one by one", marks=pytest.mark.thorough)])
+def test_gradcheck(sample, device, elements):
+    """One by one as far as that is quick; the Jacobians of larger samples between random vectors by default."""
     tensors = sample.tensors(torch.float64, device, requires_grad=True)
+    small = sum(t.numel() for t in tensors.values()) <= 900
     kernel = device if device in REGISTRY[sample.op].backends else "reference"
 
     def run(*values):
         return outputs_of(sample(dict(zip(tensors, values, strict=True)), backend=kernel))
 
-    assert torch.autograd.gradcheck(run, tuple(tensors.values()))
+    fast = elements == "projected" and not small
+    assert torch.autograd.gradcheck(run, tuple(tensors.values()), fast_mode=fast)
 
 
 @each_sample
 @each_kernel
-def test_opcheck(sample, device, backend, monkeypatch):
+@pytest.mark.parametrize("aspects", ["some", pytest.param("all", marks=pytest.mark.thorough)])
+def test_opcheck(sample, device, backend, aspects, monkeypatch):
+    """Of each operator's first sample everything; of the others what shapes and options can change, by default."""
+    every = aspects == "all" or sample.name == FIRST[sample.op]
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    utils = utils if every else ("test_schema", "test_faketensor")
     operator = REGISTRY[sample.op]
     captured = []
     run = operator.run_forward
     monkeypatch.setattr(operator, "run_forward", lambda *args: (captured.append(args), run(*args))[1])
     sample(sample.tensors(torch.float32, device, requires_grad=True), backend=backend)
     args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in captured[0])
-    torch.library.opcheck(operator.forward_op, args)
+    torch.library.opcheck(operator.forward_op, args, test_utils=utils)
     outputs = outputs_of(operator.forward_op(*args))
     mask = [t is not None and t.is_floating_point() for t in args[: len(operator.tensors)]]
     torch.library.opcheck(
         operator.backward_op,
         (*[torch.randn_like(o) for o in outputs], *outputs, *args, mask),
+        test_utils=utils,
     )
 
 
@@ -162,7 +179,7 @@ def test_compile_is_one_dynamic_graph(sample, device):
     assert len(graphs) == 1
 
 
-@each_sample
+@each_first_sample
 @each_device
 def test_compile_trains(sample, device):
     torch._dynamo.reset()
@@ -278,7 +295,7 @@ def test_backend_override_and_its_error(sample):
     sample(tensors)
 
 
-@each_sample
+@each_first_sample
 def test_override_changes_the_compiled_graph(sample):
     torch._dynamo.reset()
     graphs = []
@@ -338,7 +355,7 @@ def test_repeats_are_bit_identical(sample, device):
             assert torch.equal(a, b)
 
 
-@each_sample
+@each_first_sample
 def test_export_takes_the_reference(sample):
     class Module(torch.nn.Module):
         def forward(self, **tensors):

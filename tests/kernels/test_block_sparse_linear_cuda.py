@@ -88,7 +88,7 @@ def test_no_tokens(dtype, kernels):
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 def test_large_tiles_give_what_small_ones_do(transposed, kernels):
     """Large problems take larger tiles of tokens and outputs; the order of the sums is the same."""
-    shape, block = ((96, 256), (16, 32)) if transposed else ((256, 96), (32, 16))
+    shape, block = ((48, 256), (16, 32)) if transposed else ((256, 48), (32, 16))
     c = call(264 * 128 - 5, shape, block, F16, activation="relu", transposed=transposed)
     y, parts = torch.full_like(c.grad, float("nan")), torch.full_like(c.grad, float("nan"))
     native.forward(y, None, *inputs(c), **kernels)

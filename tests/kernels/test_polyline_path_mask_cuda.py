@@ -25,9 +25,16 @@ def kernels():
     return {"module": twin.load(), "cuda": True}
 
 
-@each_option
-@pytest.mark.parametrize("dtype", [F64, F32, F16, BF16])
-@pytest.mark.parametrize("grid", GRIDS)
+def _products():
+    """All grids, options and dtypes; by default every two of them meet, as in a Latin square."""
+    for i, grid in enumerate(GRIDS):
+        for j, option in enumerate(OPTIONS):
+            for k, dtype in enumerate((F64, F32, F16, BF16)):
+                marks = () if (i + j + k) % 4 == 0 else pytest.mark.thorough
+                yield pytest.param(grid, dtype, *option, marks=marks)
+
+
+@pytest.mark.parametrize(("grid", "dtype", "log", "transpose"), list(_products()))
 def test_forward_and_gradients(grid, dtype, log, transpose, kernels):
     tensors = decays(2, *grid, 1, dtype)
     grad = gradient_like(tensors)
@@ -65,7 +72,7 @@ def test_every_schedule_gives_the_same(log, transpose, kernels):
 
 @each_option
 def test_strided_inputs(log, transpose, kernels):
-    tensors = decays(2, 4, 6, 3)
+    tensors = decays(2, 2, 4, 2)
     grad = gradient_like(tensors)
     want = launch(native, tensors, grad, log, transpose, **kernels)
     for label, views in strided(tensors):

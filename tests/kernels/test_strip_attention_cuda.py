@@ -318,7 +318,15 @@ def test_no_schedule_changes_a_bit(case: Case) -> None:
     assert_no_schedule_changes_a_bit(replace(case, heads=1), twin.SEEDS)
 
 
-@pytest.mark.parametrize("one", [Case(130, 20, dv=8), Case(65, 129, dv=64, dtype=F32)], ids=str)
+@pytest.mark.parametrize(
+    "one",
+    [
+        Case(130, 20, dv=8),
+        Case(65, 65, dv=40, dtype=F64),
+        pytest.param(Case(65, 129, dv=64, dtype=F32), marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
 def test_many_heads_walk_over_tiles(one: Case) -> None:
     """With more heads than blocks each walks over several tiles of queries, against resident or streaming keys."""
     one = replace(one, heads=1)

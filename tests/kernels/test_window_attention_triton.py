@@ -154,7 +154,7 @@ def test_matches_reference(case: Case, guarded: Guarded) -> None:
 @pytest.mark.parametrize("window", [(3, 3), (6, 11)], ids=["whole", "tiled"])
 @pytest.mark.parametrize("given", ["grad_out", "grad_lse"])
 def test_absent_incoming_gradient_is_zero(window: tuple[int, int], given: str, guarded: Guarded) -> None:
-    case = Case(window, dv=16, batch=2, heads=1)
+    case = Case(window, dv=16, batch=2 if window == (3, 3) else 1, heads=1)
     case = replace(case, grad_out=given == "grad_out", grad_lse=given == "grad_lse")
     inputs = make_inputs(case, guarded)
     got = run_kernels(case, inputs, guarded)
@@ -168,15 +168,15 @@ def test_absent_incoming_gradient_is_zero(window: tuple[int, int], given: str, g
 
 
 @pytest.mark.parametrize("window", [(3, 3), (6, 11)], ids=["whole", "tiled"])
-@pytest.mark.parametrize("wanted", NAMES)
-def test_each_gradient_alone_is_the_joint_one(window: tuple[int, int], wanted: str, guarded: Guarded) -> None:
-    case = Case(window, dv=16, batch=2, heads=1)
+def test_each_gradient_alone_is_the_joint_one(window: tuple[int, int], guarded: Guarded) -> None:
+    case = Case(window, dv=16, batch=2 if window == (3, 3) else 1, heads=1)
     inputs = make_inputs(case, guarded)
     joint = run_kernels(case, inputs, guarded)
-    alone = run_kernels(case, inputs, guarded, (wanted,))
-    assert set(alone) == {"out", "lse", f"grad_{wanted}"}
-    for name, tensor in alone.items():
-        assert torch.equal(tensor, joint[name]), name
+    for wanted in NAMES:
+        alone = run_kernels(case, inputs, guarded, (wanted,))
+        assert set(alone) == {"out", "lse", f"grad_{wanted}"}
+        for name, tensor in alone.items():
+            assert torch.equal(tensor, joint[name]), f"{name}, {wanted} alone"
 
 
 def test_no_incoming_gradient_gives_zeros(guarded: Guarded) -> None:
@@ -189,7 +189,7 @@ def test_no_incoming_gradient_gives_zeros(guarded: Guarded) -> None:
 def test_programs_loop_over_windows(
     window: tuple[int, int], guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(window, dv=16, batch=5, heads=1, bias="signed")
+    case = Case(window, dv=16, batch=5 if window == (3, 5) else 3, heads=1, bias="signed")
     inputs = make_inputs(case, guarded)
     wide = run_kernels(case, inputs, guarded)
     tiles = 1 if window == (3, 5) else 2 * 3
@@ -221,7 +221,7 @@ def test_expanded_gradient_and_large_logits(guarded: Guarded) -> None:
 
 @pytest.mark.parametrize("window", [(4, 4), (6, 11)], ids=["whole", "tiled"])
 def test_nan_stays_in_its_window(window: tuple[int, int], guarded: Guarded) -> None:
-    case = Case(window, dv=16, batch=3, heads=1, bias=None)
+    case = Case(window, dv=16, batch=3 if window == (4, 4) else 2, heads=1, bias=None)
     inputs = make_inputs(case, guarded)
     clean = run_kernels(case, inputs, guarded)
     inputs["v"][1] = NAN
