@@ -2,8 +2,6 @@
 
 #include "token_merge.h"
 
-namespace py = pybind11;
-
 namespace vitkernels::token_merge {
 namespace {
 
@@ -34,7 +32,7 @@ auto forward_with(Run run) {
                const Argument& size, const Indices& rows, const Indices& starts, const Indices& members,
                int mode) {
     const Params p = make_params(y, sizes, x, size, rows, starts, members, mode);
-    py::gil_scoped_release release;
+    python::Released released;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -47,14 +45,14 @@ auto backward_with(Run run) {
     Params p = make_params(y, sizes, x, size, rows, starts, members, mode);
     p.grad_x = grad_x.view;
     p.grad_y = grad_y.view;
-    py::gil_scoped_release release;
+    python::Released released;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(py::module_& module) {
+void bind(PyObject* module) {
   VITKERNELS_BIND(module, "token_merge_forward", forward_with, forward);
   VITKERNELS_BIND(module, "token_merge_backward", backward_with, backward);
 }

@@ -2,8 +2,6 @@
 
 #include "window_attention.h"
 
-namespace py = pybind11;
-
 namespace vitkernels::window_attention {
 namespace {
 
@@ -38,7 +36,7 @@ auto forward_with(Run run) {
                const Argument& k, const Argument& v, const Argument& bias_table, int window_h, int window_w,
                bool signed_bias, double scale) {
     const Params p = make_params(window_h, window_w, signed_bias, scale, q, k, v, bias_table, out, lse);
-    py::gil_scoped_release release;
+    python::Released released;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -58,24 +56,24 @@ auto backward_with(Run run) {
     p.grad_v = grad_v.view;
     p.grad_bias_table = grad_bias_table.view;
     p.workspace = reinterpret_cast<void*>(workspace);
-    py::gil_scoped_release release;
+    python::Released released;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(py::module_& module) {
+void bind(PyObject* module) {
   VITKERNELS_BIND(module, "window_attention_forward", forward_with, forward);
   VITKERNELS_BIND(module, "window_attention_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  module.def("window_attention_workspace_cuda",
-             [](const Argument& grad_bias_table, const Argument& q, const Argument& k, const Argument& v,
-                const Argument& bias_table, int window_h, int window_w, bool signed_bias, double scale) {
-               Params p = make_params(window_h, window_w, signed_bias, scale, q, k, v, bias_table, {}, {});
-               p.grad_bias_table = grad_bias_table.view;
-               return backward_workspace_cuda(p);
-             });
+  define(module, "window_attention_workspace_cuda",
+         [](const Argument& grad_bias_table, const Argument& q, const Argument& k, const Argument& v,
+            const Argument& bias_table, int window_h, int window_w, bool signed_bias, double scale) {
+           Params p = make_params(window_h, window_w, signed_bias, scale, q, k, v, bias_table, {}, {});
+           p.grad_bias_table = grad_bias_table.view;
+           return backward_workspace_cuda(p);
+         });
 #endif
 }
 
