@@ -18,7 +18,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.tools: constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel cmake ninja numpy
+	$(PIP) setuptools wheel pybind11 cmake ninja numpy
 	$(PIP) torch
 	touch $@
 

@@ -140,10 +140,13 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs())], check=True, env=environment)
 
     def cmake_arguments(self, target: Path) -> list[str]:
+        import pybind11
+
         arguments = [
             f"-DVITKERNELS_OUTPUT={target}",
             f"-DVITKERNELS_VERSION={self.distribution.get_version()}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
         if os.name != "nt":
             arguments.append("-GNinja")

@@ -1,4 +1,3 @@
-#include <stdexcept>
 #include <string>
 
 #include "vitkernels/bind.h"
@@ -10,10 +9,12 @@
 #include "vitkernels/runtime.h"
 #endif
 
+namespace py = pybind11;
+
 namespace vitkernels {
 #define VITKERNELS_OPERATOR(name) \
   namespace name {                \
-  void bind(PyObject* module);    \
+  void bind(py::module_& module); \
   }
 VITKERNELS_BOUND_OPERATORS
 #undef VITKERNELS_OPERATOR
@@ -21,30 +22,19 @@ VITKERNELS_BOUND_OPERATORS
 
 namespace {
 
-using vitkernels::define;
 using vitkernels::exchange;
-namespace python = vitkernels::python;
 
-void use_exchange(PyObject* table, PyObject* tensor, PyObject* parameter) {
-  const void* pointer = PyCapsule_GetPointer(table, PyCapsule_GetName(table));
-  if (pointer == nullptr) throw python::ErrorSet();
-  const auto* offered = static_cast<const vitkernels::DLPackExchange*>(pointer);
+void use_exchange(const py::capsule& table, const py::type& tensor, const py::type& parameter) {
+  const auto* offered = table.get_pointer<const vitkernels::DLPackExchange>();
   if (offered->header.version.major != 1 || offered->borrow == nullptr)
     throw std::runtime_error("unknown version of DLPack's exchange table");
-  if (!PyType_Check(tensor) || !PyType_Check(parameter)) throw std::runtime_error("expected two types");
-  exchange.tensor = reinterpret_cast<PyTypeObject*>(Py_NewRef(tensor));
-  exchange.parameter = reinterpret_cast<PyTypeObject*>(Py_NewRef(parameter));
+  exchange.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  exchange.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   exchange.table = offered;
 }
 
-void check_tuple(PyObject* object) {
-  if (PyTuple_Check(object)) return;
-  PyErr_SetString(PyExc_TypeError, "expected a tuple");
-  throw python::ErrorSet();
-}
-
 bool is_true(PyObject* result) {
-  if (result == nullptr) throw python::ErrorSet();
+  if (result == nullptr) throw py::error_already_set();
   const bool value = result == Py_True;
   Py_DECREF(result);
   return value;
@@ -71,7 +61,7 @@ bool append_option(std::string* bytes, PyObject* option) {
   } else if (PyUnicode_CheckExact(option)) {
     Py_ssize_t size = 0;
     const char* text = PyUnicode_AsUTF8AndSize(option, &size);
-    if (text == nullptr) throw python::ErrorSet();
+    if (text == nullptr) throw py::error_already_set();
     append(bytes, 's', size);
     bytes->append(text, size);
   } else if (PyTuple_CheckExact(option)) {
@@ -87,61 +77,55 @@ bool append_option(std::string* bytes, PyObject* option) {
 // (shapes, dtypes and devices of tensors or Nones, and the options, as bytes; whether a tensor requires a
 // gradient). None where a tensor is no plain strided one, so that its values are not simply what its memory
 // holds, or an option is no plain value.
-PyObject* signature(PyObject* tensors, PyObject* options) {
+py::object signature(const py::tuple& tensors, const py::tuple& options) {
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  check_tuple(tensors);
-  check_tuple(options);
   std::string bytes;
-  bytes.reserve(64 * (PyTuple_GET_SIZE(tensors) + 1));
+  bytes.reserve(64 * (tensors.size() + 1));
   bool gradient = false;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); ++i) {
-    PyObject* const item = PyTuple_GET_ITEM(tensors, i);
-    if (item == Py_None) {
+  for (py::handle item : tensors) {
+    if (item.is_none()) {
       bytes.push_back('-');
       continue;
     }
     vitkernels::DLTensor tensor;
-    if (!exchange.is_plain(item)) Py_RETURN_NONE;
-    if (is_true(PyObject_CallMethodNoArgs(item, is_neg))) Py_RETURN_NONE;
-    if (exchange.table->borrow(item, &tensor) != 0) {
+    if (!exchange.is_plain(item.ptr())) return py::none();
+    if (is_true(PyObject_CallMethodNoArgs(item.ptr(), is_neg))) return py::none();
+    if (exchange.table->borrow(item.ptr(), &tensor) != 0) {
       PyErr_Clear();
-      Py_RETURN_NONE;
+      return py::none();
     }
-    gradient = gradient || is_true(PyObject_GetAttr(item, requires_grad));
+    gradient = gradient || is_true(PyObject_GetAttr(item.ptr(), requires_grad));
     bytes.push_back(static_cast<char>(tensor.ndim));
     bytes.append(reinterpret_cast<const char*>(&tensor.dtype), sizeof(tensor.dtype));
     bytes.append(reinterpret_cast<const char*>(&tensor.device), sizeof(tensor.device));
     bytes.append(reinterpret_cast<const char*>(tensor.shape), sizeof(int64_t) * tensor.ndim);
   }
-  if (!append_option(&bytes, options)) Py_RETURN_NONE;
-  PyObject* const packed = PyBytes_FromStringAndSize(bytes.data(), static_cast<Py_ssize_t>(bytes.size()));
-  return packed == nullptr ? nullptr : Py_BuildValue("(NO)", packed, gradient ? Py_True : Py_False);
+  if (!append_option(&bytes, options.ptr())) return py::none();
+  return py::make_tuple(py::bytes(bytes), gradient);
 }
 
 // 16 bytes that follow from the dtypes, shapes, strides and elements of tensors and Nones. None where a
 // tensor is not a plain dense one in the memory of the CPU.
-PyObject* fingerprint(PyObject* tensors) {
-  check_tuple(tensors);
+py::object fingerprint(const py::tuple& tensors) {
   vitkernels::Fingerprint result;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); ++i) {
-    PyObject* const item = PyTuple_GET_ITEM(tensors, i);
-    if (item == Py_None) {
+  for (py::handle item : tensors) {
+    if (item.is_none()) {
       result.add(0);
       continue;
     }
     vitkernels::Argument tensor;
     if (exchange.table == nullptr) {
-      if (!vitkernels::read_tuple(item, &tensor)) Py_RETURN_NONE;
+      if (!vitkernels::read_tuple(item.ptr(), &tensor)) return py::none();
     } else {
       vitkernels::DLTensor lent;
-      if (!exchange.is_plain(item)) Py_RETURN_NONE;
-      if (exchange.table->borrow(item, &lent) != 0) {
+      if (!exchange.is_plain(item.ptr())) return py::none();
+      if (exchange.table->borrow(item.ptr(), &lent) != 0) {
         PyErr_Clear();
-        Py_RETURN_NONE;
+        return py::none();
       }
       constexpr int CPU = 1;
-      if (lent.device.type != CPU || !vitkernels::read_borrowed(item, &tensor)) Py_RETURN_NONE;
+      if (lent.device.type != CPU || !vitkernels::read_borrowed(item.ptr(), &tensor)) return py::none();
     }
     result.add(static_cast<uint64_t>(tensor.dtype) * 8 + tensor.ndim + 1);
     int64_t count = 1, reach = 1;
@@ -151,54 +135,45 @@ PyObject* fingerprint(PyObject* tensors) {
       count *= tensor.shape[i];
       reach += (tensor.shape[i] - 1) * tensor.view.stride[i];
     }
-    if (count != 0 && count != reach) Py_RETURN_NONE;
+    if (count != 0 && count != reach) return py::none();
     constexpr size_t bytes[] = {8, 4, 2, 2};
     result.add(tensor.view.data, count * bytes[static_cast<int>(tensor.dtype)]);
   }
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(result.value), sizeof(result.value));
-}
-
-PyObject* cuda_status() {
-#if VITKERNELS_WITH_CUDA
-  const vitkernels::CudaStatus cuda = vitkernels::cuda_status();
-  return Py_BuildValue("{s:i,s:i,s:i,s:s}", "runtime", cuda.runtime_version, "driver", cuda.driver_version,
-                       "devices", cuda.devices, "error", cuda.error.c_str());
-#else
-  return PyDict_New();
-#endif
-}
-
-void fill(PyObject* module) {
-  define(module, "use_exchange", &use_exchange);
-  define(module, "signature", &signature);
-  define(module, "fingerprint", &fingerprint);
-  define(module, "expect_large_result",
-         [](void* data, uintptr_t bytes) { vitkernels::expect_large_result(data, bytes); });
-  define(module, "cpu_isa", &vitkernels::cpu_isa);
-  define(module, "openmp_runtime", &vitkernels::openmp_runtime);
-  define(module, "cuda_status", &cuda_status);
-  python::add_value(module, "version", python::to_python(VITKERNELS_VERSION));
-  python::add_value(module, "compiler", python::to_python(VITKERNELS_COMPILER));
-  // Empty without CUDA kernels.
-  python::add_value(module, "cuda_archs", python::to_python(VITKERNELS_CUDA_ARCHS));
-
-  const char* const operators[] = {
-#define VITKERNELS_OPERATOR(name) #name,
-      VITKERNELS_BOUND_OPERATORS
-#undef VITKERNELS_OPERATOR
-  };
-  const Py_ssize_t count = sizeof(operators) / sizeof(operators[0]);
-  PyObject* const names = PyTuple_New(count);
-  if (names == nullptr) throw python::ErrorSet();
-  for (Py_ssize_t i = 0; i < count; ++i) PyTuple_SET_ITEM(names, i, python::to_python(operators[i]));
-  python::add_value(module, "operators", names);
-#define VITKERNELS_OPERATOR(name) vitkernels::name::bind(module);
-  VITKERNELS_BOUND_OPERATORS
-#undef VITKERNELS_OPERATOR
+  return py::bytes(reinterpret_cast<const char*>(result.value), sizeof(result.value));
 }
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__native() {
-  return python::make_module("vitkernels._native", &fill);
+PYBIND11_MODULE(_native, module) {
+  module.def("use_exchange", &use_exchange);
+  module.def("signature", &signature);
+  module.def("fingerprint", &fingerprint);
+  module.def("expect_large_result", [](uintptr_t data, size_t bytes) {
+    vitkernels::expect_large_result(reinterpret_cast<void*>(data), bytes);
+  });
+  module.attr("version") = VITKERNELS_VERSION;
+  module.attr("compiler") = VITKERNELS_COMPILER;
+  module.attr("cuda_archs") = VITKERNELS_CUDA_ARCHS;  // empty without CUDA kernels
+  module.def("cpu_isa", &vitkernels::cpu_isa);
+  module.def("openmp_runtime", &vitkernels::openmp_runtime);
+
+  module.def("cuda_status", [] {
+    py::dict status;
+#if VITKERNELS_WITH_CUDA
+    const vitkernels::CudaStatus cuda = vitkernels::cuda_status();
+    status["runtime"] = cuda.runtime_version;
+    status["driver"] = cuda.driver_version;
+    status["devices"] = cuda.devices;
+    status["error"] = cuda.error;
+#endif
+    return status;
+  });
+
+  py::list operators;
+#define VITKERNELS_OPERATOR(name) \
+  vitkernels::name::bind(module); \
+  operators.append(#name);
+  VITKERNELS_BOUND_OPERATORS
+#undef VITKERNELS_OPERATOR
+  module.attr("operators") = py::tuple(operators);
 }

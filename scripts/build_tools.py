@@ -20,7 +20,7 @@ def version(name: str) -> str | None:
 def main() -> int:
     required = re.findall(r'"(\w+)>=(\d+)[.\d]*"', (ROOT / "pyproject.toml").read_text().split("\n\n")[0])
     least = int(dict(required)["setuptools"])
-    for name in ("setuptools", "cmake", "ninja"):
+    for name in ("setuptools", "pybind11", "cmake", "ninja"):
         print(
             f"{name} {version(name) or 'not installed for this python'}",
             end="\n" if name == "ninja" else ", ",

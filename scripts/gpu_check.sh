@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds, tests and times everything on a machine with a GPU, in one command and within ten minutes.
-# Needs no network: it uses the machine's own python with torch, triton, cmake, ninja and pytest.
+# Needs no network: it uses the machine's own python with torch, triton, pybind11, cmake, ninja and pytest.
 #
 #   scripts/gpu_check.sh               results go to benchmarks/results
 #   OUT=/tmp/x BUDGET=300 scripts/gpu_check.sh

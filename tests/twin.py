@@ -39,6 +39,8 @@ def _search_path() -> str:
 
 def build(sanitize: str = "", operators: tuple[str, ...] = OPERATORS) -> Path:
     """Build what is out of date and return the module's path; safe to call from several processes."""
+    import pybind11
+
     contents = () if operators == OPERATORS else operators or ("probes",)
     name = "-".join(["twin", *filter(None, sanitize.split(",")), *contents])
     folder = ROOT / "build" / name
@@ -52,6 +54,7 @@ def build(sanitize: str = "", operators: tuple[str, ...] = OPERATORS) -> Path:
             f"-DVITKERNELS_SANITIZE={sanitize}",
             f"-DVITKERNELS_OPERATORS={';'.join(operators)}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
         # A new operator, another interpreter or an interrupted configuration starts afresh.
         configured = folder / "configured.txt"

@@ -2,6 +2,8 @@
 
 #include "attention_with_size.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::attention_with_size {
 namespace {
 
@@ -38,7 +40,7 @@ auto forward_with(Run run) {
   return [run](int where, uintptr_t stream, const Argument& out, const Argument& lse, const Argument& q,
                const Argument& k, const Argument& v, const Argument& size, double scale) {
     const Params p = make_params(q, k, v, size, out, lse, scale);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -54,24 +56,24 @@ auto backward_with(Run run) {
     p.grad_out = grad_out.view;
     p.grad_lse = grad_lse.view;
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "attention_with_size_forward", forward_with, forward);
   VITKERNELS_BIND(module, "attention_with_size_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  define(module, "attention_with_size_workspace_cuda",
-         [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& q,
-            const Argument& k, const Argument& v, const Argument& size, double scale) {
-           Params p = make_params(q, k, v, size, {}, {}, scale);
-           set_gradients(&p, grad_q, grad_k, grad_v);
-           return backward_workspace_cuda(p);
-         });
+  module.def("attention_with_size_workspace_cuda",
+             [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& q,
+                const Argument& k, const Argument& v, const Argument& size, double scale) {
+               Params p = make_params(q, k, v, size, {}, {}, scale);
+               set_gradients(&p, grad_q, grad_k, grad_v);
+               return backward_workspace_cuda(p);
+             });
 #endif
 }
 

@@ -2,6 +2,8 @@
 
 #include "bipartite_match.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::bipartite_match {
 namespace {
 
@@ -32,20 +34,20 @@ auto forward_with(Run run) {
     p.src = src.view;
     p.dst = dst.view;
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "bipartite_match_forward", forward_with, forward);
 #if VITKERNELS_WITH_CUDA
-  define(module, "bipartite_match_workspace_cuda",
-         [](const Argument& metric, int64_t merged, bool class_token, bool distill_token) {
-           return workspace_cuda(make_params(metric, merged, class_token, distill_token));
-         });
+  module.def("bipartite_match_workspace_cuda",
+             [](const Argument& metric, int64_t merged, bool class_token, bool distill_token) {
+               return workspace_cuda(make_params(metric, merged, class_token, distill_token));
+             });
 #endif
 }
 

@@ -2,6 +2,8 @@
 
 #include "block_sparse_linear.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::block_sparse_linear {
 namespace {
 
@@ -41,7 +43,7 @@ auto forward_with(Run run) {
     p.before = before.view;
     p.bias = bias.view;
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -60,32 +62,32 @@ auto backward_with(Run run) {
     p.grad_y = grad_y.view;
     (p.activation == Activation::relu ? p.y : p.before) = kept.view;
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "block_sparse_linear_forward", forward_with, forward);
   VITKERNELS_BIND(module, "block_sparse_linear_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  define(module, "block_sparse_linear_forward_workspace_cuda",
-         [](const Argument&, const Argument&, const Argument& x, const Argument& values, const Argument&,
-            uintptr_t index, int out_features, int in_features, int activation, bool transposed) {
-           return forward_workspace_cuda(
-               make_params(x, values, index, out_features, in_features, activation, transposed));
-         });
-  define(module, "block_sparse_linear_backward_workspace_cuda",
-         [](const Argument&, const Argument& grad_values, const Argument& grad_bias, const Argument&,
-            const Argument&, const Argument&, const Argument& x, const Argument& values, uintptr_t index,
-            int out_features, int in_features, int activation, bool transposed) {
-           Params p = make_params(x, values, index, out_features, in_features, activation, transposed);
-           p.grad_values = grad_values.view;
-           p.grad_bias = grad_bias.view;
-           return backward_workspace_cuda(p);
-         });
+  module.def("block_sparse_linear_forward_workspace_cuda",
+             [](const Argument&, const Argument&, const Argument& x, const Argument& values, const Argument&,
+                uintptr_t index, int out_features, int in_features, int activation, bool transposed) {
+               return forward_workspace_cuda(
+                   make_params(x, values, index, out_features, in_features, activation, transposed));
+             });
+  module.def("block_sparse_linear_backward_workspace_cuda",
+             [](const Argument&, const Argument& grad_values, const Argument& grad_bias, const Argument&,
+                const Argument&, const Argument&, const Argument& x, const Argument& values, uintptr_t index,
+                int out_features, int in_features, int activation, bool transposed) {
+               Params p = make_params(x, values, index, out_features, in_features, activation, transposed);
+               p.grad_values = grad_values.view;
+               p.grad_bias = grad_bias.view;
+               return backward_workspace_cuda(p);
+             });
 #endif
 }
 

@@ -4,6 +4,8 @@
 
 #include "cascaded_group_attention.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::cascaded_group_attention {
 namespace {
 
@@ -11,7 +13,7 @@ namespace {
 Params make_params(const Argument& x, const Argument& qkv_weight, const Argument& qkv_bias,
                    const Argument& dw_weight, const Argument& dw_bias, const Argument& attn_bias,
                    const Argument& proj_weight, const Argument& proj_bias, int window_h, int window_w,
-                   const std::vector<int>& kernel_sizes, double scale, bool residual) {
+                   const py::sequence& kernel_sizes, double scale, bool residual) {
   Params p;
   p.dtype = x.dtype;
   p.weight_dtype = qkv_weight.dtype;
@@ -27,7 +29,7 @@ Params make_params(const Argument& x, const Argument& qkv_weight, const Argument
   p.window_w = window_w;
   if (p.num_heads > kMaxHeads || static_cast<int>(kernel_sizes.size()) != p.num_heads)
     throw std::invalid_argument("cascaded_group_attention: one kernel size a head, for up to 16 heads");
-  for (int i = 0; i < p.num_heads; ++i) p.kernel_sizes[i] = kernel_sizes[i];
+  for (int i = 0; i < p.num_heads; ++i) p.kernel_sizes[i] = kernel_sizes[i].cast<int>();
   p.scale = scale;
   p.residual = residual;
   p.x = x.view;
@@ -48,7 +50,7 @@ auto forward_arguments(Use use) {
   return [use](Lead... lead, const Argument& out, const Argument& heads, const Argument& x,
                const Argument& qkv_weight, const Argument& qkv_bias, const Argument& dw_weight,
                const Argument& dw_bias, const Argument& attn_bias, const Argument& proj_weight,
-               const Argument& proj_bias, int window_h, int window_w, const std::vector<int>& kernel_sizes,
+               const Argument& proj_bias, int window_h, int window_w, const py::sequence& kernel_sizes,
                double scale, bool residual) {
     Params p = make_params(x, qkv_weight, qkv_bias, dw_weight, dw_bias, attn_bias, proj_weight, proj_bias,
                            window_h, window_w, kernel_sizes, scale, residual);
@@ -68,7 +70,7 @@ auto backward_arguments(Use use) {
                const Argument& heads, const Argument& x, const Argument& qkv_weight, const Argument& qkv_bias,
                const Argument& dw_weight, const Argument& dw_bias, const Argument& attn_bias,
                const Argument& proj_weight, const Argument& proj_bias, int window_h, int window_w,
-               const std::vector<int>& kernel_sizes, double scale, bool residual) {
+               const py::sequence& kernel_sizes, double scale, bool residual) {
     Params p = make_params(x, qkv_weight, qkv_bias, dw_weight, dw_bias, attn_bias, proj_weight, proj_bias,
                            window_h, window_w, kernel_sizes, scale, residual);
     p.heads = heads.view;
@@ -91,33 +93,33 @@ auto backward_with(Run run) {
   return backward_arguments<int, uintptr_t, uintptr_t>(
       [run](Params& p, int where, uintptr_t stream, uintptr_t workspace) {
         p.workspace = reinterpret_cast<void*>(workspace);
-        python::Released released;
+        py::gil_scoped_release release;
         run(p, where, reinterpret_cast<Stream>(stream));
       });
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "cascaded_group_attention_backward", backward_with, backward);
 #ifndef VITKERNELS_HOST_TWIN
-  define(module, "cascaded_group_attention_forward_cpu",
-         forward_arguments<int, uintptr_t>([](const Params& p, int threads, uintptr_t) {
-           python::Released released;
-           forward_cpu(p, threads);
-         }));
+  module.def("cascaded_group_attention_forward_cpu",
+             forward_arguments<int, uintptr_t>([](const Params& p, int threads, uintptr_t) {
+               py::gil_scoped_release release;
+               forward_cpu(p, threads);
+             }));
 #endif
 #if VITKERNELS_WITH_CUDA
-  define(module, "cascaded_group_attention_forward_cuda",
-         forward_arguments<int, uintptr_t, uintptr_t>(
-             [](Params& p, int device, uintptr_t stream, uintptr_t workspace) {
-               p.workspace = reinterpret_cast<void*>(workspace);
-               python::Released released;
-               ScopedDevice scope(device);
-               return forward_cuda(p, reinterpret_cast<Stream>(stream));
-             }));
-  define(module, "cascaded_group_attention_workspace_cuda",
-         backward_arguments([](Params& p) { return backward_workspace_cuda(p); }));
+  module.def("cascaded_group_attention_forward_cuda",
+             forward_arguments<int, uintptr_t, uintptr_t>(
+                 [](Params& p, int device, uintptr_t stream, uintptr_t workspace) {
+                   p.workspace = reinterpret_cast<void*>(workspace);
+                   py::gil_scoped_release release;
+                   ScopedDevice scope(device);
+                   return forward_cuda(p, reinterpret_cast<Stream>(stream));
+                 }));
+  module.def("cascaded_group_attention_workspace_cuda",
+             backward_arguments([](Params& p) { return backward_workspace_cuda(p); }));
 #endif
 }
 

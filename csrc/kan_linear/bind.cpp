@@ -2,6 +2,8 @@
 
 #include "kan_linear.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::kan_linear {
 namespace {
 
@@ -37,7 +39,7 @@ auto forward_with(Run run) {
                const Argument& ln_bias, const Argument& grid, double inv_denominator, double eps) {
     Params p = make_params(inv_denominator, eps, x, weight, ln_weight, ln_bias, grid, y, mean, rstd);
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -57,37 +59,38 @@ auto backward_with(Run run) {
     p.grad_ln_bias = grad_ln_bias.view;
     p.grad_grid = grad_grid.view;
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "kan_linear_forward", forward_with, forward);
   VITKERNELS_BIND(module, "kan_linear_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  define(module, "kan_linear_forward_workspace_cuda",
-         [](const Argument& y, const Argument& mean, const Argument& rstd, const Argument& x,
-            const Argument& weight, const Argument& ln_weight, const Argument& ln_bias, const Argument& grid,
-            double inv_denominator, double eps) {
-           return forward_workspace_cuda(
-               make_params(inv_denominator, eps, x, weight, ln_weight, ln_bias, grid, y, mean, rstd));
-         });
-  define(module, "kan_linear_backward_workspace_cuda",
-         [](const Argument& grad_x, const Argument& grad_weight, const Argument& grad_ln_weight,
-            const Argument& grad_ln_bias, const Argument& grad_grid, const Argument&, const Argument& mean,
-            const Argument& rstd, const Argument& x, const Argument& weight, const Argument& ln_weight,
-            const Argument& ln_bias, const Argument& grid, double inv_denominator, double eps) {
-           Params p = make_params(inv_denominator, eps, x, weight, ln_weight, ln_bias, grid, {}, mean, rstd);
-           p.grad_x = grad_x.view;
-           p.grad_weight = grad_weight.view;
-           p.grad_ln_weight = grad_ln_weight.view;
-           p.grad_ln_bias = grad_ln_bias.view;
-           p.grad_grid = grad_grid.view;
-           return backward_workspace_cuda(p);
-         });
+  module.def("kan_linear_forward_workspace_cuda",
+             [](const Argument& y, const Argument& mean, const Argument& rstd, const Argument& x,
+                const Argument& weight, const Argument& ln_weight, const Argument& ln_bias,
+                const Argument& grid, double inv_denominator, double eps) {
+               return forward_workspace_cuda(
+                   make_params(inv_denominator, eps, x, weight, ln_weight, ln_bias, grid, y, mean, rstd));
+             });
+  module.def(
+      "kan_linear_backward_workspace_cuda",
+      [](const Argument& grad_x, const Argument& grad_weight, const Argument& grad_ln_weight,
+         const Argument& grad_ln_bias, const Argument& grad_grid, const Argument&, const Argument& mean,
+         const Argument& rstd, const Argument& x, const Argument& weight, const Argument& ln_weight,
+         const Argument& ln_bias, const Argument& grid, double inv_denominator, double eps) {
+        Params p = make_params(inv_denominator, eps, x, weight, ln_weight, ln_bias, grid, {}, mean, rstd);
+        p.grad_x = grad_x.view;
+        p.grad_weight = grad_weight.view;
+        p.grad_ln_weight = grad_ln_weight.view;
+        p.grad_ln_bias = grad_ln_bias.view;
+        p.grad_grid = grad_grid.view;
+        return backward_workspace_cuda(p);
+      });
 #endif
 }
 

@@ -4,6 +4,8 @@
 
 #include "learnable_token_merge.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::learnable_token_merge {
 namespace {
 
@@ -62,7 +64,7 @@ auto forward_with(Run run) {
                const std::string& normalize) {
     Params p = make_params(z, g, other, y, y_other, divisors, normalize);
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -77,29 +79,29 @@ auto backward_with(Run run) {
         Params p = make_params(z, g, other, y, y_other, divisors, normalize);
         set_gradients(&p, grad_z, grad_g, grad_other, grad_y, grad_y_other);
         p.workspace = reinterpret_cast<void*>(workspace);
-        python::Released released;
+        py::gil_scoped_release release;
         run(p, where, reinterpret_cast<Stream>(stream));
       };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "learnable_token_merge_forward", forward_with, forward);
   VITKERNELS_BIND(module, "learnable_token_merge_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  define(module, "learnable_token_merge_forward_workspace_cuda",
-         [](const Argument& z, const Argument& g, const Argument& other, const std::string& normalize) {
-           return forward_workspace_cuda(make_params(z, g, other, {}, {}, {}, normalize));
-         });
-  define(module, "learnable_token_merge_workspace_cuda",
-         [](const Argument& grad_z, const Argument& grad_g, const Argument& grad_other,
-            const Argument& grad_y, const Argument& grad_y_other, const Argument& z, const Argument& g,
-            const Argument& other, const std::string& normalize) {
-           Params p = make_params(z, g, other, {}, {}, {}, normalize);
-           set_gradients(&p, grad_z, grad_g, grad_other, grad_y, grad_y_other);
-           return backward_workspace_cuda(p);
-         });
+  module.def("learnable_token_merge_forward_workspace_cuda",
+             [](const Argument& z, const Argument& g, const Argument& other, const std::string& normalize) {
+               return forward_workspace_cuda(make_params(z, g, other, {}, {}, {}, normalize));
+             });
+  module.def("learnable_token_merge_workspace_cuda",
+             [](const Argument& grad_z, const Argument& grad_g, const Argument& grad_other,
+                const Argument& grad_y, const Argument& grad_y_other, const Argument& z, const Argument& g,
+                const Argument& other, const std::string& normalize) {
+               Params p = make_params(z, g, other, {}, {}, {}, normalize);
+               set_gradients(&p, grad_z, grad_g, grad_other, grad_y, grad_y_other);
+               return backward_workspace_cuda(p);
+             });
 #endif
 }
 

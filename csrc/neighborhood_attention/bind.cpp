@@ -2,6 +2,8 @@
 
 #include "neighborhood_attention.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::neighborhood_attention {
 namespace {
 
@@ -66,7 +68,7 @@ auto forward_with(Run run) {
                int dilation_h, int dilation_w, bool causal_h, bool causal_w, double scale) {
     const Options options{kernel_h, kernel_w, dilation_h, dilation_w, causal_h, causal_w, scale};
     const Params p = make_params(options, q, k, v, rpb, out, lse);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -93,26 +95,27 @@ auto backward_with(Run run) {
     p.grad_out = on_map(grad_out, q.ndim == 4);
     p.grad_lse = on_map(grad_lse, q.ndim == 4);
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "neighborhood_attention_forward", forward_with, forward);
   VITKERNELS_BIND(module, "neighborhood_attention_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  define(module, "neighborhood_attention_workspace_cuda",
-         [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& grad_rpb,
-            const Argument& q, const Argument& k, const Argument& v, const Argument& rpb, int kernel_h,
-            int kernel_w, int dilation_h, int dilation_w, bool causal_h, bool causal_w, double scale) {
-           const Options options{kernel_h, kernel_w, dilation_h, dilation_w, causal_h, causal_w, scale};
-           Params p = make_params(options, q, k, v, rpb, {}, {});
-           set_gradients(&p, q, grad_q, grad_k, grad_v, grad_rpb);
-           return backward_workspace_cuda(p);
-         });
+  module.def(
+      "neighborhood_attention_workspace_cuda",
+      [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& grad_rpb,
+         const Argument& q, const Argument& k, const Argument& v, const Argument& rpb, int kernel_h,
+         int kernel_w, int dilation_h, int dilation_w, bool causal_h, bool causal_w, double scale) {
+        const Options options{kernel_h, kernel_w, dilation_h, dilation_w, causal_h, causal_w, scale};
+        Params p = make_params(options, q, k, v, rpb, {}, {});
+        set_gradients(&p, q, grad_q, grad_k, grad_v, grad_rpb);
+        return backward_workspace_cuda(p);
+      });
 #endif
 }
 

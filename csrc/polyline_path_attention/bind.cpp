@@ -2,6 +2,8 @@
 
 #include "polyline_path_attention.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::polyline_path_attention {
 namespace {
 
@@ -40,7 +42,7 @@ auto forward_with(Run run) {
                const Argument& log_decay_w, const Argument& log_decay_h, bool criss_cross, double scale) {
     const Params p =
         make_params(criss_cross, scale, q, k, v, log_decay_w, log_decay_h, out, lse, cum, partial);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -72,27 +74,27 @@ auto backward_with(Run run) {
                         cum,    partial, q,      k,      v,      log_decay_w, log_decay_h}
                    .params(criss_cross, scale);
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "polyline_path_attention_forward", forward_with, forward);
   VITKERNELS_BIND(module, "polyline_path_attention_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  define(module, "polyline_path_attention_workspace_cuda",
-         [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& grad_w,
-            const Argument& grad_h, const Argument& grad_out, const Argument& out, const Argument& lse,
-            const Argument& cum, const Argument& partial, const Argument& q, const Argument& k,
-            const Argument& v, const Argument& log_decay_w, const Argument& log_decay_h, bool criss_cross,
-            double scale) {
-           return backward_workspace_cuda(Backward{grad_q, grad_k, grad_v, grad_w, grad_h, grad_out, out, lse,
-                                                   cum, partial, q, k, v, log_decay_w, log_decay_h}
-                                              .params(criss_cross, scale));
-         });
+  module.def("polyline_path_attention_workspace_cuda",
+             [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v,
+                const Argument& grad_w, const Argument& grad_h, const Argument& grad_out, const Argument& out,
+                const Argument& lse, const Argument& cum, const Argument& partial, const Argument& q,
+                const Argument& k, const Argument& v, const Argument& log_decay_w,
+                const Argument& log_decay_h, bool criss_cross, double scale) {
+               return backward_workspace_cuda(Backward{grad_q, grad_k, grad_v, grad_w, grad_h, grad_out, out,
+                                                       lse, cum, partial, q, k, v, log_decay_w, log_decay_h}
+                                                  .params(criss_cross, scale));
+             });
 #endif
 }
 

@@ -2,6 +2,8 @@
 
 #include "polyline_path_mask.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::polyline_path_mask {
 namespace {
 
@@ -28,7 +30,7 @@ auto forward_with(Run run) {
     Params p = make_params(log, transpose, decay_w, decay_h);
     p.mask = mask.view;
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -43,25 +45,25 @@ auto backward_with(Run run) {
     p.grad_h = grad_h.view;
     p.grad_mask = grad_mask.view;
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "polyline_path_mask_forward", forward_with, forward);
   VITKERNELS_BIND(module, "polyline_path_mask_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  define(module, "polyline_path_mask_forward_workspace_cuda",
-         [](const Argument& decay_w, const Argument& decay_h, bool log, bool transpose) {
-           return forward_workspace_cuda(make_params(log, transpose, decay_w, decay_h));
-         });
-  define(module, "polyline_path_mask_backward_workspace_cuda",
-         [](const Argument& decay_w, const Argument& decay_h, bool log, bool transpose) {
-           return backward_workspace_cuda(make_params(log, transpose, decay_w, decay_h));
-         });
+  module.def("polyline_path_mask_forward_workspace_cuda",
+             [](const Argument& decay_w, const Argument& decay_h, bool log, bool transpose) {
+               return forward_workspace_cuda(make_params(log, transpose, decay_w, decay_h));
+             });
+  module.def("polyline_path_mask_backward_workspace_cuda",
+             [](const Argument& decay_w, const Argument& decay_h, bool log, bool transpose) {
+               return backward_workspace_cuda(make_params(log, transpose, decay_w, decay_h));
+             });
 #endif
 }
 

@@ -2,6 +2,8 @@
 
 #include "polyline_path_scan.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::polyline_path_scan {
 namespace {
 
@@ -30,7 +32,7 @@ auto forward_with(Run run) {
                const Argument& decay_h, bool transpose) {
     Params p = make_params(transpose, x, decay_w, decay_h);
     p.y = y.view;
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -46,14 +48,14 @@ auto backward_with(Run run) {
     p.grad_w = grad_w.view;
     p.grad_h = grad_h.view;
     p.grad_y = grad_y.view;
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "polyline_path_scan_forward", forward_with, forward);
   VITKERNELS_BIND(module, "polyline_path_scan_backward", backward_with, backward);
 }

@@ -2,6 +2,8 @@
 
 #include "strip_attention.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::strip_attention {
 namespace {
 
@@ -42,7 +44,7 @@ auto forward_with(Run run) {
   return [run](int where, uintptr_t stream, const Argument& out, const Argument& lse, const Argument& q,
                const Argument& k, const Argument& v, const Argument& bias, double scale) {
     const Params p = make_params(q, k, v, bias, out, lse, scale);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -58,24 +60,25 @@ auto backward_with(Run run) {
     p.grad_out = grad_out.view;
     p.grad_lse = grad_lse.view;
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "strip_attention_forward", forward_with, forward);
   VITKERNELS_BIND(module, "strip_attention_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  define(module, "strip_attention_workspace_cuda",
-         [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& grad_bias,
-            const Argument& q, const Argument& k, const Argument& v, const Argument& bias, double scale) {
-           Params p = make_params(q, k, v, bias, {}, {}, scale);
-           set_gradients(&p, grad_q, grad_k, grad_v, grad_bias);
-           return backward_workspace_cuda(p);
-         });
+  module.def(
+      "strip_attention_workspace_cuda",
+      [](const Argument& grad_q, const Argument& grad_k, const Argument& grad_v, const Argument& grad_bias,
+         const Argument& q, const Argument& k, const Argument& v, const Argument& bias, double scale) {
+        Params p = make_params(q, k, v, bias, {}, {}, scale);
+        set_gradients(&p, grad_q, grad_k, grad_v, grad_bias);
+        return backward_workspace_cuda(p);
+      });
 #endif
 }
 

@@ -2,6 +2,8 @@
 
 #include "token_merge.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::token_merge {
 namespace {
 
@@ -32,7 +34,7 @@ auto forward_with(Run run) {
                const Argument& size, const Indices& rows, const Indices& starts, const Indices& members,
                int mode) {
     const Params p = make_params(y, sizes, x, size, rows, starts, members, mode);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -45,14 +47,14 @@ auto backward_with(Run run) {
     Params p = make_params(y, sizes, x, size, rows, starts, members, mode);
     p.grad_x = grad_x.view;
     p.grad_y = grad_y.view;
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "token_merge_forward", forward_with, forward);
   VITKERNELS_BIND(module, "token_merge_backward", backward_with, backward);
 }

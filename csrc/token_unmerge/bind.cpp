@@ -2,6 +2,8 @@
 
 #include "token_unmerge.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::token_unmerge {
 namespace {
 
@@ -28,7 +30,7 @@ auto forward_with(Run run) {
     Params p = make_params(x, rows, starts, members);
     p.x = x.view;
     p.y = y.view;
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -40,14 +42,14 @@ auto backward_with(Run run) {
     Params p = make_params(grad_x, rows, starts, members);
     p.grad_x = grad_x.view;
     p.grad_y = grad_y.view;
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "token_unmerge_forward", forward_with, forward);
   VITKERNELS_BIND(module, "token_unmerge_backward", backward_with, backward);
 }

@@ -1,33 +1,54 @@
 // The test-only module _twin: the CUDA kernels on host fibers, under the names _native gives them on the
 // device.
+#include <pybind11/pybind11.h>
+
+#include <type_traits>
+
 #include "probe.h"
 #include "vitkernels/device.h"
-#include "vitkernels/python.h"
+
+namespace py = pybind11;
 
 namespace vitkernels {
 
 #define VITKERNELS_OPERATOR(name) \
   namespace name {                \
-  void bind(PyObject* module);    \
+  void bind(py::module_& module); \
   }
 VITKERNELS_TWIN_OPERATORS
 #undef VITKERNELS_OPERATOR
 
 namespace {
 
-template <class... Arguments>
-void define_probe(PyObject* module, const char* name, void (*function)(Arguments...)) {
-  python::define(module, name, [function](Arguments... arguments) {
-    python::Released released;
-    function(arguments...);
+// Pointers cross as integers (tensor.data_ptr()).
+template <typename T>
+using wire_t = std::conditional_t<std::is_pointer_v<T>, uintptr_t, T>;
+
+template <typename T>
+T unwire(wire_t<T> value) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(value);
+  } else {
+    return value;
+  }
+}
+
+template <typename... Arguments>
+void define(py::module_& module, const char* name, void (*function)(Arguments...)) {
+  module.def(name, [function](wire_t<Arguments>... arguments) {
+    py::gil_scoped_release release;
+    function(unwire<Arguments>(arguments)...);
   });
 }
 
-void fill(PyObject* module) {
-  python::define(module, "set_seed",
-                 &twin::set_seed);  // the order of warps, lanes, blocks from the next launch on
+}  // namespace
+}  // namespace vitkernels
 
-#define VITKERNELS_PROBE(name) define_probe(module, #name, probe::name)
+PYBIND11_MODULE(_twin, module) {
+  using namespace vitkernels;
+  module.def("set_seed", &twin::set_seed, "The order of warps, lanes and blocks from the next launch on.");
+
+#define VITKERNELS_PROBE(name) define(module, #name, probe::name)
   VITKERNELS_PROBE(exchange_in_block);
   VITKERNELS_PROBE(exchange_in_warp);
   VITKERNELS_PROBE(collectives_f32);
@@ -60,11 +81,4 @@ void fill(PyObject* module) {
 #define VITKERNELS_OPERATOR(name) name::bind(module);
   VITKERNELS_TWIN_OPERATORS
 #undef VITKERNELS_OPERATOR
-}
-
-}  // namespace
-}  // namespace vitkernels
-
-PyMODINIT_FUNC PyInit__twin() {
-  return vitkernels::python::make_module("_twin", &vitkernels::fill);
 }

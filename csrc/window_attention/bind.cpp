@@ -2,6 +2,8 @@
 
 #include "window_attention.h"
 
+namespace py = pybind11;
+
 namespace vitkernels::window_attention {
 namespace {
 
@@ -36,7 +38,7 @@ auto forward_with(Run run) {
                const Argument& k, const Argument& v, const Argument& bias_table, int window_h, int window_w,
                bool signed_bias, double scale) {
     const Params p = make_params(window_h, window_w, signed_bias, scale, q, k, v, bias_table, out, lse);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
@@ -56,24 +58,24 @@ auto backward_with(Run run) {
     p.grad_v = grad_v.view;
     p.grad_bias_table = grad_bias_table.view;
     p.workspace = reinterpret_cast<void*>(workspace);
-    python::Released released;
+    py::gil_scoped_release release;
     run(p, where, reinterpret_cast<Stream>(stream));
   };
 }
 
 }  // namespace
 
-void bind(PyObject* module) {
+void bind(py::module_& module) {
   VITKERNELS_BIND(module, "window_attention_forward", forward_with, forward);
   VITKERNELS_BIND(module, "window_attention_backward", backward_with, backward);
 #if VITKERNELS_WITH_CUDA
-  define(module, "window_attention_workspace_cuda",
-         [](const Argument& grad_bias_table, const Argument& q, const Argument& k, const Argument& v,
-            const Argument& bias_table, int window_h, int window_w, bool signed_bias, double scale) {
-           Params p = make_params(window_h, window_w, signed_bias, scale, q, k, v, bias_table, {}, {});
-           p.grad_bias_table = grad_bias_table.view;
-           return backward_workspace_cuda(p);
-         });
+  module.def("window_attention_workspace_cuda",
+             [](const Argument& grad_bias_table, const Argument& q, const Argument& k, const Argument& v,
+                const Argument& bias_table, int window_h, int window_w, bool signed_bias, double scale) {
+               Params p = make_params(window_h, window_w, signed_bias, scale, q, k, v, bias_table, {}, {});
+               p.grad_bias_table = grad_bias_table.view;
+               return backward_workspace_cuda(p);
+             });
 #endif
 }
 

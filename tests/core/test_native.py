@@ -104,37 +104,3 @@ def test_the_advice_on_large_results_changes_nothing():
     native.expect_large(tensor)
     assert torch.equal(tensor, before)
     native.expect_large(torch.empty(0))
-
-
-@pytest.mark.skipif(bool(native.why_missing()), reason="the compiled extension is missing")
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({}, None, ""),
-        ({0: True}, None, ""),
-        ({0: "1"}, TypeError, "token_unmerge_forward_cpu: argument 0 "),
-        ({0: 1.0}, TypeError, "argument 0 "),
-        ({0: 1 << 31}, TypeError, "argument 0 "),
-        ({0: 1 << 80}, TypeError, "argument 0 "),
-        ({1: -1}, OverflowError, ""),
-        ({2: torch.ones(1, 2, 4, dtype=torch.int32)}, TypeError, "argument 2 "),
-        ({3: 1}, TypeError, "argument 3 "),
-        ({4: torch.zeros(1, 2)}, TypeError, "argument 4 "),
-        ({7: None}, TypeError, "expected 7 arguments, got 8"),
-    ],
-)
-def test_a_binding_refuses_what_it_cannot_read(change, error, message):
-    """Callers have checked their arguments; a mistake of theirs must not reach the kernels' pointers."""
-    module, out = native.load(), torch.zeros(1, 2, 4)
-    plan = (torch.tensor([part], dtype=torch.int32) for part in ([0, 0], [0, 2], [0, 1]))
-    values = dict(enumerate((1, 0, *native.arguments(module, out, torch.ones(1, 1, 4), *plan))))
-    values |= {
-        i: native.arguments(module, v)[0] if isinstance(v, torch.Tensor) else v for i, v in change.items()
-    }
-    if error is None:
-        module.token_unmerge_forward_cpu(*values.values())
-        assert torch.equal(out, torch.ones(1, 2, 4))
-        return
-    with pytest.raises(error, match=message):
-        module.token_unmerge_forward_cpu(*values.values())
-    assert not out.any()

@@ -1,7 +1,8 @@
 // What every operator's bind.cpp needs to take tensors from Python.
 #pragma once
+#include <pybind11/pybind11.h>
+
 #include "vitkernels/params.h"
-#include "vitkernels/python.h"
 #if VITKERNELS_WITH_CUDA
 #include "vitkernels/runtime.h"
 #endif
@@ -48,7 +49,7 @@ struct TensorExchange {
     return is_plain(object) || (table != nullptr && PyType_IsSubtype(Py_TYPE(object), tensor));
   }
 };
-extern TensorExchange exchange;
+inline TensorExchange exchange;
 
 // A tensor argument: None, a torch.Tensor, or where there is no exchange table a tuple
 // (address, shape, strides, dtype).
@@ -62,20 +63,97 @@ struct Argument {
 // A tensor of int32, such as those of a merge plan. Its dtype says nothing.
 struct Indices : Argument {};
 
-// False for a dtype that the parameter does not take; the second reads the tuple.
-bool read_borrowed(PyObject* object, Argument* argument, bool indices = false);
-bool read_tuple(PyObject* object, Argument* argument, bool indices = false);
-bool read(PyObject* object, Argument* argument);
-bool read(PyObject* object, Indices* argument);
+// What vitkernels/core/native.py calls int32. No kernel computes in it, so it is no DType.
+constexpr long kInt32 = 4;
 
-using python::define;
+// False for a dtype that no kernel takes.
+inline bool read_dtype(const DLTensor& tensor, DType* dtype) {
+  constexpr int FLOAT = 2, BFLOAT = 4;
+  const auto& type = tensor.dtype;
+  if (type.lanes != 1) return false;
+  if (type.code == FLOAT && type.bits == 64) return *dtype = DType::f64, true;
+  if (type.code == FLOAT && type.bits == 32) return *dtype = DType::f32, true;
+  if (type.code == FLOAT && type.bits == 16) return *dtype = DType::f16, true;
+  if (type.code == BFLOAT && type.bits == 16) return *dtype = DType::bf16, true;
+  return false;
+}
 
-// run(params, where, stream) for either processor, one type for both, so that what takes Python's arguments
-// is compiled once: `where` is the number of threads or the device.
+inline bool is_int32(const DLTensor& tensor) {
+  constexpr int INT = 0;
+  return tensor.dtype.code == INT && tensor.dtype.bits == 32 && tensor.dtype.lanes == 1;
+}
+
+inline bool read_borrowed(PyObject* object, Argument* argument, bool indices = false) {
+  DLTensor tensor;
+  if (exchange.table->borrow(object, &tensor) != 0) throw pybind11::error_already_set();
+  if (tensor.ndim > 5 || !(indices ? is_int32(tensor) : read_dtype(tensor, &argument->dtype))) return false;
+  argument->view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  argument->ndim = tensor.ndim;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    argument->shape[i] = tensor.shape[i];
+    argument->view.stride[i] = tensor.strides[i];
+  }
+  return true;
+}
+
+inline bool read_tuple(PyObject* object, Argument* argument, bool indices = false) {
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 4) return false;
+  PyObject* shape = PyTuple_GET_ITEM(object, 1);
+  PyObject* strides = PyTuple_GET_ITEM(object, 2);
+  if (!PyTuple_Check(shape) || !PyTuple_Check(strides)) return false;
+  if (PyTuple_GET_SIZE(shape) > 5 || PyTuple_GET_SIZE(shape) != PyTuple_GET_SIZE(strides)) return false;
+  argument->view.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(object, 0));
+  argument->ndim = static_cast<int>(PyTuple_GET_SIZE(shape));
+  for (int i = 0; i < argument->ndim; ++i) {
+    argument->shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+    argument->view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
+  }
+  const long dtype = PyLong_AsLong(PyTuple_GET_ITEM(object, 3));
+  if (PyErr_Occurred()) throw pybind11::error_already_set();
+  if ((dtype == kInt32) != indices) return false;
+  if (!indices) argument->dtype = static_cast<DType>(dtype);
+  return true;
+}
+
+}  // namespace vitkernels
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<vitkernels::Argument> {
+  PYBIND11_TYPE_CASTER(vitkernels::Argument, const_name("torch.Tensor | tuple | None"));
+
+  bool load(handle source, bool) {
+    value = {};
+    if (source.is_none()) return true;
+    if (vitkernels::exchange.lends(source.ptr())) return vitkernels::read_borrowed(source.ptr(), &value);
+    return vitkernels::read_tuple(source.ptr(), &value);
+  }
+};
+
+template <>
+struct type_caster<vitkernels::Indices> {
+  PYBIND11_TYPE_CASTER(vitkernels::Indices, const_name("torch.Tensor | tuple | None"));
+
+  bool load(handle source, bool) {
+    value = {};
+    if (source.is_none()) return true;
+    if (vitkernels::exchange.lends(source.ptr()))
+      return vitkernels::read_borrowed(source.ptr(), &value, true);
+    return vitkernels::read_tuple(source.ptr(), &value, true);
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace vitkernels {
+
+// run(params, where, stream) on either processor, `where` being the number of threads or the device. One type
+// for both, since what pybind11 makes of a function's arguments is by far the most of what a binding compiles.
 template <class Params>
 struct Entry {
-  void (*cpu)(const Params&, int);
-  void (*cuda)(const Params&, Stream);
+  void (*cpu)(const Params&, int) = nullptr;
+  void (*cuda)(const Params&, Stream) = nullptr;
 
   void operator()(const Params& params, int where, Stream stream) const {
 #if VITKERNELS_WITH_CUDA
@@ -110,14 +188,14 @@ Entry<Params> entry_of(void (*cuda)(const Params&, Stream)) {
 
 #ifndef VITKERNELS_HOST_TWIN
 #define VITKERNELS_BIND_CPU(module, name, with, entry) \
-  ::vitkernels::define(module, name, with(::vitkernels::entry_of(entry)))
+  module.def(name, with(::vitkernels::entry_of(entry)))
 #else
 #define VITKERNELS_BIND_CPU(module, name, with, entry)
 #endif
 
 #if VITKERNELS_WITH_CUDA
 #define VITKERNELS_BIND_CUDA(module, name, with, entry) \
-  ::vitkernels::define(module, name, with(::vitkernels::entry_of(entry)))
+  module.def(name, with(::vitkernels::entry_of(entry)))
 #else
 #define VITKERNELS_BIND_CUDA(module, name, with, entry)
 #endif
