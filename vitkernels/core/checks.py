@@ -76,10 +76,21 @@ def check_scale(value: Any, default: float) -> float:
     return float(value)
 
 
+# Asked once: Dynamo of torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu", "mtia"))
+)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Casts tensors as autocast casts a matmul's: to its dtype where it is on, float64 left alone."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -6,6 +6,7 @@ import contextlib
 
 import torch
 
+from vitkernels.core.checks import autocasts
 from vitkernels.core.merge_plan import groups
 
 
@@ -18,13 +19,9 @@ def similarities(metric: torch.Tensor) -> torch.Tensor:
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     unit = wide / torch.where(norm == 0, 1, norm)
     device = metric.device.type
-    with torch.autocast(device, enabled=False) if _casts(device) else contextlib.nullcontext():
+    with torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext():
         scores = torch.matmul(unit[:, ::2], unit[:, 1::2].mT)
     return torch.where(scores.isnan(), -2, scores)
-
-
-def _casts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def forward(

@@ -144,7 +144,8 @@ def head_projection(
     """(q~, k, v of the first PART channels, v of the rest) of a head in x's dtype; weight, bias point at it.
 
     Value channels are held in two tiles of a power of two each, as 96 = 64 + 32; U passes by in slices that
-    divide it, so nothing is multiplied with padding at the published widths.
+    divide it, so nothing is multiplied with padding at the published widths. Without a REST
+    the last result is the third again.
     """
     ROWS: tl.constexpr = row.shape[0]
     dtype: tl.constexpr = x.dtype.element_ty
@@ -191,7 +192,7 @@ def head_projection(
         last = value_rest + load_bias(bias + 2 * KEY_DIM * bias_o, rest, bias_o, VALUE_DIM)
         return query, key, value, last.to(dtype)
     else:
-        return query, key, value, None
+        return query, key, value, value  # Triton 3.6 has no None among several results
 
 
 @triton.jit
