@@ -219,16 +219,36 @@ def short_name(signature: str) -> tuple[str, str]:
     return name.strip(), rest.rpartition(">")[0]
 
 
+@functools.cache
+def dependencies(build: Path) -> dict[str, list[Path]]:
+    """object -> the files that its compilation read, as the last build recorded them."""
+    ninja = shutil.which(
+        "ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
+    if ninja is None:
+        return {}
+    command = [ninja, "-C", str(build), "-t", "deps"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    read: dict[str, list[Path]] = {}
+    for entry in text.split("\n\n"):
+        name, *files = entry.splitlines() or [""]
+        read[name.partition(": #deps")[0]] = [build / file.strip() for file in files]
+    return read
+
+
 def built_object(source: Path) -> Path | None:
-    """The object that the last build made of a CUDA source, unless a file it may include is newer."""
+    """The object that the last build made of a CUDA source, unless it is older than a file it was made from."""
     if ROOT not in source.parents:
         return None
     build = Path(os.environ.get("VITKERNELS_BUILD_DIR", ROOT / "build" / "cmake"))
-    built = build / "CMakeFiles" / "cuda_kernels.dir" / source.relative_to(ROOT).parent / f"{source.name}.o"
+    name = Path("CMakeFiles", "cuda_kernels.dir", source.relative_to(ROOT).parent, f"{source.name}.o")
+    built = build / name
     if not built.exists():
         return None
-    included = [*(ROOT / "csrc" / "include").rglob("*"), *source.parent.iterdir()]
-    return built if built.stat().st_mtime > max(file.stat().st_mtime for file in included) else None
+    files = [source, *dependencies(build).get(str(name), [])]
+    if len(files) == 1 or not all(file.exists() for file in files):
+        return None
+    return built if built.stat().st_mtime > max(file.stat().st_mtime for file in files) else None
 
 
 def compile_source(source: Path, target: str) -> tuple[dict[str, tuple[int, int, int]], dict[str, int]]:

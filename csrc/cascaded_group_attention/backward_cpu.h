@@ -102,15 +102,16 @@ static void add_row_sums(T* to, const T* from, ptrdiff_t row, int rows, int coun
   }
 }
 
-template <class E>
-struct Backward {
-  using T = Compute<E>;
+// What depends on the type of the arithmetic alone, T, and is compiled once for all tensors that compute in
+// it.
+template <class T>
+struct BackwardHeads {
   const Params& p;
   const Weights<T> weights;
   const BackwardOwn<T> own;
   const Partial<T> partial;
 
-  Backward(const Params& p, const void* shared, void* mine, void* partials, int group)
+  BackwardHeads(const Params& p, const void* shared, void* mine, void* partials, int group)
       : p(p),
         weights(p, const_cast<void*>(shared)),
         own(p, group, Scratch(mine)),
@@ -123,6 +124,91 @@ struct Backward {
   T* head_tap_sums(int head) const {
     return own.tap_sums + static_cast<size_t>(head) * p.key_dim * partial.taps * kLanes<T>;
   }
+
+  // Live taps from the head's vectors of sums; dead ones stay 0.
+  void fold_taps(int head) const {
+    const int size = p.kernel_sizes[head], dead = p.dead_taps(head);
+    const T* sums = head_tap_sums(head);
+    for (int c = 0; c < p.key_dim; ++c) {
+      T* to = partial.dw + (static_cast<ptrdiff_t>(head) * p.key_dim + c) * partial.taps;
+      for (int y = 0; y < size; ++y)
+        for (int x = 0; x < size; ++x, sums += kLanes<T>)
+          to[(y + dead) * p.kernel_max + x + dead] = across<T>(load(sums));
+    }
+  }
+
+  // dy = the gradient of (q before its depthwise convolution, k, v), and what becomes of table and taps.
+  void attention(int windows, int head, const T* grad) const {
+    const int n = p.tokens(), d = dim(), kd = p.key_dim, width = own.width, size = p.kernel_sizes[head];
+    const ptrdiff_t row = own.row, dead = p.dead_taps(head);
+    const T* taps = weights.dw.data + head * weights.dw.stride[0] + dead * (weights.dw.stride[2] + 1);
+    const T* shifts = weights.dw_bias.data + head * weights.dw_bias.stride[0];
+    WindowBias<T> table = own.bias_table;
+    table.read(p.table_dtype, p.attn_bias, head);
+    table.expand(own.bias, n, 0, n, width);
+    const T scale = static_cast<T>(p.scale);
+    for (int w = 0; w < windows; ++w) {
+      const ptrdiff_t lane = static_cast<ptrdiff_t>(w) * n;
+      own.queries.fill(own.y + lane, row, kd);
+      for (int c = 0; c < kd; ++c)
+        own.queries.convolve(c, size, taps + c * weights.dw.stride[1], weights.dw.stride[2], shifts[c], scale,
+                             own.q + c * row + lane);
+      pack(own.k, width, own.y + kd * row + lane, row, 1, kd, n, T(1));
+      pack(own.v, width, own.y + 2 * kd * row + lane, row, 1, d, n, T(1));
+      const Matrix<const T> q = {own.q + lane, 1, row}, out = {grad + lane, 1, row};
+      const BackwardTile<T> task{n,        width,   n,         0,    kd,    d,      own.k,   own.v,
+                                 own.bias, nullptr, own.zeros, true, own.p, own.dl, nullptr, nullptr};
+      task.run(q, out);
+      if (p.grad_attn_bias) {
+        T* sum = head_grad_bias(head);
+        for (int i = 0; i < n * width; i += kLanes<T>) store(sum + i, load(sum + i) + load(own.dl + i));
+      }
+      task.sum_queries(out, d, own.p, nullptr, own.tile);
+      place(own.tile, width, d, own.dy + 2 * kd * row + lane);
+      task.sum_queries(q, kd, own.dl, nullptr, own.tile);
+      place(own.tile, width, kd, own.dy + kd * row + lane);
+
+      pack(own.k_tokens, static_cast<int>(own.key_row), own.k, 1, width, n, kd, scale);
+      multiply<T>(
+          static_cast<int>(own.key_row / kLanes<T>),
+          {n, n, own.dl, width, 1, own.k_tokens, own.key_row, nullptr, 0, own.dq_tokens, own.key_row});
+      pack(own.tile, width, own.dq_tokens, 1, own.key_row, kd, n, T(1));
+      depthwise(head, taps, own.dy + lane);
+    }
+  }
+
+  // Rows of a window's tile to its lanes of the group, in window order: the overhang is the next window's.
+  void place(const T* tile, int width, int rows, T* to) const {
+    for (int c = 0; c < rows; ++c)
+      for (int i = 0; i < width; i += kLanes<T>)
+        store(to + c * own.row + i, load(tile + static_cast<ptrdiff_t>(c) * width + i));
+  }
+
+  // The depthwise convolution's gradients, its output's being in own.tile.
+  void depthwise(int head, const T* taps, T* to) const {
+    const int n = p.tokens(), kd = p.key_dim, size = p.kernel_sizes[head];
+    if (p.grad_dw_bias)
+      add_row_sums(partial.dw_bias + static_cast<ptrdiff_t>(head) * kd, own.tile, own.width, kd, n);
+    own.gradients.fill(own.tile, own.width, kd);
+    for (int c = 0; c < kd; ++c, taps += weights.dw.stride[1]) {
+      if (p.grad_dw_weight)
+        own.queries.correlate(own.gradients, c, size,
+                              head_tap_sums(head) + static_cast<ptrdiff_t>(c) * size * size * kLanes<T>);
+      for (int y = 0; y < size; ++y)
+        for (int x = 0; x < size; ++x)
+          own.flipped[(size - 1 - y) * size + size - 1 - x] = taps[y * weights.dw.stride[2] + x];
+      own.gradients.convolve(c, size, own.flipped, size, T(0), T(1), to + c * own.row);
+    }
+  }
+};
+
+template <class E>
+struct Backward : BackwardHeads<Compute<E>> {
+  using T = Compute<E>;
+  using Heads = BackwardHeads<T>;
+  using Heads::dim, Heads::fold_taps, Heads::head_grad_bias, Heads::head_tap_sums;
+  using Heads::Heads;
+  using Heads::p, Heads::weights, Heads::own, Heads::partial;
 
   void run(int64_t first, int64_t count, int group) const {
     clear(partial.qkv, partial.size / sizeof(T));
@@ -144,18 +230,6 @@ struct Backward {
         grad_table.fold(partial.table + head * partial.entries, p.tokens());
       }
       if (p.grad_dw_weight) fold_taps(head);
-    }
-  }
-
-  // Live taps from the head's vectors of sums; dead ones stay 0.
-  void fold_taps(int head) const {
-    const int size = p.kernel_sizes[head], dead = p.dead_taps(head);
-    const T* sums = head_tap_sums(head);
-    for (int c = 0; c < p.key_dim; ++c) {
-      T* to = partial.dw + (static_cast<ptrdiff_t>(head) * p.key_dim + c) * partial.taps;
-      for (int y = 0; y < size; ++y)
-        for (int x = 0; x < size; ++x, sums += kLanes<T>)
-          to[(y + dead) * p.kernel_max + x + dead] = across<T>(load(sums));
     }
   }
 
@@ -229,7 +303,7 @@ struct Backward {
     const T* w = weights.qkv.data + head * weights.qkv.stride[0];
     multiply<T>(vecs, {rows, d, w, weights.qkv.stride[1], 1, own.x, row, nullptr, 0, own.y, row,
                        weights.qkv_bias.data + head * weights.qkv_bias.stride[0]});
-    attention(g, head, grad);
+    this->attention(g.count, head, grad);
 
     if (p.grad_qkv_bias)
       add_row_sums(partial.qkv_bias + static_cast<ptrdiff_t>(head) * rows, own.dy, row, rows, lanes);
@@ -251,70 +325,6 @@ struct Backward {
       result = own.o;
     }
     g.store_channels(p.grad_x, {}, head * d, d, result, row);
-  }
-
-  // dy = the gradient of (q before its depthwise convolution, k, v), and what becomes of table and taps.
-  void attention(const WindowGroup<E>& g, int head, const T* grad) const {
-    const int n = p.tokens(), d = dim(), kd = p.key_dim, width = own.width, size = p.kernel_sizes[head];
-    const ptrdiff_t row = own.row, dead = p.dead_taps(head);
-    const T* taps = weights.dw.data + head * weights.dw.stride[0] + dead * (weights.dw.stride[2] + 1);
-    const T* shifts = weights.dw_bias.data + head * weights.dw_bias.stride[0];
-    WindowBias<T> table = own.bias_table;
-    table.read(p.table_dtype, p.attn_bias, head);
-    table.expand(own.bias, n, 0, n, width);
-    const T scale = static_cast<T>(p.scale);
-    for (int w = 0; w < g.count; ++w) {
-      const ptrdiff_t lane = static_cast<ptrdiff_t>(w) * n;
-      own.queries.fill(own.y + lane, row, kd);
-      for (int c = 0; c < kd; ++c)
-        own.queries.convolve(c, size, taps + c * weights.dw.stride[1], weights.dw.stride[2], shifts[c], scale,
-                             own.q + c * row + lane);
-      pack(own.k, width, own.y + kd * row + lane, row, 1, kd, n, T(1));
-      pack(own.v, width, own.y + 2 * kd * row + lane, row, 1, d, n, T(1));
-      const Matrix<const T> q = {own.q + lane, 1, row}, out = {grad + lane, 1, row};
-      const BackwardTile<T> task{n,        width,   n,         0,    kd,    d,      own.k,   own.v,
-                                 own.bias, nullptr, own.zeros, true, own.p, own.dl, nullptr, nullptr};
-      task.run(q, out);
-      if (p.grad_attn_bias) {
-        T* sum = head_grad_bias(head);
-        for (int i = 0; i < n * width; i += kLanes<T>) store(sum + i, load(sum + i) + load(own.dl + i));
-      }
-      task.sum_queries(out, d, own.p, nullptr, own.tile);
-      place(own.tile, width, d, own.dy + 2 * kd * row + lane);
-      task.sum_queries(q, kd, own.dl, nullptr, own.tile);
-      place(own.tile, width, kd, own.dy + kd * row + lane);
-
-      pack(own.k_tokens, static_cast<int>(own.key_row), own.k, 1, width, n, kd, scale);
-      multiply<T>(
-          static_cast<int>(own.key_row / kLanes<T>),
-          {n, n, own.dl, width, 1, own.k_tokens, own.key_row, nullptr, 0, own.dq_tokens, own.key_row});
-      pack(own.tile, width, own.dq_tokens, 1, own.key_row, kd, n, T(1));
-      depthwise(head, taps, own.dy + lane);
-    }
-  }
-
-  // Rows of a window's tile to its lanes of the group, in window order: the overhang is the next window's.
-  void place(const T* tile, int width, int rows, T* to) const {
-    for (int c = 0; c < rows; ++c)
-      for (int i = 0; i < width; i += kLanes<T>)
-        store(to + c * own.row + i, load(tile + static_cast<ptrdiff_t>(c) * width + i));
-  }
-
-  // The depthwise convolution's gradients, its output's being in own.tile.
-  void depthwise(int head, const T* taps, T* to) const {
-    const int n = p.tokens(), kd = p.key_dim, size = p.kernel_sizes[head];
-    if (p.grad_dw_bias)
-      add_row_sums(partial.dw_bias + static_cast<ptrdiff_t>(head) * kd, own.tile, own.width, kd, n);
-    own.gradients.fill(own.tile, own.width, kd);
-    for (int c = 0; c < kd; ++c, taps += weights.dw.stride[1]) {
-      if (p.grad_dw_weight)
-        own.queries.correlate(own.gradients, c, size,
-                              head_tap_sums(head) + static_cast<ptrdiff_t>(c) * size * size * kLanes<T>);
-      for (int y = 0; y < size; ++y)
-        for (int x = 0; x < size; ++x)
-          own.flipped[(size - 1 - y) * size + size - 1 - x] = taps[y * weights.dw.stride[2] + x];
-      own.gradients.convolve(c, size, own.flipped, size, T(0), T(1), to + c * own.row);
-    }
   }
 };
 

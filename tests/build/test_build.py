@@ -159,13 +159,22 @@ def test_the_installed_extension_is_small():
     assert size < 20 * MEGABYTE
 
 
-def test_an_nvcc_that_fails_means_cpu_kernels(sources, no_torch, tmp_path):
-    """CMake once took the compiler on trust, and a broken nvcc failed the installation."""
+def test_an_nvcc_that_fails_means_cpu_kernels(sources, no_torch, cpu_folder, tmp_path):
+    """CMake once took the compiler on trust, and a broken nvcc failed the installation.
+
+    The CPU kernels are those of `cpu_folder`: only what CMake makes of nvcc is new.
+    """
     broken = tmp_path / "bin" / "nvcc"
     broken.parent.mkdir()
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    built = build_wheel(sources, no_torch, tmp_path, PATH=f"{broken.parent}{os.pathsep}{path_without_nvcc()}")
+    built = build_wheel(
+        sources,
+        no_torch,
+        tmp_path,
+        PATH=f"{broken.parent}{os.pathsep}{path_without_nvcc()}",
+        VITKERNELS_BUILD_DIR=str(cpu_folder / "cmake"),
+    )
     assert not use(wheel_of(built, tmp_path))["native"]["cuda"]
 
 

@@ -146,9 +146,40 @@ struct type_caster<vitkernels::Indices> {
 
 }  // namespace pybind11::detail
 
+namespace vitkernels {
+
+// run(params, where, stream) on either processor, `where` being the number of threads or the device. One type
+// for both, since what pybind11 makes of a function's arguments is by far the most of what a binding compiles.
+template <class Params>
+struct Entry {
+  void (*cpu)(const Params&, int) = nullptr;
+  void (*cuda)(const Params&, Stream) = nullptr;
+
+  void operator()(const Params& params, int where, Stream stream) const {
+#if VITKERNELS_WITH_CUDA
+    if (cuda != nullptr) {
+      ScopedDevice scope(where);
+      return cuda(params, stream);
+    }
+#endif
+    (void)stream;
+    cpu(params, where);
+  }
+};
+template <class Params>
+Entry<Params> entry_of(void (*cpu)(const Params&, int)) {
+  return {cpu, nullptr};
+}
+template <class Params>
+Entry<Params> entry_of(void (*cuda)(const Params&, Stream)) {
+  return {nullptr, cuda};
+}
+
+}  // namespace vitkernels
+
 // The same call for every processor that the module has kernels for. NAME_cpu runs ENTRY_cpu(params,
-// threads), NAME_cuda ENTRY_cuda(params, stream) on a device; `with` turns run(params, where, stream), where
-// being the number of threads or the device, into the function of Python's arguments.
+// threads), NAME_cuda ENTRY_cuda(params, stream) on a device; `with` turns run(params, where, stream) into
+// the function of Python's arguments.
 #define VITKERNELS_BIND(module, name, with, entry)                  \
   do {                                                              \
     VITKERNELS_BIND_CPU(module, name "_cpu", with, entry##_cpu);    \
@@ -157,17 +188,14 @@ struct type_caster<vitkernels::Indices> {
 
 #ifndef VITKERNELS_HOST_TWIN
 #define VITKERNELS_BIND_CPU(module, name, with, entry) \
-  module.def(name, with([](const auto& p, int threads, ::vitkernels::Stream) { entry(p, threads); }))
+  module.def(name, with(::vitkernels::entry_of(entry)))
 #else
 #define VITKERNELS_BIND_CPU(module, name, with, entry)
 #endif
 
 #if VITKERNELS_WITH_CUDA
-#define VITKERNELS_BIND_CUDA(module, name, with, entry)                              \
-  module.def(name, with([](const auto& p, int device, ::vitkernels::Stream stream) { \
-               ::vitkernels::ScopedDevice scope(device);                             \
-               entry(p, stream);                                                     \
-             }))
+#define VITKERNELS_BIND_CUDA(module, name, with, entry) \
+  module.def(name, with(::vitkernels::entry_of(entry)))
 #else
 #define VITKERNELS_BIND_CUDA(module, name, with, entry)
 #endif
