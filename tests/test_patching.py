@@ -203,3 +203,13 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"argument `fold_bn`.*model\.eval\(\)"):
         vitkernels.apply(model, fold_bn=True)
     assert traces(model) == traces(small_model())
+
+
+@pytest.mark.parametrize("name", ["efficientvit_m0", "s2aformer_mini"])
+def test_shapes_on_the_meta_device(name: str) -> None:
+    """The layers asked it whether autocast is on, which torch answers with an error."""
+    with torch.device("meta"):
+        model = vitkernels.models.create_model(name, num_classes=10).eval()
+    vitkernels.apply(model.to_empty(device="cpu"), verbose=False)
+    with torch.no_grad():
+        assert model.to("meta")(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 10)

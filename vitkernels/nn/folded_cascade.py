@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitkernels import ops
+from vitkernels.core.checks import autocasts
 from vitkernels.nn.conv_norm import fold_conv_norm, has_hooks, is_plain_conv, is_plain_norm
 from vitkernels.nn.kept import Kept, compute_dtype, keep, transformed
 
@@ -59,7 +60,7 @@ def mix_folded(
     if pairs is None or x.ndim != 4:
         return None
     weight = sources[0]
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocasts(x.device.type)
     if x.dtype is not weight.dtype and not autocast:
         return None  # PyTorch's own error is the best
     heads = len(pairs) // 2

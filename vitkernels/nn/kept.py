@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from vitkernels.core import native
+from vitkernels.core.checks import autocasts
 
 # The one entry that a module may have in its __dict__ for this; copies and pickles do without.
 KEPT = "_vitkernels_kept"
@@ -119,6 +120,6 @@ _functorch_active = torch._C._are_functorch_transforms_active
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype in which a layer with such a weight will run: autocast's where it is on."""
     kind = tensor.device.type
-    if tensor.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
+    if tensor.dtype is torch.float64 or not autocasts(kind):
         return tensor.dtype
     return torch.get_autocast_dtype(kind)

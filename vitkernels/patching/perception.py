@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vitkernels.core import backends
+from vitkernels.core.checks import autocasts
 from vitkernels.nn.conv_norm import has_hooks, is_plain_conv, is_plain_norm
 from vitkernels.nn.kept import transformed
 from vitkernels.nn.polyline_path_attention import DepthwiseConv
@@ -68,7 +69,7 @@ def works_in_place(x: torch.Tensor) -> bool:
         _gelu_in_place is not None
         and not torch.is_grad_enabled()
         and not transformed()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x.device.type)
         and backends.requested(None) != "reference"
     )
 
