@@ -122,7 +122,7 @@ def _check_bias(attn_bias: Any, shape: tuple[int, ...]) -> None:
 
 
 def _allocate_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
-    batch, heads, queries, _ = q.shape
+    batch, heads, queries = q.shape[:3]
     width = v.shape[3]
     row = heads * width  # what a projection of all heads reads, side by side
     return v.new_empty_strided((batch, heads, queries, width), (queries * row, width, row, 1))
