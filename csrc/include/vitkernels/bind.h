@@ -149,7 +149,8 @@ struct type_caster<vitkernels::Indices> {
 namespace vitkernels {
 
 // run(params, where, stream) on either processor, `where` being the number of threads or the device. One type
-// for both, since what pybind11 makes of a function's arguments is by far the most of what a binding compiles.
+// for both, since what pybind11 makes of a function's arguments is by far the most of what a binding
+// compiles.
 template <class Params>
 struct Entry {
   void (*cpu)(const Params&, int) = nullptr;
@@ -187,15 +188,13 @@ Entry<Params> entry_of(void (*cuda)(const Params&, Stream)) {
   } while (false)
 
 #ifndef VITKERNELS_HOST_TWIN
-#define VITKERNELS_BIND_CPU(module, name, with, entry) \
-  module.def(name, with(::vitkernels::entry_of(entry)))
+#define VITKERNELS_BIND_CPU(module, name, with, entry) module.def(name, with(::vitkernels::entry_of(entry)))
 #else
 #define VITKERNELS_BIND_CPU(module, name, with, entry)
 #endif
 
 #if VITKERNELS_WITH_CUDA
-#define VITKERNELS_BIND_CUDA(module, name, with, entry) \
-  module.def(name, with(::vitkernels::entry_of(entry)))
+#define VITKERNELS_BIND_CUDA(module, name, with, entry) module.def(name, with(::vitkernels::entry_of(entry)))
 #else
 #define VITKERNELS_BIND_CUDA(module, name, with, entry)
 #endif
