@@ -242,8 +242,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             if RANK == 0 and args.history:
                 args.history.write_text("".join(json.dumps(entry) + "\n" for entry in trainer.history))
     if WORLD > 1:
-        # Gloo's threads need the GIL to let go of the last reduction's tensors, and its destructor, which waits for them,
-        # may run with the GIL held (pytorch/pytorch#56297): they have done so once all have met here.
+        # Gloo's threads need the GIL to let go of the last reduction's tensors, and its destructor, which waits for
+        # them, may run with the GIL held (pytorch/pytorch#56297): they have let go once all have met here.
         dist.barrier()
         dist.destroy_process_group()
     return trainer.history
