@@ -80,10 +80,10 @@ def check(case: Case, guarded: Guarded) -> None:
 
 
 CASES = [
-    square((8, 9), 3, dtype=F32, rpb=F32, batch=2, heads=2, layout="packed"),
-    square((9, 11), 7, d=32, dv=32, rpb=F32, layout="packed"),
+    square((4, 5), 3, dtype=F32, rpb=F32, batch=2, heads=2, layout="packed"),
+    square((7, 9), 7, d=32, dv=32, rpb=F32, layout="packed"),
     square((7, 9), 3, 2, d=8, dv=24, dtype=F32, rpb=F32, layout="cropped"),
-    square((7, 7), 7, d=24, dv=16, rpb=F16),  # the kernel is the map
+    square((5, 5), 5, d=24, dv=16, rpb=F16),  # the kernel is the map
     square((6, 6), 3, 2, dtype=F32, rpb=F32, batch=2, layout="heads_first"),  # a group is one neighborhood
     Case((13, 5), (3, 5), d=40, dv=8, dtype=F32, rpb=F32),
     Case((5, 12), (2, 4), (2, 3), d=5, dv=7, dtype=F32, rpb=F32, layout="cropped"),
@@ -94,7 +94,7 @@ CASES = [
     Case((12, 1), (5, 1), (2, 1), rpb=F32),
     Case((4, 5), (1, 3), dtype=F32, rpb=F32),
     Case((1, 1), (1, 1), d=3, dv=2, dtype=F32),
-    line(10, 3, 2, dtype=F32, rpb=F32, batch=3, heads=2, layout="packed"),
+    line(10, 3, 2, dtype=F32, rpb=F32, batch=3, layout="packed"),
     line(70, 16, d=16, dv=8, rpb=F32),
     line(70, 8, 3, causal=True, dtype=F32, d=9, dv=17, layout="heads_first"),
     line(12, 4, 3, rpb=F16, heads=2),
@@ -193,17 +193,17 @@ def test_no_incoming_gradient_gives_zeros(guarded: Guarded) -> None:
     assert all(not got[f"grad_{name}"].any() for name in ("q", "k", "v", "rpb"))
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "v", "rpb"])
-def test_each_gradient_alone_is_the_joint_one(wanted: str, guarded: Guarded) -> None:
+def test_each_gradient_alone_is_the_joint_one(guarded: Guarded) -> None:
     case = square((5, 6), 3, dtype=F32, rpb=F32)
     memory = Memory(case, guarded)
     inputs = make_inputs(case, memory)
     joint = run_kernels(case, inputs, memory)
-    missing = tuple(name for name in inputs.tensors if name != wanted)
-    alone = run_kernels(replace(case, missing=missing), inputs, memory)
-    assert set(alone) == {"out", "lse", f"grad_{wanted}"}
-    for name, tensor in alone.items():
-        assert torch.equal(tensor, joint[name]), name
+    for wanted in inputs.tensors:
+        missing = tuple(name for name in inputs.tensors if name != wanted)
+        alone = run_kernels(replace(case, missing=missing), inputs, memory)
+        assert set(alone) == {"out", "lse", f"grad_{wanted}"}
+        for name, tensor in alone.items():
+            assert torch.equal(tensor, joint[name]), f"{name}, {wanted} alone"
 
 
 def test_lse_is_optional() -> None:
@@ -219,7 +219,7 @@ def test_lse_is_optional() -> None:
 def test_programs_sum_several_maps_the_same_bits_every_time(
     guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = square((5, 5), 3, dtype=F32, rpb=F32, batch=5)
+    case = square((4, 4), 3, dtype=F32, rpb=F32, batch=3)
     memory = Memory(case, guarded)
     inputs = make_inputs(case, memory)
     for programs in (2048, 2):
@@ -270,16 +270,16 @@ def test_a_forbidden_offset_gets_no_weight(guarded: Guarded) -> None:
 
 
 def test_nan_stays_in_its_map_head_and_group(guarded: Guarded) -> None:
-    case = square((6, 8), 3, 2, dtype=F32, batch=2, heads=2)
+    case = Case((3, 6), (3, 3), (1, 2), dtype=F32, batch=2, heads=2)
     memory = Memory(case, guarded)
     inputs = make_inputs(case, memory)
     clean = run_kernels(case, inputs, memory)
     for tensor in inputs.tensors.values():
         if tensor is not None:
-            tensor[1, ::2, 1::2, 0] = NAN
+            tensor[1, :, 1::2, 0] = NAN
     got = run_kernels(case, inputs, memory)
-    hit = torch.zeros(2, 6, 8, 2, dtype=torch.bool)
-    hit[1, ::2, 1::2, 0] = True
+    hit = torch.zeros(2, 3, 6, 2, dtype=torch.bool)
+    hit[1, :, 1::2, 0] = True
     for name, tensor in got.items():
         assert tensor[hit].isnan().all(), name
         assert torch.equal(tensor[~hit], clean[name][~hit]), name
@@ -293,7 +293,7 @@ def wrong_window_start(number, length, KERNEL: tl.constexpr, CAUSAL: tl.constexp
 
 def test_wrong_results_are_rejected(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison sees a mirrored table, a scale off by 1 %, a lost key, and a wrong border."""
-    case = square((5, 7), 3, dtype=F32, rpb=F32)
+    case = square((4, 5), 3, dtype=F32, rpb=F32)
     memory = Memory(case, guarded)
     inputs = make_inputs(case, memory)
     baseline, truth = run_reference(case, inputs, None), run_reference(case, inputs, F64)
@@ -314,12 +314,12 @@ def test_wrong_results_are_rejected(guarded: Guarded, monkeypatch: pytest.Monkey
 
 
 def test_public_call_reads_a_packed_projection() -> None:
-    qkv = torch.randn(1, 6, 6, 3, 2, 8, requires_grad=True)
+    qkv = torch.randn(1, 6, 3, 3, 2, 8, requires_grad=True)
     rpb = torch.randn(2, 5, 5, requires_grad=True)
     results = {}
     for backend in ("triton", "reference"):
         out, lse = ops.neighborhood_attention(
-            *qkv.unbind(3), 3, dilation=2, rpb=rpb, return_lse=True, backend=backend
+            *qkv.unbind(3), 3, dilation=(2, 1), rpb=rpb, return_lse=True, backend=backend
         )
         results[backend] = (out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), (qkv, rpb)))
     for got, want in zip(*results.values(), strict=True):

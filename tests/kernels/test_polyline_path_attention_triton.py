@@ -162,7 +162,7 @@ CASES = [
     Case(9, 1, dtype=F16, d=5, dv=7),
     Case(3, 4, batch=2, heads=2, layout="packed"),
     Case(7, 9, dtype=F16, d=24, dv=20, layout="heads_first"),
-    Case(3, 18, d=72, dv=80),  # several tiles of owners, several blocks of a row
+    Case(2, 18, d=72, dv=80),  # several tiles of owners, several blocks of a row
     Case(4, 6, dtype=F16, d=128, dv=100, wide_decays=False, heads=2),
 ]
 
@@ -238,7 +238,7 @@ def test_each_gradient_alone_is_the_joint_one(criss_cross: bool, guarded: Guarde
 
 @pytest.mark.parametrize("criss_cross", [False, True], ids=["whole", "criss_cross"])
 def test_nan_stays_in_its_map_and_head(criss_cross: bool, guarded: Guarded) -> None:
-    case = Case(3, 4, criss_cross, batch=2, heads=2)
+    case = Case(2, 3, criss_cross, batch=2, heads=2)
     inputs, grad_out = make_inputs(case, guarded)
     clean = run_kernels(case, inputs, grad_out, guarded)
     for tensor in inputs.values():
