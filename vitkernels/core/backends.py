@@ -43,6 +43,12 @@ class _Choice(threading.local):
 
 
 _choice = _Choice()
+# The scopes that any thread is in, as text: a plain global is what every Dynamo guards. On `_choice` it misses a
+# thread's first scope, whose attribute was the class's until then; that of torch 2.11 sees nothing but the class's.
+_scopes: list[str] = []
+_scopes_open = ""
+_scopes_lock = threading.Lock()
+_BLIND_DYNAMO = torch.__version__ < "2.13"
 
 
 def _validated(name: str | None, source: str) -> str | None:
@@ -68,15 +74,29 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: unknown name.
     """
-    previous, _choice.forced = _choice.forced, _validated(name, "vitkernels.backend(name)") or "auto"
+    previous, forced = _choice.forced, _validated(name, "vitkernels.backend(name)") or "auto"
+    _choice.forced = forced
+    _note_scope(_scopes.append, forced)
     try:
         yield
     finally:
+        _note_scope(_scopes.remove, forced)
         _choice.forced = previous
+
+
+def _note_scope(change: Callable[[str], None], name: str) -> None:
+    global _scopes_open
+    with _scopes_lock:
+        change(name)
+        _scopes_open = " ".join(_scopes)
 
 
 def scope() -> str | None:
     """The name given to the enclosing `backend` scope, or None."""
+    if _scopes_open == "" and _choice.forced is None:  # no more than a guard: see `_scopes`
+        return None
+    if _BLIND_DYNAMO and torch.compiler.is_dynamo_compiling():
+        return _scopes_open.rpartition(" ")[2]  # another thread's, where two compile in scopes of their own
     return _choice.forced
 
 
@@ -84,8 +104,9 @@ def requested(argument: str | None) -> str | None:
     """The forced backend of a call, or None when the operator's own order decides."""
     if argument is not None:
         return _validated(argument, "argument `backend`")
-    if _choice.forced is not None:
-        return None if _choice.forced == "auto" else _choice.forced
+    forced = scope()
+    if forced is not None:
+        return None if forced == "auto" else forced
     return _environment
 
 

@@ -126,7 +126,8 @@ class Operator:
                 )
                 raise choice.refuse(self.name, forced, summary, self.supported(inputs))
             return forced
-        if torch.compiler.is_exporting():
+        # Not torch.compiler.is_exporting(), which Dynamo of torch 2.11 takes for True in every compilation.
+        if torch.compiler._is_exporting_flag:
             return "reference"  # an exported program must not depend on this package
         device = inputs[0].device.type
         for name in self.order.get(device, ()):
