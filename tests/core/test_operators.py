@@ -15,9 +15,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels
-from vitkernels.core import native
+from vitkernels.core import backends, native
 from vitkernels.core import operator as operator_module
-from vitkernels.core import backends
 from vitkernels.core.operator import REGISTRY
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
