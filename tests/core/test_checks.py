@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitkernels.core import checks
+import vitkernels
+from vitkernels.core import backends, checks
 
 
 def test_autocast_asks_nothing_that_an_older_dynamo_cannot_trace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +22,12 @@ def test_autocast_asks_nothing_that_an_older_dynamo_cannot_trace(monkeypatch: py
         # No autocast on this device, which torch itself answers with an error.
         assert checks.autocast(nowhere)[0] is nowhere
     assert all(a is b for a, b in zip(checks.autocast(single, double), (single, double), strict=True))
+
+
+def test_the_newest_scope_is_the_innermost_that_is_open() -> None:
+    """What a Dynamo that cannot read thread-locals compiles by; leaving a scope must not end its outer namesake."""
+    with vitkernels.backend("reference"), vitkernels.backend("cpu"):
+        with vitkernels.backend("reference"):
+            assert backends._scopes_open == "reference cpu reference"
+        assert backends._scopes_open == "reference cpu"
+    assert backends._scopes_open == ""

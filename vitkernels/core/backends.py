@@ -45,7 +45,7 @@ class _Choice(threading.local):
 _choice = _Choice()
 # The scopes that any thread is in, as text: a plain global is what every Dynamo guards. On `_choice` it misses a
 # thread's first scope, whose attribute was the class's until then; that of torch 2.11 sees nothing but the class's.
-_scopes: list[str] = []
+_scopes: dict[object, str] = {}
 _scopes_open = ""
 _scopes_lock = threading.Lock()
 _BLIND_DYNAMO = torch.__version__ < "2.13"
@@ -76,19 +76,23 @@ def backend(name: str) -> Iterator[None]:
     """
     previous, forced = _choice.forced, _validated(name, "vitkernels.backend(name)") or "auto"
     _choice.forced = forced
-    _note_scope(_scopes.append, forced)
+    key = object()
+    _note_scope(key, forced)
     try:
         yield
     finally:
-        _note_scope(_scopes.remove, forced)
+        _note_scope(key, None)
         _choice.forced = previous
 
 
-def _note_scope(change: Callable[[str], None], name: str) -> None:
+def _note_scope(key: object, name: str | None) -> None:
     global _scopes_open
     with _scopes_lock:
-        change(name)
-        _scopes_open = " ".join(_scopes)
+        if name is None:
+            del _scopes[key]
+        else:
+            _scopes[key] = name
+        _scopes_open = " ".join(_scopes.values())
 
 
 def scope() -> str | None:
