@@ -128,6 +128,11 @@ def check(case: Case, seed: int = 0) -> None:
     twin.load().set_seed(seed)
     got = run_kernels(case, inputs, guarded)
     guarded.check()
+    compare(case, inputs, got)
+
+
+def compare(case: Case, inputs: Inputs, got: dict[str, torch.Tensor]) -> None:
+    """Holds results to the reference in float64, by the house rule."""
     baseline, truth = run_reference(case, inputs, None), run_reference(case, inputs, F64)
     terms = table_terms(case.batch, case.window, case.bias)
     assert set(got) == set(truth)
@@ -246,8 +251,9 @@ def test_no_schedule_changes_a_walk_over_windows(case: Case) -> None:
 
     As many times the same head gives what that head gives alone, where no group takes two windows.
     """
-    inputs = make_inputs(replace(case, heads=1), Guarded())
-    expected = run_kernels(replace(case, heads=1), inputs, Guarded())
+    one = replace(case, heads=1)
+    inputs = make_inputs(one, Guarded())
+    expected = run_kernels(one, inputs, Guarded())
 
     def repeat(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None:
@@ -265,7 +271,7 @@ def test_no_schedule_changes_a_walk_over_windows(case: Case) -> None:
         got = run_kernels(case, repeated, Guarded())
         # The two windows of a head meet in its table: in a reduction here, and in the group's own sum there.
         table = got.pop("grad_bias_table")
-        torch.testing.assert_close(table[:1], expected["grad_bias_table"], rtol=1e-2, atol=1e-2)
+        compare(one, inputs, expected | {"grad_bias_table": table[:1]})
         assert torch.equal(table, table[:1].expand_as(table)), f"grad_bias_table, seed {seed}"
         for name, tensor in got.items():
             assert torch.equal(tensor, repeat(expected[name])), f"{name}, seed {seed}"
