@@ -1,4 +1,4 @@
-#include <string>
+#include <cstring>
 
 #include "vitkernels/bind.h"
 #include "vitkernels/cpu_dispatch.h"
@@ -30,7 +30,61 @@ void use_exchange(const py::capsule& table, const py::type& tensor, const py::ty
     throw std::runtime_error("unknown version of DLPack's exchange table");
   exchange.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   exchange.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  exchange.is_neg = py::getattr(tensor, "is_neg").release().ptr();
+  exchange.requires_grad = py::getattr(tensor, "requires_grad").release().ptr();
   exchange.table = offered;
+}
+
+// Bytes of a fixed room, so that a signature takes no allocation but its own. What does not fit is left out
+// and remembered.
+struct Bytes {
+  static constexpr size_t kRoom = 2048;
+  char data[kRoom];
+  size_t size = 0;
+  bool full = false;
+
+  void append(const void* from, size_t count) {
+    if (count > kRoom - size) {
+      full = true;
+      return;
+    }
+    std::memcpy(data + size, from, count);
+    size += count;
+  }
+  void append(char kind) { append(&kind, 1); }
+  template <class T>
+  void append(char kind, const T& value) {
+    append(kind);
+    append(&value, sizeof(value));
+  }
+};
+
+// Types count: 4 and 4.0, 1 and True are different options. False for what is no plain value.
+bool append_option(Bytes* bytes, PyObject* option) {
+  if (option == Py_None) {
+    bytes->append('n');
+  } else if (PyBool_Check(option)) {
+    bytes->append('b', option == Py_True);
+  } else if (PyLong_CheckExact(option)) {
+    int overflow = 0;
+    bytes->append('i', PyLong_AsLongLongAndOverflow(option, &overflow));
+    if (overflow != 0) return false;
+  } else if (PyFloat_CheckExact(option)) {
+    bytes->append('f', PyFloat_AS_DOUBLE(option));
+  } else if (PyUnicode_CheckExact(option)) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(option, &size);
+    if (text == nullptr) throw py::error_already_set();
+    bytes->append('s', size);
+    bytes->append(text, size);
+  } else if (PyTuple_CheckExact(option)) {
+    bytes->append('t', PyTuple_GET_SIZE(option));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(option); ++i)
+      if (!append_option(bytes, PyTuple_GET_ITEM(option, i))) return false;
+  } else {
+    return false;
+  }
+  return true;
 }
 
 bool is_true(PyObject* result) {
@@ -40,69 +94,74 @@ bool is_true(PyObject* result) {
   return value;
 }
 
-template <class T>
-void append(std::string* bytes, char kind, const T& value) {
-  bytes->push_back(kind);
-  bytes->append(reinterpret_cast<const char*>(&value), sizeof(value));
-}
-
-// Types count: 4 and 4.0, 1 and True are different options. False for what is no plain value.
-bool append_option(std::string* bytes, PyObject* option) {
-  if (option == Py_None) {
-    bytes->push_back('n');
-  } else if (PyBool_Check(option)) {
-    append(bytes, 'b', option == Py_True);
-  } else if (PyLong_CheckExact(option)) {
-    int overflow = 0;
-    append(bytes, 'i', PyLong_AsLongLongAndOverflow(option, &overflow));
-    if (overflow != 0) return false;
-  } else if (PyFloat_CheckExact(option)) {
-    append(bytes, 'f', PyFloat_AS_DOUBLE(option));
-  } else if (PyUnicode_CheckExact(option)) {
-    Py_ssize_t size = 0;
-    const char* text = PyUnicode_AsUTF8AndSize(option, &size);
-    if (text == nullptr) throw py::error_already_set();
-    append(bytes, 's', size);
-    bytes->append(text, size);
-  } else if (PyTuple_CheckExact(option)) {
-    append(bytes, 't', PyTuple_GET_SIZE(option));
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(option); ++i)
-      if (!append_option(bytes, PyTuple_GET_ITEM(option, i))) return false;
-  } else {
+// False where the tensor is no plain strided one, so that its values are not simply what its memory holds.
+bool append_tensor(Bytes* bytes, PyObject* object, bool* gradient) {
+  if (!exchange.is_plain(object) || is_true(PyObject_CallOneArg(exchange.is_neg, object))) return false;
+  vitkernels::DLTensor tensor;
+  if (exchange.table->borrow(object, &tensor) != 0) {
+    PyErr_Clear();
     return false;
   }
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  PyObject* const requires_grad = exchange.requires_grad;
+  *gradient = *gradient || is_true(Py_TYPE(requires_grad)->tp_descr_get(requires_grad, object, type));
+  bytes->append(static_cast<char>(tensor.ndim));
+  bytes->append(&tensor.dtype, sizeof(tensor.dtype));
+  bytes->append(&tensor.device, sizeof(tensor.device));
+  bytes->append(tensor.shape, sizeof(int64_t) * tensor.ndim);
   return true;
 }
 
-// (shapes, dtypes and devices of tensors or Nones, and the options, as bytes; whether a tensor requires a
-// gradient). None where a tensor is no plain strided one, so that its values are not simply what its memory
-// holds, or an option is no plain value.
-py::object signature(const py::tuple& tensors, const py::tuple& options) {
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  std::string bytes;
-  bytes.reserve(64 * (tensors.size() + 1));
-  bool gradient = false;
-  for (py::handle item : tensors) {
-    if (item.is_none()) {
-      bytes.push_back('-');
-      continue;
-    }
-    vitkernels::DLTensor tensor;
-    if (!exchange.is_plain(item.ptr())) return py::none();
-    if (is_true(PyObject_CallMethodNoArgs(item.ptr(), is_neg))) return py::none();
-    if (exchange.table->borrow(item.ptr(), &tensor) != 0) {
-      PyErr_Clear();
-      return py::none();
-    }
-    gradient = gradient || is_true(PyObject_GetAttr(item.ptr(), requires_grad));
-    bytes.push_back(static_cast<char>(tensor.ndim));
-    bytes.append(reinterpret_cast<const char*>(&tensor.dtype), sizeof(tensor.dtype));
-    bytes.append(reinterpret_cast<const char*>(&tensor.device), sizeof(tensor.device));
-    bytes.append(reinterpret_cast<const char*>(tensor.shape), sizeof(int64_t) * tensor.ndim);
+// signature(tensors, *options): (shapes, dtypes and devices of a tuple of tensors and Nones, and the options,
+// as bytes; whether a tensor requires a gradient). None where a tensor is no plain one or an option no plain
+// value. By hand rather than by pybind11, whose part of the time would be half: every call of an operator
+// makes one.
+PyObject* signature(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count < 1 || !PyTuple_Check(arguments[0])) {
+    PyErr_SetString(PyExc_TypeError, "signature(tensors, *options): expected a tuple of tensors first");
+    return nullptr;
   }
-  if (!append_option(&bytes, options.ptr())) return py::none();
-  return py::make_tuple(py::bytes(bytes), gradient);
+  try {
+    Bytes bytes;
+    bool gradient = false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[0]); ++i) {
+      PyObject* const tensor = PyTuple_GET_ITEM(arguments[0], i);
+      if (tensor == Py_None)
+        bytes.append('-');
+      else if (!append_tensor(&bytes, tensor, &gradient))
+        Py_RETURN_NONE;
+    }
+    for (Py_ssize_t i = 1; i < count; ++i)
+      if (!append_option(&bytes, arguments[i])) Py_RETURN_NONE;
+    if (bytes.full) Py_RETURN_NONE;
+    PyObject* const key = PyBytes_FromStringAndSize(bytes.data, static_cast<Py_ssize_t>(bytes.size));
+    PyObject* const result = key == nullptr ? nullptr : PyTuple_Pack(2, key, gradient ? Py_True : Py_False);
+    Py_XDECREF(key);
+    return result;
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
+}
+
+// are_dense(*tensors): whether the last dimension of each that is no None lies side by side. By hand as
+// above.
+PyObject* are_dense(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (tensors[i] == Py_None) continue;
+    vitkernels::DLTensor tensor;
+    if (!exchange.lends(tensors[i])) Py_RETURN_FALSE;
+    if (exchange.table->borrow(tensors[i], &tensor) != 0) return nullptr;
+    const int last = tensor.ndim - 1;
+    if (last < 0 || (tensor.strides[last] != 1 && tensor.shape[last] != 1)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+template <class F>
+void define(py::module_& module, PyMethodDef* method, F function) {
+  method->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+  module.attr(method->ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(method, nullptr));
 }
 
 // 16 bytes that follow from the dtypes, shapes, strides and elements of tensors and Nones. None where a
@@ -146,7 +205,10 @@ py::object fingerprint(const py::tuple& tensors) {
 
 PYBIND11_MODULE(_native, module) {
   module.def("use_exchange", &use_exchange);
-  module.def("signature", &signature);
+  static PyMethodDef methods[] = {{"signature", nullptr, METH_FASTCALL, nullptr},
+                                  {"are_dense", nullptr, METH_FASTCALL, nullptr}};
+  define(module, &methods[0], &signature);
+  define(module, &methods[1], &are_dense);
   module.def("fingerprint", &fingerprint);
   module.def("expect_large_result", [](uintptr_t data, size_t bytes) {
     vitkernels::expect_large_result(reinterpret_cast<void*>(data), bytes);

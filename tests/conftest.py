@@ -38,11 +38,8 @@ def _seed() -> None:
 
 def _poison(allocate: Callable[..., Any]) -> Callable[..., Any]:
     def poisoned(*args: Any) -> Any:
-        result = allocate(*args)
-        for tensor in result if isinstance(result, tuple) else (result,):
-            if tensor is not None:
-                tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
-        return result
+        tensor = allocate(*args)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
 
     return poisoned
 
@@ -55,7 +52,7 @@ def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for operator in REGISTRY.values():
         monkeypatch.setattr(operator, "allocate", tuple(map(_poison, operator.allocate)))
-        monkeypatch.setattr(operator, "_empty_gradients", _poison(operator._empty_gradients))
+        monkeypatch.setattr(operator, "like", _poison(operator.like))
 
 
 @pytest.fixture

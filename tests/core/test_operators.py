@@ -103,11 +103,12 @@ def test_opcheck(sample, device, backend, aspects, monkeypatch):
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     utils = utils if every else ("test_schema", "test_faketensor")
     operator = REGISTRY[sample.op]
-    captured = []
-    run = operator.run_forward
-    monkeypatch.setattr(operator, "run_forward", lambda *args: (captured.append(args), run(*args))[1])
-    sample(sample.tensors(torch.float32, device, requires_grad=True), backend=backend)
-    args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in captured[0])
+    checked = []
+    check = operator.check
+    monkeypatch.setattr(operator, "check", lambda *args: (checked.append(check(*args)), checked[-1])[1])
+    monkeypatch.setattr(operator, "_plans", {})  # a known call is not checked again
+    sample(sample.tensors(torch.float32, device), backend=backend)
+    args = (*checked[0], backend)
     torch.library.opcheck(operator.forward_op, args, test_utils=utils)
     outputs = outputs_of(operator.forward_op(*args))
     mask = [t is not None and t.is_floating_point() for t in args[: len(operator.tensors)]]
@@ -460,6 +461,25 @@ def test_negative_views(sample):
     }
     assert any(t.is_neg() for t in negated.values())
     assert torch.equal(outputs_of(sample(negated))[0], outputs_of(sample(tensors))[0])
+
+
+@each_sample
+def test_calls_of_one_signature_lie_alike(sample):
+    """The first, which may be one in inference mode, allocates by shapes; the next like what the first found."""
+    operator = REGISTRY[sample.op]
+    operator._plans.clear()
+    with torch.inference_mode():
+        sample(sample.tensors())
+
+    def layouts(tensors):
+        return [(o.shape, o.stride(), o.dtype, o.is_inference()) for o in outputs_of(sample(tensors))]
+
+    grown = {n: t.repeat_interleave(2, -1)[..., ::2] if t.ndim else t for n, t in sample.tensors().items()}
+    swapped = {n: t.mT.contiguous().mT if t.ndim >= 2 else t for n, t in sample.tensors().items()}
+    for tensors in (sample.tensors(), sample.tensors(requires_grad=True), grown, swapped):
+        like = layouts(tensors)
+        operator._plans.clear()
+        assert like == layouts(tensors)
 
 
 def test_options_of_another_type_are_checked_again():

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
+from vitkernels.core.plan import Plan, fill, fill_gradients
+
 if TYPE_CHECKING:
     from vitkernels.core.operator import Operator
 
@@ -125,47 +127,55 @@ def make_functions(
                 results = backward_op(*args)
             return (*(g if want else None for g, want in zip(results, mask, strict=True)), *nothing)
 
-    class Eager(torch.autograd.Function):
-        """Takes (params and backend in one tuple, *tensors)."""
+    def make_eager(absent: tuple[None, ...], joint: bool) -> type[torch.autograd.Function]:
+        class Eager(torch.autograd.Function):
+            """Takes (plan, *tensors). Unless `joint`, the result is the graph's only output and the by-products, whose
+            gradients are then `absent`, are only saved: each output costs as much as an argument."""
 
-        @staticmethod
-        def forward(ctx: Any, params: tuple[Any, ...], *tensors: Any) -> tuple[torch.Tensor, ...]:
-            outputs = operator.run_forward(*tensors, *params)
-            # What set_materialize_grads and save_for_backward do, without two Python calls.
-            ctx.materialize_grads = False
-            ctx.to_save = (*outputs, *tensors)
-            ctx.params = params
-            return outputs
+            # Of a small call's time this is most: hence loops (a generator costs as much as an allocation) and few
+            # calls of helpers.
+            @staticmethod
+            def forward(ctx: Any, plan: Plan, *tensors: Any) -> Any:
+                outputs = plan.outputs(tensors)
+                if plan.ordinary:
+                    plan.module.forward(*outputs, *tensors, *plan.params)
+                else:
+                    fill(plan.module, outputs, (*tensors, *plan.params))
+                # What set_materialize_grads and save_for_backward do, without two Python calls.
+                ctx.materialize_grads = False
+                ctx.to_save = (*outputs, *tensors)
+                ctx.plan = plan
+                return tuple(outputs) if joint else outputs[0]
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            mask = list(ctx.needs_input_grad)[1:]
-            absent, batched = True, False
-            for grad in grads:  # a loop: a generator costs more than all it does here
-                if grad is not None:
-                    absent, batched = False, batched or _is_batched(grad)
-            if absent:
-                return (None, *([None] * count))
-            if not (_grad_enabled() or batched) and plain_eager():
-                return (None, *operator.gradients(*grads, *ctx.saved_tensors, *ctx.params, mask))
-            # is_grads_batched hands in tensors without storage.
-            run: Callable[..., Any] = Backward.apply if _grad_enabled() else backward_op
-            results = run(*grads, *ctx.saved_tensors, *ctx.params, mask)
-            return (None, *(g if want else None for g, want in zip(results, mask, strict=True)))
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                nothing, watched = True, _grad_enabled() or not plain_eager()
+                for grad in grads:
+                    if grad is not None:
+                        nothing, watched = False, watched or _is_batched(grad)
+                wanted = ctx.needs_input_grad
+                if nothing:
+                    return (None,) * len(wanted)
+                plan, saved = ctx.plan, ctx.saved_tensors
+                if watched:
+                    mask = list(wanted[1:])
+                    # is_grads_batched hands in tensors without storage.
+                    run: Callable[..., Any] = Backward.apply if _grad_enabled() else backward_op
+                    results = run(*grads, *absent, *saved, *plan.params, plan.backend, mask)
+                    return (None, *(g if want else None for g, want in zip(results, mask, strict=True)))
+                like, results = operator.like, []
+                for tensor, want in zip(saved[outputs:], wanted[1:]):  # noqa: B905 (strict costs)
+                    results.append(like(tensor) if want else None)
+                if plan.ordinary:
+                    plan.module.backward(*results, *grads, *absent, *saved, *plan.params)
+                else:
+                    fill_gradients(plan.module, results, saved[0], (*grads, *absent, *saved, *plan.params))
+                return (None, *results)
 
-    by_products = (None,) * (len(operator.outputs) - 1)
+        return Eager
 
-    class Result(Eager):
-        """The by-products are saved, but no outputs of the graph: each of those costs as much as an argument."""
-
-        @staticmethod
-        def forward(ctx: Any, params: tuple[Any, ...], *tensors: Any) -> torch.Tensor:  # type: ignore[override]
-            return Eager.forward(ctx, params, *tensors)[0]
-
-        @staticmethod
-        def backward(ctx: Any, grad: Any) -> Any:
-            return Eager.backward(ctx, grad, *by_products)
-
-    for function, suffix in ((Traced, ""), (Eager, ""), (Result, ""), (Backward, "_backward")):
+    outputs = len(operator.outputs)
+    eager, result = make_eager((), joint=True), make_eager((None,) * (outputs - 1), joint=False)
+    for function, suffix in ((Traced, ""), (eager, ""), (result, ""), (Backward, "_backward")):
         function.__name__ = function.__qualname__ = name + suffix
-    return Traced, Eager, Result
+    return Traced, eager, result

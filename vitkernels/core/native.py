@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -86,22 +85,33 @@ def arguments(module: ModuleType, *tensors: torch.Tensor | None) -> tuple[Any, .
     return tuple(None if t is None else _address(t) for t in tensors)
 
 
-def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor with its channels side by side, as the kernels read them; copied where they are not."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
+_are_dense = _module.are_dense if _module is not None and lends else None
 
 
-def writable(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Where kernels write a tensor: itself, or another in its place whose channels are side by side; see `deliver`."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+def dense(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The tensors with their channels side by side, as the kernels read them; copied where they are not."""
+    if _are_dense is not None and _are_dense(
+        *tensors
+    ):  # one call for all: each look at a stride costs as much
+        return tensors
+    return tuple(t if _is_dense(t) else t.contiguous() for t in tensors)  # type: ignore[union-attr]
 
 
-def deliver(tensors: Sequence[torch.Tensor | None], places: Sequence[torch.Tensor | None]) -> None:
+def writable(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Where kernels write tensors: in themselves, or in others whose channels are side by side, for `deliver`."""
+    if _are_dense is not None and _are_dense(*tensors):
+        return tensors
+    return tuple(t if _is_dense(t) else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)  # type: ignore[union-attr]
+
+
+def _is_dense(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
+def deliver(tensors: tuple[torch.Tensor | None, ...], places: tuple[torch.Tensor | None, ...]) -> None:
     """Copies to the tensors what kernels wrote to their `writable` places instead."""
+    if places is tensors:
+        return
     for tensor, place in zip(tensors, places, strict=True):
         if tensor is not None and place is not None and place is not tensor:
             tensor.copy_(place)

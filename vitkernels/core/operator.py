@@ -6,7 +6,7 @@ operators (double backward, autocast, fake tensors, frozen inputs, empty batches
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from vitkernels.core import native
 from vitkernels.core.autograd import apply_traced, make_functions, plain_eager
 from vitkernels.core.backends import Backend
 from vitkernels.core.checks import describe
+from vitkernels.core.plan import Plan, allocator, fill, fill_gradients
 
 _library = torch.library.Library("vitkernels", "DEF")
 REGISTRY: dict[str, Operator] = {}
@@ -33,7 +34,9 @@ class Operator:
         outputs: names of the outputs; the first is the result, the rest are by-products such as lse.
         check: turns (*tensors, *options) of the public function into all inputs, or raises. What it does must
             follow from the options and from the shapes, dtypes, devices and layouts of the tensors.
-        allocate: for each output, a function of all inputs that allocates it (also the fake implementation).
+        allocate: for each output, a function of all inputs that allocates it (also the fake implementation), as
+            follows from the options, shapes, dtypes and devices alone; or the name of the tensor that it is to lie
+            like.
         reference: given all inputs, the outputs, in plain differentiable PyTorch.
         backends: the implementations. Their modules fill: `forward(*outputs, *inputs)` and
             `backward(*grad_inputs, *grad_outputs, *outputs, *inputs)`; an unwanted gradient and an absent
@@ -50,7 +53,7 @@ class Operator:
         params: str,
         outputs: tuple[str, ...],
         check: Callable[..., tuple[Any, ...]],
-        allocate: tuple[Callable[..., torch.Tensor], ...],
+        allocate: tuple[Callable[..., torch.Tensor] | str, ...],
         reference: Callable[..., tuple[torch.Tensor, ...]],
         backends: tuple[Backend, ...],
         order: dict[str, tuple[str, ...]],
@@ -60,7 +63,8 @@ class Operator:
         self.tensors = tuple(t.removesuffix("?") for t in tensors)
         self.outputs = outputs
         self.check = check
-        self.allocate = allocate
+        self.allocate, self.followed = zip(*(allocator(a, self.tensors) for a in allocate), strict=True)
+        self.like: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like  # allocates a gradient
         self.reference = reference
         self.backends = {backend.name: backend for backend in backends}
         self.order = order
@@ -71,7 +75,7 @@ class Operator:
         self._apply_eager = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
         self._apply_result = super(torch.autograd.Function, result).apply  # type: ignore[misc]
         self._no_by_products = (None,) * (len(outputs) - 1)
-        self._known: dict[Any, tuple[Any, ...]] = {}
+        self._plans: dict[Any, Plan] = {}
         REGISTRY[name] = self
 
     def __call__(
@@ -86,31 +90,29 @@ class Operator:
         Returns:
             all outputs; without `by_products` those after the first may be None.
         """
-        key, wants_grad = _signature(tensors, (*options, backend, choice.scope()))
-        params = None if key is None else self._known.get(key)
-        if params is None:
+        key, wants_grad = _signature(tensors, *options, backend, choice.scope())
+        plan = self._plans.get(key)  # none of None
+        if plan is None:
             inputs = self.check(*tensors, *options)
             name = self.choose(inputs, backend)
             if name == "reference":
                 return self.reference(*inputs)
             if key is None:
                 return apply_traced(self, (*inputs, name))
-            if len(self._known) >= 4096:
-                self._known.clear()
-            params = self._known[key] = (*inputs[len(tensors) :], name)
-        if wants_grad and torch.is_grad_enabled():
-            if by_products or not self._no_by_products:
-                return self._apply_eager(params, *tensors)
-            return (self._apply_result(params, *tensors), *self._no_by_products)
-        chosen = self.backends[params[-1]]
-        if by_products or not chosen.skips_by_products:
-            return self.run_forward(*tensors, *params)
-        result = self.allocate[0](*tensors, *params[:-1])
-        if size := result.numel():
-            if size >= native.LARGE:
-                native.expect_large(result)
-            chosen.load().forward(result, *self._no_by_products, *tensors, *params[:-1])
-        return (result, *self._no_by_products)
+            if len(self._plans) >= 4096:
+                self._plans.clear()
+            plan = self._plans[key] = Plan(self, self.backends[name], inputs[len(tensors) :])
+        if wants_grad and _grad_enabled():
+            if by_products:
+                return self._apply_eager(plan, *tensors)
+            return (self._apply_result(plan, *tensors), *self._no_by_products)
+        outputs: Sequence[torch.Tensor | None]
+        if by_products or not plan.skips_by_products:
+            outputs = plan.outputs(tensors)
+        else:
+            outputs = (plan.result(tensors), *self._no_by_products)
+        fill(plan.module, outputs, (*tensors, *plan.params))
+        return tuple(outputs)
 
     def choose(self, inputs: tuple[Any, ...], argument: str | None) -> str:
         """The backend for these inputs: the forced one, or the first of the order that fits."""
@@ -177,44 +179,27 @@ class Operator:
     def run_forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The forward op's implementation: (*inputs, backend) -> outputs."""
         inputs = args[:-1]
-        outputs = []
-        for allocate in self.allocate:  # a loop: a generator costs as much as an allocation
-            outputs.append(allocate(*inputs))
-        if size := outputs[0].numel():
-            if size >= native.LARGE:
-                for output in outputs:
-                    native.expect_large(output)
-            self.backends[args[-1]].load().forward(*outputs, *inputs)
-        return tuple(outputs)
+        outputs = self._forward_fake(*args)
+        fill(self.backends[args[-1]].load(), outputs, inputs)
+        return outputs
 
     def _forward_fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         return tuple(allocate(*args[:-1]) for allocate in self.allocate)
 
     def run_backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The backward op's: (*grad_outputs, *outputs, *inputs, backend, output_mask) -> gradients."""
-        return _fixed_arity(self.gradients(*args), args[2 * len(self.outputs)])
-
-    def gradients(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
-        """What the backward op computes; a gradient that is not wanted is None."""
         count = len(self.outputs)
         grads = self._empty_gradients(args[2 * count :], args[-1])
-        if not args[count].numel():
-            return tuple(grad if grad is None else grad.zero_() for grad in grads)
-        for grad in grads:
-            if grad is not None and grad.numel() >= native.LARGE:
-                native.expect_large(grad)
-        self.backends[args[-2]].load().backward(*grads, *args[:-2])
-        return grads
+        fill_gradients(self.backends[args[-2]].load(), grads, args[count], args[:-2])
+        return _fixed_arity(grads, args[2 * count])
 
     def _backward_fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         inputs = args[2 * len(self.outputs) :]
         return _fixed_arity(self._empty_gradients(inputs, args[-1]), inputs[0])
 
     def _empty_gradients(self, inputs: Any, mask: list[bool]) -> tuple[torch.Tensor | None, ...]:
-        grads = []
-        for tensor, want in zip(inputs, mask):  # noqa: B905 (the inputs go on past the tensors)
-            grads.append(torch.empty_like(tensor) if want else None)
-        return tuple(grads)
+        # The inputs go on past the tensors.
+        return tuple(self.like(tensor) if want else None for tensor, want in zip(inputs, mask, strict=False))
 
     def _register_flops(self, flops: Callable[..., int]) -> None:
         count = len(self.outputs)
@@ -236,10 +221,11 @@ def _only(run: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., Any]:
     return lambda *args: run(*args)[0]
 
 
+_grad_enabled = torch.is_grad_enabled
 _native_signature = native.load().signature if native.lends else None
 
 
-def _signature(tensors: tuple[torch.Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, bool]:
+def _signature(tensors: tuple[torch.Tensor | None, ...], *options: Any) -> tuple[Any, bool]:
     """(what checks and choice depend on, whether a tensor requires a gradient).
 
     (None, False) for a call that is traced, transformed, watched or under autocast, or whose tensors are not plain
@@ -248,7 +234,7 @@ def _signature(tensors: tuple[torch.Tensor | None, ...], options: tuple[Any, ...
     if not plain_eager():
         return None, False
     if _native_signature is not None:
-        return _native_signature(tensors, options) or (None, False)
+        return _native_signature(tensors, *options) or (None, False)
     key: list[Any] = [repr(options)]
     for tensor in tensors:
         if tensor is None:

@@ -41,6 +41,8 @@ struct TensorExchange {
   const DLPackExchange* table = nullptr;
   PyTypeObject* tensor = nullptr;  // torch.Tensor and torch.nn.Parameter, kept alive for good
   PyTypeObject* parameter = nullptr;
+  PyObject* is_neg = nullptr;  // descriptors of torch.Tensor, likewise
+  PyObject* requires_grad = nullptr;
 
   bool is_plain(PyObject* object) const {
     return table != nullptr && (Py_TYPE(object) == tensor || Py_TYPE(object) == parameter);

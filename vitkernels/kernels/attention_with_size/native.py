@@ -27,8 +27,8 @@ def forward(
         if (q.is_cuda if cuda is None else cuda)
         else module.attention_with_size_forward_cpu
     )
-    tensors = (out, lse, native.dense(q), native.dense(k), native.dense(v), size)
-    run(*native.place(q), *native.arguments(module, *tensors), scale)
+    q, k, v = native.dense(q, k, v)
+    run(*native.place(q), *native.arguments(module, out, lse, q, k, v, size), scale)
 
 
 def backward(
@@ -53,18 +53,9 @@ def backward(
     if grad_size is not None:
         grad_size.zero_()
     wanted = (grad_q, grad_k, grad_v)
-    filled = [native.writable(grad) for grad in wanted]  # a gradient lies as its input does
-    inputs = (
-        native.dense(grad_out),
-        grad_lse,
-        out,
-        lse,
-        native.dense(q),
-        native.dense(k),
-        native.dense(v),
-        size,
-    )
-    tensors = native.arguments(module, *filled, *inputs)
+    filled = native.writable(*wanted)  # a gradient lies as its input does
+    grad_out, q, k, v = native.dense(grad_out, q, k, v)
+    tensors = native.arguments(module, *filled, grad_out, grad_lse, out, lse, q, k, v, size)
     workspace = None
     if q.is_cuda if cuda is None else cuda:
         run = module.attention_with_size_backward_cuda

@@ -26,7 +26,7 @@ def forward(
 ) -> None:
     """Fills the plan. `module` and `cuda` let the tests run the CUDA kernels on the host."""
     module = module or native.load()
-    tokens = native.dense(metric)  # named: a copy must outlive the call
+    (tokens,) = native.dense(metric)  # named: a copy must outlive the call
     tensors = native.arguments(module, rows, starts, members, src, dst, tokens)
     params = (r, class_token, distill_token)
     workspace = None

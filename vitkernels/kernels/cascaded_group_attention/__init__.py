@@ -164,10 +164,6 @@ def _sequence(kernel_sizes: Any) -> Any:
     return (kernel_sizes,) if isinstance(kernel_sizes, int) else kernel_sizes
 
 
-def _allocate_out(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
 def _allocate_heads(x: torch.Tensor, *inputs: Any) -> torch.Tensor:
     window_h, window_w = inputs[7:9]
     batch, channels, height, width = x.shape
@@ -259,7 +255,7 @@ operator = Operator(
     params="int window_h, int window_w, int[] kernel_sizes, float scale, bool residual",
     outputs=("out", "heads"),
     check=_check,
-    allocate=(_allocate_out, _allocate_heads),
+    allocate=("x", _allocate_heads),
     reference=reference.forward,
     backends=(
         Backend("cuda", _NATIVE, limits=_cuda_limits, skips_by_products=True),

@@ -19,9 +19,7 @@ def _mask(g: torch.Tensor) -> torch.Tensor:
     one."""
     if g.ndim == 3 and g.stride(0) == 0:
         return g.contiguous()
-    dense = native.dense(g)
-    assert dense is not None
-    return dense
+    return native.dense(g)[0]
 
 
 def forward(
@@ -37,8 +35,8 @@ def forward(
 ) -> None:
     """Fills the outputs. `module` and `cuda` let the tests run the CUDA kernels on the host."""
     module = module or native.load()
-    places = (y, _some(y_other), _some(divisors), native.dense(z), _mask(g), native.dense(other))
-    tensors = native.arguments(module, *places)
+    z, other = native.dense(z, other)
+    tensors = native.arguments(module, y, _some(y_other), _some(divisors), z, _mask(g), other)
     workspace = None
     if z.is_cuda if cuda is None else cuda:
         run = module.learnable_token_merge_forward_cuda
@@ -70,17 +68,9 @@ def backward(
     of the public function, so that their gradient never carries anything."""
     module = module or native.load()
     wanted = (grad_z, grad_g, None if other is None else grad_other)
-    filled = [native.writable(grad) for grad in wanted]  # a gradient lies as its input does
-    inputs = (
-        native.dense(grad_y),
-        None if other is None else native.dense(grad_y_other),
-        y,
-        _some(y_other),
-        _some(divisors),
-        native.dense(z),
-        _mask(g),
-        native.dense(other),
-    )
+    filled = native.writable(*wanted)  # a gradient lies as its input does
+    grad_y, grad_y_other, z, other = native.dense(grad_y, None if other is None else grad_y_other, z, other)
+    inputs = (grad_y, grad_y_other, y, _some(y_other), _some(divisors), z, _mask(g), other)
     tensors = native.arguments(module, *filled, *inputs)
     workspace = None
     if z.is_cuda if cuda is None else cuda:

@@ -42,7 +42,8 @@ def forward(
         if (q.is_cuda if cuda is None else cuda)
         else module.neighborhood_attention_forward_cpu
     )
-    tensors = native.arguments(module, out, lse, native.dense(q), native.dense(k), native.dense(v), rpb)
+    q, k, v = native.dense(q, k, v)
+    tensors = native.arguments(module, out, lse, q, k, v, rpb)
     run(*native.place(q), *tensors, *_on_map(*params))
 
 
@@ -66,22 +67,9 @@ def backward(
     """Fills the gradients that are not None; an incoming gradient that is None is zero."""
     module = module or native.load()
     wanted = (grad_q, grad_k, grad_v)
-    filled = [native.writable(grad) for grad in wanted]  # a gradient lies as its input does
-    tensors = native.arguments(
-        module,
-        *(
-            *filled,
-            grad_rpb,
-            native.dense(grad_out),
-            grad_lse,
-            out,
-            lse,
-            native.dense(q),
-            native.dense(k),
-            native.dense(v),
-            rpb,
-        ),
-    )
+    filled = native.writable(*wanted)  # a gradient lies as its input does
+    grad_out, q, k, v = native.dense(grad_out, q, k, v)
+    tensors = native.arguments(module, *filled, grad_rpb, grad_out, grad_lse, out, lse, q, k, v, rpb)
     options = _on_map(*params)
     workspace = None
     if q.is_cuda if cuda is None else cuda:

@@ -64,8 +64,8 @@ def forward(
         if (q.is_cuda if cuda is None else cuda)
         else module.polyline_path_attention_forward_cpu
     )
-    dense = (native.dense(q), native.dense(k), native.dense(v))
-    tensors = native.arguments(module, out, lse, cum, partial, *dense, log_decay_w, log_decay_h)
+    q, k, v = native.dense(q, k, v)
+    tensors = native.arguments(module, out, lse, cum, partial, q, k, v, log_decay_w, log_decay_h)
     run(*native.place(q), *tensors, criss_cross, scale)
 
 
@@ -94,18 +94,19 @@ def backward(
     cuda: bool | None = None,
 ) -> None:
     """Fills the gradients that are not None."""
-    wanted = (grad_q, grad_k, grad_v, grad_log_decay_w, grad_log_decay_h)
+    wanted = (grad_q, grad_k, grad_v)
     if grad_out is None:
-        for grad in wanted:
+        for grad in (*wanted, grad_log_decay_w, grad_log_decay_h):
             if grad is not None:
                 grad.zero_()
         return
     module = module or native.load()
-    filled = [native.writable(grad) for grad in wanted[:3]]  # a gradient lies as its input does
+    filled = native.writable(*wanted)  # a gradient lies as its input does
+    grad_out, q, k, v = native.dense(grad_out, q, k, v)
     tensors = native.arguments(
         module,
-        *(*filled, grad_log_decay_w, grad_log_decay_h, native.dense(grad_out), out, lse, cum, partial),
-        *(native.dense(q), native.dense(k), native.dense(v), log_decay_w, log_decay_h),
+        *(*filled, grad_log_decay_w, grad_log_decay_h, grad_out, out, lse, cum, partial),
+        *(q, k, v, log_decay_w, log_decay_h),
     )
     workspace = None
     if q.is_cuda if cuda is None else cuda:
@@ -116,4 +117,4 @@ def backward(
         run = module.polyline_path_attention_backward_cpu
     address = 0 if workspace is None else workspace.data_ptr()
     run(*native.place(q), address, *tensors, criss_cross, scale)
-    native.deliver(wanted[:3], filled)
+    native.deliver(wanted, filled)

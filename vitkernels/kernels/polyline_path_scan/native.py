@@ -10,11 +10,6 @@ from torch import Tensor
 from vitkernels.core import native
 
 
-def dense_channels(tensor: Tensor) -> Tensor:
-    """Tokens as every kernel reads them: a copy only where channels are strided."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def gradient_place(grad_x: Tensor | None, x: Tensor) -> Tensor:
     """Where the gradient of x is made, also when nobody asked for it."""
     if grad_x is not None and (grad_x.stride(-1) == 1 or grad_x.shape[-1] == 1):
@@ -36,7 +31,7 @@ def forward(
     module = module or native.load()
     on_device = x.is_cuda if cuda is None else cuda
     run = module.polyline_path_scan_forward_cuda if on_device else module.polyline_path_scan_forward_cpu
-    tokens = dense_channels(x)  # named: a copy must outlive the call
+    (tokens,) = native.dense(x)  # named: a copy must outlive the call
     tensors = native.arguments(module, y, tokens, log_decay_w, log_decay_h)
     run(*native.place(x), *tensors, transpose)
 
@@ -66,7 +61,7 @@ def backward(
     run = module.polyline_path_scan_backward_cuda if on_device else module.polyline_path_scan_backward_cpu
     place = gradient_place(grad_x, x)
     (buffer,) = native.arguments(module, place)
-    upstream, tokens = dense_channels(grad_y), dense_channels(x)  # named: copies must outlive the call
+    upstream, tokens = native.dense(grad_y, x)  # named: copies must outlive the call
     tensors = native.arguments(
         module, grad_log_decay_w, grad_log_decay_h, upstream, tokens, log_decay_w, log_decay_h
     )

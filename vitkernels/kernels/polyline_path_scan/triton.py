@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitkernels.core import native
 from vitkernels.core.triton_tiles import device_of
-from vitkernels.kernels.polyline_path_scan.native import dense_channels, gradient_place
+from vitkernels.kernels.polyline_path_scan.native import gradient_place
 
 TILE = 2048  # elements of a program's tile of tokens; half as many where two tensors are scanned both ways
 
@@ -172,7 +173,7 @@ def forward(y: Tensor, x: Tensor, log_decay_w: Tensor, log_decay_h: Tensor, tran
     """Fills y."""
     first, second = (log_decay_w, log_decay_h) if transpose else (log_decay_h, log_decay_w)
     with device_of(x):
-        _product(y, dense_channels(x), first, transpose)
+        _product(y, native.dense(x)[0], first, transpose)
         _product(y, y, second, not transpose)
 
 
@@ -193,7 +194,7 @@ def backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    x, grad_y, buffer = dense_channels(x), dense_channels(grad_y), gradient_place(grad_x, x)
+    (x, grad_y), buffer = native.dense(x, grad_y), gradient_place(grad_x, x)
     first, second = (log_decay_w, log_decay_h) if transpose else (log_decay_h, log_decay_w)
     grad_first, grad_second = (
         (grad_log_decay_w, grad_log_decay_h) if transpose else (grad_log_decay_h, grad_log_decay_w)

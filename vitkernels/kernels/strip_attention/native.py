@@ -57,8 +57,9 @@ def forward(
         if (q.is_cuda if cuda is None else cuda)
         else module.strip_attention_forward_cpu
     )
-    tensors = (out, lse, native.dense(q), native.dense(k), native.dense(v), spread(attn_bias, q, k))
-    run(*native.place(q), *native.arguments(module, *tensors), scale)
+    q, k, v = native.dense(q, k, v)
+    tensors = native.arguments(module, out, lse, q, k, v, spread(attn_bias, q, k))
+    run(*native.place(q), *tensors, scale)
 
 
 def backward(
@@ -81,20 +82,11 @@ def backward(
     """Fills the gradients that are not None; an incoming gradient that is None is zero."""
     module = module or native.load()
     wanted = (grad_q, grad_k, grad_v)
-    filled = [native.writable(grad) for grad in wanted]  # a gradient lies as its input does
+    filled = native.writable(*wanted)  # a gradient lies as its input does
     grad_logits = logit_gradient(grad_attn_bias, q, k)
-    outputs = (*filled, grad_logits)
-    inputs = (
-        native.dense(grad_out),
-        grad_lse,
-        out,
-        lse,
-        native.dense(q),
-        native.dense(k),
-        native.dense(v),
-        spread(attn_bias, q, k),
-    )
-    tensors = native.arguments(module, *outputs, *inputs)
+    grad_out, q, k, v = native.dense(grad_out, q, k, v)
+    inputs = (grad_out, grad_lse, out, lse, q, k, v, spread(attn_bias, q, k))
+    tensors = native.arguments(module, *filled, grad_logits, *inputs)
     workspace = None
     if q.is_cuda if cuda is None else cuda:
         run = module.strip_attention_backward_cuda

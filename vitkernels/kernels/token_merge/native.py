@@ -28,7 +28,7 @@ def forward(
     module = module or native.load()
     on_device = x.is_cuda if cuda is None else cuda
     run = module.token_merge_forward_cuda if on_device else module.token_merge_forward_cpu
-    tokens, plan = native.dense(x), native.indices(rows, starts, members)  # copies must outlive the call
+    (tokens,), plan = native.dense(x), native.indices(rows, starts, members)  # copies must outlive the call
     run(*native.place(x), *native.arguments(module, y, sizes, tokens, size, *plan), _MODES[mode])
 
 
@@ -63,8 +63,10 @@ def backward(
     module = module or native.load()
     on_device = x.is_cuda if cuda is None else cuda
     run = module.token_merge_backward_cuda if on_device else module.token_merge_backward_cpu
-    place, upstream, tokens = native.writable(grad_x), native.dense(grad_y), native.dense(x)
+    wanted = (grad_x,)
+    filled = native.writable(*wanted)
+    upstream, tokens = native.dense(grad_y, x)
     plan = native.indices(rows, starts, members)
-    tensors = native.arguments(module, place, upstream, y, sizes, tokens, size, *plan)
+    tensors = native.arguments(module, *filled, upstream, y, sizes, tokens, size, *plan)
     run(*native.place(x), *tensors, _MODES[mode])
-    native.deliver((grad_x,), (place,))
+    native.deliver(wanted, filled)

@@ -23,7 +23,7 @@ def forward(
     module = module or native.load()
     on_device = y.is_cuda if cuda is None else cuda
     run = module.token_unmerge_forward_cuda if on_device else module.token_unmerge_forward_cpu
-    merged, plan = native.dense(y), native.indices(rows, starts, members)  # copies must outlive the call
+    (merged,), plan = native.dense(y), native.indices(rows, starts, members)  # copies must outlive the call
     run(*native.place(y), *native.arguments(module, x, merged, *plan))
 
 
@@ -51,7 +51,8 @@ def backward(
     module = module or native.load()
     on_device = y.is_cuda if cuda is None else cuda
     run = module.token_unmerge_backward_cuda if on_device else module.token_unmerge_backward_cpu
-    place, upstream = native.writable(grad_y), native.dense(grad_x)
+    wanted = (grad_y,)
+    filled, (upstream,) = native.writable(*wanted), native.dense(grad_x)
     plan = native.indices(rows, starts, members)
-    run(*native.place(y), *native.arguments(module, place, upstream, *plan))
-    native.deliver((grad_y,), (place,))
+    run(*native.place(y), *native.arguments(module, *filled, upstream, *plan))
+    native.deliver(wanted, filled)

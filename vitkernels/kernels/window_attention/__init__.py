@@ -123,10 +123,6 @@ def _check(
     return q, k, v, bias_table, window_h, window_w, signed, scale
 
 
-def _allocate_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(v)
-
-
 def _allocate_lse(q: torch.Tensor, *_: Any) -> torch.Tensor:
     if q.dtype is torch.float32 or q.dtype is torch.float64:
         return q.new_empty(q.shape[:3])
@@ -169,7 +165,7 @@ operator = Operator(
     params="int window_h, int window_w, bool signed_bias, float scale",
     outputs=("out", "lse"),
     check=_check,
-    allocate=(_allocate_out, _allocate_lse),
+    allocate=("v", _allocate_lse),
     reference=reference.forward,
     backends=(
         Backend("cuda", _NATIVE, limits=_cuda_limits, skips_by_products=True),

@@ -1,0 +1,119 @@
+"""What like calls of an operator share: decided by the first of them, so that no other pays for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vitkernels.core import native
+from vitkernels.core.backends import Backend
+
+if TYPE_CHECKING:
+    from vitkernels.core.operator import Operator
+
+
+class Plan:
+    """How plain eager calls of one signature (shapes, dtypes, devices and options) run.
+
+    Attributes:
+        backend: its name.
+        module: its implementation.
+        params: the operator's inputs after the tensors.
+        skips_by_products: as the backend's.
+        ordinary: `fill` and `fill_gradients` have no more to do than to call the kernels: nothing is empty, and no
+            result large. Only meaningful after `outputs`.
+    """
+
+    __slots__ = (
+        "_models",
+        "_operator",
+        "_result",
+        "backend",
+        "module",
+        "ordinary",
+        "params",
+        "skips_by_products",
+    )
+
+    def __init__(self, operator: Operator, backend: Backend, params: tuple[Any, ...]) -> None:
+        self.backend = backend.name
+        self.module = backend.load()
+        self.params = params
+        self.skips_by_products = backend.skips_by_products
+        self.ordinary = False
+        self._operator = operator
+        # What outputs are allocated like: a tensor without memory, or the place of an input. To compute a shape and
+        # to allocate by it takes several times as long.
+        self._result: torch.Tensor | int | None = None
+        self._models: list[torch.Tensor | int] | None = None
+
+    def result(self, tensors: Sequence[Any]) -> torch.Tensor:
+        """The first output, not filled in."""
+        model = self._result
+        if model is None:
+            fresh = self._operator.allocate[0](*tensors, *self.params)
+            self._result = self._model_of(0, fresh)
+            return fresh
+        return self._operator.like(tensors[model] if isinstance(model, int) else model)
+
+    def outputs(self, tensors: Sequence[Any]) -> list[torch.Tensor]:
+        """All outputs, not filled in."""
+        outputs = []
+        if self._models is None:
+            for allocate in self._operator.allocate:
+                outputs.append(allocate(*tensors, *self.params))
+            sizes = [t.numel() for t in (*outputs, *tensors) if t is not None]
+            self.ordinary = sizes[0] > 0 and max(sizes) < native.LARGE
+            self._models = [self._model_of(place, fresh) for place, fresh in enumerate(outputs)]
+            return outputs
+        like = self._operator.like
+        for model in self._models:
+            outputs.append(like(tensors[model] if isinstance(model, int) else model))
+        return outputs
+
+    def _model_of(self, place: int, fresh: torch.Tensor) -> torch.Tensor | int:
+        if (followed := self._operator.followed[place]) is not None:
+            return followed
+        model = torch.empty_like(fresh)
+        model.untyped_storage().resize_(0)
+        return model
+
+
+def fill(module: ModuleType, outputs: Sequence[torch.Tensor | None], inputs: Sequence[Any]) -> None:
+    """Computes the outputs, in place; by-products that are None are not wanted."""
+    result = outputs[0]
+    assert result is not None
+    if size := result.numel():
+        if size >= native.LARGE:
+            for output in outputs:
+                if output is not None:
+                    native.expect_large(output)
+        module.forward(*outputs, *inputs)
+
+
+def fill_gradients(
+    module: ModuleType, grads: Sequence[torch.Tensor | None], result: torch.Tensor, inputs: Sequence[Any]
+) -> None:
+    """Computes the gradients that are not None, in place, from (*grad_outputs, *outputs, *inputs)."""
+    if not result.numel():
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return
+    for grad in grads:
+        if grad is not None and grad.numel() >= native.LARGE:
+            native.expect_large(grad)
+    module.backward(*grads, *inputs)
+
+
+def allocator(
+    source: str | Callable[..., torch.Tensor], tensors: tuple[str, ...]
+) -> tuple[Callable[..., torch.Tensor], int | None]:
+    """(the function that allocates an output, the place of the input that it follows or None)."""
+    if callable(source):
+        return source, None
+    place = tensors.index(source)
+    return (lambda *inputs: torch.empty_like(inputs[place])), place
