@@ -13,18 +13,25 @@ endif
 # Files keep the order of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
+# What needs no other (the build, the other packages, the linters) is done side by side.
+MAKEFLAGS += --jobs=3
+
 .PHONY: install test test-thorough demo bench lint format kernels clean
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed $(VENV)/.packages
 
 $(VENV)/.tools: constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel pybind11 cmake ninja numpy
-	$(PIP) torch
+	$(PIP) setuptools wheel pybind11 cmake ninja
+	touch $@
+
+# All that is tested with, linters included: the extension needs none of it to build.
+$(VENV)/.packages: $(VENV)/.tools constraints.txt
+	$(PIP) -r constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
-	$(PIP) --no-build-isolation -e '.[test]'
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 test: install
@@ -44,17 +51,13 @@ bench: install
 kernels: install
 	$(PY) scripts/kernel_report.py
 
-$(VENV)/.lint: $(VENV)/.tools
-	$(PIP) ruff clang-format mypy
-	touch $@
-
-lint: install $(VENV)/.lint
+lint: $(VENV)/.packages
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	find csrc \( -name '*.cu' -o -name '*.h' -o -name '*.cpp' \) | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
-format: $(VENV)/.lint
+format: $(VENV)/.packages
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	find csrc \( -name '*.cu' -o -name '*.h' -o -name '*.cpp' \) | xargs $(VENV)/bin/clang-format -i
