@@ -13,8 +13,9 @@ from vitkernels.core.operator import REGISTRY
 # Files that run for long, longest first; the workers share out the rest after them, and none is left alone at the end.
 LONGEST = (
     *("build/test_cuda_spills.py", "build/test_build.py", "build/test_triton_compile.py"),
-    *("core/test_operators.py", "kernels/test_instruction_sets.py", "device/test_twin_memory.py"),
-    *("test_train_example.py", "test_patching_graphs.py", "device/test_device_targets.py"),
+    *("core/test_operators.py", "core/test_compiled.py", "kernels/test_instruction_sets.py"),
+    *("device/test_twin_memory.py", "test_train_example.py", "test_patching_graphs.py"),
+    "device/test_device_targets.py",
     *("kernels/test_neighborhood_attention_triton.py", "kernels/test_window_attention_triton.py"),
     *("kernels/test_cascaded_group_attention_triton.py", "kernels/test_polyline_path_attention_triton.py"),
     *("kernels/test_strip_attention_triton.py", "kernels/test_learnable_token_merge_triton.py"),
@@ -23,6 +24,10 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {str(Path(__file__).parent / name): place for place, name in enumerate(LONGEST)}
+    if gone := [path for path in places if not Path(path).exists()]:
+        raise pytest.UsageError(
+            f"LONGEST in tests/conftest.py names files that are not there: {', '.join(gone)}"
+        )
     items.sort(key=lambda item: places.get(str(item.path), len(places)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -6,37 +6,15 @@ import copy
 import importlib.util
 import io
 import pickle
-import time
 
 import pytest
 import torch
+from operator_calls import FIRST, each_device, each_kernel, each_sample, gradients, outputs_of
 from samples import SAMPLES, WITHOUT_GRADIENT, Sample
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels
-from vitkernels.core import backends, native
-from vitkernels.core import operator as operator_module
 from vitkernels.core.operator import REGISTRY
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
-# Each operator's first sample, and all of them: what costs a compiler's run differs by the operator, hardly by options.
-FIRST = {sample.op: sample.name for sample in reversed(SAMPLES)}
-each_first_sample = pytest.mark.parametrize(
-    "sample",
-    [s if s.name in FIRST.values() else pytest.param(s, marks=pytest.mark.thorough) for s in SAMPLES],
-    ids=lambda s: s.name,
-)
-each_device = pytest.mark.parametrize("device", DEVICES)
-each_kernel = pytest.mark.parametrize(
-    ("device", "backend"),
-    [
-        ("cpu", "cpu"),
-        pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
-        pytest.param("cuda", "triton", marks=pytest.mark.gpu),
-    ],
-)
 
 
 @pytest.fixture(autouse=True)
@@ -44,15 +22,6 @@ def _declared_kernel(request):
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if "backend" in params and params["backend"] not in REGISTRY[params["sample"].op].backends:
         pytest.skip(f"{params['sample'].op} has no {params['backend']} kernel")
-
-
-def outputs_of(result):
-    return result if isinstance(result, tuple) else (result,)
-
-
-def gradients(sample: Sample, tensors, seeds, **kwargs):
-    outputs = outputs_of(sample(tensors, **kwargs))
-    return outputs, torch.autograd.grad(outputs, list(tensors.values()), seeds[: len(outputs)])
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, sample: Sample) -> list:
@@ -159,43 +128,6 @@ def test_autocast(sample, device, dtype):
 
 
 @each_sample
-@each_device
-def test_compile_is_one_dynamic_graph(sample, device):
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    def run(tensors):
-        return sample(tensors)
-
-    compiled = torch.compile(run, backend=count, fullgraph=True, dynamic=True)
-    # The first batch equals no other size of a sample: Dynamo takes equal sizes for one symbol.
-    for batch in (6, 2, 11):
-        tensors = sample.tensors(device=device, batch=batch)
-        for got, want in zip(outputs_of(compiled(tensors)), outputs_of(sample(tensors)), strict=True):
-            assert torch.equal(got, want)
-    assert len(graphs) == 1
-
-
-@each_first_sample
-@each_device
-def test_compile_trains(sample, device):
-    torch._dynamo.reset()
-    eager = sample.tensors(device=device, requires_grad=True)
-    seeds = [torch.randn_like(o) for o in outputs_of(sample(eager))]
-    _, want = gradients(sample, eager, seeds)
-
-    compiled = torch.compile(lambda t: sample(t), backend="aot_eager", fullgraph=True, dynamic=True)
-    outputs = outputs_of(compiled(eager))
-    got = torch.autograd.grad(outputs, list(eager.values()), seeds)
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
-
-
-@each_sample
 @each_kernel
 def test_empty_batch(sample, device, backend):
     tensors = sample.tensors(device=device, batch=0, requires_grad=True)
@@ -296,26 +228,6 @@ def test_backend_override_and_its_error(sample):
     sample(tensors)
 
 
-@each_first_sample
-def test_override_changes_the_compiled_graph(sample):
-    torch._dynamo.reset()
-    backends._choice.__dict__.pop("forced", None)  # a thread's first scope once changed nothing
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(graph.code)
-        return graph
-
-    compiled = torch.compile(lambda t: sample(t), backend=keep, fullgraph=True)
-    tensors = sample.tensors()
-    compiled(tensors)
-    with vitkernels.backend("reference"):
-        compiled(tensors)
-    assert len(graphs) == 2
-    assert f"vitkernels.{sample.op}" in graphs[0]
-    assert f"vitkernels.{sample.op}" not in graphs[1]
-
-
 class Holder(torch.nn.Module):
     """A module that keeps an operator's public function, as a user's layer may."""
 
@@ -357,153 +269,6 @@ def test_repeats_are_bit_identical(sample, device):
             assert torch.equal(a, b)
 
 
-@each_first_sample
-def test_export_takes_the_reference(sample):
-    class Module(torch.nn.Module):
-        def forward(self, **tensors):
-            return sample(tensors)
-
-    tensors = sample.tensors()
-    program = torch.export.export(Module(), (), tensors)
-    assert "vitkernels" not in program.graph_module.code
-    torch.testing.assert_close(
-        outputs_of(program.module()(**tensors))[0], outputs_of(sample(tensors))[0], atol=1e-5, rtol=1e-5
-    )
-
-
-@each_sample
-def test_functional_grad(sample):
-    tensors = sample.tensors()
-    name, first = next(iter(tensors.items()))
-    got = torch.func.grad(lambda t: outputs_of(sample({**tensors, name: t}))[0].square().sum())(first)
-    want = torch.func.grad(
-        lambda t: outputs_of(sample({**tensors, name: t}, backend="reference"))[0].square().sum()
-    )(first)
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-
-
-@each_sample
-def test_forward_mode_raises_a_clear_error(sample):
-    tensors = sample.tensors()
-    name, first = next(iter(tensors.items()))
-
-    def run(t):
-        return outputs_of(sample({**tensors, name: t}))[0]
-
-    with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*backend='reference'"):
-        torch.func.jvp(run, (first,), (torch.ones_like(first),))
-    with (
-        forward_ad.dual_level(),
-        pytest.raises(RuntimeError, match="no forward-mode derivative"),
-    ):
-        run(forward_ad.make_dual(first, torch.ones_like(first)))
-
-
-@each_sample
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_and_per_sample_gradients(sample):
-    stacked = [sample.tensors(batch=2) for _ in range(3)]
-    batched = {name: torch.stack([tensors[name] for tensors in stacked]) for name in stacked[0]}
-
-    def loss(tensors, backend=None):
-        return outputs_of(sample(tensors, backend=backend))[0].square().sum()
-
-    torch.testing.assert_close(
-        torch.func.vmap(loss)(batched), torch.stack([loss(tensors) for tensors in stacked])
-    )
-    got = torch.func.vmap(torch.func.grad(loss))(batched)
-    for i, tensors in enumerate(stacked):
-        want = torch.func.grad(lambda t: loss(t, "reference"))(tensors)
-        for name, grad in want.items():
-            torch.testing.assert_close(got[name][i], grad, atol=1e-4, rtol=1e-4)
-
-
-@each_sample
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_batched_gradients(sample):
-    """is_grads_batched hands in tensors without storage; the kernels once asked for their address."""
-    tensors = sample.tensors(requires_grad=True)
-    out = outputs_of(sample(tensors))[0]
-    seeds = torch.randn(3, *out.shape)
-    got = torch.autograd.grad(out, list(tensors.values()), seeds, is_grads_batched=True, retain_graph=True)
-    for i, seed in enumerate(seeds):
-        want = torch.autograd.grad(out, list(tensors.values()), seed, retain_graph=True)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a[i], b)
-
-
-class PlainSubclass(torch.Tensor):
-    pass
-
-
-class ParameterSubclass(torch.nn.Parameter):
-    pass
-
-
-@each_sample
-@pytest.mark.parametrize("kind", [PlainSubclass, ParameterSubclass])
-def test_tensor_subclasses(sample, kind):
-    """The bindings once took exact torch.Tensor and Parameter only."""
-    tensors = sample.tensors()
-    want = outputs_of(sample(tensors))[0]
-    for name in tensors:
-        changed = {**tensors, name: tensors[name].as_subclass(kind)}
-        assert torch.equal(outputs_of(sample(changed))[0].as_subclass(torch.Tensor), want)
-
-
-@each_sample
-def test_negative_views(sample):
-    """The imaginary part of a conjugate keeps its sign in a flag, not in memory."""
-    tensors = sample.tensors()
-    negated = {
-        name: torch.complex(torch.zeros_like(t), -t).conj().imag if name != "v" else t
-        for name, t in tensors.items()
-    }
-    assert any(t.is_neg() for t in negated.values())
-    assert torch.equal(outputs_of(sample(negated))[0], outputs_of(sample(tensors))[0])
-
-
-@each_sample
-def test_calls_of_one_signature_lie_alike(sample):
-    """The first, which may be one in inference mode, allocates by shapes; the next like what the first found."""
-    operator = REGISTRY[sample.op]
-    operator._plans.clear()
-    with torch.inference_mode():
-        sample(sample.tensors())
-
-    def layouts(tensors):
-        return [(o.shape, o.stride(), o.dtype, o.is_inference()) for o in outputs_of(sample(tensors))]
-
-    grown = {n: t.repeat_interleave(2, -1)[..., ::2] if t.ndim else t for n, t in sample.tensors().items()}
-    swapped = {n: t.mT.contiguous().mT if t.ndim >= 2 else t for n, t in sample.tensors().items()}
-    for tensors in (sample.tensors(), sample.tensors(requires_grad=True), grown, swapped):
-        like = layouts(tensors)
-        operator._plans.clear()
-        assert like == layouts(tensors)
-
-
-def test_options_of_another_type_are_checked_again():
-    """4.0 equals 4 and True equals 1, so a remembered call once let them pass."""
-    x = torch.randn(1, 1, 16, 8)
-    vitkernels.ops.window_attention(x, x, x, window=4, scale=1)
-    for wrong in ({"window": 4.0, "scale": 1}, {"window": (4.0, 4)}, {"window": 4, "scale": True}):
-        with pytest.raises(TypeError):
-            vitkernels.ops.window_attention(x, x, x, **wrong)
-
-
-@each_sample
-def test_without_the_exchange_table(sample, monkeypatch):
-    """PyTorch before 2.10 lends no tensors: tuples cross the boundary instead, and Python makes the keys."""
-    tensors = sample.tensors(requires_grad=True)
-    seeds = [torch.randn_like(o) for o in outputs_of(sample(tensors))]
-    want = gradients(sample, tensors, seeds)
-    monkeypatch.setattr(native, "lends", False)
-    monkeypatch.setattr(operator_module, "_native_signature", None)
-    got = gradients(sample, tensors, seeds)
-    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
-        assert torch.equal(a, b)
-
-
 @each_sample
 def test_flop_counter_agrees_with_the_composition(sample):
     def count(backend: str) -> int:
@@ -515,18 +280,3 @@ def test_flop_counter_agrees_with_the_composition(sample):
 
     assert count("cpu") == count("reference") * sample.share
     assert (count("reference") > 0) == sample.products
-
-
-@each_sample
-@each_device
-def test_call_overhead_is_printed(sample, device, record_property):
-    for label, tensors in (
-        ("call, no gradient", sample.tensors(device=device, batch=1)),
-        ("call, with gradient", sample.tensors(device=device, batch=1, requires_grad=True)),
-    ):
-        best = float("inf")
-        for _ in range(300):
-            start = time.perf_counter()
-            sample(tensors)
-            best = min(best, time.perf_counter() - start)
-        record_property(label, best)
