@@ -9,6 +9,12 @@ export VITKERNELS_BUILD_DIR ?= $(CURDIR)/build/cmake
 ifeq ($(shell command -v nvidia-smi),)
 export VITKERNELS_CUDA_ARCHS ?= 90a-real
 endif
+# Nor does an instruction set that this processor lacks have to be fast.
+ifneq ($(wildcard /proc/cpuinfo),)
+ifeq ($(shell grep -m 1 -o avx512f /proc/cpuinfo),)
+export VITKERNELS_CMAKE_ARGS ?= -DVITKERNELS_QUICK_ISAS=baseline\;avx512
+endif
+endif
 # One process a core, of one thread where a test asks for no more: two threads each would wait for each other's.
 # Files keep the order of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -27,7 +33,7 @@ $(VENV)/.tools: constraints.txt
 
 # All that is tested with, linters included: the extension needs none of it to build.
 $(VENV)/.packages: $(VENV)/.tools constraints.txt
-	$(PIP) -r constraints.txt
+	$(PIP) --no-compile -r constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)

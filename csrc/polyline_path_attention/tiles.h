@@ -115,20 +115,24 @@ template <class Engine, class T, class Acc, int TILES>
 VK_DEVICE void multiply_rows(Acc (&sums)[TILES][4], const T* a, int lda, const T* b, int ldb, int depth,
                              Span seen) {
   constexpr int PART = 32;
-  if (!std::is_floating_point_v<T> || depth <= PART)
-    return Engine::multiply_rows(sums, a, lda, b, ldb, depth, seen);
-  VK_NO_UNROLL
-  for (int first = 0; first < depth; first += PART) {
-    Acc part[TILES][4];
-    clear(part);
-    Engine::multiply_rows(part, a + first, lda, b + first, ldb, depth - first < PART ? depth - first : PART,
-                          seen);
-    VK_UNROLL
-    for (int j = 0; j < TILES; ++j) {
-      VK_UNROLL
-      for (int c = 0; c < 4; ++c) sums[j][c] += part[j][c];
+  if constexpr (std::is_floating_point_v<T>) {
+    if (depth > PART) {
+      VK_NO_UNROLL
+      for (int first = 0; first < depth; first += PART) {
+        Acc part[TILES][4];
+        clear(part);
+        Engine::multiply_rows(part, a + first, lda, b + first, ldb,
+                              depth - first < PART ? depth - first : PART, seen);
+        VK_UNROLL
+        for (int j = 0; j < TILES; ++j) {
+          VK_UNROLL
+          for (int c = 0; c < 4; ++c) sums[j][c] += part[j][c];
+        }
+      }
+      return;
     }
   }
+  Engine::multiply_rows(sums, a, lda, b, ldb, depth, seen);
 }
 
 // sums += p b as Engine::multiply_registers, in float and double a tile's part on its own: a map has many

@@ -17,10 +17,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import kernel_report
 
+# A compilation is long: in the default tier one format of half precision goes to both targets, the rest to one each.
+SOME = {"80": ("float16", "float32"), "90a": ("float16", "bfloat16")}
+ALL = dict.fromkeys(kernel_report.TARGETS, kernel_report.DTYPES)
 
-@pytest.fixture(scope="module")
-def usage() -> list[kernel_report.Usage]:
-    rows = kernel_report.collect(languages=("triton",))
+
+@pytest.fixture(
+    scope="module",
+    params=[SOME, pytest.param(ALL, marks=pytest.mark.thorough)],
+    ids=["some dtypes", "all dtypes"],
+)
+def usage(request: pytest.FixtureRequest) -> list[kernel_report.Usage]:
+    rows = []
+    for target, dtypes in request.param.items():
+        rows += kernel_report.collect(targets=(target,), languages=("triton",), dtypes=dtypes)
     for row in rows:
         print(row)
     return rows
@@ -30,8 +40,13 @@ def test_every_kernel_is_compiled_for_both_targets(usage: list[kernel_report.Usa
     """In the same dtypes: some kernels serve float32 alone, or half precision."""
     seen = {(row.kernel, row.variant.split()[0], row.target) for row in usage}
     assert len({kernel for kernel, _, _ in seen}) >= 7
+    assert {dtype for _, dtype, _ in seen} == set(kernel_report.DTYPES)
+    shared = set.intersection(
+        *({row[1] for row in seen if row[2] == f"sm_{t}"} for t in kernel_report.TARGETS)
+    )
     first, second = (
-        {row[:2] for row in seen if row[2] == f"sm_{target}"} for target in kernel_report.TARGETS
+        {row[:2] for row in seen if row[2] == f"sm_{target}" and row[1] in shared}
+        for target in kernel_report.TARGETS
     )
     assert first == second
     for module in kernel_report.triton_modules():

@@ -125,12 +125,18 @@ def test_larger_images_get_larger_windows_and_resized_biases(tmp_path) -> None:
     assert torch.isfinite(large.eval()(torch.randn(1, 3, 384, 384))).all()
 
 
-@pytest.mark.parametrize("layout", ["official", "timm"])
+@pytest.fixture(scope="module")
+def source() -> models.EfficientViT:
+    return randomise(models.efficientvit_m0(num_classes=10))
+
+
+FORMS = ("plain", "model", "state_dict", "model_ema", "module.", "args", "safetensors")
+
+
 @pytest.mark.parametrize(
-    "form", ["plain", "model", "state_dict", "model_ema", "module.", "args", "safetensors"]
+    ("form", "layout"), [*((form, "official") for form in FORMS), ("plain", "timm"), ("module.", "timm")]
 )
-def test_reads_weights(tmp_path, form: str, layout: str) -> None:
-    source = randomise(models.efficientvit_m0(num_classes=10))
+def test_reads_weights(tmp_path, source: models.EfficientViT, form: str, layout: str) -> None:
     weights = dict(source.state_dict())
     if layout == "timm":
         weights = models.to_timm_state_dict(weights)
