@@ -10,7 +10,9 @@ reference of its own function in float64, then they take turns.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import vitkernels
-from vitkernels import models
-from vitkernels.bench import gate, timing
+from vitkernels import info, models
+from vitkernels.bench import gate, report, timing
 from vitkernels.bench.host_model import clone, plain
 from vitkernels.nn.polyline_path_attention import PolylinePathAttention, rotate, rotation_of
 
@@ -126,6 +128,7 @@ def main(argv: list[str] | None = None) -> dict[tuple[int, str], dict[str, timin
     add("--mode", nargs="+", choices=["fwd", "fwd+bwd"], default=["fwd"])
     add("--networks", nargs="+", help="only these, beside 'vitkernels'")
     add("--seconds", type=float, default=3.0, help="CPU time of each network")
+    add("--json", type=Path, metavar="F", help="environment, settings and times")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     model = models.create_model(args.model).eval()
@@ -135,7 +138,7 @@ def main(argv: list[str] | None = None) -> dict[tuple[int, str], dict[str, timin
         chosen = {name: pair for name, pair in chosen.items() if name in wanted}
     if note := timing.busy():
         print(note)
-    results = {}
+    results, rows = {}, []
     for batch in args.batch:
         images = torch.randn(batch, 3, args.size[0], args.size[-1])
         for network, reference in chosen.values():
@@ -149,6 +152,11 @@ def main(argv: list[str] | None = None) -> dict[tuple[int, str], dict[str, timin
                 share = f"{t.median / min(bare):6.2f} x no mask" if bare else ""
                 spread = f"({t.p20 * 1e3:.1f} .. {t.p80 * 1e3:.1f})"
                 print(f"  {name:26s} {t.median * 1e3:8.1f} ms {spread:20s} {share}")
+                rows.append({"network": name, "batch": batch, "mode": mode, **dataclasses.asdict(t)})
+    if args.json:
+        settings = {**vars(args), "json": str(args.json), "busy": note, "threads": torch.get_num_threads()}
+        content = report.document((), (), info.collect(), None, settings)
+        report.write_json(args.json, {**content, "rows": rows})
     return results
 
 

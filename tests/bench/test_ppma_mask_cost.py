@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,34 @@ def script():
     return module
 
 
-def test_times_the_network_and_its_twins_without_a_mask(script, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["--size", "64", "96", "--batch", "2", "--mode", "fwd", "fwd+bwd", "--seconds", "0.01"]
+def test_times_the_network_and_its_twins_without_a_mask(
+    script, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "cost.json"
+    arguments = [
+        "--json",
+        str(path),
+        "--size",
+        "64",
+        "96",
+        "--batch",
+        "2",
+        "--mode",
+        "fwd",
+        "fwd+bwd",
+        "--seconds",
+        "0.01",
+    ]
     build = script.models.create_model
     script.models = type("Small", (), {"create_model": staticmethod(lambda name: build(name, **SMALL))})
     results = script.main(arguments)
     assert results.keys() == {(2, "fwd"), (2, "fwd+bwd")}
     assert list(results[2, "fwd"]) == list(script.networks(build("ppma_t", **SMALL).eval()))
     assert capsys.readouterr().out.count("x no mask") == 10
+    written = json.loads(path.read_text())
+    assert [(row["batch"], row["mode"], row["network"], row["median"]) for row in written["rows"]] == [
+        (*key, name, t.median) for key, times in results.items() for name, t in times.items()
+    ]
 
 
 def test_a_twin_that_is_wrong_is_not_timed(script) -> None:

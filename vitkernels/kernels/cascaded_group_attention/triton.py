@@ -71,13 +71,14 @@ def forward(
     shape = shape_of(x, qkv_weight, dw_weight, window_h, window_w, kernel_sizes)
     with device_of(x):
         _forward_heads(heads, x, qkv_weight, qkv_bias, dw_weight, dw_bias, attn_bias, scale, shape)
-        config = product_configuration(shape.channels, shape.itemsize)
+        nchw = not channels_innermost(out)
+        config = product_configuration(shape.channels, shape.itemsize, nchw)
         pixels = shape.batch * shape.height * shape.width
         tiles = -(-pixels // config["BLOCK_M"]) * -(-shape.channels // config["BLOCK_N"])
         forward_projection[(tiles,)](
             out, heads, x, proj_weight, proj_bias, *out.stride(), *x.stride(), *proj_weight.stride(),
             *proj_bias.stride(), pixels, shape.rows, shape.columns, shape.height, shape.width,
-            shape.channels, window_h, window_w, residual, **config, NCHW=not channels_innermost(out),
+            shape.channels, window_h, window_w, residual, **config, NCHW=nchw,
         )  # fmt: skip
 
 
@@ -166,14 +167,14 @@ def _wanted(grads: Sequence[Tensor | None]) -> bool:
 def _backward_projection(x, grad_out, grad_heads, heads, weight, shape):
     """Gradient of heads, [windows, tokens, C] in x's dtype."""
     grads = _scratch(x, x.dtype, *heads.shape)
-    config = product_configuration(shape.channels, shape.itemsize)
+    nchw = grad_out is not None and not channels_innermost(grad_out)
+    config = product_configuration(shape.channels, shape.itemsize, nchw)
     tokens = shape.windows * shape.tokens
     tiles = -(-tokens // config["BLOCK_M"]) * -(-shape.channels // config["BLOCK_N"])
     backward_projection[(tiles,)](
         grads, grad_out, grad_heads, heads, weight, *_strides(grad_out, 4), *_strides(grad_heads, 3),
         *weight.stride(), tokens, shape.rows, shape.columns, shape.height, shape.width, shape.channels,
-        shape.window_h, shape.window_w, **config,
-        NCHW=grad_out is not None and not channels_innermost(grad_out),
+        shape.window_h, shape.window_w, **config, NCHW=nchw,
     )  # fmt: skip
     return grads
 
@@ -214,7 +215,8 @@ def _backward_heads(
 
 
 def _projection_weight(targets, grad_out, heads, shape):
-    config = weight_configuration(shape.channels, shape.channels, shape.itemsize)
+    nchw = not channels_innermost(grad_out)
+    config = weight_configuration(shape.channels, shape.channels, shape.itemsize, nchw)
     tiles = -(-shape.channels // config["BLOCK_M"]) * -(-shape.channels // config["BLOCK_N"])
     pixels = shape.batch * shape.height * shape.width
     chunks = split(-(-pixels // config["BLOCK_T"]), tiles, PRODUCT_PROGRAMS)
@@ -224,7 +226,7 @@ def _projection_weight(targets, grad_out, heads, shape):
     projection_weight_gradient[(chunks * tiles,)](
         *partials, grad_out, heads, *grad_out.stride(), pixels, chunks, shape.rows, shape.columns,
         shape.height, shape.width, shape.channels, shape.window_h, shape.window_w, **config,
-        NCHW=not channels_innermost(grad_out),
+        NCHW=nchw,
     )  # fmt: skip
     _reduce(targets, partials)
 

@@ -105,26 +105,27 @@ def window_configuration(
 
 
 @cache
-def product_configuration(channels: int, itemsize: int) -> dict[str, int]:
-    """Tiles of the products over all tokens."""
+def product_configuration(channels: int, itemsize: int, nchw: bool) -> dict[str, int]:
+    """Tiles of the products over all tokens; `nchw`: one of a map whose channels lie apart."""
     return {
         "BLOCK_M": 64,
         "BLOCK_N": min(64, padded(channels)),
         "SLICE": slice_of(channels, 32),
         "STAGES": 3 if itemsize == 2 else 2,
-        "num_warps": 4 if itemsize == 2 else 8,
+        # An address for every element of an NCHW tile: with four warps Triton 3.6 spills them.
+        "num_warps": 4 if itemsize == 2 and not nchw else 8,
         "num_stages": 1,
     }
 
 
 @cache
-def weight_configuration(outputs: int, inputs: int, itemsize: int) -> dict[str, int]:
-    """Tiles of the products that sum over all tokens."""
+def weight_configuration(outputs: int, inputs: int, itemsize: int, nchw: bool = False) -> dict[str, int]:
+    """Tiles of the products that sum over all tokens; `nchw` as above, for a product of nothing else."""
     return {
         "BLOCK_T": 32,
         "BLOCK_M": min(64, padded(outputs)),
         "BLOCK_N": min(64, padded(inputs)),
         "STAGES": 3 if itemsize == 2 else 1,
-        "num_warps": 4 if itemsize == 2 else 8,
+        "num_warps": 4 if itemsize == 2 and not nchw else 8,
         "num_stages": 1,
     }

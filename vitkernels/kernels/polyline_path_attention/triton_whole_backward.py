@@ -114,7 +114,8 @@ def backward_whole(
     of the corners, which lie in the owners' rows, one a side and column of tiles. rows are delta, [2] planes, or with
     EXACT what rows_whole says, in place of lse.
 
-    local memory: up to 8 bytes: in half precision keys of 128 channels own two tiles and two sums of as many registers.
+    local memory: up to 16 bytes: in half precision keys of 128 channels own two tiles and two sums of registers.
+    From Triton 3.7 on it is 8.
     """
     BLOCK_M: tl.constexpr = TILE_Y * TILE_X
     batch, head, tile = owner_place(size, heads)
