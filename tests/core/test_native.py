@@ -104,3 +104,23 @@ def test_the_advice_on_large_results_changes_nothing():
     native.expect_large(tensor)
     assert torch.equal(tensor, before)
     native.expect_large(torch.empty(0))
+
+
+@pytest.mark.parametrize("in_one_call", [True, False])
+def test_only_strided_channels_are_copied_and_delivered(monkeypatch, in_one_call: bool) -> None:
+    if not in_one_call:
+        monkeypatch.setattr(native, "_are_dense", None)
+    dense, column, strided = torch.randn(3, 4), torch.randn(1, 4).T, torch.randn(4, 3).T
+    assert all(a is b for a, b in zip(native.dense(dense, None, column), (dense, None, column), strict=True))
+    same, nothing, copy = native.dense(dense, None, strided)
+    assert same is dense
+    assert nothing is None
+    assert copy.stride(-1) == 1
+    assert torch.equal(copy, strided)
+    wanted = (torch.zeros(3, 4), None, torch.zeros(4, 3).T)
+    places = native.writable(*wanted)
+    assert places[0] is wanted[0]
+    assert places[2] is not wanted[2]
+    places[2].fill_(1)
+    native.deliver(wanted, places)
+    assert wanted[2].eq(1).all()
