@@ -164,7 +164,7 @@ def make_functions(
                     results = run(*grads, *absent, *saved, *plan.params, plan.backend, mask)
                     return (None, *(g if want else None for g, want in zip(results, mask, strict=True)))
                 like, results = operator.like, []
-                for tensor, want in zip(saved[outputs:], wanted[1:]):  # noqa: B905 (strict costs)
+                for tensor, want in zip(saved[first_input:], wanted[1:]):  # noqa: B905 (strict costs)
                     results.append(like(tensor) if want else None)
                 if plan.ordinary:
                     plan.module.backward(*results, *grads, *absent, *saved, *plan.params)
@@ -174,8 +174,8 @@ def make_functions(
 
         return Eager
 
-    outputs = len(operator.outputs)
-    eager, result = make_eager((), joint=True), make_eager((None,) * (outputs - 1), joint=False)
+    first_input = len(operator.outputs)  # of what is saved
+    eager, result = make_eager((), joint=True), make_eager((None,) * (first_input - 1), joint=False)
     for function, suffix in ((Traced, ""), (eager, ""), (result, ""), (Backward, "_backward")):
         function.__name__ = function.__qualname__ = name + suffix
     return Traced, eager, result

@@ -90,9 +90,8 @@ _are_dense = _module.are_dense if _module is not None and lends else None
 
 def dense(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """The tensors with their channels side by side, as the kernels read them; copied where they are not."""
-    if _are_dense is not None and _are_dense(
-        *tensors
-    ):  # one call for all: each look at a stride costs as much
+    # One call for all: each look at a stride from Python costs as much.
+    if _are_dense is not None and _are_dense(*tensors):
         return tensors
     return tuple(t if _is_dense(t) else t.contiguous() for t in tensors)  # type: ignore[union-attr]
 
