@@ -68,7 +68,17 @@ struct Backward {
     size = scratch.used;
   }
 
-  void run(int64_t batch, int head) const {
+  // What `run` of an item reads and writes.
+  Ahead<E> ahead_of(int64_t item, bool wanted) const {
+    Ahead<E> ahead(p, wanted, ceil_div(tokens, L) * height);
+    const View* const of_logits[] = {&p.q, &p.k, &p.grad_q, &p.grad_k};
+    const View* const of_values[] = {&p.v, &p.grad_out, &p.grad_v};
+    for (const View* view : of_logits) ahead.add(p, *view, item, p.head_dim);
+    for (const View* view : of_values) ahead.add(p, *view, item, p.value_dim);
+    return ahead;
+  }
+
+  void run(int64_t batch, int head, Ahead<E> ahead) const {
     const bool decays = p.grad_log_decay_w || p.grad_log_decay_h;
     read(batch, head);
     for (int tile = 0; tile < tiling.count; ++tile) {
@@ -81,7 +91,8 @@ struct Backward {
       multiply<T>(vecs, {tokens, p.head_dim, k, d_pitch, 1, q_lanes, pitch, nullptr, 0, s, pitch});
       multiply<T>(vecs, {tokens, p.value_dim, v, v_pitch, 1, g_lanes, pitch, nullptr, 0, ds, pitch});
       for (int i = 0; i < vecs; ++i)
-        decays ? differentiate<true>(begin + i * L, i * L) : differentiate<false>(begin + i * L, i * L);
+        decays ? differentiate<true>(begin + i * L, i * L, ahead)
+               : differentiate<false>(begin + i * L, i * L, ahead);
       if (p.grad_v)
         multiply<T>(v_pitch / L,
                     {tokens, lanes, s, pitch, 1, tile_g, v_pitch, tile ? dv : nullptr, v_pitch, dv, v_pitch});
@@ -151,7 +162,7 @@ struct Backward {
   // Of L queries from `first` on, which are lanes of the tile: s, scores, becomes P1 + P2; ds, the gradients
   // of those, becomes D1 + D2; the decays' sums grow.
   template <bool Decays>
-  __attribute__((noinline)) void differentiate(int first, int lane) const {
+  __attribute__((noinline)) void differentiate(int first, int lane, Ahead<E>& ahead) const {
     const Queries at = find(first);
     const int pitch = tiling.width, columns = width, rows = height, padded = tiling.count * pitch;
     const V lse1 = load(lse + first), lse2 = load(lse + padded + first), own = load(down + first);
@@ -162,6 +173,7 @@ struct Backward {
     T *const sums_l = sums, *const turns_l = turns;
     T *score = s + lane, *other = second;
     for (int r = 0; r < rows; ++r, row_along += columns, row_down += columns) {
+      ahead.step();
       const V later = towards<T>(broadcast(T(1)), at.rows, r);
       const V there = load(along_turns + r * turn + at.column);
       const V fall = later * (own - load(down_turns + r * turn + at.column));
@@ -263,7 +275,8 @@ void run(const Params& p, int64_t begin, int64_t end, void* scratch) {
   by_dtype(p, [&](auto e) {
     const Backward<decltype(e)> backward(p, scratch);
     for (int64_t item = begin; item < end; ++item)
-      backward.run(item / p.heads, static_cast<int>(item % p.heads));
+      backward.run(item / p.heads, static_cast<int>(item % p.heads),
+                   backward.ahead_of(item + 1, item + 1 < end));
   });
 }
 

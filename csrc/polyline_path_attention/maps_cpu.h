@@ -47,6 +47,46 @@ static void write_map(const Params& p, const View& view, int64_t batch, int head
            from + static_cast<ptrdiff_t>(y) * p.width * pitch, pitch, p.width, channels, factors);
 }
 
+// Tokens of the head that comes next, brought nearer while another is worked on. Its tokens lie apart, with
+// the other heads' between them, so that no processor sees by itself where it goes on; and a few at a time,
+// since all at once the requests would wait for each other.
+template <class E>
+struct Ahead {
+  static constexpr int kMost = 8;
+  const char* at[kMost];
+  ptrdiff_t next_token[kMost], next_row[kMost];
+  int bytes[kMost], views = 0, width, column = 0, left, share;
+
+  // The whole map in `steps` steps; none of it unless `wanted`, and of a large one, which would drive out
+  // what is at work.
+  Ahead(const Params& p, bool wanted, int steps) : width(p.width) {
+    const int tokens = p.height * p.width;
+    left = wanted && tokens <= kSmallMap ? tokens : 0;
+    share = ceil_div(tokens, steps);
+  }
+
+  void add(const Params& p, const View& view, int64_t item, int channels) {
+    if (left == 0 || !view || view.stride[4] != 1) return;
+    at[views] = reinterpret_cast<const char*>(
+        token<const E>(view, item / p.heads, static_cast<int>(item % p.heads), 0, 0));
+    next_token[views] = view.stride[2] * static_cast<ptrdiff_t>(sizeof(E));
+    next_row[views] = view.stride[1] * static_cast<ptrdiff_t>(sizeof(E)) - (width - 1) * next_token[views];
+    bytes[views++] = channels * static_cast<int>(sizeof(E));
+  }
+
+  void step() {
+    for (int tokens = imin(share, left); tokens > 0; --tokens) {
+      --left;
+      const bool turns = ++column == width;
+      if (turns) column = 0;
+      for (int v = 0; v < views; ++v) {
+        for (int byte = 0; byte < bytes[v]; byte += 64) __builtin_prefetch(at[v] + byte, 0, 2);
+        at[v] += turns ? next_row[v] : next_token[v];
+      }
+    }
+  }
+};
+
 // visit(element of the tensors' dtype)
 template <class Visit>
 VITKERNELS_INLINE auto by_dtype(const Params& p, Visit visit) {
