@@ -161,8 +161,15 @@ def test_matches_reference(case: Case, guarded: Guarded) -> None:
     compare(case, inputs, run_kernels(case, inputs, guarded))
 
 
-@pytest.mark.parametrize("window", [(3, 3), (6, 11)], ids=["whole", "tiled"])
-@pytest.mark.parametrize("given", ["grad_out", "grad_lse"])
+@pytest.mark.parametrize(
+    ("given", "window"),
+    [
+        pytest.param("grad_out", (3, 3), id="grad_out-whole"),
+        pytest.param("grad_lse", (3, 3), id="grad_lse-whole"),
+        pytest.param("grad_lse", (6, 11), id="grad_lse-tiled"),
+        pytest.param("grad_out", (6, 11), id="grad_out-tiled", marks=pytest.mark.thorough),
+    ],
+)
 def test_absent_incoming_gradient_is_zero(window: tuple[int, int], given: str, guarded: Guarded) -> None:
     case = Case(window, dv=16, batch=2 if window == (3, 3) else 1, heads=1)
     case = replace(case, grad_out=given == "grad_out", grad_lse=given == "grad_lse")
