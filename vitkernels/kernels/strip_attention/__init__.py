@@ -129,11 +129,8 @@ def _allocate_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) ->
 
 
 def _allocate_lse(q: torch.Tensor, *_: Any) -> torch.Tensor:
-    shape = q.shape[:3]
-    # Naming a dtype costs as much as the allocation.
-    if q.dtype is torch.float32 or q.dtype is torch.float64:
-        return q.new_empty(shape)
-    return q.new_empty(shape, dtype=torch.float32)
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def _flops(q: Any, k: Any, v: Any, attn_bias: Any, scale: float, mask: list[bool] | None) -> int:

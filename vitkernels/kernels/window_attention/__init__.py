@@ -124,9 +124,8 @@ def _check(
 
 
 def _allocate_lse(q: torch.Tensor, *_: Any) -> torch.Tensor:
-    if q.dtype is torch.float32 or q.dtype is torch.float64:
-        return q.new_empty(q.shape[:3])
-    return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def _flops(q: Any, k: Any, v: Any, bias_table: Any, *params: Any, mask: list[bool] | None) -> int:
