@@ -5,15 +5,16 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc vitkernels/_native* -name '*' -type f 2>/dev/null) setup.py pyproject.toml CMakeLists.txt
 export VITKERNELS_BUILD_DIR ?= $(CURDIR)/build/cmake
+# Where this is set, each of the many processes that tests start compiles all of PyTorch's Python again.
+unexport PYTHONDONTWRITEBYTECODE
 # Without a GPU the build only has to show that every kernel compiles: for one target, since each costs as much again.
 ifeq ($(shell command -v nvidia-smi),)
 export VITKERNELS_CUDA_ARCHS ?= 90a-real
 endif
-# Nor does an instruction set that this processor lacks have to be fast.
-ifneq ($(wildcard /proc/cpuinfo),)
-ifeq ($(shell grep -m 1 -o avx512f /proc/cpuinfo),)
-export VITKERNELS_CMAKE_ARGS ?= -DVITKERNELS_QUICK_ISAS=baseline\;avx512
-endif
+# Nor do instruction sets have to be fast that are not the processor's own.
+ifneq ($(shell grep -m 1 -o avx2 /proc/cpuinfo 2>/dev/null),)
+export VITKERNELS_CMAKE_ARGS ?= -DVITKERNELS_OPTIMIZE_baseline=-Og \
+  $(if $(shell grep -m 1 -o avx512f /proc/cpuinfo),,-DVITKERNELS_OPTIMIZE_avx512=-O0)
 endif
 # One process a core, of one thread where a test asks for no more: two threads each would wait for each other's.
 # Files keep the order of tests/conftest.py.

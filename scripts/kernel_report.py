@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,11 @@ class CompileOnlyDriver:
 
 
 @contextlib.contextmanager
-def compile_only(capability: int) -> Iterator[list[Any]]:
-    """In this scope launching a Triton kernel compiles it instead; yields the (function, kernel) pairs."""
+def compile_only(capability: int, known: Container[Any] = ()) -> Iterator[list[Any]]:
+    """In this scope launching a Triton kernel compiles it instead; yields the (function, kernel) pairs.
+
+    Functions in `known` are left out.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -139,6 +142,8 @@ def compile_only(capability: int) -> Iterator[list[Any]]:
     previous = driver._active
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if self in known:
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if all(kernel is not other for _, other in compiled):
             compiled.append((self, kernel))
@@ -164,16 +169,22 @@ def triton_modules(operator: str | None = None) -> list[str]:
     ]
 
 
-def triton_usage(module: str, dtype: str, target: str) -> list[Usage]:
-    """Every kernel that a launcher module's `examples(dtype)` launch, compiled for the target."""
+def triton_usage(module: str, dtype: str, target: str, every_variant: bool = True) -> list[Usage]:
+    """Every kernel that a launcher module's `examples(dtype)` launch, compiled for the target.
+
+    Else than with `every_variant`, a kernel is compiled as the first example that has it launches it.
+    """
     import torch
 
     capability = int(re.sub(r"\D", "", target))
     rows = []
+    known: set[Any] = set()
     with tempfile.TemporaryDirectory() as folder:
         for label, call in importlib.import_module(module).examples(getattr(torch, dtype)):
-            with compile_only(capability) as compiled:
+            with compile_only(capability, known) as compiled:
                 call()
+            if not every_variant:
+                known.update(function for function, _ in compiled)
             for function, kernel in compiled:
                 cubin = Path(folder) / "kernel.cubin"
                 cubin.write_bytes(kernel.asm["cubin"])
@@ -301,6 +312,7 @@ def collect(
     operator: str | None = None,
     dtypes: tuple[str, ...] = DTYPES,
     workers: int = 2,
+    every_variant: bool = True,
 ) -> list[Usage]:
     """Compiles everything and returns one row per kernel, variant and target."""
     sys.path.insert(0, str(ROOT))
@@ -309,7 +321,8 @@ def collect(
         jobs += [functools.partial(cuda_usage, s, t) for s in cuda_sources(operator) for t in targets]
     if "triton" in languages:
         modules = triton_modules(operator)
-        jobs += [functools.partial(triton_usage, m, d, t) for m in modules for d in dtypes for t in targets]
+        run = functools.partial(triton_usage, every_variant=every_variant)
+        jobs += [functools.partial(run, m, d, t) for m in modules for d in dtypes for t in targets]
     # Spawned, since a fork of a process with running threads may find their locks held for ever.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, min(workers, len(jobs))), context) as pool:

@@ -8,7 +8,7 @@
 namespace vitkernels::cascaded_group_attention {
 namespace {
 
-struct Layout {
+struct PlainBackwardLayout {
   int ld_c, ld_d, ld_y, ld_k, ld_n;  // pitches of rows of C, d, 2k + d, k and N
   int grad_out;                      // of the window, zero where padded
   int grad_z;                        // of the heads' outputs, from the projection
@@ -17,8 +17,8 @@ struct Layout {
   int64_t bytes;
 
   template <class Acc>
-  static Layout of(const Problem& problem) {
-    Layout l;
+  static PlainBackwardLayout of(const Problem& problem) {
+    PlainBackwardLayout l;
     l.ld_c = plain_pitch(problem.params.channels);
     l.ld_d = plain_pitch(problem.value_dim);
     l.ld_y = plain_pitch(problem.qkv_rows);
@@ -89,8 +89,9 @@ VK_DEVICE void add_window_sums(const Problem& problem, const WindowSums& places,
 
 template <class T>
 VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
-    backward_windows_plain_kernel(Problem problem, Layout layout, PlainSlots slots, WindowSums places,
-                                  void* slot_memory, T* all_grad_y, accumulate_t<T>* all_sums) {
+    backward_windows_plain_kernel(Problem problem, PlainBackwardLayout layout, PlainSlots slots,
+                                  WindowSums places, void* slot_memory, T* all_grad_y,
+                                  accumulate_t<T>* all_sums) {
   using Acc = accumulate_t<T>;
   const Params& params = problem.params;
   char* base = slots.base(slot_memory);
@@ -215,12 +216,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
 
 template <class T>
 PlainSlots backward_slots_plain(const Problem& problem) {
-  return PlainSlots(Layout::of<accumulate_t<T>>(problem).bytes, problem.windows);
+  return PlainSlots(PlainBackwardLayout::of<accumulate_t<T>>(problem).bytes, problem.windows);
 }
 
 template <class T>
 void backward_windows_plain(const Problem& problem, const Workspace& workspace, Stream stream) {
-  const auto layout = Layout::of<accumulate_t<T>>(problem);
+  const auto layout = PlainBackwardLayout::of<accumulate_t<T>>(problem);
   const PlainSlots slots(layout.bytes, problem.windows);
   char* base = static_cast<char*>(problem.params.workspace);
   launch(backward_windows_plain_kernel<T>, Dim3{slots.blocks}, THREADS, slots.shared_bytes(), stream, problem,

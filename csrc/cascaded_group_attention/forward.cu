@@ -29,7 +29,7 @@ using tile_attention::ProductTile;
 using tile_attention::TensorCores;
 using tile_attention::Weights;
 
-struct Layout {
+struct ForwardLayout {
   int count;  // windows of a block
   int rows;   // their tokens, rounded up to 16
   int ld_z, ld_y, ld_q;
@@ -40,7 +40,7 @@ struct Layout {
   ProductTile tile;
   int64_t bytes;
 
-  Layout(const Problem& problem, int count, int depth) : count(count) {
+  ForwardLayout(const Problem& problem, int count, int depth) : count(count) {
     const Params& p = problem.params;
     const int keys = key_rows(problem.tokens),
               widest = p.channels > problem.qkv_rows ? p.channels : problem.qkv_rows;
@@ -96,7 +96,7 @@ VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, 
 // fit in there beside the rest, and such windows fill the shared memory of an SM sooner anyway.
 template <class T, int KEYS>
 VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, (KEYS > 64 ? 1 : 2))
-    forward_tensor_kernel(Problem problem, Layout layout) {
+    forward_tensor_kernel(Problem problem, ForwardLayout layout) {
   const Params& params = problem.params;
   char* shared = shared_memory();
   T *z = reinterpret_cast<T*>(shared + layout.z), *y = reinterpret_cast<T*>(shared + layout.y),
@@ -260,8 +260,8 @@ int fitting_windows(const Problem& problem, int* depth) {
   for (int count = 1; count == 1 || (count <= spread && count * problem.tokens <= 128); ++count) {
     const bool heavy = count == 1 || weights / (count - 1) > activations;
     const int64_t limit = heavy ? tile_attention::SHARED_LIMIT : COMFORTABLE;
-    const int deepest = Layout(problem, count, 64).bytes <= limit ? 64 : 32;
-    if (Layout(problem, count, deepest).bytes > limit) break;
+    const int deepest = ForwardLayout(problem, count, 64).bytes <= limit ? 64 : 32;
+    if (ForwardLayout(problem, count, deepest).bytes > limit) break;
     best = count;
     *depth = deepest;
   }
@@ -274,7 +274,7 @@ bool forward_tensor(const Problem& problem, Stream stream) {
   int depth = 0;
   const int count = fitting_windows(problem, &depth);
   if (count == 0) return false;
-  const Layout layout(problem, count, depth);
+  const ForwardLayout layout(problem, count, depth);
   const Dim3 grid{(problem.windows + count - 1) / count};
   const auto bytes = static_cast<size_t>(layout.bytes);
   switch (key_rows(problem.tokens)) {

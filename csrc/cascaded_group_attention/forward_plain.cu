@@ -5,14 +5,14 @@
 namespace vitkernels::cascaded_group_attention {
 namespace {
 
-struct Layout {
+struct PlainForwardLayout {
   int ld_z, ld_y, ld_q, ld_p;
   int z, y, q, p;
   int64_t bytes;
 
   template <class Acc>
-  static Layout of(const Problem& problem) {
-    Layout layout;
+  static PlainForwardLayout of(const Problem& problem) {
+    PlainForwardLayout layout;
     layout.ld_z = plain_pitch(problem.params.channels);
     layout.ld_y = plain_pitch(problem.qkv_rows);
     layout.ld_q = plain_pitch(problem.params.key_dim);
@@ -31,7 +31,7 @@ struct Layout {
 // z holds a window's x; head by head its columns become U_i, O_i and relu(O_i), as in forward.cu.
 template <class T>
 VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
-    forward_plain_kernel(Problem problem, Layout layout, PlainSlots slots) {
+    forward_plain_kernel(Problem problem, PlainForwardLayout layout, PlainSlots slots) {
   using Acc = accumulate_t<T>;
   const Params& params = problem.params;
   char* base = slots.base(params.workspace);
@@ -100,7 +100,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
 
 template <class T>
 int64_t forward_plain(const Problem& problem, Stream stream) {
-  const auto layout = Layout::of<accumulate_t<T>>(problem);
+  const auto layout = PlainForwardLayout::of<accumulate_t<T>>(problem);
   const PlainSlots slots(layout.bytes, problem.windows);
   if (slots.workspace() > 0 && problem.params.workspace == nullptr) return slots.workspace();
   launch(forward_plain_kernel<T>, Dim3{slots.blocks}, THREADS, slots.shared_bytes(), stream, problem, layout,

@@ -20,13 +20,13 @@ namespace vitkernels::polyline_path_attention {
 // other way around. Strides are (batch, head, x, channel, y).
 struct BackwardCall {
   Field field;
-  int head_dim, value_dim;
-  double scale;
-  View x, y;
-  View z[2], w[2];  // dP = z[0] w[0]^T / 2 + z[1] w[1]^T; the latter may be absent
-  View grad_x;      // scale D y, may be absent
-  View grad_z;      // keys: P w[product] * product_factor, may be absent
-  int product = 0;  // 1 where there are two pairs
+  int head_dim = 0, value_dim = 0;
+  double scale = 0;
+  View x{}, y{};
+  View z[2] = {}, w[2] = {};  // dP = z[0] w[0]^T / 2 + z[1] w[1]^T; the latter may be absent
+  View grad_x{};              // scale D y, may be absent
+  View grad_z{};              // keys: P w[product] * product_factor, may be absent
+  int product = 0;            // 1 where there are two pairs
   double product_factor = 1.0;
   bool adds_x = false, adds_z = false;  // to what there is
   int channel = 0;                      // the first of at most COLUMNS channels of grad_x and grad_z

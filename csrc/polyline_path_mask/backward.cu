@@ -13,7 +13,7 @@
 namespace vitkernels::polyline_path_mask {
 namespace {
 
-constexpr int THREADS = 256, SMALL_THREADS = 128;
+constexpr int BACKWARD_THREADS = 256, SMALL_THREADS = 128;
 constexpr int ROWS = 4;   // rows of keys a thread
 constexpr int STEPS = 4;  // queries at a time: loads in flight, and barriers shared
 
@@ -22,8 +22,8 @@ struct Cut {
   int columns, rows, row_chunks, column_chunks;
 
   explicit Cut(const Params& p) {
-    columns = p.width < THREADS ? p.width : THREADS;
-    rows = THREADS / columns * ROWS;
+    columns = p.width < BACKWARD_THREADS ? p.width : BACKWARD_THREADS;
+    rows = BACKWARD_THREADS / columns * ROWS;
     row_chunks = (p.height + rows - 1) / rows;
     column_chunks = (p.width + columns - 1) / columns;
   }
@@ -32,7 +32,7 @@ struct Cut {
 };
 
 template <class T, bool Transpose, bool Log>
-VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
+VK_KERNEL void VK_LAUNCH_BOUNDS(BACKWARD_THREADS, 2)
     backward_kernel(Shape s, Cut cut, int owners, int steps, View grad, const accumulate_t<T>* sums,
                     accumulate_t<T>* own, accumulate_t<T>* shared) {
   using Acc = accumulate_t<T>;
@@ -87,14 +87,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
       VK_UNROLL
       for (int q = 0; q < STEPS; ++q) {
         VK_UNROLL
-        for (int u = 0; u < ROWS; ++u) exchange[(q * ROWS + u) * THREADS + thread_x()] = g[q][u];
+        for (int u = 0; u < ROWS; ++u) exchange[(q * ROWS + u) * BACKWARD_THREADS + thread_x()] = g[q][u];
       }
       sync_block();
-      for (int row = warp_id(); row < STEPS * ROWS * groups; row += THREADS / 32) {
+      for (int row = warp_id(); row < STEPS * ROWS * groups; row += BACKWARD_THREADS / 32) {
         const int which = row / groups, at = row % groups;
         Acc sum = Acc(0);
         for (int c = lane_id(); c < cut.columns; c += 32)
-          sum += exchange[which * THREADS + at * cut.columns + c];
+          sum += exchange[which * BACKWARD_THREADS + at * cut.columns + c];
         sum = warp_sum(sum);
         const int step = step0 + which / ROWS, j = first_row + which % ROWS * groups + at;
         if (lane_id() == 0 && step < steps && j < s.height) own[static_cast<int64_t>(step) * steps + j] = sum;
@@ -106,13 +106,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
         Acc sum = g[q][0];
         VK_UNROLL
         for (int u = 1; u < ROWS; ++u) sum += g[q][u];
-        exchange[q * THREADS + thread_x()] = sum;
+        exchange[q * BACKWARD_THREADS + thread_x()] = sum;
       }
       sync_block();
-      for (int t = thread_x(); t < STEPS * cut.columns; t += THREADS) {
+      for (int t = thread_x(); t < STEPS * cut.columns; t += BACKWARD_THREADS) {
         const int q = t / cut.columns, c = t % cut.columns;
         Acc sum = Acc(0);
-        for (int at = 0; at < groups; ++at) sum += exchange[q * THREADS + at * cut.columns + c];
+        for (int at = 0; at < groups; ++at) sum += exchange[q * BACKWARD_THREADS + at * cut.columns + c];
         if (step0 + q < steps && first_column + c < s.width)
           own[static_cast<int64_t>(step0 + q) * steps + first_column + c] = sum;
       }
@@ -203,9 +203,9 @@ void launch_backward(const Params& p, Stream stream) {
   const int64_t items = p.planes() * p.owners(), steps = p.steps(), tokens = p.tokens();
   const int chunks = cut.chunks(Transpose);
   if (!Log) launch_sums<T>(p, stream);
-  launch(backward_kernel<T, Transpose, Log>, Dim3{items * cut.row_chunks * cut.column_chunks}, THREADS,
-         sizeof(Acc) * THREADS * STEPS * (Transpose ? ROWS : 1), stream, Shape(p), cut, p.owners(), p.steps(),
-         p.grad_mask, sums, own, shared);
+  launch(backward_kernel<T, Transpose, Log>, Dim3{items * cut.row_chunks * cut.column_chunks},
+         BACKWARD_THREADS, sizeof(Acc) * BACKWARD_THREADS * STEPS * (Transpose ? ROWS : 1), stream, Shape(p),
+         cut, p.owners(), p.steps(), p.grad_mask, sums, own, shared);
 
   const auto blocks = [](int64_t threads) { return Dim3{(threads + SMALL_THREADS - 1) / SMALL_THREADS}; };
   if (const View& grad = Transpose ? p.grad_h : p.grad_w) {

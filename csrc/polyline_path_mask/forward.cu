@@ -9,15 +9,15 @@
 namespace vitkernels::polyline_path_mask {
 namespace {
 
-constexpr int THREADS = 128;
+constexpr int FORWARD_THREADS = 128;
 
 template <class T, bool Transpose, bool Log, int N>
-VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 4)
+VK_KERNEL void VK_LAUNCH_BOUNDS(FORWARD_THREADS, 4)
     forward_kernel(Shape s, int owners, int steps, int64_t blocks, const accumulate_t<T>* sums, T* mask) {
   using Acc = accumulate_t<T>;
   const int64_t tokens = s.tokens(), vectors = tokens / N;
   const int64_t plane = block_x() / blocks;
-  const int64_t index = block_x() % blocks * THREADS + thread_x();
+  const int64_t index = block_x() % blocks * FORWARD_THREADS + thread_x();
   if (index >= owners * vectors) return;
   const Pairs<Transpose, Acc> pairs{sums + plane * tokens, sums + (s.planes + plane) * tokens, s.width,
                                     static_cast<int>(index / vectors)};
@@ -46,9 +46,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 4)
 
 template <class T, bool Transpose, bool Log, int N>
 void launch_forward(const Params& p, Stream stream) {
-  const int64_t blocks = (p.owners() * (p.tokens() / N) + THREADS - 1) / THREADS;
-  launch(forward_kernel<T, Transpose, Log, N>, Dim3{p.planes() * blocks}, THREADS, 0, stream, Shape(p),
-         p.owners(), p.steps(), blocks, static_cast<const accumulate_t<T>*>(p.workspace),
+  const int64_t blocks = (p.owners() * (p.tokens() / N) + FORWARD_THREADS - 1) / FORWARD_THREADS;
+  launch(forward_kernel<T, Transpose, Log, N>, Dim3{p.planes() * blocks}, FORWARD_THREADS, 0, stream,
+         Shape(p), p.owners(), p.steps(), blocks, static_cast<const accumulate_t<T>*>(p.workspace),
          static_cast<T*>(p.mask.data));
 }
 

@@ -155,13 +155,16 @@ def interpreting() -> bool:
 _availability: dict[tuple[str, str, int], str] = {}
 
 
-@torch.compiler.assume_constant_result
 def why_unavailable(name: str, device_type: str, index: int) -> str:
     """Why a backend cannot run on a device at all, whatever the operator; empty when it can."""
     key = (name, device_type, index)
     if key not in _availability:
         _availability[key] = _why_unavailable(name, device_type, index)
     return _availability[key]
+
+
+# All that torch.compiler.assume_constant_result does, but for importing Dynamo, which takes as long as torch itself.
+why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_unavailable(name: str, device_type: str, index: int) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from vitkernels.nn.block_sparse_linear import BlockSparseLinear
 
@@ -121,6 +120,8 @@ class SparsityReport:
 
 def measure_speed(dense: nn.Linear, sparse: BlockSparseLinear, rows: int) -> float:
     """Time of the dense layer / time of the sparse one, forward, on that many rows of random input."""
+    from torch.utils.benchmark import Timer  # it brings setuptools along, which `import vitkernels` need not
+
     x = torch.randn(rows, dense.in_features, device=dense.weight.device, dtype=dense.weight.dtype)
     times = []
     with torch.no_grad():
