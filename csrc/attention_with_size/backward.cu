@@ -8,7 +8,7 @@ int64_t backward_workspace_cuda(const Params&) {
 
 void backward_cuda(const Params& params, Stream stream) {
   const tile_attention::Problem problem = make_problem(params);
-  tile_attention::with_dtype(params.dtype, [&](auto zero) {
+  with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     tile_attention::backward<T>(problem, SizeMap<T>(params), stream);
   });

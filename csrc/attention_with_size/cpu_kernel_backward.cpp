@@ -210,16 +210,7 @@ size_t scratch(const Params& p) {
                                : BackwardScratch<float>(p, Scratch(nullptr)).size;
 }
 void run(const Params& p, int64_t begin, int64_t end, void* memory) {
-  switch (p.dtype) {
-    case DType::f64:
-      return backward_range<double>(p, begin, end, memory);
-    case DType::f32:
-      return backward_range<float>(p, begin, end, memory);
-    case DType::f16:
-      return backward_range<f16>(p, begin, end, memory);
-    case DType::bf16:
-      return backward_range<bf16>(p, begin, end, memory);
-  }
+  with_dtype(p.dtype, [&](auto element) { backward_range<decltype(element)>(p, begin, end, memory); });
 }
 
 }  // namespace

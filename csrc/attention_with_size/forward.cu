@@ -5,7 +5,7 @@ namespace vitkernels::attention_with_size {
 
 void forward_cuda(const Params& params, Stream stream) {
   const tile_attention::Problem problem = make_problem(params);
-  tile_attention::with_dtype(params.dtype, [&](auto zero) {
+  with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     tile_attention::forward<T>(problem, SizeMap<T>(params), stream);
   });

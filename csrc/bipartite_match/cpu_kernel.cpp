@@ -206,7 +206,7 @@ size_t evens_bytes(const Params& p) {
 
 template <class T>
 void pack_panels(const Params& p, const Image& image, int64_t begin, int64_t end) {
-  by_token_dtype(p.dtype, [&](auto element) {
+  with_dtype(p.dtype, [&](auto element) {
     using E = decltype(element);
     if constexpr (kSame<Compute<E>, T>) {
       T* panels = static_cast<T*>(image.odds);
@@ -218,7 +218,7 @@ void pack_panels(const Params& p, const Image& image, int64_t begin, int64_t end
 
 template <class T>
 void score_tiles(const Params& p, const Image& image, int64_t begin, int64_t end, void* memory) {
-  by_token_dtype(p.dtype, [&](auto element) {
+  with_dtype(p.dtype, [&](auto element) {
     using E = decltype(element);
     if constexpr (kSame<Compute<E>, T>) {
       Highest<T>* highest = static_cast<Highest<T>*>(memory);

@@ -211,7 +211,7 @@ void match(const Problem<T>& p, const Plan& plan, void* workspace, Stream stream
 
 void forward_cuda(const Params& p, Stream stream) {
   if (p.batch == 0) return;
-  tile_attention::with_dtype(p.dtype, [&](auto zero) {
+  with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     match(Problem<T>(p), Plan(p), p.workspace, stream);
   });
@@ -220,7 +220,7 @@ void forward_cuda(const Params& p, Stream stream) {
 int64_t workspace_cuda(const Params& p) {
   const Sizes sizes(p);
   if (p.batch == 0 || sizes.evens() <= ROWS) return 0;
-  return tile_attention::with_dtype(p.dtype, [&](auto zero) {
+  return with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     return Work<accumulate_t<T>>(sizes, Config<T>::COLUMNS, nullptr).bytes();
   });

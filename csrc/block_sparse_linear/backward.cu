@@ -133,7 +133,7 @@ int64_t backward_workspace_cuda(const Params& p) {
 
 void backward_cuda(const Params& p, Stream stream) {
   if (p.grad_bias || p.grad_before)
-    tile_attention::with_dtype(p.dtype, [&](auto zero) { columns<decltype(zero)>(p, p.workspace, stream); });
+    with_dtype(p.dtype, [&](auto zero) { columns<decltype(zero)>(p, p.workspace, stream); });
   const View& gradient = p.grad_before ? p.grad_before : p.grad_y;
   if (p.grad_x) product(p, {!p.transposed, Activation::none, gradient, {}, {}, p.grad_x}, stream);
   if (p.grad_values)

@@ -221,7 +221,7 @@ constexpr int64_t FEW_BLOCKS = 264;
 
 void product(const Params& params, const ProductCall& call, Stream stream) {
   if (params.tokens == 0) return;
-  tile_attention::with_dtype(params.dtype, [&](auto zero) {
+  with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Problem<T> p = make_problem<T>(params, call);
     if constexpr (Config<T>::HALF) {

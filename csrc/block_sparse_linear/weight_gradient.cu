@@ -376,8 +376,7 @@ int64_t weight_gradient_workspace(const Params& p) {
 
 void weight_gradient(const Params& p, const View& gradient, void* workspace, Stream stream) {
   if (p.nnz == 0) return;
-  tile_attention::with_dtype(p.dtype,
-                             [&](auto zero) { run<decltype(zero)>(p, gradient, workspace, stream); });
+  with_dtype(p.dtype, [&](auto zero) { run<decltype(zero)>(p, gradient, workspace, stream); });
 }
 
 }  // namespace vitkernels::block_sparse_linear

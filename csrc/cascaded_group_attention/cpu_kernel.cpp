@@ -29,16 +29,9 @@ size_t forward_own_size(const Params& p, int windows) {
 }
 void forward(const Params& p, const void* shared, void* group, void* own, int64_t first, int count,
              const Team& team, bool fresh) {
-  switch (p.dtype) {
-    case DType::f64:
-      return Forward<double>(p, shared, group, own, first, count, team, fresh).run();
-    case DType::f32:
-      return Forward<float>(p, shared, group, own, first, count, team, fresh).run();
-    case DType::f16:
-      return Forward<f16>(p, shared, group, own, first, count, team, fresh).run();
-    case DType::bf16:
-      return Forward<bf16>(p, shared, group, own, first, count, team, fresh).run();
-  }
+  with_dtype(p.dtype, [&](auto element) {
+    Forward<decltype(element)>(p, shared, group, own, first, count, team, fresh).run();
+  });
 }
 
 size_t backward_partial_size(const Params& p) {
@@ -51,16 +44,9 @@ size_t backward_own_size(const Params& p, int group) {
 }
 void backward(const Params& p, const void* shared, void* own, void* partial, int64_t first, int64_t count,
               int group) {
-  switch (p.dtype) {
-    case DType::f64:
-      return Backward<double>(p, shared, own, partial, group).run(first, count, group);
-    case DType::f32:
-      return Backward<float>(p, shared, own, partial, group).run(first, count, group);
-    case DType::f16:
-      return Backward<f16>(p, shared, own, partial, group).run(first, count, group);
-    case DType::bf16:
-      return Backward<bf16>(p, shared, own, partial, group).run(first, count, group);
-  }
+  with_dtype(p.dtype, [&](auto element) {
+    Backward<decltype(element)>(p, shared, own, partial, group).run(first, count, group);
+  });
 }
 
 int reduce_rows(const Params& p) {

@@ -73,22 +73,6 @@ VK_DEVICE Acc relu(Acc value) {
   return value < Acc(0) ? Acc(0) : value;
 }
 
-// run(T()) with the type of the map.
-template <class Run>
-auto with_dtype(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::f64:
-      return run(double());
-    case DType::f32:
-      return run(float());
-    case DType::f16:
-      return run(half_t());
-    case DType::bf16:
-      return run(bfloat16_t());
-  }
-  throw std::runtime_error("cascaded group attention: unknown dtype");
-}
-
 constexpr int THREADS = 256;
 
 }  // namespace vitkernels::cascaded_group_attention

@@ -97,16 +97,7 @@ struct Weights {
   }
 
   static void prepare(const Params& p, void* shared, const Team& all) {
-    switch (p.weight_dtype) {
-      case DType::f64:
-        return copy_as<double>(p, shared, all);
-      case DType::f32:
-        return copy_as<float>(p, shared, all);
-      case DType::f16:
-        return copy_as<f16>(p, shared, all);
-      case DType::bf16:
-        return copy_as<bf16>(p, shared, all);
-    }
+    with_dtype(p.weight_dtype, [&](auto element) { copy_as<decltype(element)>(p, shared, all); });
   }
 };
 

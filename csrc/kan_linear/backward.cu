@@ -302,7 +302,7 @@ void weight_gradient(const Params& p, const Problem<X, T>& problem, const Plan<X
 }  // namespace
 
 int64_t backward_workspace_cuda(const Params& p) {
-  return with_dtypes(p, [&](auto x, auto weight) {
+  return with_dtypes(p.weight_dtype, p.x_dtype, [&](auto weight, auto x) {
     using X = decltype(x);
     using T = decltype(weight);
     return Plan<X, T>(p, Problem<X, T>(p)).size;
@@ -310,7 +310,7 @@ int64_t backward_workspace_cuda(const Params& p) {
 }
 
 void backward_cuda(const Params& p, Stream stream) {
-  with_dtypes(p, [&](auto x, auto weight) {
+  with_dtypes(p.weight_dtype, p.x_dtype, [&](auto weight, auto x) {
     using X = decltype(x);
     using T = decltype(weight);
     const Problem<X, T> problem(p);

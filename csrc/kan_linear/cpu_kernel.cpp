@@ -184,23 +184,6 @@ void forward_range(const Params& p, const Cut& cut, int64_t begin, int64_t end, 
 
 // ---- by dtype
 
-// Calls run(X{}, W{}) with the element types of x and of the weight.
-template <class Run>
-void by_dtype(const Params& p, Run run) {
-  switch (p.x_dtype) {
-    case DType::f64:
-      return run(double{}, double{});
-    case DType::f16:
-      return run(f16{}, f16{});
-    case DType::bf16:
-      return run(bf16{}, bf16{});
-    case DType::f32:
-      if (p.weight_dtype == DType::f16) return run(float{}, f16{});
-      if (p.weight_dtype == DType::bf16) return run(float{}, bf16{});
-      return run(float{}, float{});
-  }
-}
-
 bool wide(const Params& p) {
   return p.x_dtype == DType::f64;
 }
@@ -213,7 +196,7 @@ size_t forward_scratch(const Params& p, const Cut& cut) {
                  : ForwardScratch<float>(p, cut, Scratch(nullptr)).size;
 }
 void forward(const Params& p, const Cut& cut, int64_t begin, int64_t end, void* scratch) {
-  by_dtype(p, [&](auto x, auto weight) {
+  with_dtypes(p.weight_dtype, p.x_dtype, [&](auto weight, auto x) {
     forward_range<decltype(x), decltype(weight)>(p, cut, begin, end, scratch);
   });
 }
@@ -225,12 +208,12 @@ size_t backward_scratch(const Params& p, const Cut& cut) {
                  : BackwardScratch<float>(p, cut, converts(p), Scratch(nullptr)).size;
 }
 void backward(const Params& p, const Cut& cut, int64_t begin, int64_t end, void* scratch, void* shared) {
-  by_dtype(p, [&](auto x, auto weight) {
+  with_dtypes(p.weight_dtype, p.x_dtype, [&](auto weight, auto x) {
     backward_range<decltype(x), decltype(weight)>(p, cut, begin, end, scratch, shared);
   });
 }
 void backward_rows(const Params& p, int64_t begin, int64_t end, void* shared) {
-  by_dtype(p, [&](auto x, auto) { norm_backward<decltype(x)>(p, begin, end, shared); });
+  with_dtype(p.x_dtype, [&](auto x) { norm_backward<decltype(x)>(p, begin, end, shared); });
 }
 void backward_grid(const Params& p, void* shared) {
   wide(p) ? sum_grid<double>(p, shared) : sum_grid<float>(p, shared);

@@ -116,7 +116,7 @@ void forward_cuda(const Params& params, Stream stream) {
     p.mean.data = p.workspace;
     p.rstd.data = static_cast<char*>(p.workspace) + p.rows * accumulate_size(p);
   }
-  with_dtypes(p, [&](auto x, auto weight) {
+  with_dtypes(p.weight_dtype, p.x_dtype, [&](auto weight, auto x) {
     using X = decltype(x);
     using T = decltype(weight);
     using Acc = accumulate_t<X>;

@@ -238,22 +238,4 @@ VK_DEVICE void load_matrix(T* tile, int ld, const T* source, int64_t stride, int
   }
 }
 
-// Calls run(X(), T()) with the types of x and of the weight.
-template <class Run>
-auto with_dtypes(const Params& p, Run run) {
-  switch (p.x_dtype) {
-    case DType::f64:
-      return run(double(), double());
-    case DType::f16:
-      return run(half_t(), half_t());
-    case DType::bf16:
-      return run(bfloat16_t(), bfloat16_t());
-    case DType::f32:
-      if (p.weight_dtype == DType::f16) return run(float(), half_t());
-      if (p.weight_dtype == DType::bf16) return run(float(), bfloat16_t());
-      return run(float(), float());
-  }
-  throw std::runtime_error("kan_linear: unknown dtype");
-}
-
 }  // namespace vitkernels::kan_linear

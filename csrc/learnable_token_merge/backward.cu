@@ -15,7 +15,7 @@ void backward_cuda(const Params& p, Stream stream) {
   check_sizes(p);
   if (p.batch == 0 && !p.grad_g) return;
   if (exact_norms(p)) find_norms(p, false, p.workspace, stream);
-  with_dtypes(p, [&](auto token, auto element) {
+  with_dtypes(p.dtype, p.mask_dtype, [&](auto token, auto element) {
     using T = decltype(token);
     using M = decltype(element);
     const Operand<T> first{{p.grad_y, p.width}, {p.grad_z, p.width}};

@@ -121,7 +121,8 @@ size_t forward_scratch(const Params& p) {
                  : ProductScratch<float>(p, p.tokens, p.merged_tokens, true, Scratch(nullptr)).size;
 }
 void forward(const Params& p, int64_t begin, int64_t end, void* scratch, void*) {
-  by_dtype(p, [&](auto e, auto m) { product_range<decltype(e), decltype(m), true>(p, begin, end, scratch); });
+  with_dtypes(p.dtype, p.mask_dtype,
+              [&](auto e, auto m) { product_range<decltype(e), decltype(m), true>(p, begin, end, scratch); });
 }
 
 int64_t tokens_items(const Params& p) {
@@ -133,8 +134,9 @@ size_t tokens_scratch(const Params& p) {
                  : ProductScratch<float>(p, p.merged_tokens, p.tokens, false, Scratch(nullptr)).size;
 }
 void tokens(const Params& p, int64_t begin, int64_t end, void* scratch, void*) {
-  by_dtype(p,
-           [&](auto e, auto m) { product_range<decltype(e), decltype(m), false>(p, begin, end, scratch); });
+  with_dtypes(p.dtype, p.mask_dtype, [&](auto e, auto m) {
+    product_range<decltype(e), decltype(m), false>(p, begin, end, scratch);
+  });
 }
 
 }  // namespace

@@ -89,7 +89,7 @@ int64_t masks(const Params& p, bool divisors) {
 void find_norms(const Params& p, bool divisors, void* workspace, Stream stream) {
   const int64_t many = masks(p, divisors);  // one of a shared mask even where the batch is empty
   if (p.normalize == Normalize::none || many == 0) return;
-  with_dtypes(p, [&](auto token, auto element) {
+  with_dtypes(p.dtype, p.mask_dtype, [&](auto token, auto element) {
     using Acc = accumulate_t<decltype(token)>;
     using M = decltype(element);
     const int rows = static_cast<int>(p.tokens), columns = static_cast<int>(p.merged_tokens);
@@ -119,7 +119,7 @@ int64_t forward_workspace_cuda(const Params& p) {
 void forward_cuda(const Params& p, Stream stream) {
   check_sizes(p);
   find_norms(p, true, p.workspace, stream);
-  with_dtypes(p, [&](auto token, auto element) {
+  with_dtypes(p.dtype, p.mask_dtype, [&](auto token, auto element) {
     using T = decltype(token);
     using M = decltype(element);
     const Operand<T> first{{p.z, p.width}, {p.y, p.width}};

@@ -166,20 +166,5 @@ static void fill_weights(const Mask<M, T>& mask, T* numbers, T* kept, T* to, int
   }
 }
 
-// Calls run(E{}, M{}) with the element types of the tokens and of the mask.
-template <class Run>
-VITKERNELS_INLINE void by_dtype(const Params& p, Run run) {
-  switch (p.dtype) {
-    case DType::f64:
-      return run(double{}, double{});
-    case DType::f32:
-      return run(float{}, float{});
-    case DType::f16:
-      return p.mask_dtype == DType::f32 ? run(f16{}, float{}) : run(f16{}, f16{});
-    case DType::bf16:
-      return p.mask_dtype == DType::f32 ? run(bf16{}, float{}) : run(bf16{}, bf16{});
-  }
-}
-
 }  // namespace VITKERNELS_ISA
 }  // namespace vitkernels::learnable_token_merge

@@ -268,7 +268,7 @@ int64_t mask_gradient_workspace(const Params& p) {
 }
 
 void mask_gradient(const Params& p, void* norms, void* workspace, Stream stream) {
-  with_dtypes(p, [&](auto token, auto element) {
+  with_dtypes(p.dtype, p.mask_dtype, [&](auto token, auto element) {
     run<decltype(token), decltype(element)>(p, norms, workspace, stream);
   });
 }

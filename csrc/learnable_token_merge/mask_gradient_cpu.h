@@ -239,7 +239,8 @@ size_t shared_size(const Params& p) {
   return p.dtype == DType::f64 ? shared_as<double>(p) : shared_as<float>(p);
 }
 void sums(const Params& p, int64_t begin, int64_t end, void* scratch, void* shared) {
-  by_dtype(p, [&](auto e, auto) { sums_range<decltype(e)>(p, begin, end, scratch, shared); });
+  with_dtypes(p.dtype, p.mask_dtype,
+              [&](auto e, auto) { sums_range<decltype(e)>(p, begin, end, scratch, shared); });
 }
 
 int64_t chain_items(const Params& p) {
@@ -251,7 +252,8 @@ size_t chain_scratch(const Params& p) {
                                : ChainScratch<float>(p, Scratch(nullptr)).size;
 }
 void chain(const Params& p, int64_t begin, int64_t end, void* scratch, void* shared) {
-  by_dtype(p, [&](auto e, auto m) { chain_range<decltype(e), decltype(m)>(p, begin, end, scratch, shared); });
+  with_dtypes(p.dtype, p.mask_dtype,
+              [&](auto e, auto m) { chain_range<decltype(e), decltype(m)>(p, begin, end, scratch, shared); });
 }
 
 }  // namespace

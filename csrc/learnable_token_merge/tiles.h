@@ -214,21 +214,4 @@ VK_DEVICE void store_results(const WarpSums<T, TILES>& sums, const Matrices<R>& 
   }
 }
 
-// Calls run(T(), M()) with the types of the tokens and of the mask.
-template <class Run>
-auto with_dtypes(const Params& p, Run run) {
-  const bool wide = p.mask_dtype == DType::f32;
-  switch (p.dtype) {
-    case DType::f64:
-      return run(double(), double());
-    case DType::f32:
-      return run(float(), float());
-    case DType::f16:
-      return wide ? run(half_t(), float()) : run(half_t(), half_t());
-    case DType::bf16:
-      return wide ? run(bfloat16_t(), float()) : run(bfloat16_t(), bfloat16_t());
-  }
-  throw std::runtime_error("learnable token merge: unknown dtype");
-}
-
 }  // namespace vitkernels::learnable_token_merge

@@ -239,32 +239,15 @@ size_t forward_scratch(const Params& p) {
                                : ForwardScratch<float>(p, Scratch(nullptr)).size;
 }
 void forward(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.dtype) {
-    case DType::f64:
-      return forward_range<double>(p, begin, end, scratch);
-    case DType::f32:
-      return forward_range<float>(p, begin, end, scratch);
-    case DType::f16:
-      return forward_range<f16>(p, begin, end, scratch);
-    case DType::bf16:
-      return forward_range<bf16>(p, begin, end, scratch);
-  }
+  with_dtype(p.dtype, [&](auto element) { forward_range<decltype(element)>(p, begin, end, scratch); });
 }
 size_t backward_scratch(const Params& p) {
   return p.dtype == DType::f64 ? BackwardScratch<double>(p, Scratch(nullptr)).size
                                : BackwardScratch<float>(p, Scratch(nullptr)).size;
 }
 void backward(const Params& p, int64_t begin, int64_t end, void* scratch, void* partials) {
-  switch (p.dtype) {
-    case DType::f64:
-      return backward_range<double>(p, begin, end, scratch, partials);
-    case DType::f32:
-      return backward_range<float>(p, begin, end, scratch, partials);
-    case DType::f16:
-      return backward_range<f16>(p, begin, end, scratch, partials);
-    case DType::bf16:
-      return backward_range<bf16>(p, begin, end, scratch, partials);
-  }
+  with_dtype(p.dtype,
+             [&](auto element) { backward_range<decltype(element)>(p, begin, end, scratch, partials); });
 }
 
 }  // namespace

@@ -94,16 +94,7 @@ static void read_bias_as(const Params& p, int head, T* to) {
 }
 template <class T>
 static void read_bias(const Params& p, int head, T* to) {
-  switch (p.rpb_dtype) {
-    case DType::f64:
-      return read_bias_as<double>(p, head, to);
-    case DType::f32:
-      return read_bias_as<float>(p, head, to);
-    case DType::f16:
-      return read_bias_as<f16>(p, head, to);
-    case DType::bf16:
-      return read_bias_as<bf16>(p, head, to);
-  }
+  with_dtype(p.rpb_dtype, [&](auto element) { read_bias_as<decltype(element)>(p, head, to); });
 }
 
 template <class T, class B>
@@ -123,16 +114,7 @@ static void reduce_as(const Params& p, const T* partials) {
 template <class T>
 static void reduce(const Params& p, const void* partials) {
   const T* from = static_cast<const T*>(partials);
-  switch (p.rpb_dtype) {
-    case DType::f64:
-      return reduce_as<T, double>(p, from);
-    case DType::f32:
-      return reduce_as<T, float>(p, from);
-    case DType::f16:
-      return reduce_as<T, f16>(p, from);
-    case DType::bf16:
-      return reduce_as<T, bf16>(p, from);
-  }
+  with_dtype(p.rpb_dtype, [&](auto element) { reduce_as<T, decltype(element)>(p, from); });
 }
 static void reduce_partials(const Params& p, const void* partials) {
   p.dtype == DType::f64 ? reduce<double>(p, partials) : reduce<float>(p, partials);

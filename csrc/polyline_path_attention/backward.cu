@@ -67,14 +67,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(DELTA_THREADS, 1) delta_kernel(DeltaCall call) {
 
 void make_deltas(DType dtype, const DeltaCall& call, Stream stream) {
   const int64_t threads = int64_t{4} * call.field.batch * call.field.tokens() * call.field.heads;
-  tile_attention::with_dtype(dtype, [&](auto zero) {
+  with_dtype(dtype, [&](auto zero) {
     launch(delta_kernel<decltype(zero)>, Dim3{(threads + DELTA_THREADS - 1) / DELTA_THREADS}, DELTA_THREADS,
            0, stream, call);
   });
 }
 
 size_t size_of(DType dtype) {
-  return tile_attention::with_dtype(dtype, [](auto zero) { return sizeof(zero); });
+  return with_dtype(dtype, [](auto zero) { return sizeof(zero); });
 }
 size_t size_of_sum(DType dtype) {
   return dtype == DType::f64 ? sizeof(double) : sizeof(float);

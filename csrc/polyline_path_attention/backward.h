@@ -365,7 +365,7 @@ int backward_rows(const Params& params) {
 
 template <bool WHOLE>
 void backward_of(DType dtype, Own own, int rows, const BackwardCall& call, Stream stream) {
-  tile_attention::with_dtype(dtype, [&](auto zero) {
+  with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (std::is_same_v<T, float>) {
       if (rows == 16) return backward_with<SmallEngine, WHOLE>(own, call, stream);

@@ -269,10 +269,10 @@ int64_t items(const Params& p) {
   return p.batch * p.heads;
 }
 size_t scratch_size(const Params& p) {
-  return by_dtype(p, [&](auto e) { return Backward<decltype(e)>(p, nullptr).size; });
+  return with_dtype(p.dtype, [&](auto e) { return Backward<decltype(e)>(p, nullptr).size; });
 }
 void run(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  by_dtype(p, [&](auto e) {
+  with_dtype(p.dtype, [&](auto e) {
     const Backward<decltype(e)> backward(p, scratch);
     for (int64_t item = begin; item < end; ++item)
       backward.run(item / p.heads, static_cast<int>(item % p.heads),

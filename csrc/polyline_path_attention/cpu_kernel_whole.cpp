@@ -252,16 +252,7 @@ void sums_range(const Params& p, int64_t begin, int64_t end) {
         p, [&](auto d) { sum_decays<Compute<E>>(p, item / p.heads, static_cast<int>(item % p.heads), d); });
 }
 void sums(const Params& p, int64_t begin, int64_t end, void*) {
-  switch (p.dtype) {
-    case DType::f64:
-      return sums_range<double>(p, begin, end);
-    case DType::f32:
-      return sums_range<float>(p, begin, end);
-    case DType::f16:
-      return sums_range<f16>(p, begin, end);
-    case DType::bf16:
-      return sums_range<bf16>(p, begin, end);
-  }
+  with_dtype(p.dtype, [&](auto element) { sums_range<decltype(element)>(p, begin, end); });
 }
 
 int64_t forward_items(const Params& p) {
@@ -273,16 +264,7 @@ size_t forward_scratch(const Params& p) {
                                : ForwardScratch<float>(p, Scratch(nullptr)).size;
 }
 void forward(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.dtype) {
-    case DType::f64:
-      return forward_range<double>(p, begin, end, scratch);
-    case DType::f32:
-      return forward_range<float>(p, begin, end, scratch);
-    case DType::f16:
-      return forward_range<f16>(p, begin, end, scratch);
-    case DType::bf16:
-      return forward_range<bf16>(p, begin, end, scratch);
-  }
+  with_dtype(p.dtype, [&](auto element) { forward_range<decltype(element)>(p, begin, end, scratch); });
 }
 
 }  // namespace

@@ -352,16 +352,7 @@ size_t backward_scratch(const Params& p) {
                                : BackwardScratch<float>(p, Scratch(nullptr)).size;
 }
 void backward(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.dtype) {
-    case DType::f64:
-      return backward_range<double>(p, begin, end, scratch);
-    case DType::f32:
-      return backward_range<float>(p, begin, end, scratch);
-    case DType::f16:
-      return backward_range<f16>(p, begin, end, scratch);
-    case DType::bf16:
-      return backward_range<bf16>(p, begin, end, scratch);
-  }
+  with_dtype(p.dtype, [&](auto element) { backward_range<decltype(element)>(p, begin, end, scratch); });
 }
 
 }  // namespace

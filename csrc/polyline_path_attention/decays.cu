@@ -148,7 +148,7 @@ int64_t blocks_for(const Params& params) {
 }  // namespace
 
 void cumulate(const Params& params, Stream stream) {
-  tile_attention::with_dtype(params.decay_dtype, [&](auto zero) {
+  with_dtype(params.decay_dtype, [&](auto zero) {
     using D = decltype(zero);
     auto* along = static_cast<accumulate_t<D>*>(params.cum.data);
     launch(cumulate_kernel<D>, Dim3{blocks_for(params)}, THREADS, 0, stream, lines_of(params),
@@ -158,7 +158,7 @@ void cumulate(const Params& params, Stream stream) {
 
 void decay_gradients(const Params& params, const SumGradients& gradients, const Field& field, int rows,
                      Stream stream) {
-  tile_attention::with_dtype(params.decay_dtype, [&](auto zero) {
+  with_dtype(params.decay_dtype, [&](auto zero) {
     launch(decay_gradient_kernel<decltype(zero)>, Dim3{blocks_for(params)}, THREADS, 0, stream,
            lines_of(params), gradients, field, rows, params.grad_log_decay_w, params.grad_log_decay_h);
   });

@@ -92,7 +92,7 @@ bool large_tiles_fit(const Params& params) {
 void forward_cuda(const Params& params, Stream stream) {
   check_sizes(params);
   cumulate(params, stream);
-  tile_attention::with_dtype(params.dtype, [&](auto zero) {
+  with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto run = [&](auto engine) {
       using Chosen = decltype(engine);

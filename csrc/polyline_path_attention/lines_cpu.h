@@ -146,10 +146,10 @@ static __attribute__((noinline)) void recall_line(const T* sums, int keys, int l
 template <template <class> class Pass>
 struct Sweeps {
   static size_t head_bytes(const Params& p) {
-    return by_dtype(p, [&](auto e) { return Pass<decltype(e)>::head_size(p); });
+    return with_dtype(p.dtype, [&](auto e) { return Pass<decltype(e)>::head_size(p); });
   }
   static size_t line_bytes(const Params& p) {
-    return by_dtype(p, [&](auto e) { return Pass<decltype(e)>::scratch_size(p); });
+    return with_dtype(p.dtype, [&](auto e) { return Pass<decltype(e)>::scratch_size(p); });
   }
   static size_t both_bytes(const Params& p) { return head_bytes(p) + line_bytes(p); }
 
@@ -160,7 +160,7 @@ struct Sweeps {
   template <int S>
   static void lines(const Params& p, int64_t begin, int64_t end, void* scratch) {
     const int64_t count = lines_of_map(p, S), bytes = static_cast<int64_t>(head_bytes(p));
-    by_dtype(p, [&](auto e) {
+    with_dtype(p.dtype, [&](auto e) {
       for (int64_t item = begin; item < end; ++item) {
         // Heads change fastest: they lie side by side.
         const int head = static_cast<int>(item % p.heads);
@@ -172,7 +172,7 @@ struct Sweeps {
   }
   static void heads(const Params& p, int64_t begin, int64_t end, void* scratch) {
     char* memory = static_cast<char*>(scratch);
-    by_dtype(p, [&](auto e) {
+    with_dtype(p.dtype, [&](auto e) {
       for (int64_t item = begin; item < end; ++item) {
         const Pass<decltype(e)> pass(p, item / p.heads, static_cast<int>(item % p.heads), memory,
                                      memory + head_bytes(p));

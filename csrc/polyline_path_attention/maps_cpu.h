@@ -87,21 +87,6 @@ struct Ahead {
   }
 };
 
-// visit(element of the tensors' dtype)
-template <class Visit>
-VITKERNELS_INLINE auto by_dtype(const Params& p, Visit visit) {
-  switch (p.dtype) {
-    case DType::f64:
-      return visit(double{});
-    case DType::f32:
-      return visit(float{});
-    case DType::f16:
-      return visit(f16{});
-    default:
-      return visit(bf16{});
-  }
-}
-
 // ---- decays
 
 template <class E, class Visit>

@@ -319,27 +319,13 @@ void reduce_range(const Params& p, int64_t begin, int64_t end, const void* share
 
 // ---- by dtype
 
-template <class Run>
-void by_dtype(const Params& p, Run run) {
-  switch (p.dtype) {
-    case DType::f64:
-      return run(double{});
-    case DType::f32:
-      return run(float{});
-    case DType::f16:
-      return run(f16{});
-    case DType::bf16:
-      return run(bf16{});
-  }
-}
-
 size_t forward_scratch(const Params& p) {
   size_t size = 0;
-  by_dtype(p, [&](auto e) { size = ForwardScratch<decltype(e)>(p, Scratch(nullptr)).size; });
+  with_dtype(p.dtype, [&](auto e) { size = ForwardScratch<decltype(e)>(p, Scratch(nullptr)).size; });
   return size;
 }
 void forward(const Params& p, bool stream, int64_t begin, int64_t end, void* scratch) {
-  by_dtype(p, [&](auto e) {
+  with_dtype(p.dtype, [&](auto e) {
     using E = decltype(e);
     p.log ? forward_range<E, true>(p, stream, begin, end, scratch)
           : forward_range<E, false>(p, stream, begin, end, scratch);
@@ -347,7 +333,7 @@ void forward(const Params& p, bool stream, int64_t begin, int64_t end, void* scr
 }
 size_t backward_scratch(const Params& p) {
   size_t size = 0;
-  by_dtype(p, [&](auto e) { size = BackwardScratch<decltype(e)>(p, Scratch(nullptr)).size; });
+  with_dtype(p.dtype, [&](auto e) { size = BackwardScratch<decltype(e)>(p, Scratch(nullptr)).size; });
   return size;
 }
 size_t partials_size(const Params& p) {
@@ -355,7 +341,7 @@ size_t partials_size(const Params& p) {
   return (p.dtype == DType::f64 ? 8 : 4) * static_cast<size_t>(p.planes() * p.owners() * p.tokens());
 }
 void backward(const Params& p, int64_t begin, int64_t end, void* scratch, void* partials) {
-  by_dtype(p, [&](auto e) {
+  with_dtype(p.dtype, [&](auto e) {
     using E = decltype(e);
     if (p.log)
       p.transpose ? backward_range<E, true, true>(p, begin, end, scratch, partials)
@@ -366,7 +352,7 @@ void backward(const Params& p, int64_t begin, int64_t end, void* scratch, void* 
   });
 }
 void reduce_partials(const Params& p, int64_t begin, int64_t end, const void* partials) {
-  by_dtype(p, [&](auto e) { reduce_range<decltype(e)>(p, begin, end, partials); });
+  with_dtype(p.dtype, [&](auto e) { reduce_range<decltype(e)>(p, begin, end, partials); });
 }
 
 }  // namespace

@@ -1,29 +1,12 @@
 // What the CUDA kernels of the polyline path mask share: the sums of the decays and what lies between two of
 // them.
 #pragma once
-#include <stdexcept>
-
 #include "polyline_path_mask.h"
 #include "vitkernels/device.h"
 
 namespace vitkernels::polyline_path_mask {
 
 constexpr int SUM_THREADS = 64;
-
-// Calls run(T{}) with the element type.
-template <class Run>
-void with_dtype(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::f64:
-      return run(double{});
-    case DType::f32:
-      return run(float{});
-    case DType::f16:
-      return run(half_t{});
-    case DType::bf16:
-      return run(bfloat16_t{});
-  }
-}
 
 struct Shape {
   int64_t planes;

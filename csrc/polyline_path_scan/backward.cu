@@ -127,7 +127,7 @@ void launch_gradient(const Params& p, Axis axis, const View& grad, const View& v
   const Grid grid(p, axis);
   const Tokens decays(p.decay(axis), axis), grad_decays(p.grad_decay(axis), axis);
   const Tokens upstream(grad, axis), source(values, axis), target(to, axis);
-  with_dtypes(p, [&](auto element, auto decay) {
+  with_dtypes(p.dtype, p.decay_dtype, [&](auto element, auto decay) {
     using T = decltype(element);
     using D = decltype(decay);
     if constexpr (sizeof(T) <= 4)

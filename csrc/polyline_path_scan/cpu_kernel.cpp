@@ -50,25 +50,10 @@ struct Line {
         step(view.stride[axis == Axis::rows ? 2 : 1]) {}
 };
 
-// Calls run(E{}) with an element type.
-template <class Run>
-void by_dtype(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::f64:
-      return run(double{});
-    case DType::f32:
-      return run(float{});
-    case DType::f16:
-      return run(f16{});
-    case DType::bf16:
-      return run(bf16{});
-  }
-}
-
 // to[i] = the decay between tokens i - 1 and i.
 template <class T>
 void load_decays(const View& view, DType dtype, const Line& line, int count, T* to) {
-  by_dtype(dtype, [&](auto d) {
+  with_dtype(dtype, [&](auto d) {
     using D = decltype(d);
     const D* from = static_cast<const D*>(view.data) + line.offset;
     for (int i = 0; i < count; ++i) to[i] = static_cast<T>(load_one(from + i * line.step));
@@ -244,7 +229,7 @@ void gradient_range(const Params& p, Axis axis, const View& grad, const View& va
       for (int q = 1; q < L; ++q) total += rows[q];
       store(s.sums + i, total * load(s.decays + i));
     }
-    by_dtype(p.decay_dtype, [&](auto d) {
+    with_dtype(p.decay_dtype, [&](auto d) {
       using D = decltype(d);
       D* into = static_cast<D*>(grad_decay.data) + decays.offset;
       for (int i = 0; i < count; ++i) store_one(into + i * decays.step, static_cast<Compute<D>>(s.sums[i]));
@@ -260,12 +245,12 @@ size_t scratch(const Params& p) {
 }
 void product(const Params& p, Axis axis, const View& from, const View& to, int64_t begin, int64_t end,
              void* memory) {
-  by_dtype(p.dtype, [&](auto e) { product_range<decltype(e)>(p, axis, from, to, begin, end, memory); });
+  with_dtype(p.dtype, [&](auto e) { product_range<decltype(e)>(p, axis, from, to, begin, end, memory); });
 }
 void gradient(const Params& p, Axis axis, const View& grad, const View& values, const View& to, int64_t begin,
               int64_t end, void* memory) {
-  by_dtype(p.dtype,
-           [&](auto e) { gradient_range<decltype(e)>(p, axis, grad, values, to, begin, end, memory); });
+  with_dtype(p.dtype,
+             [&](auto e) { gradient_range<decltype(e)>(p, axis, grad, values, to, begin, end, memory); });
 }
 
 }  // namespace

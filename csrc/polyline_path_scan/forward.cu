@@ -85,7 +85,7 @@ void launch_product(const Grid& grid, const Tokens& decays, const Tokens& from, 
 void launch_product(const Params& p, Axis axis, const View& from, const View& to, Stream stream) {
   const Grid grid(p, axis);
   const Tokens decays(p.decay(axis), axis), source(from, axis), target(to, axis);
-  with_dtypes(p, [&](auto element, auto decay) {
+  with_dtypes(p.dtype, p.decay_dtype, [&](auto element, auto decay) {
     using T = decltype(element);
     using D = decltype(decay);
     if constexpr (sizeof(T) <= 4)

@@ -5,8 +5,6 @@
 // at the start of every segment in shared memory, and from its start, where each segment is in registers and
 // both directions meet. So what is read may be what is written.
 #pragma once
-#include <stdexcept>
-
 #include "polyline_path_scan.h"
 #include "vitkernels/device.h"
 
@@ -78,22 +76,6 @@ inline int threads_for(size_t bytes_a_thread) {
   int threads = MOST_THREADS;
   while (threads > 32 && threads * bytes_a_thread > FEW_BYTES) threads /= 2;
   return threads;
-}
-
-// Calls run(T{}, D{}) with the element types of tokens and of decays.
-template <class Run>
-void with_dtypes(const Params& p, Run run) {
-  const bool wide = p.decay_dtype == DType::f32;
-  switch (p.dtype) {
-    case DType::f64:
-      return run(double{}, double{});
-    case DType::f32:
-      return run(float{}, float{});
-    case DType::f16:
-      return wide ? run(half_t{}, float{}) : run(half_t{}, half_t{});
-    case DType::bf16:
-      return wide ? run(bfloat16_t{}, float{}) : run(bfloat16_t{}, bfloat16_t{});
-  }
 }
 
 // to = the product of the axis's masks and from.

@@ -10,7 +10,7 @@ int64_t backward_workspace_cuda(const Params& params) {
 void backward_cuda(const Params& params, Stream stream) {
   const tile_attention::Problem problem = make_problem(params);
   if (rank_one::applies(params)) return rank_one::backward(params, stream);
-  tile_attention::with_dtype(params.dtype, [&](auto zero) {
+  with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     tile_attention::backward<T>(problem, StripMap<T>(params), stream);
   });

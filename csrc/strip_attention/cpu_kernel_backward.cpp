@@ -296,31 +296,14 @@ size_t partials(const Params& p) {
   return p.dtype == DType::f64 ? partials_as<double>(p) : partials_as<float>(p);
 }
 void run(const Params& p, int64_t begin, int64_t end, void* memory, void* partials) {
-  switch (p.dtype) {
-    case DType::f64:
-      return backward_range<double>(p, begin, end, memory, partials);
-    case DType::f32:
-      return backward_range<float>(p, begin, end, memory, partials);
-    case DType::f16:
-      return backward_range<f16>(p, begin, end, memory, partials);
-    case DType::bf16:
-      return backward_range<bf16>(p, begin, end, memory, partials);
-  }
+  with_dtype(p.dtype,
+             [&](auto element) { backward_range<decltype(element)>(p, begin, end, memory, partials); });
 }
 int64_t reduce_items(const Params& p) {
   return p.batch * p.heads * KeyTiles(p.keys).count;
 }
 void reduce(const Params& p, int64_t begin, int64_t end, void* partials) {
-  switch (p.dtype) {
-    case DType::f64:
-      return reduce_range<double>(p, begin, end, partials);
-    case DType::f32:
-      return reduce_range<float>(p, begin, end, partials);
-    case DType::f16:
-      return reduce_range<f16>(p, begin, end, partials);
-    case DType::bf16:
-      return reduce_range<bf16>(p, begin, end, partials);
-  }
+  with_dtype(p.dtype, [&](auto element) { reduce_range<decltype(element)>(p, begin, end, partials); });
 }
 
 }  // namespace

@@ -316,16 +316,7 @@ size_t scratch(const Params& p) {
                                : ForwardScratch<float>(p, Scratch(nullptr)).size;
 }
 void run(const Params& p, int64_t begin, int64_t end, void* memory) {
-  switch (p.dtype) {
-    case DType::f64:
-      return forward_range<double>(p, begin, end, memory);
-    case DType::f32:
-      return forward_range<float>(p, begin, end, memory);
-    case DType::f16:
-      return forward_range<f16>(p, begin, end, memory);
-    case DType::bf16:
-      return forward_range<bf16>(p, begin, end, memory);
-  }
+  with_dtype(p.dtype, [&](auto element) { forward_range<decltype(element)>(p, begin, end, memory); });
 }
 
 }  // namespace

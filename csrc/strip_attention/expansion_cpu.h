@@ -212,18 +212,6 @@ struct Sorted {
   }
 };
 
-// The largest lane.
-template <class T>
-VITKERNELS_INLINE T largest(Vec<T> x) {
-  T part[kLanes<T>];
-  store(part, x);
-#pragma GCC unroll 3
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 4
-    for (int i = 0; i < half; ++i) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
-  return part[0];
-}
-
 // The range of a head's scaled queries; false where one is not finite. `tile` holds a tile of numbers.
 template <class E, class T>
 static bool range_of_queries(const Params& p, const Tiling<T>& tiling, int64_t b, int64_t h, T* tile,

@@ -7,7 +7,7 @@ namespace vitkernels::strip_attention {
 void forward_cuda(const Params& params, Stream stream) {
   const tile_attention::Problem problem = make_problem(params);
   if (rank_one::applies(params)) return rank_one::forward(params, stream);
-  tile_attention::with_dtype(params.dtype, [&](auto zero) {
+  with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     tile_attention::forward<T>(problem, StripMap<T>(params), stream);
   });

@@ -54,7 +54,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 4) largest_kernel(Shares shares, Groups
 }  // namespace
 
 void backward_cuda(const Params& p, Stream stream) {
-  tile_attention::with_dtype(p.dtype, [&](auto zero) {
+  with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     using Acc = accumulate_t<T>;
     const Groups groups(p);

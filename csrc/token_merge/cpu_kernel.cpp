@@ -88,7 +88,7 @@ void merge_group(const Params& p, const Group& group, const Sizes<Compute<E>>& s
 }
 
 void forward(const Params& p, int64_t begin, int64_t end) {
-  by_token_dtype(p.dtype, [&](auto element) {
+  with_dtype(p.dtype, [&](auto element) {
     using E = decltype(element);
     using T = Compute<E>;
     for (int64_t item = begin; item < end; ++item) {
@@ -155,7 +155,7 @@ void share_among_largest(const Params& p, const Group& group) {
 }
 
 void backward(const Params& p, int64_t begin, int64_t end) {
-  by_token_dtype(p.dtype, [&](auto element) {
+  with_dtype(p.dtype, [&](auto element) {
     using E = decltype(element);
     if (p.mode != Mode::amax) return spread<E>(p, begin, end);
     for (int64_t item = begin; item < end; ++item) share_among_largest<E>(p, Group(p, item));

@@ -11,7 +11,7 @@ namespace vitkernels::token_merge {
 
 void forward_cuda(const Params& p, Stream stream) {
   using namespace token_groups;
-  tile_attention::with_dtype(p.dtype, [&](auto zero) {
+  with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     using Acc = accumulate_t<T>;
     Gather<T> g{Rows<const T>(p.x), Rows<T>(p.y), Rows<const Acc>(p.size), Rows<Acc>(p.sizes), Scale::none};

@@ -6,7 +6,7 @@ namespace vitkernels::token_unmerge {
 
 void backward_cuda(const Params& p, Stream stream) {
   using namespace token_groups;
-  tile_attention::with_dtype(p.dtype, [&](auto zero) {
+  with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     using Acc = accumulate_t<T>;
     const Gather<T> g{Rows<const T>(p.grad_x), Rows<T>(p.grad_y), Rows<const Acc>(View()), Rows<Acc>(View()),

@@ -11,7 +11,7 @@ using namespace vitkernels::VITKERNELS_ISA;
 namespace {
 
 void forward(const Params& p, int64_t begin, int64_t end) {
-  by_token_dtype(p.dtype, [&](auto element) {
+  with_dtype(p.dtype, [&](auto element) {
     using E = decltype(element);
     const int32_t* rows = static_cast<const int32_t*>(p.rows.data);
     for (int64_t item = begin; item < end; ++item) {
@@ -23,7 +23,7 @@ void forward(const Params& p, int64_t begin, int64_t end) {
 }
 
 void backward(const Params& p, int64_t begin, int64_t end) {
-  by_token_dtype(p.dtype, [&](auto element) {
+  with_dtype(p.dtype, [&](auto element) {
     using E = decltype(element);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / p.merged_tokens, g = item % p.merged_tokens;

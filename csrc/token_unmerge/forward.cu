@@ -7,7 +7,7 @@ namespace vitkernels::token_unmerge {
 
 void forward_cuda(const Params& p, Stream stream) {
   using namespace token_groups;
-  tile_attention::with_dtype(p.dtype, [&](auto zero) {
+  with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     using Acc = accumulate_t<T>;
     const Rows<const Acc> absent{View()};

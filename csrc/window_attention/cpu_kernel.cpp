@@ -343,16 +343,7 @@ size_t forward_scratch(const Params& p) {
                                : ForwardScratch<float>(p, Scratch(nullptr)).size;
 }
 void forward(const Params& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.dtype) {
-    case DType::f64:
-      return forward_range<double>(p, begin, end, scratch);
-    case DType::f32:
-      return forward_range<float>(p, begin, end, scratch);
-    case DType::f16:
-      return forward_range<f16>(p, begin, end, scratch);
-    case DType::bf16:
-      return forward_range<bf16>(p, begin, end, scratch);
-  }
+  with_dtype(p.dtype, [&](auto element) { forward_range<decltype(element)>(p, begin, end, scratch); });
 }
 
 int64_t backward_items(const Params& p) {
@@ -367,30 +358,13 @@ size_t partials_size(const Params& p) {
          (p.dtype == DType::f64 ? sizeof(double) : sizeof(float));
 }
 void backward(const Params& p, int64_t begin, int64_t end, void* scratch, void* partials) {
-  switch (p.dtype) {
-    case DType::f64:
-      return backward_range<double>(p, begin, end, scratch, partials);
-    case DType::f32:
-      return backward_range<float>(p, begin, end, scratch, partials);
-    case DType::f16:
-      return backward_range<f16>(p, begin, end, scratch, partials);
-    case DType::bf16:
-      return backward_range<bf16>(p, begin, end, scratch, partials);
-  }
+  with_dtype(p.dtype,
+             [&](auto element) { backward_range<decltype(element)>(p, begin, end, scratch, partials); });
 }
 template <class T>
 void reduce(const Params& p, const void* partials) {
   const T* from = static_cast<const T*>(partials);
-  switch (p.bias_dtype) {
-    case DType::f64:
-      return reduce_as<T, double>(p, from);
-    case DType::f32:
-      return reduce_as<T, float>(p, from);
-    case DType::f16:
-      return reduce_as<T, f16>(p, from);
-    case DType::bf16:
-      return reduce_as<T, bf16>(p, from);
-  }
+  with_dtype(p.bias_dtype, [&](auto element) { reduce_as<T, decltype(element)>(p, from); });
 }
 void reduce_partials(const Params& p, const void* partials) {
   p.dtype == DType::f64 ? reduce<double>(p, partials) : reduce<float>(p, partials);

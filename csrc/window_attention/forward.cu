@@ -4,7 +4,7 @@ namespace vitkernels::window_attention {
 
 void forward_cuda(const Params& params, Stream stream) {
   const tile_attention::Problem problem = make_problem(params);
-  tile_attention::with_dtype(params.dtype, [&](auto zero) {
+  with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     tile_attention::forward<T>(problem, WindowMap<T>(params), stream);
   });

@@ -1,4 +1,4 @@
-// Launching a kernel, the same call for the device and the twin. Included through device.h.
+// Choosing and launching a kernel, the same call for the device and the twin. Included through device.h.
 #pragma once
 #include <array>
 #include <stdexcept>
@@ -6,9 +6,36 @@
 #include <tuple>
 #include <utility>
 
+#include "vitkernels/dtypes.h"
 #include "vitkernels/params.h"
 
 namespace vitkernels {
+
+// run(T{}), T being the type of a dtype's elements.
+template <class Run>
+auto with_dtype(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::f64:
+      return run(double{});
+    case DType::f32:
+      return run(float{});
+    case DType::f16:
+      return run(half_t{});
+    case DType::bf16:
+      return run(bfloat16_t{});
+  }
+  throw std::runtime_error("unknown dtype");
+}
+
+// run(T{}, U{}) with the types of both, where `other` is `dtype`, or float32 beside half precision.
+template <class Run>
+auto with_dtypes(DType dtype, DType other, Run run) {
+  return with_dtype(dtype, [&](auto element) {
+    if constexpr (sizeof(element) < sizeof(float))
+      if (other == DType::f32) return run(element, float{});
+    return run(element, element);
+  });
+}
 
 struct Dim3 {
   int64_t x = 1;

@@ -18,6 +18,8 @@
 #pragma GCC diagnostic pop
 #endif
 
+#include "vitkernels/params.h"
+
 #if !defined(VITKERNELS_ISA)
 #error "compile with -DVITKERNELS_ISA=<namespace of the instruction set>"
 #endif
@@ -81,6 +83,32 @@ template <class A, class B>
 constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
+
+// run(E{}), E being the type of a dtype's elements.
+template <class Run>
+VITKERNELS_INLINE auto with_dtype(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::f64:
+      return run(double{});
+    case DType::f32:
+      return run(float{});
+    case DType::f16:
+      return run(f16{});
+    case DType::bf16:
+      return run(bf16{});
+  }
+  __builtin_unreachable();
+}
+
+// run(E{}, D{}) with the types of both, where `other` is `dtype`, or float32 beside half precision.
+template <class Run>
+VITKERNELS_INLINE auto with_dtypes(DType dtype, DType other, Run run) {
+  return with_dtype(dtype, [&](auto element) {
+    if constexpr (sizeof(element) < sizeof(float))
+      if (other == DType::f32) return run(element, float{});
+    return run(element, element);
+  });
+}
 
 VITKERNELS_INLINE int imin(int a, int b) {
   return a < b ? a : b;
@@ -348,6 +376,18 @@ VITKERNELS_INLINE T across(Vec<T> x) {
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
 #pragma GCC unroll 4
     for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+// The largest lane.
+template <class T>
+VITKERNELS_INLINE T largest(Vec<T> x) {
+  T part[kLanes<T>];
+  store(part, x);
+#pragma GCC unroll 3
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < half; ++i) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
   return part[0];
 }
 

@@ -111,22 +111,6 @@ Problem make_problem(const Params& params, const std::string& name) {
   return problem;
 }
 
-// run(T()) with the type of the tensors.
-template <class Run>
-auto with_dtype(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::f64:
-      return run(double());
-    case DType::f32:
-      return run(float());
-    case DType::f16:
-      return run(half_t());
-    case DType::bf16:
-      return run(bfloat16_t());
-  }
-  throw std::runtime_error("tile attention: unknown dtype");
-}
-
 // Where the tokens of one tensor lie, in elements. A map whose tokens are not evenly spaced (those of a 2-D
 // map inside a larger one) has a type Positions with these members.
 struct EvenPositions {

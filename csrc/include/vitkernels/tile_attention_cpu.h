@@ -239,10 +239,7 @@ struct BackwardTile {
     store(row + last, unused ? nothing : load(row + last));
     Vec<T> top = load(row);
     for (int i = kLanes<T>; i < count; i += kLanes<T>) top = vmax(load(row + i), top);
-    T tops[kLanes<T>];
-    store(tops, top);
-    T highest = tops[0];
-    for (int i = 1; i < kLanes<T>; ++i) highest = tops[i] > highest ? tops[i] : highest;
+    const T highest = largest<T>(top);
     Vec<T> sum = {};
     for (int i = 0; i < count; i += kLanes<T>) {
       const Vec<T> e = exp_softmax<T>(load(row + i) - highest);

@@ -8,8 +8,8 @@
 #pragma once
 #include <stdexcept>
 
+#include "vitkernels/device.h"
 #include "vitkernels/divide.h"
-#include "vitkernels/tile_attention.h"  // with_dtype
 
 namespace vitkernels::token_groups {
 

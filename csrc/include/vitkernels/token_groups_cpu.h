@@ -6,21 +6,6 @@
 
 namespace vitkernels::VITKERNELS_ISA {
 
-// Calls run(E{}) with the element type of tokens.
-template <class Run>
-static void by_token_dtype(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::f64:
-      return run(double{});
-    case DType::f32:
-      return run(float{});
-    case DType::f16:
-      return run(f16{});
-    case DType::bf16:
-      return run(bf16{});
-  }
-}
-
 // Vectors of a row that go through the registers together.
 constexpr int kRowVecs = 8;
 

@@ -47,16 +47,7 @@ struct WindowBias {
   }
   // table: [heads, entries]
   void read(DType dtype, const View& table, int64_t head) {
-    switch (dtype) {
-      case DType::f64:
-        return read_as<double>(table, head);
-      case DType::f32:
-        return read_as<float>(table, head);
-      case DType::f16:
-        return read_as<f16>(table, head);
-      case DType::bf16:
-        return read_as<bf16>(table, head);
-    }
+    with_dtype(dtype, [&](auto element) { read_as<decltype(element)>(table, head); });
   }
 
   void clear() {
