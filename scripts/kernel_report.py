@@ -172,7 +172,7 @@ def triton_modules(operator: str | None = None) -> list[str]:
 def triton_usage(module: str, dtype: str, target: str, every_variant: bool = True) -> list[Usage]:
     """Every kernel that a launcher module's `examples(dtype)` launch, compiled for the target.
 
-    Else than with `every_variant`, a kernel is compiled as the first example that has it launches it.
+    Without `every_variant` each kernel is compiled once, as the first example that has it launches it.
     """
     import torch
 
