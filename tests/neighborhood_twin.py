@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import attention_calls
 import torch
 import twin
+from attention_calls import Inputs, Results, accumulate, run
 from guarded import Guarded, Layout
-from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels.kernels.neighborhood_attention import native, reference
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-
-Results = dict[str, torch.Tensor]
 
 # How [batch, *map, heads, channels] lies in memory; "cropped" is a map inside a larger one, its rows apart.
 LAYOUTS = {
@@ -97,17 +96,6 @@ class Memory:
             assert larger[outside].isnan().all(), "a kernel wrote outside a map"
 
 
-@dataclass
-class Inputs:
-    tensors: dict[str, torch.Tensor | None]
-    grad_out: torch.Tensor | None
-    grad_lse: torch.Tensor | None
-
-
-def accumulate(dtype: torch.dtype) -> torch.dtype:
-    return F64 if dtype == F64 else F32
-
-
 def make_inputs(case: Case, memory: Memory) -> Inputs:
     rows = (case.batch, *case.sizes, case.heads)
     entries = tuple(2 * kernel - 1 for kernel in case.kernel)
@@ -125,61 +113,20 @@ def make_inputs(case: Case, memory: Memory) -> Inputs:
 
 
 def run_kernels(case: Case, inputs: Inputs, memory: Memory) -> Results:
-    module = twin.load()
     rows = (case.batch, *case.sizes, case.heads)
-    out = memory((*rows, case.dv), case.dtype)
-    lse = memory(rows, accumulate(case.dtype))
-    arguments: list[Any] = list(inputs.tensors.values())
-    native.forward(out, lse, *arguments, *case.params, module=module, cuda=True)
-    grads: dict[str, Any] = {
-        f"grad_{name}": None
-        if tensor is None or name in case.missing
-        else memory(tuple(tensor.shape), tensor.dtype)
-        for name, tensor in inputs.tensors.items()
-    }
-    native.backward(
-        *grads.values(),
-        *(inputs.grad_out, inputs.grad_lse, out, lse),
-        *arguments,
-        *case.params,
-        module=module,
-        cuda=True,
-    )
-    return {"out": out, "lse": lse, **{name: grad for name, grad in grads.items() if grad is not None}}
+    into = memory((*rows, case.dv), case.dtype), memory(rows, accumulate(case.dtype))
+    where = {"module": twin.load(), "cuda": True}
+    return run(native, inputs, case.params, into, memory, case.missing, **where)
 
 
 def run_reference(case: Case, inputs: Inputs, dtype: torch.dtype | None) -> Results:
-    def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_()
-
-    leaves = {name: leaf(tensor) for name, tensor in inputs.tensors.items()}
-    arguments: list[Any] = list(leaves.values())
-    out, lse = reference.forward(*arguments, *case.params)
-    pairs = [(out, inputs.grad_out), (lse, inputs.grad_lse)]
-    pairs = [(result, grad.to(result.dtype)) for result, grad in pairs if grad is not None]
-    torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])
-    results = {"out": out.detach(), "lse": lse.detach()}
-    for name, tensor in leaves.items():
-        if tensor is not None and name not in case.missing:
-            results[f"grad_{name}"] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-    return results
+    return attention_calls.run_reference(reference, inputs, case.params, dtype, case.missing)
 
 
 def compare(case: Case, got: Results, baseline: Results, truth: Results) -> None:
     assert set(got) == set(truth)
-    for name, expected in truth.items():
-        if not expected.any():
-            assert not got[name].any(), f"{name} must be zero"
-            continue
-        assert_close_to_truth(
-            f"{case} {name}",
-            got[name],
-            baseline[name],
-            expected,
-            factor=GRADIENT if name.startswith("grad") else FORWARD,
-            reduced=case.batch * case.tokens if name == "grad_rpb" else 1,
-            dtype=case.dtype,  # lse and a wide table's gradient inherit the roundings of the tensors
-        )
+    reduced = {"grad_rpb": case.batch * case.tokens}
+    attention_calls.compare(case, got, baseline, truth, case.dtype, reduced)
 
 
 def check(case: Case, seed: int = 0) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import attention_calls
 import pytest
 import torch
 import twin
+from attention_calls import Inputs, Results, accumulate, run
 from guarded import Guarded
-from tolerance import FORWARD, GRADIENT, assert_close_to_truth
+from tolerance import GRADIENT, assert_close_to_truth
 
 from vitkernels.kernels.attention_with_size import native, reference
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-Results = dict[str, torch.Tensor]
-
 pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
 
 
@@ -45,17 +46,6 @@ class Case:
     @property
     def params(self) -> tuple[Any, ...]:
         return (self.d**-0.5 if self.scale is None else self.scale,)
-
-
-@dataclass
-class Inputs:
-    tensors: dict[str, torch.Tensor]
-    grad_out: torch.Tensor | None
-    grad_lse: torch.Tensor | None
-
-
-def accumulate(dtype: torch.dtype) -> torch.dtype:
-    return F64 if dtype == F64 else F32
 
 
 def make_sizes(case: Case) -> torch.Tensor:
@@ -90,60 +80,22 @@ def make_inputs(case: Case, guarded: Guarded) -> Inputs:
 
 
 def run_kernels(case: Case, inputs: Inputs, guarded: Guarded) -> Results:
-    module = twin.load()
     rows = (case.batch, case.heads, case.queries)
-    out = guarded((*rows, case.dv or case.d), case.dtype, case.layout)
-    lse = guarded(rows, accumulate(case.dtype))
-    arguments: list[Any] = list(inputs.tensors.values())
-    native.forward(out, lse, *arguments, *case.params, module=module, cuda=True)
-    grads = {
-        f"grad_{name}": None
-        if name in case.missing
-        else guarded(tuple(inputs.tensors[name].shape), case.dtype, case.layout)
-        for name in "qkv"
-    }
-    native.backward(
-        *grads.values(),
-        None,
-        *(inputs.grad_out, inputs.grad_lse, out, lse),
-        *arguments,
-        *case.params,
-        module=module,
-        cuda=True,
-    )
-    return {"out": out, "lse": lse, **{name: grad for name, grad in grads.items() if grad is not None}}
+    into = guarded((*rows, case.dv or case.d), case.dtype, case.layout), guarded(rows, accumulate(case.dtype))
+    empty = partial(guarded, layout=case.layout)
+    where = {"module": twin.load(), "cuda": True}
+    return run(native, inputs, case.params, into, empty, (*case.missing, "size"), **where)
 
 
 def run_reference(case: Case, inputs: Inputs, dtype: torch.dtype | None) -> Results:
-    leaves = {n: t.detach().to(dtype or t.dtype).clone() for n, t in inputs.tensors.items()}
-    for name in "qkv":
-        leaves[name].requires_grad_()
-    out, lse = reference.forward(*leaves.values(), *case.params)
-    pairs = [(out, inputs.grad_out), (lse, inputs.grad_lse)]
-    pairs = [(result, grad.to(result.dtype)) for result, grad in pairs if grad is not None]
-    torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])
-    results = {"out": out.detach(), "lse": lse.detach()}
-    for name in "qkv":
-        grad = leaves[name].grad
-        if name not in case.missing:
-            results[f"grad_{name}"] = torch.zeros_like(leaves[name]) if grad is None else grad
-    return results
+    return attention_calls.run_reference(
+        reference, inputs, case.params, dtype, case.missing, constant=("size",)
+    )
 
 
 def compare(case: Case, got: Results, baseline: Results, truth: Results) -> None:
     assert set(got) == set(truth)
-    for name, expected in truth.items():
-        if not expected.any():
-            assert not got[name].any(), f"{name} must be zero"
-            continue
-        assert_close_to_truth(
-            f"{case} {name}",
-            got[name],
-            baseline[name],
-            expected,
-            factor=GRADIENT if name.startswith("grad") else FORWARD,
-            dtype=case.dtype,  # lse inherits the roundings of the tensors
-        )
+    attention_calls.compare(case, got, baseline, truth, case.dtype)
 
 
 def check(case: Case, seed: int = 0) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import attention_calls
 import pytest
 import torch
+from attention_calls import Inputs, Results, run
 from far import far
 from guarded import Guarded
-from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process with TRITON_INTERPRET=1 (make test starts one)", allow_module_level=True)
@@ -76,44 +78,31 @@ def make_inputs(case: Case, guarded: Guarded) -> dict[str, Any]:
     }
 
 
+def _inputs(inputs: dict[str, Any]) -> Inputs:
+    return Inputs({name: inputs[name] for name in (*NAMES, "size")}, inputs["grad_out"], inputs["grad_lse"])
+
+
 def run_kernels(
     case: Case, inputs: dict[str, Any], guarded: Guarded, wanted: tuple[str, ...] = NAMES
-) -> dict[str, torch.Tensor]:
-    arguments = [inputs[name] for name in (*NAMES, "size")]
-    out, lse = guarded((*case.rows, case.dv), case.dtype, "tokens_first"), guarded(case.rows, F32)
-    launcher.forward(out, lse, *arguments, case.scale)
-    grads = [
-        guarded(inputs[name].shape, case.dtype, case.layout) if name in wanted else None for name in NAMES
-    ]
-    launcher.backward(*grads, None, inputs["grad_out"], inputs["grad_lse"], out, lse, *arguments, case.scale)
+) -> Results:
+    into = guarded((*case.rows, case.dv), case.dtype, "tokens_first"), guarded(case.rows, F32)
+    missing = tuple({*inputs} - {*wanted})
+    empty = partial(guarded, layout=case.layout)
+    results = run(launcher, _inputs(inputs), (case.scale,), into, empty, missing)
     guarded.check()
-    named = {f"grad_{name}": grad for name, grad in zip(NAMES, grads, strict=True) if grad is not None}
-    return {"out": out, "lse": lse, **named}
+    return results
 
 
-def run_reference(case: Case, inputs: dict[str, Any], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def run_reference(case: Case, inputs: dict[str, Any], dtype: torch.dtype | None) -> Results:
     """In `dtype`, or in the inputs' own for None."""
-    leaves = [inputs[name].to(dtype).detach().clone().requires_grad_() for name in NAMES]
-    out, lse = reference.forward(*leaves, inputs["size"].to(dtype), case.scale)
-    pairs = [(out, inputs["grad_out"]), (lse, inputs["grad_lse"])]
-    incoming = [(output, grad.to(output.dtype)) for output, grad in pairs if grad is not None]
-    torch.autograd.backward(*zip(*incoming, strict=True))
-    grads = {
-        f"grad_{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        for name, leaf in zip(NAMES, leaves, strict=True)
-    }
-    return {"out": out, "lse": lse, **grads}
+    return attention_calls.run_reference(reference, _inputs(inputs), (case.scale,), dtype, constant=("size",))
 
 
-def compare(case: Case, inputs: dict[str, Any], got: dict[str, torch.Tensor]) -> None:
+def compare(case: Case, inputs: dict[str, Any], got: Results) -> None:
     truth, baseline = run_reference(case, inputs, torch.float64), run_reference(case, inputs, None)
     for name, tensor in got.items():
-        if not truth[name].any():
-            assert not tensor.any(), f"{name}: expected zeros"
-            continue
-        factor = GRADIENT if name.startswith("grad") else FORWARD
-        kind = F32 if name == "lse" else case.dtype
-        assert_close_to_truth(name, tensor, baseline[name], truth[name], factor=factor, dtype=kind)
+        dtype = F32 if name == "lse" else case.dtype
+        attention_calls.compare(case, {name: tensor}, baseline, truth, dtype)
 
 
 CASES = [

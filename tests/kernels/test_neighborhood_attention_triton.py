@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
+from attention_calls import run
 from guarded import Guarded
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -58,18 +58,10 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
 
 def run_kernels(case: Case, inputs: Inputs, memory: Memory) -> Results:
     rows = (case.batch, *case.sizes, case.heads)
-    out, lse = memory((*rows, case.dv), case.dtype), memory(rows, F32)
-    arguments: list[Any] = list(inputs.tensors.values())
-    launcher.forward(out, lse, *arguments, *case.params)
-    grads = {
-        f"grad_{name}": None
-        if tensor is None or name in case.missing
-        else memory(tuple(tensor.shape), tensor.dtype)
-        for name, tensor in inputs.tensors.items()
-    }
-    launcher.backward(*grads.values(), inputs.grad_out, inputs.grad_lse, out, lse, *arguments, *case.params)
+    into = memory((*rows, case.dv), case.dtype), memory(rows, F32)
+    results = run(launcher, inputs, case.params, into, memory, case.missing)
     memory.check()
-    return {"out": out, "lse": lse, **{name: grad for name, grad in grads.items() if grad is not None}}
+    return results
 
 
 def check(case: Case, guarded: Guarded) -> None:

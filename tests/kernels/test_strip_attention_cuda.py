@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import attention_calls
 import pytest
 import torch
 import twin
+from attention_calls import Inputs, Results, accumulate, run
 from guarded import Guarded
-from tolerance import FORWARD, GRADIENT, assert_close_to_truth
+from tolerance import GRADIENT, assert_close_to_truth
 
 from vitkernels.kernels.strip_attention import native, reference
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
-
-Results = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,6 @@ class Case:
         return "-".join(filter(None, (name, bias, wide, self.layout)))
 
 
-@dataclass
-class Inputs:
-    tensors: dict[str, torch.Tensor | None]
-    grad_out: torch.Tensor | None
-    grad_lse: torch.Tensor | None
-
-
-def accumulate(dtype: torch.dtype) -> torch.dtype:
-    return F64 if dtype == F64 else F32
-
-
 def make_inputs(case: Case, guarded: Guarded) -> Inputs:
     rows, columns = (case.batch, case.heads, case.queries), (case.batch, case.heads, case.keys)
     bias_dtype = case.bias_dtype or case.dtype
@@ -75,62 +65,22 @@ def make_inputs(case: Case, guarded: Guarded) -> Inputs:
 
 
 def run_kernels(case: Case, inputs: Inputs, guarded: Guarded) -> Results:
-    module = twin.load()
     rows = (case.batch, case.heads, case.queries)
-    out = guarded((*rows, case.dv), case.dtype, case.layout)
-    lse = guarded(rows, accumulate(case.dtype))
-    arguments: list[Any] = list(inputs.tensors.values())
-    native.forward(out, lse, *arguments, case.scale, module=module, cuda=True)
-    grads: dict[str, Any] = {
-        f"grad_{name}": None
-        if tensor is None or name in case.missing
-        else guarded(tuple(tensor.shape), tensor.dtype, case.layout)
-        for name, tensor in inputs.tensors.items()
-    }
-    native.backward(
-        *grads.values(),
-        *(inputs.grad_out, inputs.grad_lse, out, lse),
-        *arguments,
-        case.scale,
-        module=module,
-        cuda=True,
-    )
-    return {"out": out, "lse": lse, **{name: grad for name, grad in grads.items() if grad is not None}}
+    into = guarded((*rows, case.dv), case.dtype, case.layout), guarded(rows, accumulate(case.dtype))
+    empty = partial(guarded, layout=case.layout)
+    where = {"module": twin.load(), "cuda": True}
+    return run(native, inputs, (case.scale,), into, empty, case.missing, **where)
 
 
 def run_reference(case: Case, inputs: Inputs, dtype: torch.dtype | None) -> Results:
-    def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_()
-
-    leaves = {name: leaf(tensor) for name, tensor in inputs.tensors.items()}
-    arguments: list[Any] = list(leaves.values())
-    out, lse = reference.forward(*arguments, case.scale)
-    pairs = [(out, inputs.grad_out), (lse, inputs.grad_lse)]
-    pairs = [(result, grad.to(result.dtype)) for result, grad in pairs if grad is not None]
-    torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])
-    results = {"out": out.detach(), "lse": lse.detach()}
-    for name, tensor in leaves.items():
-        if tensor is not None and name not in case.missing:
-            results[f"grad_{name}"] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-    return results
+    return attention_calls.run_reference(reference, inputs, (case.scale,), dtype, case.missing)
 
 
 def compare(case: Case, got: Results, baseline: Results, truth: Results) -> None:
     assert set(got) == set(truth)
-    shared = case.batch * case.heads * case.queries * case.keys  # logits
-    for name, expected in truth.items():
-        if not expected.any():
-            assert not got[name].any(), f"{name} must be zero"
-            continue
-        assert_close_to_truth(
-            f"{case} {name}",
-            got[name],
-            baseline[name],
-            expected,
-            factor=GRADIENT if name.startswith("grad") else FORWARD,
-            reduced=shared // expected.numel() if name == "grad_bias" else 1,
-            dtype=case.dtype,  # lse and a wide bias's gradient inherit the roundings of the tensors
-        )
+    logits = case.batch * case.heads * case.queries * case.keys
+    reduced = {} if case.bias is None else {"grad_bias": logits // torch.Size(case.bias).numel()}
+    attention_calls.compare(case, got, baseline, truth, case.dtype, reduced)
 
 
 def check(case: Case, seed: int = 0) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import attention_calls
 import pytest
 import torch
+from attention_calls import Inputs, Results, run
 from guarded import Guarded
-from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process with TRITON_INTERPRET=1 (make test starts one)", allow_module_level=True)
@@ -75,60 +77,31 @@ def make_inputs(case: Case, guarded: Guarded) -> dict[str, Any]:
     }
 
 
+def _inputs(inputs: dict[str, Any]) -> Inputs:
+    return Inputs({name: inputs[name] for name in NAMES}, inputs["grad_out"], inputs["grad_lse"])
+
+
 def run_kernels(
     case: Case, inputs: dict[str, Any], guarded: Guarded, wanted: tuple[str, ...] = NAMES
-) -> dict[str, torch.Tensor]:
-    arguments = [inputs[name] for name in NAMES]
-    out, lse = guarded((*case.rows, case.dv), case.dtype, "tokens_first"), guarded(case.rows, F32)
-    launcher.forward(out, lse, *arguments, case.scale)
-    grads = [
-        None if tensor is None or name not in wanted else guarded(tensor.shape, tensor.dtype, case.layout)
-        for name, tensor in zip(NAMES, arguments, strict=True)
-    ]
-    launcher.backward(*grads, inputs["grad_out"], inputs["grad_lse"], out, lse, *arguments, case.scale)
+) -> Results:
+    into = guarded((*case.rows, case.dv), case.dtype, "tokens_first"), guarded(case.rows, F32)
+    missing = tuple({*inputs} - {*wanted})
+    empty = partial(guarded, layout=case.layout)
+    results = run(launcher, _inputs(inputs), (case.scale,), into, empty, missing)
     guarded.check()
-    named = {f"grad_{name}": grad for name, grad in zip(NAMES, grads, strict=True) if grad is not None}
-    return {"out": out, "lse": lse, **named}
+    return results
 
 
-def run_reference(case: Case, inputs: dict[str, Any], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def run_reference(case: Case, inputs: dict[str, Any], dtype: torch.dtype | None) -> Results:
     """In `dtype`, or in the inputs' own for None."""
-    leaves = {
-        name: None if inputs[name] is None else inputs[name].to(dtype).detach().clone().requires_grad_()
-        for name in NAMES
-    }
-    out, lse = reference.forward(*leaves.values(), case.scale)
-    pairs = [(out, inputs["grad_out"]), (lse, inputs["grad_lse"])]
-    incoming = [(output, grad.to(output.dtype)) for output, grad in pairs if grad is not None]
-    torch.autograd.backward(*zip(*incoming, strict=True))
-    grads = {
-        f"grad_{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        for name, leaf in leaves.items()
-        if leaf is not None
-    }
-    return {"out": out, "lse": lse, **grads}
+    return attention_calls.run_reference(reference, _inputs(inputs), (case.scale,), dtype)
 
 
-def compare(case: Case, inputs: dict[str, Any], got: dict[str, torch.Tensor]) -> None:
+def compare(case: Case, inputs: dict[str, Any], got: Results) -> None:
     truth, baseline = run_reference(case, inputs, torch.float64), run_reference(case, inputs, None)
-    terms = {}
-    if case.bias is not None:
-        logits = case.batch * case.heads * case.queries * case.keys
-        terms["grad_attn_bias"] = logits // torch.Size(case.bias).numel()
-    for name, tensor in got.items():
-        if not truth[name].any():
-            assert not tensor.any(), f"{name}: expected zeros"
-            continue
-        factor = GRADIENT if name.startswith("grad") else FORWARD
-        assert_close_to_truth(
-            name,
-            tensor,
-            baseline[name],
-            truth[name],
-            factor=factor,
-            reduced=terms.get(name, 1),
-            dtype=case.dtype,
-        )
+    logits = case.batch * case.heads * case.queries * case.keys
+    reduced = {} if case.bias is None else {"grad_attn_bias": logits // torch.Size(case.bias).numel()}
+    attention_calls.compare(case, got, baseline, truth, case.dtype, reduced)
 
 
 CASES = [

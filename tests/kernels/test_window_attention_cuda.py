@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import attention_calls
 import pytest
 import torch
 import twin
+from attention_calls import Inputs, Results, accumulate, run
 from guarded import Guarded
-from tolerance import FORWARD, GRADIENT, assert_close_to_truth
+from tolerance import GRADIENT, assert_close_to_truth
 
 from vitkernels.bench.cases.window_attention import table_entries, table_terms
 from vitkernels.core.native import arguments
@@ -51,17 +54,6 @@ class Case:
         return *self.window, self.bias == "signed", self.d**-0.5
 
 
-@dataclass
-class Inputs:
-    tensors: dict[str, torch.Tensor | None]
-    grad_out: torch.Tensor | None
-    grad_lse: torch.Tensor | None
-
-
-def accumulate(dtype: torch.dtype) -> torch.dtype:
-    return F64 if dtype == F64 else F32
-
-
 def make_inputs(case: Case, guarded: Guarded) -> Inputs:
     rows = (case.batch, case.heads, case.tokens)
     entries = table_entries(case.window, case.bias)
@@ -80,45 +72,16 @@ def make_inputs(case: Case, guarded: Guarded) -> Inputs:
     )
 
 
-def run_kernels(case: Case, inputs: Inputs, guarded: Guarded) -> dict[str, torch.Tensor]:
-    module = twin.load()
+def run_kernels(case: Case, inputs: Inputs, guarded: Guarded) -> Results:
     rows = (case.batch, case.heads, case.tokens)
-    out = guarded((*rows, case.dv), case.dtype, case.layout)
-    lse = guarded(rows, accumulate(case.dtype))
-    arguments: list[Any] = list(inputs.tensors.values())
-    native.forward(out, lse, *arguments, *case.params, module=module, cuda=True)
-    grads: dict[str, Any] = {
-        f"grad_{name}": None
-        if tensor is None or name in case.missing
-        else guarded(tuple(tensor.shape), tensor.dtype, case.layout)
-        for name, tensor in inputs.tensors.items()
-    }
-    native.backward(
-        *grads.values(),
-        *(inputs.grad_out, inputs.grad_lse, out, lse),
-        *arguments,
-        *case.params,
-        module=module,
-        cuda=True,
-    )
-    return {"out": out, "lse": lse, **{name: grad for name, grad in grads.items() if grad is not None}}
+    into = guarded((*rows, case.dv), case.dtype, case.layout), guarded(rows, accumulate(case.dtype))
+    empty = partial(guarded, layout=case.layout)
+    where = {"module": twin.load(), "cuda": True}
+    return run(native, inputs, case.params, into, empty, case.missing, **where)
 
 
-def run_reference(case: Case, inputs: Inputs, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_()
-
-    leaves = {name: leaf(tensor) for name, tensor in inputs.tensors.items()}
-    arguments: list[Any] = list(leaves.values())
-    out, lse = reference.forward(*arguments, *case.params)
-    pairs = [(out, inputs.grad_out), (lse, inputs.grad_lse)]
-    pairs = [(result, grad.to(result.dtype)) for result, grad in pairs if grad is not None]
-    torch.autograd.backward([result for result, _ in pairs], [grad for _, grad in pairs])
-    results = {"out": out.detach(), "lse": lse.detach()}
-    for name, tensor in leaves.items():
-        if tensor is not None and name not in case.missing:
-            results[f"grad_{name}"] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-    return results
+def run_reference(case: Case, inputs: Inputs, dtype: torch.dtype | None) -> Results:
+    return attention_calls.run_reference(reference, inputs, case.params, dtype, case.missing)
 
 
 def check(case: Case, seed: int = 0) -> None:
@@ -131,24 +94,12 @@ def check(case: Case, seed: int = 0) -> None:
     compare(case, inputs, got)
 
 
-def compare(case: Case, inputs: Inputs, got: dict[str, torch.Tensor]) -> None:
+def compare(case: Case, inputs: Inputs, got: Results) -> None:
     """Holds results to the reference in float64, by the house rule."""
     baseline, truth = run_reference(case, inputs, None), run_reference(case, inputs, F64)
-    terms = table_terms(case.batch, case.window, case.bias)
     assert set(got) == set(truth)
-    for name, expected in truth.items():
-        if not expected.any():
-            assert not got[name].any(), f"{name} must be zero"
-            continue
-        assert_close_to_truth(
-            f"{case} {name}",
-            got[name],
-            baseline[name],
-            expected,
-            factor=GRADIENT if name.startswith("grad") else FORWARD,
-            reduced=terms if name == "grad_bias_table" else 1,
-            dtype=case.dtype,  # lse and a wide table's gradient inherit the roundings of the tensors
-        )
+    reduced = {"grad_bias_table": table_terms(case.batch, case.window, case.bias)}
+    attention_calls.compare(case, got, baseline, truth, case.dtype, reduced)
 
 
 def _cases() -> Iterator[Case]:
