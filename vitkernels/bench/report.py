@@ -160,7 +160,8 @@ def print_report(console: Console, rows: Sequence[Row], summary: Sequence[dict[s
         )
     if any(row.floor_share is not None and row.floor_share > 1 for row in rows):
         console.print(
-            "a share of the floor above 100 %: the peak was measured too low (a busy machine does that)"
+            "a share of the floor above 100 %: the peak was measured too low (a busy machine does that), or the"
+            " kernel gets by with less than the formula that the floor counts"
         )
     if summary:
         console.print(summary_table(summary))
