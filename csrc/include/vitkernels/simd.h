@@ -85,6 +85,7 @@ template <class A>
 constexpr bool kSame<A, A> = true;
 
 // run(E{}), E being the type of a dtype's elements.
+// launch.h has the same for the device; no template is shared with it, for the reason above.
 template <class Run>
 VITKERNELS_INLINE auto with_dtype(DType dtype, Run run) {
   switch (dtype) {
@@ -367,28 +368,28 @@ VITKERNELS_INLINE Vec<T> log_softmax(Vec<T> x) {
   return e * C::kLn2Head + (e * C::kLn2Tail + s * series) + (x - x);
 }
 
-// Sum of the lanes, by halves.
-template <class T>
-VITKERNELS_INLINE T across(Vec<T> x) {
+// The lanes folded into one, by halves.
+template <class T, class Fold>
+VITKERNELS_INLINE T across_lanes(Vec<T> x, Fold fold) {
   T part[kLanes<T>];
   store(part, x);
 #pragma GCC unroll 3
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
 #pragma GCC unroll 4
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    for (int i = 0; i < half; ++i) part[i] = fold(part[i], part[i + half]);
   return part[0];
+}
+
+// Sum of the lanes.
+template <class T>
+VITKERNELS_INLINE T across(Vec<T> x) {
+  return across_lanes<T>(x, [](T a, T b) { return a + b; });
 }
 
 // The largest lane.
 template <class T>
 VITKERNELS_INLINE T largest(Vec<T> x) {
-  T part[kLanes<T>];
-  store(part, x);
-#pragma GCC unroll 3
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 4
-    for (int i = 0; i < half; ++i) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
-  return part[0];
+  return across_lanes<T>(x, [](T a, T b) { return b > a ? b : a; });
 }
 
 // ---- transpose
