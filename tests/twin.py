@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import fcntl
 import functools
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -83,6 +85,10 @@ def load(sanitize: str = "", operators: tuple[str, ...] = OPERATORS) -> ModuleTy
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # scripts/barriers.py asks for these.
+    module.ignore_barriers(json.loads(os.environ.get("VITKERNELS_IGNORE_BARRIERS") or "[]"))
+    if listing := os.environ.get("VITKERNELS_LIST_BARRIERS"):
+        atexit.register(lambda: Path(listing).write_text(json.dumps(module.barriers())))
     return module
 
 

@@ -16,12 +16,6 @@
 namespace vitkernels::twin {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr size_t STACK_BYTES = 256 * 1024;  // red zones around every local
-#else
-constexpr size_t STACK_BYTES = 128 * 1024;
-#endif
-
 size_t guard_bytes() {
   return static_cast<size_t>(sysconf(_SC_PAGESIZE));
 }

@@ -22,6 +22,14 @@ class Fiber {
   void resume();   // from outside: run until the fiber suspends
   void suspend();  // from inside
 
+  const char* stack() const { return stack_; }
+
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t STACK_BYTES = 256 * 1024;  // red zones around every local
+#else
+  static constexpr size_t STACK_BYTES = 128 * 1024;
+#endif
+
  private:
   static void entry(unsigned high, unsigned low);
 

@@ -1,11 +1,14 @@
 // The test-only module _twin: the CUDA kernels on host fibers, under the names _native gives them on the
 // device.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <type_traits>
 
 #include "probe.h"
+#include "traffic.h"
 #include "vitkernels/device.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -47,6 +50,26 @@ void define(py::module_& module, const char* name, void (*function)(Arguments...
 PYBIND11_MODULE(_twin, module) {
   using namespace vitkernels;
   module.def("set_seed", &twin::set_seed, "The order of warps, lanes and blocks from the next launch on.");
+  module.def("watch", &twin::watch::set_enabled, "Whether hazards are errors (csrc/twin/watch.h).");
+  module.def("ignore_barriers", &twin::watch::ignore_barriers, "As if these ordered nothing, by number.");
+  module.def(
+      "barriers",
+      [] {
+        std::vector<std::tuple<uint32_t, bool, std::string>> result;
+        for (const auto& b : twin::watch::barriers()) result.emplace_back(b.code, b.of_warp, b.line);
+        return result;
+      },
+      "(number, of a warp, line) of every barrier that a launch has met so far.");
+  module.def("count_traffic", &twin::traffic::set_enabled, "From now on, from zero (csrc/twin/traffic.h).");
+  module.def(
+      "traffic",
+      [] {
+        std::vector<std::tuple<std::string, std::string, bool, bool, int64_t, int64_t, int64_t>> result;
+        for (const auto& r : twin::traffic::rows())
+          result.emplace_back(r.kernel, r.line, r.shared, r.writes, r.requests, r.taken, r.least);
+        return result;
+      },
+      "(kernel, line, of shared memory, writes, requests of warps, wavefronts or sectors taken, the least).");
 
 #define VITKERNELS_PROBE(name) define(module, #name, probe::name)
   VITKERNELS_PROBE(exchange_in_block);
@@ -57,6 +80,7 @@ PYBIND11_MODULE(_twin, module) {
   VITKERNELS_PROBE(collectives_u32);
   VITKERNELS_PROBE(diverge);
   VITKERNELS_PROBE(count_positive);
+  VITKERNELS_PROBE(write_from_blocks);
   VITKERNELS_PROBE(positions);
   VITKERNELS_PROBE(launch_shape);
   VITKERNELS_PROBE(write_shared);

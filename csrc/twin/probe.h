@@ -5,7 +5,8 @@
 
 namespace vitkernels::probe {
 
-// probe_order.cu. `missing`: 0 nothing, 1 the barrier before the reads, 2 the barrier after them.
+// probe_order.cu. `missing`: 0 nothing, 1 the barrier before the reads, 2 the barrier after them, 3 in a warp:
+// a shuffle stands in the place of the one before.
 void exchange_in_block(const float* in, float* out, int blocks, int threads, int missing);
 void exchange_in_warp(const float* in, float* out, int blocks, int missing);
 // For the dtypes f32, f64, i32, u32 in turn; `out` is [9, 64], one row per operation.
@@ -16,6 +17,8 @@ void collectives_u32(const uint32_t* in, uint32_t* out, int from, int mask, int 
 enum Divergence : int { SHUFFLE_AND_BARRIER, SHUFFLE_AND_EXIT, TWO_COLLECTIVES, BARRIER_AND_EXIT };
 void diverge(int* out, int threads, int how);
 void count_positive(const float* in, int* count, int64_t n);
+// Each block's threads write integers that begin `apart` from the next block's.
+void write_from_blocks(int* out, int blocks, int threads, int apart);
 void positions(int* out, int64_t x, int64_t y, int64_t z, int threads);
 void launch_shape(int64_t x, int64_t y, int64_t z, int threads, int64_t shared_bytes);
 

@@ -14,7 +14,7 @@ VK_KERNEL void write_global_kernel(float* out, int64_t index) {
 
 VK_KERNEL void read_shared_unwritten_kernel(float* out) {
   float* shared = reinterpret_cast<float*>(shared_memory());
-  out[thread_x()] = shared[thread_x()];
+  out[block_x() * block_dim_x() + thread_x()] = shared[thread_x()];
   shared[thread_x()] = 1;
 }
 

@@ -25,7 +25,11 @@ VK_KERNEL void exchange_in_warp_kernel(const float* in, float* out, int missing)
   float value = in[at];
   for (int round = 0; round < 2; ++round) {
     shared[lane_id()] = value;
-    if (missing != 1) sync_warp();
+    if (missing == 3) {
+      shfl(0, 0);  // brings the lanes together, and that is all
+    } else if (missing != 1) {
+      sync_warp();
+    }
     value = 2 * value + shared[(lane_id() + 1) % 32];
     if (missing != 2) sync_warp();
   }
@@ -79,6 +83,10 @@ VK_KERNEL void count_positive_kernel(const float* in, int* count, int64_t n) {
   if (at < n && in[at] > 0) atomic_add(count, 1);
 }
 
+VK_KERNEL void write_from_blocks_kernel(int* out, int apart) {
+  out[block_x() * apart + thread_x()] = block_x();
+}
+
 VK_KERNEL void positions_kernel(int* out, int rows, int columns) {
   const int64_t block = (static_cast<int64_t>(block_z()) * rows + block_y()) * columns + block_x();
   int* mine = out + (block * block_dim_x() + thread_x()) * 6;
@@ -113,6 +121,9 @@ void diverge(int* out, int threads, int how) {
 }
 void count_positive(const float* in, int* count, int64_t n) {
   launch(count_positive_kernel, {(n + 63) / 64}, 64, 0, nullptr, in, count, n);
+}
+void write_from_blocks(int* out, int blocks, int threads, int apart) {
+  launch(write_from_blocks_kernel, {blocks}, threads, 0, nullptr, out, apart);
 }
 void positions(int* out, int64_t x, int64_t y, int64_t z, int threads) {
   launch(positions_kernel, {x, y, z}, threads, 0, nullptr, out, static_cast<int>(y), static_cast<int>(x));

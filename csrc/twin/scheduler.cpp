@@ -8,6 +8,8 @@
 
 #include "fiber.h"
 #include "vitkernels/device.h"
+#include "traffic.h"
+#include "watch.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -91,6 +93,7 @@ struct Thread {
   const char* collective = nullptr;
   CollectiveBody body = nullptr;
   void* operands = nullptr;
+  const void* barrier = nullptr;  // where it waits
   std::vector<Copy> copies;
   int open_group = 0;
 };
@@ -110,15 +113,16 @@ std::string lane_list(const std::vector<int>& lanes) {
 
 class Scheduler {
  public:
-  void run(GridSize grid, int threads, size_t shared_bytes, ThreadBody body);
+  void run(const void* kernel, GridSize grid, int threads, size_t shared_bytes, ThreadBody body);
 
   Thread& current() {
     if (current_ == nullptr)
       throw std::runtime_error("host twin: a device function was called outside a launch");
     return *current_;
   }
-  void collective(const char* name, CollectiveBody body, void* mine);
-  void wait_block();
+  void collective(const char* name, CollectiveBody body, void* mine, const void* code);
+  const void* collective_code() const { return collective_code_; }
+  void wait_block(const void* code);
 
  private:
   void prepare(int threads);
@@ -133,14 +137,19 @@ class Scheduler {
 
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<int> arrived_;  // per warp, at the collective now gathering
+  std::vector<const void*> barriers_;  // per thread, the one it has waited in
   int count_ = 0;
   ThreadBody body_{};
   Thread* current_ = nullptr;
+  const void* collective_code_ = nullptr;  // of the one that runs
   std::exception_ptr error_;
   Random random_{0};
 };
 
-thread_local Scheduler scheduler;
+Scheduler& scheduler() {
+  static thread_local const auto scheduler = std::make_unique<Scheduler>();
+  return *scheduler;
+}
 
 // Fibers outlive the launch, each waiting for the next block's thread of its number.
 void Scheduler::prepare(int threads) {
@@ -156,6 +165,7 @@ void Scheduler::prepare(int threads) {
   }
   count_ = threads;
   arrived_.assign(static_cast<size_t>((threads + 31) / 32), 0);
+  barriers_.assign(static_cast<size_t>(threads), nullptr);
 }
 
 void Scheduler::thread_main(Thread& thread) {
@@ -169,12 +179,14 @@ void Scheduler::thread_main(Thread& thread) {
 
 void Scheduler::resume(Thread& thread) {
   current_ = &thread;
+  watch::run_thread(thread.position.thread, thread.fiber.stack(), Fiber::STACK_BYTES);
   thread.fiber.resume();
+  watch::run_host();
   current_ = nullptr;
   if (error_) std::rethrow_exception(error_);
 }
 
-void Scheduler::collective(const char* name, CollectiveBody body, void* mine) {
+void Scheduler::collective(const char* name, CollectiveBody body, void* mine, const void* code) {
   Thread& self = current();
   const int warp = self.position.thread / 32;
   self.state = State::at_collective;
@@ -192,14 +204,18 @@ void Scheduler::collective(const char* name, CollectiveBody body, void* mine) {
     if (other.body != body || std::strcmp(other.collective, name) != 0) fail_diverged(warp);
     operands[i] = lane(warp, i).operands;
   }
+  collective_code_ = code;
   body(operands);
+  if (traffic::enabled()) traffic::meet(warp);
+  if (std::strcmp(name, SYNC_WARP) == 0) watch::order_warp(warp, code);
   arrived_[static_cast<size_t>(warp)] = 0;
   for (int i = 0; i < 32; ++i) lane(warp, i).state = State::ready;
   if (random_.below(2) != 0) self.fiber.suspend();
 }
 
-void Scheduler::wait_block() {
+void Scheduler::wait_block(const void* code) {
   Thread& self = current();
+  self.barrier = code;
   self.state = State::at_barrier;
   self.fiber.suspend();
 }
@@ -258,23 +274,27 @@ void Scheduler::run_interval() {
 void Scheduler::run_block() {
   for (bool alive = true; alive;) {
     run_interval();
+    for (int warp = 0; traffic::enabled() && 32 * warp < count_; ++warp) traffic::meet(warp);
     alive = false;
     for (int i = 0; i < count_; ++i) {
       Thread& thread = *threads_[static_cast<size_t>(i)];
-      if (thread.state == State::at_barrier) {
-        thread.state = State::ready;
-        alive = true;
-      }
+      const bool waits = thread.state == State::at_barrier;
+      barriers_[static_cast<size_t>(i)] = waits ? thread.barrier : nullptr;
+      if (waits) thread.state = State::ready;
+      alive |= waits;
     }
+    watch::order_block(barriers_);
   }
 }
 
-void Scheduler::run(GridSize grid, int threads, size_t shared_bytes, ThreadBody body) {
+void Scheduler::run(const void* kernel, GridSize grid, int threads, size_t shared_bytes, ThreadBody body) {
   if (current_ != nullptr) throw std::runtime_error("host twin: a kernel launched a kernel");
   prepare(threads);
   body_ = body;
   random_ = Random(global_seed);
   SharedMemory shared(shared_bytes);
+  watch::begin_launch();
+  traffic::begin_launch(kernel);
 
   const int64_t blocks = grid.x * grid.y * grid.z;
   const int64_t start = random_.below(static_cast<uint32_t>(std::min<int64_t>(blocks, 1 << 30)));
@@ -283,6 +303,7 @@ void Scheduler::run(GridSize grid, int threads, size_t shared_bytes, ThreadBody 
   int64_t block = start;
   for (int64_t i = 0; i < blocks; ++i, block = (block + stride) % blocks) {
     shared.poison();
+    watch::begin_block(shared.data(), shared_bytes);
     const Position position{0,
                             threads,
                             static_cast<int>(block % grid.x),
@@ -302,6 +323,7 @@ void Scheduler::run(GridSize grid, int threads, size_t shared_bytes, ThreadBody 
     try {
       run_block();
       if (!shared.red_zones_intact()) throw std::runtime_error("a write outside shared memory");
+      if (const std::string hazard = watch::hazard(); !hazard.empty()) throw std::runtime_error(hazard);
     } catch (const std::exception& error) {
       const std::string what = error.what();
       error_ = nullptr;
@@ -318,19 +340,19 @@ void Scheduler::run(GridSize grid, int threads, size_t shared_bytes, ThreadBody 
 }  // namespace
 
 const Position& here() {
-  return scheduler.current().position;
+  return scheduler().current().position;
 }
 void set_seed(uint64_t seed) {
   global_seed = seed;
 }
-void run_grid(GridSize grid, int threads, size_t shared_bytes, ThreadBody thread) {
-  scheduler.run(grid, threads, shared_bytes, thread);
+void run_grid(const void* kernel, GridSize grid, int threads, size_t shared_bytes, ThreadBody thread) {
+  scheduler().run(kernel, grid, threads, shared_bytes, thread);
 }
 void collective(const char* name, CollectiveBody body, void* mine) {
-  scheduler.collective(name, body, mine);
+  scheduler().collective(name, body, mine, __builtin_return_address(0));
 }
 void wait_block() {
-  scheduler.wait_block();
+  scheduler().wait_block(__builtin_return_address(0));
 }
 
 void fail(const std::string& what) {
@@ -342,6 +364,10 @@ void check_aligned(const void* pointer, size_t bytes, const char* what) {
   if (off != 0)
     fail(std::string(what) + " needs an address aligned to " + std::to_string(bytes) + " bytes; it is " +
          std::to_string(off) + " past one");
+}
+
+void note_row(int lane, const void* row) {
+  watch::note(here().thread / 32 * 32 + lane, row, 16, watch::Access::read, scheduler().collective_code());
 }
 
 void check_shared(const void* pointer, size_t bytes, const char* what) {
@@ -357,20 +383,25 @@ void copy_async(void* smem, const void* gmem, bool valid) {
   check_aligned(smem, 16, "the target of cp_async16");
   check_shared(smem, 16, "the target of cp_async16");
   if (valid) check_aligned(gmem, 16, "the source of cp_async16");
-  Thread& self = scheduler.current();
+  Thread& self = scheduler().current();
+  const void* code = __builtin_return_address(0);
+  if (valid) watch::note(self.position.thread, gmem, 16, watch::Access::read, code);
+  watch::note(self.position.thread, smem, 16, watch::Access::copy_issued, code);
   std::memset(smem, POISON, 16);
   self.copies.push_back({smem, gmem, valid, self.open_group});
 }
 
 void commit_copies() {
-  ++scheduler.current().open_group;
+  ++scheduler().current().open_group;
 }
 
 void wait_copies(int in_flight) {
-  Thread& self = scheduler.current();
+  Thread& self = scheduler().current();
+  const void* code = __builtin_return_address(0);
   const int finished = self.open_group - in_flight;
   const auto lands = [&](const Copy& copy) {
     if (copy.group >= finished) return false;
+    watch::note(self.position.thread, copy.target, 16, watch::Access::copy_landed, code);
     if (copy.valid) {
       std::memcpy(copy.target, copy.source, 16);
     } else {

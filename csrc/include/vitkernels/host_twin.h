@@ -12,6 +12,13 @@
 
 #include "vitkernels/dtypes.h"
 
+// What the twin does in a thread's name is no access of the kernel (csrc/twin/watch.h).
+#if defined(__SANITIZE_THREAD__)
+#define VK_UNWATCHED __attribute__((no_sanitize_thread))
+#else
+#define VK_UNWATCHED
+#endif
+
 namespace vitkernels {
 
 namespace twin {
@@ -36,11 +43,11 @@ struct ThreadBody {
   void (*call)(const void*);
   const void* closure;
 };
-void run_grid(GridSize grid, int threads, size_t shared_bytes, ThreadBody thread);
+void run_grid(const void* kernel, GridSize grid, int threads, size_t shared_bytes, ThreadBody thread);
 
 template <typename F>
-void run_grid(GridSize grid, int threads, size_t shared_bytes, const F& thread) {
-  run_grid(grid, threads, shared_bytes,
+void run_grid(const void* kernel, GridSize grid, int threads, size_t shared_bytes, const F& thread) {
+  run_grid(kernel, grid, threads, shared_bytes,
            ThreadBody{[](const void* closure) { (*static_cast<const F*>(closure))(); }, &thread});
 }
 
@@ -48,6 +55,7 @@ void set_seed(uint64_t seed);
 
 // Blocks until all 32 lanes are here with the same `body`; it then runs once, on what each lane handed in.
 using CollectiveBody = void (*)(void* const* lanes);
+constexpr char SYNC_WARP[] = "sync_warp";  // the one that orders memory
 void collective(const char* name, CollectiveBody body, void* mine);
 void wait_block();
 
@@ -58,6 +66,8 @@ void wait_copies(int in_flight);
 [[noreturn]] void fail(const std::string& what);
 void check_aligned(const void* pointer, size_t bytes, const char* what);
 void check_shared(const void* pointer, size_t bytes, const char* what);
+// A lane of the running thread's warp reads a row of an ldmatrix.
+void note_row(int lane, const void* row);
 
 template <typename T>
 struct Exchange {
@@ -67,11 +77,11 @@ struct Exchange {
 };
 
 template <typename T>
-T exchange(const char* name, T value, int from) {
+VK_UNWATCHED T exchange(const char* name, T value, int from) {
   Exchange<T> mine{value, from, value};
   collective(
       name,
-      [](void* const* lanes) {
+      [](void* const* lanes) VK_UNWATCHED {
         for (int lane = 0; lane < 32; ++lane) {
           auto* self = static_cast<Exchange<T>*>(lanes[lane]);
           self->result = static_cast<const Exchange<T>*>(lanes[self->from & 31])->value;
@@ -88,12 +98,12 @@ struct MatrixOperands {
 };
 
 template <typename T>
-float unpack(uint32_t pair, int which) {
+VK_UNWATCHED float unpack(uint32_t pair, int which) {
   return to_float(T{static_cast<uint16_t>(pair >> (16 * which))});
 }
 
 template <typename T>
-void multiply_tiles(void* const* lanes) {
+VK_UNWATCHED void multiply_tiles(void* const* lanes) {
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto* mine = static_cast<const MatrixOperands*>(lanes[lane]);
@@ -121,12 +131,13 @@ struct MatrixRow {
 };
 
 template <int tiles, bool transposed>
-void load_matrices(void* const* lanes) {
+VK_UNWATCHED void load_matrices(void* const* lanes) {
   uint16_t tile[tiles][8][8];
   for (int lane = 0; lane < 8 * tiles; ++lane) {
     const void* row = static_cast<const MatrixRow*>(lanes[lane])->row;
     check_aligned(row, 16, "the row address of an ldmatrix");
     check_shared(row, 16, "the row of an ldmatrix");
+    note_row(lane, row);
     std::memcpy(tile[lane / 8][lane % 8], row, 16);
   }
   for (int lane = 0; lane < 32; ++lane) {
@@ -141,41 +152,44 @@ void load_matrices(void* const* lanes) {
 
 }  // namespace twin
 
-inline int thread_x() {
+VK_UNWATCHED inline int thread_x() {
   return twin::here().thread;
 }
-inline int block_dim_x() {
+VK_UNWATCHED inline int block_dim_x() {
   return twin::here().block_dim;
 }
-inline int block_x() {
+VK_UNWATCHED inline int block_x() {
   return twin::here().block_x;
 }
-inline int block_y() {
+VK_UNWATCHED inline int block_y() {
   return twin::here().block_y;
 }
-inline int block_z() {
+VK_UNWATCHED inline int block_z() {
   return twin::here().block_z;
 }
-inline int grid_x() {
+VK_UNWATCHED inline int grid_x() {
   return twin::here().grid_x;
 }
-inline int lane_id() {
+VK_UNWATCHED inline int lane_id() {
   return twin::here().thread & 31;
 }
-inline int warp_id() {
+VK_UNWATCHED inline int warp_id() {
   return twin::here().thread >> 5;
 }
-inline char* shared_memory() {
+VK_UNWATCHED inline char* shared_memory() {
   return twin::here().shared;
 }
 
 inline void forget(int&) {}
 
-inline void sync_block() {
+// Inline for sure: what a kernel calls is known by where it calls it.
+#define VK_INLINE __attribute__((always_inline)) inline
+
+VK_INLINE void sync_block() {
   twin::wait_block();
 }
-inline void sync_warp() {
-  twin::collective("sync_warp", [](void* const*) {}, nullptr);
+VK_INLINE void sync_warp() {
+  twin::collective(twin::SYNC_WARP, [](void* const*) {}, nullptr);
 }
 
 template <typename T>
@@ -195,7 +209,7 @@ T shfl_down(T value, int delta) {
 }
 
 template <typename T>
-T atomic_add(T* target, T value) {
+VK_UNWATCHED T atomic_add(T* target, T value) {
   static_assert(std::is_integral_v<T>, "float atomics would make the result depend on the schedule");
   const T before = *target;
   *target = before + value;
@@ -203,14 +217,14 @@ T atomic_add(T* target, T value) {
 }
 
 template <typename T, int N>
-Vec<T, N> Vec<T, N>::load(const T* source) {
+VK_INLINE Vec<T, N> Vec<T, N>::load(const T* source) {
   twin::check_aligned(source, sizeof(Vec), "a vector load");
   Vec result;
   std::memcpy(&result, source, sizeof(result));
   return result;
 }
 template <typename T, int N>
-void Vec<T, N>::store(T* target) const {
+VK_INLINE void Vec<T, N>::store(T* target) const {
   twin::check_aligned(target, sizeof(Vec), "a vector store");
   std::memcpy(static_cast<void*>(target), this, sizeof(Vec));
 }
@@ -243,31 +257,31 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   twin::collective("mma_m16n8k16", twin::multiply_tiles<T>, &mine);
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+VK_INLINE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   twin::MatrixRow mine{r, row};
   twin::collective("ldmatrix_x4", twin::load_matrices<4, false>, &mine);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+VK_INLINE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   twin::MatrixRow mine{r, row};
   twin::collective("ldmatrix_x4_trans", twin::load_matrices<4, true>, &mine);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+VK_INLINE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
   twin::MatrixRow mine{r, row};
   twin::collective("ldmatrix_x2", twin::load_matrices<2, false>, &mine);
 }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+VK_INLINE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
   twin::MatrixRow mine{r, row};
   twin::collective("ldmatrix_x2_trans", twin::load_matrices<2, true>, &mine);
 }
 
-inline void cp_async16(void* smem, const void* gmem, bool valid = true) {
+VK_INLINE void cp_async16(void* smem, const void* gmem, bool valid = true) {
   twin::copy_async(smem, gmem, valid);
 }
 inline void cp_async_commit() {
   twin::commit_copies();
 }
 template <int N>
-void cp_async_wait() {
+VK_INLINE void cp_async_wait() {
   twin::wait_copies(N);
 }
 
