@@ -283,15 +283,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, sizeof(T) == 8 ? 1 : 2)
       if (row >= block_rows) continue;
       VK_UNROLL
       for (int j = 0; j < 4; ++j) {
-        VK_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          const int column = 8 * j + 2 * t + c;
-          if (column >= block_columns) continue;
-          // Exactly 0 beyond the matrix, whatever the sums met there.
-          const bool exists = row < matrix_rows && column < matrix_columns;
-          to[static_cast<int64_t>(row) * p.right.block + column] =
-              exists ? from_accumulate<R>(sums[of][r / 2][j][r % 2 * 2 + c]) : from_accumulate<R>(0);
-        }
+        const int column = 8 * j + 2 * t;
+        // Exactly 0 beyond the matrix, whatever the sums met there.
+        const auto sum = [&](int c) {
+          return row < matrix_rows && column + c < matrix_columns ? sums[of][r / 2][j][r % 2 * 2 + c] : 0;
+        };
+        tile_attention::store_pair<R>(to + static_cast<int64_t>(row) * p.right.block + column, sum(0), sum(1),
+                      block_columns - column);
       }
     }
   }

@@ -149,10 +149,12 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
   VK_UNROLL
   for (int j = 0; j < 4; ++j) {
     VK_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      const int row = row0 + warp_row + lane_id() / 4 + c / 2 * 8;
-      const int column = column0 + warp_column + 8 * j + lane_id() % 4 * 2 + c % 2;
-      if (row < outputs && column < inputs) weight[static_cast<int64_t>(row) * inputs + column] = sums[j][c];
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + warp_row + lane_id() / 4 + 8 * half;
+      const int column = column0 + warp_column + 8 * j + lane_id() % 4 * 2;
+      if (row < outputs)
+        tile_attention::store_pair(weight + static_cast<int64_t>(row) * inputs + column, sums[j][2 * half],
+                   sums[j][2 * half + 1], inputs - column);
     }
   }
   if (column0 == 0 && thread_x() < SIDE && row0 + thread_x() < outputs)

@@ -21,16 +21,28 @@ struct UResults {
   Acc* grid;           // partials [row tiles * slices][G], or null
 };
 
+// Between two channels of a slice, whose rows lie side by side: four rows of eight channels meet 32 banks.
+template <class T>
+constexpr int ROW_PITCH = Config<T>::ROWS + 4;
+
 template <class T, class Acc>
-constexpr size_t u_shared() {
+size_t u_shared(int slice) {
   using C = Config<T>;
   const size_t tiles = sizeof(T) * 2 * (C::ROWS * (C::GRAD_DEPTH + C::PAD) + C::GRAD_DEPTH * C::LD);
-  const size_t sums = sizeof(Acc) * C::ROWS * (C::DEPTH + 1);
+  const size_t sums = sizeof(Acc) * (C::ROWS * C::DEPTH + slice * ROW_PITCH<T>);
   return tiles > sums ? tiles : sums;
 }
 
+// Where dPhi of a row and a column lies. Eight rows of four column pairs, as the lanes hold sums, meet 32 banks,
+// and so do 32 rows of one column.
+template <class C>
+VK_DEVICE int place_of(int row, int column) {
+  return row * C::DEPTH + (column ^ ((row & 1) | (row >> 1 & 3) << 3 | (row >> 3 & 3) << 1));
+}
+
 template <class X, class T>
-VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
+// In half precision four blocks share a multiprocessor, as many as its shared memory holds.
+VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, Config<T>::HALF ? 4 : 1)
     u_kernel(Problem<X, T> p, UResults<accumulate_t<X>> results) {
   using C = Config<T>;
   using Acc = accumulate_t<X>;
@@ -69,40 +81,44 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
   }
   sync_block();
 
-  // dPhi to shared memory, where the tiles were, an odd number of elements a row.
-  constexpr int LD = C::DEPTH + 1;
-  Acc* grad_phi = reinterpret_cast<Acc*>(shared_memory());
+  // dPhi to shared memory, where the tiles were, and x, which is there before the gradient of u.
+  Acc *grad_phi = reinterpret_cast<Acc*>(shared_memory()), *staged = grad_phi + C::ROWS * C::DEPTH;
   const int g = lane_id() / 4, t = lane_id() % 4;
   VK_UNROLL
   for (int j = 0; j < TILES; ++j) {
     VK_UNROLL
     for (int e = 0; e < 4; ++e)
-      grad_phi[(warp_id() * 16 + g + 8 * (e / 2)) * LD + 8 * j + 2 * t + e % 2] = sums[j][e];
+      grad_phi[place_of<C>(warp_id() * 16 + g + 8 * (e / 2), 8 * j + 2 * t + e % 2)] = sums[j][e];
+  }
+  const int64_t rows = p.rows - first_row < C::ROWS ? p.rows - first_row : C::ROWS;
+  const int left = p.channels - index * p.slice, channels = left < p.slice ? left : p.slice;
+  VK_NO_UNROLL
+  for (int i = thread_x(); i < rows * channels; i += C::THREADS) {
+    const int r = i / channels, c = i - r * channels;
+    staged[c * ROW_PITCH<T> + r] = p.normed(first_row + r, index * p.slice + c);
   }
   sync_block();
 
   // A warp for each channel, rows in the lanes.
   VK_NO_UNROLL
-  for (int c = warp_id(); c < p.slice; c += C::WARPS) {
+  for (int c = warp_id(); c < channels; c += C::WARPS) {
     const int channel = index * p.slice + c;
-    if (channel >= p.channels) break;
     Acc scale = Acc(0), shift = Acc(0);
     VK_NO_UNROLL
-    for (int r = lane_id(); r < C::ROWS; r += 32) {
-      const int64_t row = first_row + r;
-      if (row >= p.rows) break;
-      const Acc normed = p.normed(row, channel), u = p.u(normed, channel);
+    for (int r = lane_id(); r < rows; r += 32) {
+      Acc& mine = staged[c * ROW_PITCH<T> + r];
+      const Acc normed = mine, u = p.u(normed, channel);
       Acc sum = Acc(0);
-      Acc* terms = grad_phi + r * LD + c * p.grids;
       VK_NO_UNROLL
       for (int m = 0; m < p.grids; ++m) {
         const Acc distance = (u - p.grid[m]) * p.inverse;
         const Acc e = decay<C::HALF>(distance);
-        const Acc term = Acc(-2) * p.inverse * terms[m] * phi_of(e) * tanh_of(distance, e);
+        Acc& grad = grad_phi[place_of<C>(r, c * p.grids + m)];
+        const Acc term = Acc(-2) * p.inverse * grad * phi_of(e) * tanh_of(distance, e);
         sum += term;
-        if (results.grid != nullptr) terms[m] = term;
+        if (results.grid != nullptr) grad = term;
       }
-      if (results.grad_u != nullptr) results.grad_u[row * p.channels + channel] = sum;
+      mine = sum;
       scale += sum * normed;
       shift += sum;
     }
@@ -113,13 +129,20 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
       results.shift[tile * p.channels + channel] = shift;
     }
   }
-  if (results.grid == nullptr) return;
   sync_block();
-  const int64_t rows = p.rows - first_row < C::ROWS ? p.rows - first_row : C::ROWS;
+  if (results.grad_u != nullptr) {
+    // By rows: a row's channels fill a sector of memory at once.
+    VK_NO_UNROLL
+    for (int i = thread_x(); i < rows * channels; i += C::THREADS) {
+      const int r = i / channels, c = i - r * channels;
+      results.grad_u[(first_row + r) * p.channels + index * p.slice + c] = staged[c * ROW_PITCH<T> + r];
+    }
+  }
+  if (results.grid == nullptr) return;
   for (int m = thread_x(); m < p.grids; m += C::THREADS) {
     Acc sum = Acc(0);
     for (int r = 0; r < rows; ++r)
-      for (int k = m; k < p.columns(index); k += p.grids) sum -= grad_phi[r * LD + k];
+      for (int k = m; k < p.columns(index); k += p.grids) sum -= grad_phi[place_of<C>(r, k)];
     results.grid[static_cast<int64_t>(block_x()) * p.grids + m] = sum;
   }
 }
@@ -200,8 +223,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     VK_UNROLL
     for (int j = 0; j < TILES; ++j) {
       const int column = 8 * j + 2 * t;
-      if (column < columns) to[column] = from_accumulate<R>(sums[j][2 * half]);
-      if (column + 1 < columns) to[column + 1] = from_accumulate<R>(sums[j][2 * half + 1]);
+      store_pair<R>(to + column, sums[j][2 * half], sums[j][2 * half + 1], columns - column);
     }
   }
 }
@@ -267,7 +289,7 @@ void u_gradients(const Params& p, const Problem<X, T>& problem, const Plan<X, T>
   using C = Config<T>;
   const UResults<Acc> results{p.grad_x ? plan.at(p, plan.grad_u) : nullptr, plan.at(p, plan.scale),
                               plan.at(p, plan.shift), p.grad_grid ? plan.at(p, plan.grid) : nullptr};
-  launch(u_kernel<X, T>, Dim3{plan.row_tiles * problem.slices}, C::THREADS, u_shared<T, Acc>(), stream,
+  launch(u_kernel<X, T>, Dim3{plan.row_tiles * problem.slices}, C::THREADS, u_shared<T, Acc>(problem.slice), stream,
          problem, results);
   const auto sum = [&](const View& target, const Acc* partials, int64_t count, int width) {
     if (target) reduce(partials, count, width, width, static_cast<Acc*>(target.data), 0, stream);

@@ -94,8 +94,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     VK_UNROLL
     for (int j = 0; j < TILES; ++j) {
       const int column = 8 * j + 2 * t;
-      if (column < outputs) to[column] = from_accumulate<T>(sums[j][2 * half]);
-      if (column + 1 < outputs) to[column + 1] = from_accumulate<T>(sums[j][2 * half + 1]);
+      store_pair<T>(to + column, sums[j][2 * half], sums[j][2 * half + 1], outputs - column);
     }
   }
 }

@@ -15,6 +15,7 @@ using tile_attention::clear;
 using tile_attention::Engine;
 using tile_attention::round_up;
 using tile_attention::Span;
+using tile_attention::store_pair;
 
 // T is the type of the weight.
 template <class T>

@@ -170,6 +170,18 @@ struct Plain {
 template <class T, int ROWS>
 using Engine = std::conditional_t<std::is_floating_point_v<T>, Plain<T, ROWS>, TensorCores<T, ROWS>>;
 
+// Two sums that lie side by side, rounded to T, of which `count` exist: together where that is aligned, since
+// four lanes then fill a sector of global memory, or half of one, at once.
+template <class T>
+VK_DEVICE void store_pair(T* to, accumulate_t<T> first, accumulate_t<T> second, int count) {
+  if (count >= 2 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0) {
+    Vec<T, 2>{{from_accumulate<T>(first), from_accumulate<T>(second)}}.store(to);
+    return;
+  }
+  if (count >= 1) to[0] = from_accumulate<T>(first);
+  if (count >= 2) to[1] = from_accumulate<T>(second);
+}
+
 // 16 rows of sums, each times its factor, rounded to T, to shared memory.
 template <class T, class Acc, int TILES>
 VK_DEVICE void write_sums(T* tile, int ld, const Acc (&sums)[TILES][4], int tiles, Acc factor0, Acc factor1) {

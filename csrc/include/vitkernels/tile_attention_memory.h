@@ -34,20 +34,24 @@ struct Matrix {
   VK_DEVICE bool tokens_dense() const { return position.dense() && channel_stride != 1; }
 };
 
-// The order in which threads visit the (row, 16-byte chunk of channels) pairs of a tile: neighbours take the
-// chunks of a row, or, for tensors whose tokens are dense (views of NCHW maps), the rows of a chunk. Powers
-// of two only, so that there is no division; visits past the last chunk are skipped by the caller.
+// The order in which threads visit the (row, 16-byte chunk of channels) pairs of a tile: neighbours take a chunk
+// of so many rows before they take the next chunk of these. All rows for tensors whose tokens are dense (views
+// of NCHW maps). Else one, or, where a row has fewer than eight chunks, eight: shared memory serves eight
+// chunks at a time, and those of one row and the next would meet in its banks. Powers of two only, so that
+// there is no division; visits past the last chunk are skipped by the caller.
 template <int ROWS>
 struct Walk {
-  int chunk_bits = 0;
-  bool rows_first;
+  int chunk_bits = 0, row_bits;
 
-  VK_DEVICE Walk(int chunks, bool rows_first) : rows_first(rows_first) {
+  VK_DEVICE Walk(int chunks, bool rows_first) {
     while ((1 << chunk_bits) < chunks) ++chunk_bits;
+    row_bits = rows_first ? (ROWS == 16 ? 4 : 6) : chunk_bits < 3 ? 3 : 0;
   }
   VK_DEVICE int visits() const { return ROWS << chunk_bits; }
-  VK_DEVICE int row(int i) const { return rows_first ? i % ROWS : i >> chunk_bits; }
-  VK_DEVICE int chunk(int i) const { return rows_first ? i / ROWS : i & ((1 << chunk_bits) - 1); }
+  VK_DEVICE int row(int i) const {
+    return (i >> (row_bits + chunk_bits) << row_bits) + (i & ((1 << row_bits) - 1));
+  }
+  VK_DEVICE int chunk(int i) const { return i >> row_bits & ((1 << chunk_bits) - 1); }
 };
 
 // Rows token(slot) of `source`, zeros where there is no token, no channel, or no tensor. Asynchronous where
