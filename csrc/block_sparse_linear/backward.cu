@@ -76,8 +76,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * COLUMN_WARPS, sizeof(T) == 8 ? 2 : 4) colum
   }
   if (p.partials == nullptr) return;
   Acc* shared = reinterpret_cast<Acc*>(shared_memory());
+  constexpr int PART = WIDTH<T> < WIDTH<Acc> ? WIDTH<T> : WIDTH<Acc>;
   VK_UNROLL
-  for (int e = 0; e < WIDTH<T>; ++e) shared[warp_id() * COLUMNS + lane_id() * WIDTH<T> + e] = sums[e];
+  for (int e = 0; e < WIDTH<T>; e += PART) {
+    Vec<Acc, PART> part;
+    VK_UNROLL
+    for (int i = 0; i < PART; ++i) part[i] = sums[e + i];
+    part.store(shared + warp_id() * COLUMNS + lane_id() * WIDTH<T> + e);
+  }
   sync_block();
   VK_NO_UNROLL
   for (int c = thread_x(); c < COLUMNS; c += 32 * COLUMN_WARPS) {

@@ -9,6 +9,7 @@
 #include <climits>
 
 #include "elements.h"
+#include "vitkernels/chunk_order.h"
 #include "vitkernels/divide.h"
 
 namespace vitkernels::block_sparse_linear {
@@ -137,13 +138,15 @@ VK_DEVICE void load_tokens(T* tile, const Problem<T>& p, int64_t first_token,
                            const Step (&steps)[Config<T>::STEPS]) {
   using C = Config<T>;
   constexpr int CHUNKS = C::DEPTH / C::WIDTH;
-  const int chunk = thread_x() % CHUNKS, column = chunk * C::WIDTH % 16;
+  static_assert(CHUNKS >= 8 || THREADS / CHUNKS % 8 == 0);
+  const auto order = ChunkOrder::of(log2_of(CHUNKS));
+  const int chunk = order.chunk(thread_x()), column = chunk * C::WIDTH % 16;
   const Step step = pick(steps, chunk * C::WIDTH / 16);
   if (step.mask == 0) return;
   const int count = step.count - column;
   const T* from = p.x + step.place + column;
   VK_UNROLL
-  for (int row = thread_x() / CHUNKS; row < TOKENS; row += THREADS / CHUNKS) {
+  for (int row = order.row(thread_x()); row < TOKENS; row += THREADS / CHUNKS) {
     const int64_t token = first_token + row;
     const bool valid = token < p.tokens && count > 0;
     load_chunk(tile + row * C::LD + chunk * C::WIDTH, valid ? from + token * p.x_row : p.x, valid ? count : 0,

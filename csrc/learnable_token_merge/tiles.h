@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "learnable_token_merge.h"
+#include "vitkernels/chunk_order.h"
 #include "vitkernels/tile_attention_engine.h"
 #include "vitkernels/warp_product.h"
 
@@ -150,10 +151,11 @@ template <int TALL, int WIDE, class T>
 VK_DEVICE void load_tile(T* tile, int ld, const Matrices<const T>& from, int64_t batch, int row, int end,
                          int column) {
   constexpr int WIDTH = 16 / sizeof(T), CHUNKS = WIDE / WIDTH, STEP = THREADS / CHUNKS;
-  static_assert(STEP * CHUNKS == THREADS && TALL % STEP == 0);
-  const int chunk = thread_x() % CHUNKS * WIDTH, count = from.columns - column - chunk;
+  static_assert(STEP * CHUNKS == THREADS && TALL % STEP == 0 && (CHUNKS >= 8 || STEP % 8 == 0));
+  const auto order = ChunkOrder::of(log2_of(CHUNKS));
+  const int chunk = order.chunk(thread_x()) * WIDTH, count = from.columns - column - chunk;
   VK_UNROLL
-  for (int inside = thread_x() / CHUNKS; inside < TALL; inside += STEP) {
+  for (int inside = order.row(thread_x()); inside < TALL; inside += STEP) {
     T* to = tile + inside * ld + chunk;
     const bool valid = row + inside < end && count > 0;
     const T* at = valid ? from.at(batch, row + inside, column + chunk) : from.data;

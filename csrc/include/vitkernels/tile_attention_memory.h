@@ -2,6 +2,7 @@
 // to 16 plus 16 bytes: eight consecutive rows then start in eight different 16-byte bank groups, so ldmatrix
 // and 16-byte accesses down a column are free of conflicts.
 #pragma once
+#include "vitkernels/chunk_order.h"
 #include "vitkernels/tile_attention.h"
 
 namespace vitkernels::tile_attention {
@@ -34,24 +35,21 @@ struct Matrix {
   VK_DEVICE bool tokens_dense() const { return position.dense() && channel_stride != 1; }
 };
 
-// The order in which threads visit the (row, 16-byte chunk of channels) pairs of a tile: neighbours take a chunk
-// of so many rows before they take the next chunk of these. All rows for tensors whose tokens are dense (views
-// of NCHW maps). Else one, or, where a row has fewer than eight chunks, eight: shared memory serves eight
-// chunks at a time, and those of one row and the next would meet in its banks. Powers of two only, so that
-// there is no division; visits past the last chunk are skipped by the caller.
+// The order in which threads visit the (row, 16-byte chunk of channels) pairs of a tile; for tensors whose
+// tokens are dense (views of NCHW maps) neighbours take all rows of a chunk. Powers of two only, so that there is
+// no division; visits past the last chunk are skipped by the caller.
 template <int ROWS>
 struct Walk {
-  int chunk_bits = 0, row_bits;
+  ChunkOrder order{0, 0};
 
   VK_DEVICE Walk(int chunks, bool rows_first) {
-    while ((1 << chunk_bits) < chunks) ++chunk_bits;
-    row_bits = rows_first ? (ROWS == 16 ? 4 : 6) : chunk_bits < 3 ? 3 : 0;
+    int bits = 0;
+    while ((1 << bits) < chunks) ++bits;
+    order = rows_first ? ChunkOrder{bits, log2_of(ROWS)} : ChunkOrder::of(bits);
   }
-  VK_DEVICE int visits() const { return ROWS << chunk_bits; }
-  VK_DEVICE int row(int i) const {
-    return (i >> (row_bits + chunk_bits) << row_bits) + (i & ((1 << row_bits) - 1));
-  }
-  VK_DEVICE int chunk(int i) const { return i >> row_bits & ((1 << chunk_bits) - 1); }
+  VK_DEVICE int visits() const { return ROWS << order.chunk_bits; }
+  VK_DEVICE int row(int i) const { return order.row(i); }
+  VK_DEVICE int chunk(int i) const { return order.chunk(i); }
 };
 
 // Rows token(slot) of `source`, zeros where there is no token, no channel, or no tensor. Asynchronous where

@@ -7,6 +7,7 @@
 // x 32 sums, so that four ldmatrix feed eight mma: the two pipes are balanced, and each fragment of w serves
 // two of a.
 #pragma once
+#include "vitkernels/chunk_order.h"
 #include "vitkernels/tile_attention_engine.h"
 
 namespace vitkernels::tile_attention {
@@ -145,11 +146,12 @@ class Product {
     const int first_row = BY_ROWS ? n : k, first_column = BY_ROWS ? k : n;
     const int tile_rows = BY_ROWS ? tile_.columns() : tile_.depth();
     const int rows = w.rows - first_row < tile_rows ? w.rows - first_row : tile_rows;
-    const int column = (thread_x() & ((1 << bits) - 1)) * 8;
+    const auto order = ChunkOrder::of(bits);
+    const int column = order.chunk(thread_x()) * 8;
     if (first_column + column >= w.columns) return;
     const bool vectorized = !w.wide && w.column_stride == 1 && w.row_stride % 8 == 0 &&
                             reinterpret_cast<uintptr_t>(w.data) % 16 == 0;
-    const int first = thread_x() >> bits, step = block_dim_x() >> bits;
+    const int first = order.row(thread_x()), step = block_dim_x() >> bits;
     int64_t source = (first_row + first) * w.row_stride + (first_column + column) * w.column_stride;
     T* target = buffers_ + (turn & 1) * tile_.elements + first * ld + column;
     VK_NO_UNROLL
