@@ -64,7 +64,8 @@ def count(case: Any, problem: Any, batch: int, dtype: torch.dtype) -> list[tuple
     return rows
 
 
-def report(rows: list[tuple[Any, ...]], lines: int, console: Console) -> None:
+def report(rows: list[tuple[Any, ...]], lines: int, console: Console) -> float:
+    """Prints the table and returns what all kernels together take of shared memory, of the least."""
     kernels: dict[tuple[str, bool], list[tuple[Any, ...]]] = defaultdict(list)
     for row in rows:
         kernels[row[0], row[2]].append(row)
@@ -82,16 +83,27 @@ def report(rows: list[tuple[Any, ...]], lines: int, console: Console) -> None:
                 excess = f"{'write' if writes else 'read'} {line}"
                 table.add_row("", "", "", f"{taken:,}", f"{taken / least:.2f}x", excess)
     console.print(table)
+    shared_rows = [row for row in rows if row[2]]
+    return sum(row[5] for row in shared_rows) / max(1, sum(row[6] for row in shared_rows))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("operator", choices=[name for name in operators() if name in twin.OPERATORS])
     parser.add_argument("--preset")
-    parser.add_argument("--stage", type=int, default=0, help="which of the preset's shapes (default: the first)")
+    parser.add_argument(
+        "--stage", type=int, default=0, help="which of the preset's shapes (default: the first)"
+    )
     parser.add_argument("--shape", help="key=value,...; as python -m vitkernels bench --shape takes them")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32", "float64"])
+    parser.add_argument(
+        "--most",
+        type=float,
+        help="exit with 1 where all kernels together take more than so many times the least of shared memory",
+    )
     parser.add_argument("--lines", type=int, default=3, help="of the source, for each kernel and memory")
     arguments = parser.parse_args()
     case = load_case(arguments.operator)
@@ -103,8 +115,10 @@ def main() -> None:
     run_on_twin()
     console = Console(width=160)
     console.print(f"{arguments.operator}, {problem.describe(arguments.batch)}, {arguments.dtype}")
-    report(count(case, problem, arguments.batch, getattr(torch, arguments.dtype)), arguments.lines, console)
+    rows = count(case, problem, arguments.batch, getattr(torch, arguments.dtype))
+    share = report(rows, arguments.lines, console)
+    return 1 if arguments.most is not None and share > arguments.most else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -289,7 +289,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, sizeof(T) == 8 ? 1 : 2)
           return row < matrix_rows && column + c < matrix_columns ? sums[of][r / 2][j][r % 2 * 2 + c] : 0;
         };
         tile_attention::store_pair<R>(to + static_cast<int64_t>(row) * p.right.block + column, sum(0), sum(1),
-                      block_columns - column);
+                                      block_columns - column);
       }
     }
   }

@@ -154,7 +154,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2)
       const int column = column0 + warp_column + 8 * j + lane_id() % 4 * 2;
       if (row < outputs)
         tile_attention::store_pair(weight + static_cast<int64_t>(row) * inputs + column, sums[j][2 * half],
-                   sums[j][2 * half + 1], inputs - column);
+                                   sums[j][2 * half + 1], inputs - column);
     }
   }
   if (column0 == 0 && thread_x() < SIDE && row0 + thread_x() < outputs)

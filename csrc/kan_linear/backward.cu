@@ -33,8 +33,8 @@ size_t u_shared(int slice) {
   return tiles > sums ? tiles : sums;
 }
 
-// Where dPhi of a row and a column lies. Eight rows of four column pairs, as the lanes hold sums, meet 32 banks,
-// and so do 32 rows of one column.
+// Where dPhi of a row and a column lies. Eight rows of four column pairs, as the lanes hold sums, meet 32
+// banks, and so do 32 rows of one column.
 template <class C>
 VK_DEVICE int place_of(int row, int column) {
   return row * C::DEPTH + (column ^ ((row & 1) | (row >> 1 & 3) << 3 | (row >> 3 & 3) << 1));
@@ -289,8 +289,8 @@ void u_gradients(const Params& p, const Problem<X, T>& problem, const Plan<X, T>
   using C = Config<T>;
   const UResults<Acc> results{p.grad_x ? plan.at(p, plan.grad_u) : nullptr, plan.at(p, plan.scale),
                               plan.at(p, plan.shift), p.grad_grid ? plan.at(p, plan.grid) : nullptr};
-  launch(u_kernel<X, T>, Dim3{plan.row_tiles * problem.slices}, C::THREADS, u_shared<T, Acc>(problem.slice), stream,
-         problem, results);
+  launch(u_kernel<X, T>, Dim3{plan.row_tiles * problem.slices}, C::THREADS, u_shared<T, Acc>(problem.slice),
+         stream, problem, results);
   const auto sum = [&](const View& target, const Acc* partials, int64_t count, int width) {
     if (target) reduce(partials, count, width, width, static_cast<Acc*>(target.data), 0, stream);
   };

@@ -14,12 +14,15 @@ Dl_info module_info() {
   return info;
 }
 
-std::vector<std::string> addr2line(const char* options, uint32_t code) {
-  char offset[24];
-  snprintf(offset, sizeof(offset), " 0x%x", code);
-  const std::string command = std::string("addr2line ") + options + " -e '" + module_info().dli_fname + "'";
+std::vector<std::string> addr2line(const std::string& options, const std::vector<uint32_t>& codes) {
+  std::string command = "addr2line " + options + " -e '" + module_info().dli_fname + "'";
+  for (const uint32_t code : codes) {
+    char offset[24];
+    snprintf(offset, sizeof(offset), " 0x%x", code);
+    command += offset;
+  }
   std::vector<std::string> lines;
-  FILE* pipe = popen((command + offset).c_str(), "r");
+  FILE* pipe = popen(command.c_str(), "r");
   if (pipe == nullptr) return lines;
   char line[4096];
   while (fgets(line, sizeof(line), pipe) != nullptr) {
@@ -37,18 +40,32 @@ uint32_t code_number(const void* code) {
   return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(code) - start);
 }
 
-std::string line_of(uint32_t code) {
-  if (code == 0) return "unknown";
-  std::string text;
-  for (const std::string& line : addr2line("-si", code - 1)) {
+std::vector<std::string> lines_of(const std::vector<uint32_t>& codes) {
+  std::vector<uint32_t> calls;
+  for (const uint32_t code : codes) calls.push_back(code == 0 ? 0 : code - 1);
+  std::vector<std::string> texts;
+  // -a: each address stands before its lines.
+  for (const std::string& line : addr2line("-sia", calls)) {
+    if (line.compare(0, 2, "0x") == 0) {
+      texts.emplace_back();
+      continue;
+    }
     const std::string place = line.substr(0, line.find(' '));
-    if (place.compare(0, 12, "host_twin.h:") != 0) text += (text.empty() ? "" : " < ") + place;
+    if (texts.empty() || place.compare(0, 12, "host_twin.h:") == 0) continue;
+    texts.back() += (texts.back().empty() ? "" : " < ") + place;
   }
-  return text.empty() ? "unknown" : text;
+  texts.resize(codes.size());
+  for (std::string& text : texts)
+    if (text.empty()) text = "unknown";
+  return texts;
+}
+
+std::string line_of(uint32_t code) {
+  return lines_of({code})[0];
 }
 
 std::string function_at(uint32_t code) {
-  const std::vector<std::string> lines = addr2line("-fC", code);
+  const std::vector<std::string> lines = addr2line("-fC", {code});
   if (lines.empty()) return "unknown";
   // "void vitkernels::op::(anonymous namespace)::kernel<T, 7>(...)": the last name before the arguments.
   std::string name = lines[0];

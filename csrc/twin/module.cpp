@@ -87,6 +87,7 @@ PYBIND11_MODULE(_twin, module) {
   VITKERNELS_PROBE(write_global);
   VITKERNELS_PROBE(read_shared_unwritten);
   VITKERNELS_PROBE(write_local);
+  VITKERNELS_PROBE(write_apart);
   VITKERNELS_PROBE(copy_vectors_16);
   VITKERNELS_PROBE(copy_vectors_64);
   VITKERNELS_PROBE(pipeline);

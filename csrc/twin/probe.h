@@ -5,8 +5,8 @@
 
 namespace vitkernels::probe {
 
-// probe_order.cu. `missing`: 0 nothing, 1 the barrier before the reads, 2 the barrier after them, 3 in a warp:
-// a shuffle stands in the place of the one before.
+// probe_order.cu. `missing`: 0 nothing, 1 the barrier before the reads, 2 the barrier after them, 3 in a
+// warp: a shuffle stands in the place of the one before.
 void exchange_in_block(const float* in, float* out, int blocks, int threads, int missing);
 void exchange_in_warp(const float* in, float* out, int blocks, int missing);
 // For the dtypes f32, f64, i32, u32 in turn; `out` is [9, 64], one row per operation.
@@ -27,6 +27,8 @@ void write_shared(int64_t shared_bytes, int64_t offset);
 void write_global(float* out, int64_t index);
 void read_shared_unwritten(float* out);
 void write_local(int* out, int index);
+// A warp's lanes write `width` floats each, `pitch` apart, to shared memory and to out.
+void write_apart(float* out, int width, int pitch);
 void copy_vectors_16(const uint16_t* in, uint16_t* out, int width, int64_t vectors);
 void copy_vectors_64(const double* in, double* out, int width, int64_t vectors);
 // Copies [steps, 512] floats through a two-stage pipeline; `flaw`: 0 none, 1 reads before the wait, 2 waits

@@ -24,6 +24,15 @@ VK_KERNEL void write_local_kernel(int* out, int index) {
   for (int i = 0; i < 4; ++i) out[i] = shfl(local[i], 0);
 }
 
+// Each lane writes N floats of shared memory and of `out`, `pitch` floats from the next lane's.
+template <int N>
+VK_KERNEL void write_apart_kernel(float* out, int pitch) {
+  Vec<float, N> values;
+  for (int i = 0; i < N; ++i) values[i] = 1;
+  values.store(reinterpret_cast<float*>(shared_memory()) + lane_id() * pitch);
+  values.store(out + lane_id() * pitch);
+}
+
 template <typename T, int N>
 VK_KERNEL void copy_vectors_kernel(const T* in, T* out, int64_t vectors) {
   for (int64_t i = thread_x(); i < vectors; i += block_dim_x())
@@ -66,6 +75,12 @@ void read_shared_unwritten(float* out) {
 }
 void write_local(int* out, int index) {
   launch(write_local_kernel, {}, 32, 0, nullptr, out, index);
+}
+void write_apart(float* out, int width, int pitch) {
+  const auto kernel = width == 1   ? write_apart_kernel<1>
+                      : width == 2 ? write_apart_kernel<2>
+                                   : write_apart_kernel<4>;
+  launch(kernel, {}, 32, sizeof(float) * 32 * pitch, nullptr, out, pitch);
 }
 void copy_vectors_16(const uint16_t* in, uint16_t* out, int width, int64_t vectors) {
   const auto kernel = width == 1   ? copy_vectors_kernel<uint16_t, 1>

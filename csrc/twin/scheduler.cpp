@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "fiber.h"
-#include "vitkernels/device.h"
 #include "traffic.h"
+#include "vitkernels/device.h"
 #include "watch.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -136,7 +136,7 @@ class Scheduler {
   Thread& lane(int warp, int index) { return *threads_[static_cast<size_t>(32 * warp + index)]; }
 
   std::vector<std::unique_ptr<Thread>> threads_;
-  std::vector<int> arrived_;  // per warp, at the collective now gathering
+  std::vector<int> arrived_;           // per warp, at the collective now gathering
   std::vector<const void*> barriers_;  // per thread, the one it has waited in
   int count_ = 0;
   ThreadBody body_{};

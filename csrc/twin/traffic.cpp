@@ -120,11 +120,19 @@ void meet(int warp) {
 
 std::vector<Row> rows() {
   const std::lock_guard<std::mutex> guard(lock);
+  std::vector<uint32_t> codes;
+  std::map<uint32_t, std::string> kernels;
+  for (const auto& [key, count] : counts) {
+    codes.push_back(std::get<1>(key));
+    std::string& name = kernels[std::get<0>(key)];
+    if (name.empty()) name = function_at(std::get<0>(key));
+  }
+  const std::vector<std::string> lines = lines_of(codes);
   std::vector<Row> result;
   for (const auto& [key, count] : counts) {
     const auto& [kernel, code, shared, writes] = key;
     result.push_back(
-        {function_at(kernel), line_of(code), shared, writes, count.requests, count.taken, count.least});
+        {kernels[kernel], lines[result.size()], shared, writes, count.requests, count.taken, count.least});
   }
   return result;
 }

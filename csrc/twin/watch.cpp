@@ -1,5 +1,7 @@
 #include "watch.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <map>
@@ -58,8 +60,8 @@ struct Finding {
 struct Watch {
   Time interval = 0, launch_start = 0, block_start = 0, warp_intervals = 0;
   Time warp_interval[WARPS] = {};
-  uintptr_t shared = 0;
-  size_t shared_bytes = 0;
+  uintptr_t shared = 0, host_stack = 0;
+  size_t shared_bytes = 0, host_stack_bytes = 0;
   std::vector<Place> shared_places;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
   struct Recent {
@@ -79,6 +81,16 @@ struct Watch {
       recent = {page, found.get()};
     }
     return recent.page->places[address % PAGE / PLACE];
+  }
+
+  // Where a launch keeps the kernel's parameters, which are no memory to the device.
+  void find_host_stack() {
+    pthread_attr_t attributes;
+    void* begin = nullptr;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0) return;
+    if (pthread_attr_getstack(&attributes, &begin, &host_stack_bytes) == 0)
+      host_stack = reinterpret_cast<uintptr_t>(begin);
+    pthread_attr_destroy(&attributes);
   }
 
   // Whether `then` is ordered before an access of now.
@@ -159,8 +171,8 @@ Watch& watched() {
   return *watch;
 }
 
-// What every access looks at first, where it is found without a call. There is little room for such: the module's
-// other objects of a thread are on the heap.
+// What every access looks at first, where it is found without a call. There is little room for such: the
+// module's other objects of a thread are on the heap.
 struct Running {
   uintptr_t stack;
   size_t stack_bytes;
@@ -175,6 +187,7 @@ void begin_launch() {
   Watch& w = watched();
   w.launch_start = ++w.interval;
   w.finding = {};
+  if (w.host_stack_bytes == 0) w.find_host_stack();
   // Tests make and free many tensors; the places of old ones are dead weight.
   if (w.pages.size() > 4096) {
     w.pages.clear();
@@ -216,6 +229,7 @@ void note(int thread, const void* address, size_t bytes, Access access, const vo
   const auto at = reinterpret_cast<uintptr_t>(address);
   if (running.watch == nullptr || at - running.stack < running.stack_bytes) return;
   Watch& w = *running.watch;
+  if (at - w.host_stack < w.host_stack_bytes) return;
   const bool in_shared = at - w.shared < w.shared_bytes;
   if (traffic::enabled() && access != Access::copy_landed)
     traffic::note(thread, at, bytes, access != Access::read, in_shared, code_number(code));
@@ -230,9 +244,8 @@ std::string hazard() {
   const Finding& f = w.finding;
   if (!f.found) return {};
   const auto thread = [](const Moment& moment) { return "thread " + std::to_string(moment.thread); };
-  const std::string where = f.shared
-                                ? "shared memory, byte " + std::to_string(f.address - w.shared) + ", "
-                                : std::string("global memory ");
+  const std::string where = f.shared ? "shared memory, byte " + std::to_string(f.address - w.shared) + ", "
+                                     : std::string("global memory ");
   return "hazard: " + thread(f.now) + (f.now_writes ? " writes " : " reads ") + where + "at " +
          line_of(f.now.code) + ", which " + thread(f.then) + (f.other_block ? " of another block" : "") +
          (f.then_copies   ? " has not yet waited for the cp.async into"
@@ -247,8 +260,11 @@ void set_enabled(bool wanted) {
 
 std::vector<Barrier> barriers() {
   const std::lock_guard<std::mutex> lock(met_lock);
+  std::vector<uint32_t> codes;
+  for (const auto& [code, of_warp] : met) codes.push_back(code);
+  const std::vector<std::string> lines = lines_of(codes);
   std::vector<Barrier> result;
-  for (const auto& [code, of_warp] : met) result.push_back({code, of_warp, line_of(code)});
+  for (size_t i = 0; i < codes.size(); ++i) result.push_back({codes[i], met[codes[i]], lines[i]});
   return result;
 }
 
@@ -269,8 +285,8 @@ static inline void note_running(const void* address, size_t bytes, Access access
 
 using vitkernels::twin::watch::Access;
 
-#define VITKERNELS_WATCH(name, bytes, access, ...)                                      \
-  void __tsan_##name(void* address __VA_ARGS__) {                                         \
+#define VITKERNELS_WATCH(name, bytes, access, ...)                                              \
+  void __tsan_##name(void* address __VA_ARGS__) {                                               \
     vitkernels::twin::watch::note_running(address, bytes, access, __builtin_return_address(0)); \
   }
 

@@ -25,8 +25,8 @@ void begin_block(const char* shared, size_t bytes);
 void run_thread(int thread, const char* stack, size_t stack_bytes);
 // From here on they are the host's, which launches.
 void run_host();
-// The warp's lanes met in the sync_warp at `code`; the block's threads in a sync_block, each in the one at its
-// own `code`, null where it has exited.
+// The warp's lanes met in the sync_warp at `code`; the block's threads in a sync_block, each in the one at
+// its own `code`, null where it has exited.
 void order_warp(int warp, const void* code);
 void order_block(const std::vector<const void*>& codes);
 

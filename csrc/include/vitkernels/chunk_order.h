@@ -1,8 +1,9 @@
 // The order in which threads share out a tile of 16-byte chunks, for rows of a power of two of them.
 //
-// Neighbours take one chunk of 1 << row_bits rows before they take the next chunk of these. Shared memory serves
-// eight chunks at a time, from eight threads: with rows 16 bytes longer than a multiple of 32, one chunk of eight
-// rows lies in all its banks, as do eight chunks of one row, but two chunks of four rows or four of two do not.
+// Neighbours take one chunk of 1 << row_bits rows before they take the next chunk of these. Shared memory
+// serves eight chunks at a time, from eight threads: with rows 16 bytes longer than a multiple of 32, one
+// chunk of eight rows lies in all its banks, as do eight chunks of one row, but two chunks of four rows or
+// four of two do not.
 #pragma once
 #include "vitkernels/device.h"
 

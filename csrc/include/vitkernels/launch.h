@@ -71,7 +71,8 @@ void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared
   check_launch(grid, threads, shared_bytes);
   // As on the device, every thread starts from its own copy of the parameters.
   const std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
-  twin::run_grid(reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { std::apply(kernel, values); });
+  twin::run_grid(reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, threads, shared_bytes,
+                 [&] { std::apply(kernel, values); });
 }
 
 #else

@@ -36,8 +36,8 @@ struct Matrix {
 };
 
 // The order in which threads visit the (row, 16-byte chunk of channels) pairs of a tile; for tensors whose
-// tokens are dense (views of NCHW maps) neighbours take all rows of a chunk. Powers of two only, so that there is
-// no division; visits past the last chunk are skipped by the caller.
+// tokens are dense (views of NCHW maps) neighbours take all rows of a chunk. Powers of two only, so that
+// there is no division; visits past the last chunk are skipped by the caller.
 template <int ROWS>
 struct Walk {
   ChunkOrder order{0, 0};
