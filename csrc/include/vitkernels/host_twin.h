@@ -1,11 +1,11 @@
 // The layer's host twin: the names of cuda_instructions.h on fibers, for tests without a GPU.
 //
 // What it makes visible: a missing barrier (warps and lanes run in an order shuffled from a seed, as far
-// ahead of each other as the barriers allow), shared memory read before it is written or before its cp.async
-// has been waited for (NaN), writes outside shared memory, misaligned vector accesses, diverged warp
-// collectives. What it cannot see: a missing sync_warp next to a shuffle, which orders the lanes here but
-// promises no memory order on the device; speed; rounding inside the tensor core. Included through device.h;
-// the scheduler is csrc/twin/scheduler.cpp.
+// ahead of each other as the barriers allow; and, whatever the order, every access is held to the barriers
+// before it: csrc/twin/watch.h), shared memory read before it is written or before its cp.async has been
+// waited for (NaN), writes outside shared memory, misaligned vector accesses, diverged warp collectives, bank
+// conflicts and sectors fetched in vain (csrc/twin/traffic.h). What it cannot see: time; rounding inside the
+// tensor core. Included through device.h; the scheduler is csrc/twin/scheduler.cpp.
 #pragma once
 #include <stdexcept>
 #include <string>
