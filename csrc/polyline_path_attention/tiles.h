@@ -38,10 +38,10 @@ VK_DEVICE Beside<accumulate_t<T>, WHOLE> beside(const Field& field, const Sums<T
                                                 int token) {
   using Acc = accumulate_t<T>;
   if constexpr (WHOLE) {
-    if (token < 0) return {{{Acc(0), Acc(0)}}, {{0, 0, 0, 0}}};
+    if (token < 0) return {{{Acc(0), Acc(0)}}, {{0, 0}}};
     const int y = token >> 16, x = token & 0xffff, index = y * field.width + x;
     return {{{Sums<T>::scaled(sums.along[index]), Sums<T>::scaled(sums.down[index])}},
-            {{y, x, y * field.width - field.slab_begin(rows, tile), 0}}};
+            {{token, y * field.width - field.slab_begin(rows, tile)}}};
   } else {
     return token < 0 ? Acc(0) : Sums<T>::scaled(sums.along[field.index(token)]);
   }

@@ -82,6 +82,7 @@ def test_nothing_is_counted_unasked(module):
         ("cascaded_group_attention", ["--preset", "efficientvit_m0", "--stage", "2"], 1.05),
         ("kan_linear", ["--shape", "rows=130,channels=64,outputs=64"], 1.05),
         ("neighborhood_attention", ["--shape", "map=16x16"], 1.2),
+        ("polyline_path_attention", ["--preset", "ppma_t", "--stage", "3"], 1.1),
         ("strip_attention", ["--preset", "s2aformer_t", "--stage", "3"], 1.05),
         ("window_attention", ["--preset", "efficientvit_m0", "--stage", "1"], 1.1),
     ],

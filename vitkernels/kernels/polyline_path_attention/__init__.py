@@ -180,7 +180,7 @@ def _slab_bytes(q: torch.Tensor, v: torch.Tensor) -> int:
     slab = min(height, (rows + width - 2) // width + 1) * width
     channels = sum((t.shape[-1] + 15) // 16 * 16 + 16 // size for t in (q, v))
     scratch = 0 if size == 2 else rows + 16 // size
-    return rows * (32 + 4 * sums + (rows + 8) * sums + (scratch + 2 * channels) * size) + 6 * slab * sums + 48
+    return rows * ((rows + 16) * sums + (scratch + 2 * channels) * size) + 6 * slab * sums + 48
 
 
 def _triton_limits(q: Any, k: Any, v: Any, *_: Any) -> list[str]:
