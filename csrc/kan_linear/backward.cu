@@ -40,8 +40,8 @@ VK_DEVICE int place_of(int row, int column) {
   return row * C::DEPTH + (column ^ ((row & 1) | (row >> 1 & 3) << 3 | (row >> 3 & 3) << 1));
 }
 
+// In half precision four blocks share a multiprocessor, as many as 227 KB of shared memory hold.
 template <class X, class T>
-// In half precision four blocks share a multiprocessor, as many as its shared memory holds.
 VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, Config<T>::HALF ? 4 : 1)
     u_kernel(Problem<X, T> p, UResults<accumulate_t<X>> results) {
   using C = Config<T>;

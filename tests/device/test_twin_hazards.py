@@ -11,14 +11,6 @@ pytestmark = pytest.mark.skipif(bool(twin.missing_tools()), reason=str(twin.miss
 SEEDS = twin.SEEDS
 
 
-@pytest.fixture
-def module():
-    module = twin.load()
-    yield module
-    module.set_seed(0)
-    module.ignore_barriers([])
-
-
 def exchange(module, *, in_block, missing=0):
     x = np.zeros((2, 96 if in_block else 32), np.float32)
     out = np.zeros_like(x)

@@ -10,21 +10,6 @@ SEEDS = twin.SEEDS
 ROW = 512
 
 
-@pytest.fixture
-def module():
-    module = twin.load()
-    yield module
-    module.set_seed(0)
-
-
-@pytest.fixture
-def unwatched(module):
-    """What a schedule shows by itself, hazards being no errors."""
-    module.watch(False)
-    yield module
-    module.watch(True)
-
-
 def aligned(shape, dtype, offset_bytes=0):
     """A zeroed array starting `offset_bytes` after a 16-byte boundary."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize

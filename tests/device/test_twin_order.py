@@ -10,21 +10,6 @@ SEEDS = twin.SEEDS
 NAMES = {np.float32: "f32", np.float64: "f64", np.int32: "i32", np.uint32: "u32"}
 
 
-@pytest.fixture
-def module():
-    module = twin.load()
-    yield module
-    module.set_seed(0)
-
-
-@pytest.fixture
-def unwatched(module):
-    """What a schedule shows by itself, hazards being no errors."""
-    module.watch(False)
-    yield module
-    module.watch(True)
-
-
 def address(array, offset=0):
     assert array.flags.c_contiguous
     return array.ctypes.data + offset * array.itemsize

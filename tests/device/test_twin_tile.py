@@ -10,11 +10,6 @@ pytestmark = pytest.mark.skipif(bool(twin.missing_tools()), reason=str(twin.miss
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@pytest.fixture(scope="module")
-def module():
-    return twin.load()
-
-
 def bits(tensor):
     return tensor.view(torch.int16).to(torch.int32) & 0xFFFF
 

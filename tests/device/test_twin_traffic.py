@@ -11,13 +11,6 @@ import twin
 pytestmark = pytest.mark.skipif(bool(twin.missing_tools()), reason=str(twin.missing_tools()))
 
 
-@pytest.fixture
-def module():
-    module = twin.load()
-    yield module
-    module.count_traffic(False)
-
-
 def counted(module, run):
     """{(of shared memory, writes): (requests, taken, least)} of `run`, all places in the code together."""
     module.count_traffic(True)
