@@ -3,46 +3,85 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import os
+import shlex
+import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vitkernels.bench import gate
-from vitkernels.bench.case import Case, Unavailable, load_case, operators
+from vitkernels.bench.case import Case, Inputs, Unavailable, load_case, operators
 from vitkernels.bench.cli import DTYPES
 from vitkernels.bench.providers import ours
 from vitkernels.bench.runner import evaluate, judge, truth_and_baseline
 
 
 def check(args: argparse.Namespace) -> int:
-    """Forward and every gradient at the house tolerance, and bit for bit the same when repeated."""
-    device = torch.device(args.device)
+    """Forward and every gradient at the house tolerance, and bit for bit the same when repeated.
+
+    With several jobs every operator, backend and dtype has a process of its own: after an illegal access a
+    process can only fail.
+    """
     known = {name: None for operator in operators() for name in load_case(operator).check_shapes}
     if unknown := [name for name in args.shapes or () if name not in known]:
         print(f"shapes: expected some of {', '.join(known)}; got {', '.join(unknown)}", file=sys.stderr)
         return 2
-    shares: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    failures = []
+    chosen = [name for name in args.operators or operators() if load_case(name).check_shapes]
+    # Triton compiles for long; what takes longest goes first.
+    backends = sorted(args.backends, key=lambda name: name != "triton")
+    tasks = [(op, backend, dtype) for backend in backends for op in chosen for dtype in args.dtypes]
+    if args.jobs == 1:
+        return max([check_alone(*task, args) for task in tasks], default=1)
+    deadline = time.monotonic() + args.seconds
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        codes = list(pool.map(lambda task: check_apart(*task, args, deadline), tasks))
+    print(f"{sum(code == 0 for code in codes)} of {len(codes)} passed")
+    return 1 if any(codes) or not codes else 0
+
+
+def check_apart(operator: str, backend: str, dtype: str, args: argparse.Namespace, deadline: float) -> int:
+    command = [*shlex.split(args.prefix), sys.executable, __file__, "check", "--device", args.device]
+    command += ["--operators", operator, "--backends", backend, "--dtypes", dtype]
+    command += ["--jobs", "1", "--repeats", str(args.repeats)]
+    command += ["--shapes", *args.shapes] if args.shapes else []
+    command += ["--most-shapes", str(args.most_shapes)] if args.most_shapes else []
+    begin = time.monotonic()
     try:
-        for operator in operators():
-            for backend in args.backends:
-                for dtype in args.dtypes:
-                    shares_here, failures_here = check_backend(
-                        load_case(operator), backend, DTYPES[dtype], device, args
-                    )
-                    shares[operator, backend, dtype] += shares_here
-                    failures += failures_here
-    except KeyboardInterrupt:
-        failures.append("out of time: not every shape was checked")
-    for (operator, backend, dtype), values in shares.items():
-        worst = f"worst error {100 * max(values):.0f} % of what is allowed" if values else "nothing ran"
-        print(f"{operator} {backend:<9} {dtype:<9} {len(values)} shapes, {worst}")
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=max(1.0, deadline - begin),
+            check=False,
+        )
+        code, text = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        code, text = 1, (error.stdout or b"").decode(errors="replace")
+        text += f"FAILED {operator} {backend} {dtype}: not done in the time there was\n"
+    if code and "FAILED" not in text:
+        text += f"FAILED {operator} {backend} {dtype}: exit code {code}\n"
+    took = f"({time.monotonic() - begin:.0f} s)"
+    print("".join(f"{line}\n" for line in [*text.splitlines(), took]), end="", flush=True)
+    return code
+
+
+def check_alone(operator: str, backend: str, dtype: str, args: argparse.Namespace) -> int:
+    shares, failures = check_backend(
+        load_case(operator), backend, DTYPES[dtype], torch.device(args.device), args
+    )
+    worst = f"worst error {100 * max(shares):.0f} % of what is allowed" if shares else "nothing ran"
+    print(f"{operator} {backend:<9} {dtype:<9} {len(shares)} shapes, {worst}")
     for failure in failures:
         print(f"FAILED {failure}")
-    return 1 if failures or not any(shares.values()) else 0
+    return 1 if failures else 0
 
 
 def check_backend(
@@ -51,9 +90,8 @@ def check_backend(
     shares: list[float] = []
     failures: list[str] = []
     refused: dict[str, int] = defaultdict(int)
-    for name, text in case.check_shapes.items():
-        if args.shapes and name not in args.shapes:
-            continue
+    shapes = {name: text for name, text in case.check_shapes.items() if name in (args.shapes or (name,))}
+    for name, text in list(shapes.items())[: args.most_shapes]:
         problem = case.parse_shape(text)
         generator = torch.Generator().manual_seed(0)
         inputs = case.make_inputs(problem, 3, dtype=dtype, device=device, generator=generator)
@@ -88,6 +126,91 @@ def check_backend(
     return shares, failures
 
 
+def far(args: argparse.Namespace) -> int:
+    """Results past element 2^31: the first and the last images of a batch so large, against those images alone."""
+    failures = 0
+    for operator in args.operators or operators():
+        case = load_case(operator)
+        for backend in args.backends if case.check_shapes else ():
+            try:
+                verdict = far_case(case, backend, torch.device(args.device), args.elements)
+            except Unavailable as error:
+                verdict = f"not run: {error}"
+            except torch.OutOfMemoryError:
+                verdict = "not run: out of memory"
+            except Exception as error:
+                verdict = f"FAILED {type(error).__name__}: {error}"
+            failures += verdict.startswith("FAILED")
+            print(f"{operator} {backend}: {verdict}", flush=True)
+            torch.cuda.empty_cache()
+    return 1 if failures else 0
+
+
+def far_case(case: Case, backend: str, device: torch.device, elements: int) -> str:
+    problem = case.presets[case.default_preset][0]
+
+    def inputs_of(images: int) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        return case.make_inputs(problem, images, dtype=torch.float16, device=device, generator=generator)
+
+    one, two = inputs_of(1), inputs_of(2)
+    prepare = ours(case, backend).prepare
+
+    def all_of(inputs: Inputs) -> dict[str, Tensor]:
+        options = {name: value for name, value in inputs.options.items() if isinstance(value, Tensor)}
+        return inputs.tensors | options | inputs.grad_more | {"out": inputs.grad_out}
+
+    tensors, alone = all_of(two), all_of(one)
+    batched = {name for name, tensor in tensors.items() if tensor.shape[0] != alone[name].shape[0]}
+    largest = max(tensors[name].numel() for name in batched)
+    copies = elements // largest + 2
+
+    def widen(name: str, tensor: Tensor) -> Tensor:
+        return tensor.repeat(copies, *(1,) * (tensor.dim() - 1)) if name in batched else tensor
+
+    many = Inputs(
+        {name: widen(name, tensor) for name, tensor in two.tensors.items()},
+        two.options | {name: widen(name, two.options[name]) for name in batched & two.options.keys()},
+        widen("out", two.grad_out),
+        {name: widen(name, tensor) for name, tensor in two.grad_more.items()},
+    )
+    expected = evaluate(prepare(two, True), two, True)
+    got = evaluate(prepare(many, True), many, True)
+    wrong = []
+    for name in sorted(batched & got.keys()):
+        length, scale = expected[name].shape[0], expected[name].double().square().mean().sqrt()
+        for where, part in (("first", got[name][:length]), ("last", got[name][-length:])):
+            error = (part.double() - expected[name].double()).abs().max()
+            if not error <= 2e-2 * scale:
+                wrong.append(f"{where} of {name}: {error:.2e} off, RMS {scale:.2e}")
+    size = max(tensor.numel() for tensor in got.values())
+    return f"FAILED {'; '.join(wrong)}" if wrong else f"right, {size} elements in the largest result"
+
+
+def profiled(args: argparse.Namespace) -> int:
+    """One call of ours, forward and backward, per operator, with the profiler on only then."""
+    for operator in args.operators or operators():
+        case = load_case(operator)
+        for problem in case.presets[args.preset or case.default_preset][: args.problems]:
+            generator = torch.Generator().manual_seed(0)
+            inputs = case.make_inputs(
+                problem, args.batch, dtype=DTYPES[args.dtype], device="cuda", generator=generator
+            )
+            for backend in args.backends:
+                try:
+                    function = ours(case, backend).prepare(inputs, True)
+                except Unavailable as error:
+                    print(f"{operator} {backend}: {error}")
+                    continue
+                evaluate(function, inputs, True)
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+                evaluate(function, inputs, True)
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+    return 0
+
+
 def summary(args: argparse.Namespace) -> int:
     """A short table of every benchmark file."""
     for path in sorted(args.directory.glob("bench_*.json")):
@@ -117,8 +240,29 @@ def main() -> int:
     checking.add_argument("--backends", nargs="+", default=["cuda", "triton"])
     checking.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     checking.add_argument("--shapes", nargs="+", metavar="NAME", help="only the shapes of these names")
+    checking.add_argument("--operators", nargs="+", choices=operators())
+    checking.add_argument("--most-shapes", type=int, metavar="N", help="only the first N of them")
     checking.add_argument("--repeats", type=int, default=5)
+    checking.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time"
+    )
+    checking.add_argument("--seconds", type=float, default=300, help="for all of them together")
+    checking.add_argument("--prefix", default="", help="a command that runs each, such as compute-sanitizer")
     checking.set_defaults(run=check)
+    distant = commands.add_parser("far", help=far.__doc__)
+    distant.add_argument("--operators", nargs="+", choices=operators())
+    distant.add_argument("--device", default="cuda")
+    distant.add_argument("--backends", nargs="+", default=["cuda", "triton"])
+    distant.add_argument("--elements", type=int, default=2**31, help="that the largest tensor exceeds")
+    distant.set_defaults(run=far)
+    profile = commands.add_parser("profiled", help=profiled.__doc__)
+    profile.add_argument("--operators", nargs="+", choices=operators())
+    profile.add_argument("--backends", nargs="+", default=["cuda"])
+    profile.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    profile.add_argument("--preset")
+    profile.add_argument("--problems", type=int, default=2, help="the first so many of the preset")
+    profile.add_argument("--batch", type=int, default=64)
+    profile.set_defaults(run=profiled)
     closing = commands.add_parser("summary", help=summary.__doc__)
     closing.add_argument("directory", type=Path)
     closing.set_defaults(run=summary)

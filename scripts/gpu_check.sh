@@ -1,31 +1,33 @@
 #!/usr/bin/env bash
-# Builds, tests and times everything on a machine with a GPU, in one command and within ten minutes.
+# Builds, tests, times and profiles everything on a machine with a GPU, in one command and within ten minutes.
 # Needs no network: it uses the machine's own python with torch, triton, pybind11, cmake, ninja and pytest.
 #
-#   scripts/gpu_check.sh               results go to benchmarks/results
+#   scripts/gpu_check.sh               all of it; results go to benchmarks/results
+#   scripts/gpu_check.sh check         build and proof only; further parts: bench, profile
 #   OUT=/tmp/x BUDGET=300 scripts/gpu_check.sh
+#   PREBUILT=1 scripts/gpu_check.sh    with the extension module that lies in vitkernels/
 #
 # A failing step does not stop the ones after it; the exit code is the number of steps that failed. A step that
 # cannot run here, or has no time left, is skipped: it is listed with its reason and does not count as failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
+parts=" ${*:-check bench profile} "
 python=${PYTHON:-python3}
 out=$(mkdir -p "${OUT:-benchmarks/results}" && cd "${OUT:-benchmarks/results}" && pwd)
 budget=${BUDGET:-570}
 deadline=$((SECONDS + budget))
 log=$out/gpu_check.log
 : >"$log"
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PIP_BREAK_SYSTEM_PACKAGES=1
+scratch=$(mktemp -d)
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PIP_BREAK_SYSTEM_PACKAGES=1
 # Peaks measured on another day, or by another user of the machine, are not today's.
-export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$(mktemp -d)}
-steps=() failed=0 skipped=0
+export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$scratch/cache}
 
-record() { steps+=("$(printf '%-28s %8s %5d s  %s' "$@")"); }
+record() { printf '%-34s %8s %5d s  %s\n' "$@" >>"$scratch/steps"; }
 
 skip() { # NAME REASON
   echo "=== $1: skipped, $2" | tee -a "$log"
-  skipped=$((skipped + 1))
   record "$1" skipped 0 "$2"
 }
 
@@ -38,68 +40,107 @@ step() {
     shift
   fi
   local name=$1 limit=$2 begin=$SECONDS left=$((deadline - SECONDS)) code=0
+  local file=$scratch/${name//[^a-zA-Z0-9]/_}
   shift 2
   ((left < limit)) && limit=$left
   if ((limit < 10)); then
     skip "$name" "out of time"
     return 0
   fi
-  echo "=== $name" | tee -a "$log"
-  timeout "${status[@]}" --signal=INT --kill-after=15 "$limit" "$@" >"$log.step" 2>&1
+  timeout "${status[@]}" --signal=INT --kill-after=15 "$limit" "$@" >"$file" 2>&1
   code=$?
-  cat "$log.step" >>"$log"
-  if ((code)); then tail -n 40 "$log.step"; else tail -n 3 "$log.step"; fi
+  { echo "=== $name"; cat "$file"; } >>"$log"
+  echo "=== $name"
+  # What failed by name, else the end.
+  if ((code)); then { grep -E '^FAILED|^ERROR|========= (Error|Invalid|Race)' "$file" | cut -c1-300 | head -n 30; tail -n 6 "$file"; }; else tail -n 2 "$file"; fi
   ((SECONDS - begin >= limit)) && note="stopped at its limit"
-  ((code)) && failed=$((failed + 1))
   record "$name" "$code" $((SECONDS - begin)) "$note"
   return "$code"
 }
 
-# The limits add up to the default budget; what a step leaves over, the last one may use.
 step "build tools" 10 "$python" scripts/build_tools.py
-step "build" 160 "$python" -m pip install --no-index --no-build-isolation --no-deps --quiet -e .
-step "info" 20 "$python" -m vitkernels info
-step "kernels against float64" 90 "$python" scripts/gpu_check.py check
-step "tests (gpu)" 40 "$python" -m pytest -q -m gpu tests
-bench=("$python" -m vitkernels bench --device cuda --quiet)
-# With its default preset each: every peer, and every backend of ours.
-for operator in window_attention cascaded_group_attention neighborhood_attention kan_linear \
-  polyline_path_attention polyline_path_mask polyline_path_scan strip_attention block_sparse_linear \
-  token_merge attention_with_size learnable_token_merge; do
-  step --partial "bench, $operator" 13 "${bench[@]}" --op "$operator" --batch 64 --json "$out/bench_$operator.json"
-done
-step --partial "bench, efficientvit_m5" 40 "${bench[@]}" --model efficientvit_m5 --batch 1 64 256 \
-  --json "$out/bench_efficientvit_m5.json"
+if [[ ${PREBUILT:-} ]]; then
+  skip "build" "PREBUILT is set"
+else
+  step "build" 160 "$python" -m pip install --no-index --no-build-isolation --no-deps --quiet -e .
+fi
+step "info" 30 "$python" -m vitkernels info
 
 # What the sanitizer itself cannot do here (no permission for the device, a driver it does not know) is no
 # finding of its, so a single addition goes first.
-sanitizer=(compute-sanitizer --error-exitcode 1)
-cannot=""
-if ! command -v compute-sanitizer >/dev/null; then
-  cannot="compute-sanitizer is not on PATH"
-elif ! probe=$(timeout 20 "${sanitizer[@]}" "$python" -c 'import torch; print(torch.ones(1, device="cuda") + 1)' 2>&1); then
-  echo "$probe" >>"$log"
-  reason=$(grep -im 1 error <<<"$probe" || tail -n 1 <<<"$probe")
-  cannot="compute-sanitizer cannot run an addition here: ${reason:-no answer within 20 s}"
-fi
-# One tile and several; queries, keys and values in passes together and apart.
-shapes=(3x5 7x7-lse 12x12-lse 12x12-wide)
-for tool in memcheck racecheck; do
-  if [[ $cannot ]]; then
-    skip "compute-sanitizer $tool" "$cannot"
-  else
-    step "compute-sanitizer $tool" 35 "${sanitizer[@]}" --tool "$tool" "$python" scripts/gpu_check.py check \
-      --backends cuda --dtypes float16 float32 --shapes "${shapes[@]}" --repeats 1
+sanitizer="compute-sanitizer --error-exitcode 1"
+cannot_sanitize() {
+  local probe reason
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "compute-sanitizer is not on PATH"
+  elif ! probe=$(timeout 30 $sanitizer "$python" -c 'import torch; print(torch.ones(1, device="cuda") + 1)' 2>&1); then
+    echo "$probe" >>"$log"
+    reason=$(grep -im 1 error <<<"$probe" || tail -n 1 <<<"$probe")
+    echo "compute-sanitizer cannot run an addition here: ${reason:-no answer within 30 s}"
   fi
-done
-step --partial "bench, every preset" $((deadline - SECONDS)) "${bench[@]}" --op window_attention --preset all \
-  --batch 1 64 --providers eager-cached sdpa vitkernels-cuda vitkernels-triton --json "$out/bench_presets.json"
-rm -f "$log.step"
+}
 
+if [[ $parts == *" check "* ]]; then
+  step "kernels against float64" 150 "$python" scripts/gpu_check.py check --seconds 140
+  # Correctness may share the device, so these run side by side.
+  step "tests (gpu)" 100 "$python" -m pytest -q -m gpu ${PYTEST_ARGUMENTS:-} tests &
+  step "past element 2^31" 100 "$python" scripts/gpu_check.py far &
+  cannot=$(cannot_sanitize)
+  for tool in memcheck racecheck; do
+    if [[ $cannot ]]; then
+      skip "compute-sanitizer $tool" "$cannot"
+    else
+      # Without PyTorch's cache every tensor is an allocation, so that the sanitizer knows where it ends.
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "compute-sanitizer $tool" 110 "$python" scripts/gpu_check.py check \
+        --prefix "$sanitizer --tool $tool --kernel-name kns=vitkernels" --backends cuda --dtypes float16 float32 \
+        --most-shapes 3 --repeats 1 --seconds 100 --jobs 8 &
+    fi
+  done
+  wait
+fi
+
+operators=(window_attention cascaded_group_attention neighborhood_attention polyline_path_attention strip_attention
+  kan_linear block_sparse_linear attention_with_size token_merge learnable_token_merge polyline_path_scan
+  polyline_path_mask)
+if [[ $parts == *" bench "* ]]; then
+  bench=("$python" -m vitkernels bench --device cuda --quiet --dtype bfloat16)
+  warm_up() { # Compiles what torch.compile and Triton compile, for all operators at once; its times are no results.
+    printf '%s\n' "${operators[@]}" | XDG_CACHE_HOME=$scratch/warm xargs -P 12 -I OP \
+      "${bench[@]}" --op OP --batch 64 --rounds 2
+  }
+  export -f warm_up
+  step --partial "compilation" 100 bash -c "$(declare -p bench operators scratch); warm_up"
+  # With its default preset each: every peer, and every backend of ours.
+  for operator in "${operators[@]}"; do
+    step --partial "bench, $operator" 40 "${bench[@]}" --op "$operator" --batch 64 --rounds 9 \
+      --json "$out/bench_$operator.json"
+  done
+  step --partial "bench, efficientvit_m5" 60 "$python" -m vitkernels bench --device cuda --quiet --rounds 9 \
+    --model efficientvit_m5 --batch 1 256 --json "$out/bench_efficientvit_m5.json"
+fi
+
+if [[ $parts == *" profile "* ]]; then
+  if command -v ncu >/dev/null; then
+    step --partial "profile" 120 ncu --clock-control none --profile-from-start off --force-overwrite \
+      --section SpeedOfLight --section Occupancy --section LaunchStats --section WarpStateStats \
+      --section MemoryWorkloadAnalysis --export "$out/profile" "$python" scripts/gpu_check.py profiled
+    ncu --import "$out/profile.ncu-rep" --page raw --csv >"$out/profile.csv" 2>>"$log"
+  else
+    skip "profile" "ncu is not on PATH"
+  fi
+fi
+if [[ $parts == *" bench "* ]]; then
+  step --partial "bench, every preset" $((deadline - SECONDS)) "${bench[@]}" --op window_attention --preset all \
+    --batch 1 64 --providers eager-cached sdpa vitkernels-cuda vitkernels-triton --json "$out/bench_presets.json"
+fi
+
+failed=$(awk 'substr($0, 35, 9) ~ /^ *[0-9]+$/ && substr($0, 35, 9) + 0 != 0' "$scratch/steps" | wc -l)
+skipped=$(grep -c ' skipped ' "$scratch/steps")
 {
   "$python" scripts/gpu_check.py summary "$out"
-  printf '\n%-28s %8s %7s\n' step exit time
-  printf '%s\n' "${steps[@]}"
+  printf '\n%-34s %8s %7s\n' step exit time
+  cat "$scratch/steps"
   echo "$failed failed, $skipped skipped; $SECONDS s"
 } | tee "$out/gpu_check.txt"
+rm -rf "$scratch"
 exit "$failed"

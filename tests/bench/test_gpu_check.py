@@ -20,7 +20,7 @@ import gpu_check
 
 SCRIPT = Path(gpu_check.__file__).with_suffix(".sh")
 BACKEND = "reference" if native.why_missing() else "cpu"
-ARGUMENTS = ["check", "--device", "cpu", "--backends", BACKEND, "--repeats", "1"]
+ARGUMENTS = ["check", "--device", "cpu", "--backends", BACKEND, "--repeats", "1", "--jobs", "1"]
 
 
 def check(monkeypatch, *arguments):
@@ -110,8 +110,8 @@ def test_steps_that_fail_are_told_from_those_that_cannot_run(tmp_path):
     done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
     table = (tmp_path / "out" / "gpu_check.txt").read_text()
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 failed, 2 skipped" in table
-    lines = {line[:28].strip(): line[28:].split(maxsplit=3) for line in table.splitlines() if " s  " in line}
+    assert "1 failed, 3 skipped" in table
+    lines = {line[:34].strip(): line[34:].split(maxsplit=3) for line in table.splitlines() if " s  " in line}
     assert lines["build tools"][0] == "0"
     assert lines["tests (gpu)"][0] == "1"
     for tool in ("memcheck", "racecheck"):
