@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitkernels.bench import gate
-from vitkernels.bench.case import Case, Inputs, Unavailable, load_case, operators
+from vitkernels.bench import cli, gate
+from vitkernels.bench.case import Case, Inputs, Problem, Provider, Unavailable, load_case, operators
 from vitkernels.bench.cli import DTYPES
 from vitkernels.bench.providers import ours
-from vitkernels.bench.runner import evaluate, judge, truth_and_baseline
+from vitkernels.bench.runner import Draws, Settings, evaluate
 
 
 def check(args: argparse.Namespace) -> int:
@@ -90,40 +90,50 @@ def check_backend(
     shares: list[float] = []
     failures: list[str] = []
     refused: dict[str, int] = defaultdict(int)
+    provider = ours(case, backend)
     shapes = {name: text for name, text in case.check_shapes.items() if name in (args.shapes or (name,))}
     for name, text in list(shapes.items())[: args.most_shapes]:
-        problem = case.parse_shape(text)
-        generator = torch.Generator().manual_seed(0)
-        inputs = case.make_inputs(problem, 3, dtype=dtype, device=device, generator=generator)
         where = f"{case.operator} {backend} {dtype} {name} ({text})"
         try:
-            function = ours(case, backend).prepare(inputs, True)
+            worst, different = check_shape(
+                case, provider, case.parse_shape(text), dtype, device, args.repeats
+            )
         except Unavailable as error:
             refused[str(error)] += 1
             continue
-        truth, baseline = truth_and_baseline(case, inputs, True)
-        try:
-            got = evaluate(function, inputs, True)
-            worst = judge(case, problem, 3, inputs, got, baseline, truth)
-            # Inference takes other paths: nothing is kept for a backward pass, lse may be left out.
-            alone = evaluate(function, inputs, False)
-            expected = [{name: results[name] for name in alone} for results in (baseline, truth)]
-            worst = max(worst, judge(case, problem, 3, inputs, alone, *expected), key=gate.rank)
-            for _ in range(args.repeats):
-                again = evaluate(function, inputs, True)
-                different = [result for result in got if not torch.equal(got[result], again[result])]
-                if different:
-                    failures.append(f"{where}: a repeat changed {', '.join(different)}")
-                    break
         except Exception as error:
-            failures.append(f"{where}: {type(error).__name__}: {error}")
+            failures.append(f"{where}: {type(error).__name__}: {error}".splitlines()[0])
+            # What an illegal access leaves behind cannot run another shape.
+            if "CUDA error" in str(error):
+                break
             continue
         shares.append(worst.share)
         if not worst.ok:
             failures.append(f"{where}: {worst}")
+        if different:
+            failures.append(f"{where}: a repeat changed {', '.join(different)}")
     for reason, count in refused.items():
         print(f"{case.operator} {backend} {dtype}: {count} shapes not run: {reason}")
     return shares, failures
+
+
+def check_shape(
+    case: Case, provider: Provider, problem: Problem, dtype: torch.dtype, device: torch.device, repeats: int
+) -> tuple[gate.Check, list[str]]:
+    """The worst of all results, in training and in inference, and the results that a repeat changed."""
+    verdicts = []
+    settings = Settings(device, dtype)
+    # Inference takes other paths: nothing is kept for a backward pass, lse may be left out.
+    for training in (True, False):
+        draws = Draws(case, problem, 3, training, settings)
+        inputs = draws[0][0]
+        function = provider.prepare(inputs, training)
+        verdicts.append(draws.judge(provider, function))
+        if training:
+            got = evaluate(function, inputs, True)
+            repeated = [evaluate(function, inputs, True) for _ in range(repeats)]
+            different = [name for name in got if any(not torch.equal(got[name], r[name]) for r in repeated)]
+    return gate.worst(verdicts), different
 
 
 def far(args: argparse.Namespace) -> int:
@@ -185,6 +195,28 @@ def far_case(case: Case, backend: str, device: torch.device, elements: int) -> s
                 wrong.append(f"{where} of {name}: {error:.2e} off, RMS {scale:.2e}")
     size = max(tensor.numel() for tensor in got.values())
     return f"FAILED {'; '.join(wrong)}" if wrong else f"right, {size} elements in the largest result"
+
+
+def bench(args: argparse.Namespace) -> int:
+    """The benchmark of one operator after another in one process, each to a file of its own."""
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    args.directory.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for operator in args.operators or operators():
+        if not load_case(operator).check_shapes:
+            continue
+        target = ["--json", f"{args.directory}/bench_{operator}.json"]
+        print(f"=== {operator}", flush=True)
+        try:
+            code = cli.execute(
+                parser.parse_args(["--op", operator, "--quiet", *target, *shlex.split(args.arguments)])
+            )
+        except Exception as error:
+            print(f"FAILED {operator}: {type(error).__name__}: {error}")
+            code = 1
+        failed += [operator] if code else []
+    return len(failed)
 
 
 def profiled(args: argparse.Namespace) -> int:
@@ -263,6 +295,13 @@ def main() -> int:
     profile.add_argument("--problems", type=int, default=2, help="the first so many of the preset")
     profile.add_argument("--batch", type=int, default=64)
     profile.set_defaults(run=profiled)
+    timing = commands.add_parser("bench", help=bench.__doc__)
+    timing.add_argument("directory", type=Path)
+    timing.add_argument("--operators", nargs="+", choices=operators())
+    timing.add_argument(
+        "--arguments", default="", help="further ones of python -m vitkernels bench, in one string"
+    )
+    timing.set_defaults(run=bench)
     closing = commands.add_parser("summary", help=summary.__doc__)
     closing.add_argument("directory", type=Path)
     closing.set_defaults(run=summary)
@@ -271,4 +310,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # PyTorch's autograd threads drop Python objects at their own pace, and one that does so while the interpreter
+    # is being torn down aborts the process: seen on a GPU in one process of twenty that ends after a backward pass.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
