@@ -49,12 +49,17 @@ struct SizeMap {
     const Acc count = static_cast<const Acc*>(size.data)[size_offset + token * size.stride[1]];
     return log_(count) * static_cast<Acc>(tile_attention::Exponential<T>::unit);
   }
-  VK_DEVICE Acc logit(Acc s, int, Acc log_size, const Acc*) const { return s + log_size; }
+  struct Query {};
+  VK_DEVICE Query of_query(int) const { return {}; }
+  VK_DEVICE static Acc no_key() { return std::numeric_limits<Acc>::lowest(); }
+  VK_DEVICE Acc logit(Acc s, Query, Acc log_size, const Acc*) const {
+    return log_size == no_key() ? -INFINITY : s + log_size;
+  }
 
   VK_HOST_DEVICE int shared_elements() const { return 0; }
   VK_DEVICE void stage(Acc*, int64_t, int, int) const {}
   VK_HOST_DEVICE int gradient_elements() const { return 0; }
-  VK_DEVICE void gradient(Acc*, const tile_attention::GradientTile<Acc, Acc>&) const {}
+  VK_DEVICE void gradient(Acc*, const tile_attention::GradientTile<Acc, KeyCode>&) const {}
 };
 
 // Throws where a size is beyond the kernels.

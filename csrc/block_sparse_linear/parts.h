@@ -1,7 +1,7 @@
 // Sums over tokens in parts: how they are cut, and the second pass that adds them in a fixed order.
 #pragma once
 #include "block_sparse_linear.h"
-#include "vitkernels/device.h"
+#include "vitkernels/sum_partials.h"
 
 namespace vitkernels::block_sparse_linear {
 
@@ -25,23 +25,10 @@ struct Parts {
   }
 };
 
-constexpr int REDUCE_THREADS = 256;
-
-// result[i] = sum over count of partials[count][width], in order.
-template <class Acc, class R>
-VK_KERNEL void VK_LAUNCH_BOUNDS(REDUCE_THREADS, 1)
-    reduce_kernel(const Acc* partials, int64_t count, int64_t width, R* result) {
-  const int64_t i = static_cast<int64_t>(block_x()) * REDUCE_THREADS + thread_x();
-  if (i >= width) return;
-  Acc sum = Acc(0);
-  for (int64_t n = 0; n < count; ++n) sum += partials[n * width + i];
-  result[i] = from_accumulate<R>(sum);
-}
-
+// result[i] = the sum over count of partials[count][width].
 template <class Acc, class R>
 void reduce(const Acc* partials, int64_t count, int64_t width, R* result, Stream stream) {
-  launch(reduce_kernel<Acc, R>, Dim3{ceil_div(width, REDUCE_THREADS)}, REDUCE_THREADS, 0, stream, partials,
-         count, width, result);
+  sum_partials(partials, width, count, width, StoreRows<R>{result, 0, width}, stream);
 }
 
 }  // namespace vitkernels::block_sparse_linear

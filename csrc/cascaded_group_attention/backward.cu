@@ -1,53 +1,72 @@
 #include "backward.h"
+#include "vitkernels/sum_partials.h"
 
 namespace vitkernels::cascaded_group_attention {
 namespace {
 
-constexpr int REDUCE_LANES = 32;
+// Where a range of the sums goes: elements numbered with the last dimension fastest.
+struct Target {
+  int64_t end;
+  View view;  // absent: nowhere
+  int size1, size2, size3;
+  bool wide;
 
-// target[e] = the sum of partials[i * stride + e] over `count` partial sums: a warp takes every eighth of
-// them, and the eight sums meet in a fixed order. Elements of the target are numbered with the last dimension
-// fastest.
+  Target() = default;
+  Target(int64_t begin, const View& view, int size0, int size1, int size2, int size3, bool wide)
+      : end(begin + static_cast<int64_t>(size0) * size1 * size2 * size3),
+        view(view),
+        size1(size1),
+        size2(size2),
+        size3(size3),
+        wide(wide) {}
+};
+
+// The sums of several weights, side by side in each partial, in one launch.
 template <class T>
-VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
-    reduce_sums_kernel(const accumulate_t<T>* partials, int64_t stride, int64_t count, int64_t elements,
-                       View target, int size1, int size2, int size3, bool wide) {
-  using Acc = accumulate_t<T>;
-  auto* sums = reinterpret_cast<Acc*>(shared_memory());
-  const int64_t element = static_cast<int64_t>(block_x()) * REDUCE_LANES + lane_id();
-  Acc sum = Acc(0);
-  if (element < elements) {
-    for (int64_t i = warp_id(); i < count; i += THREADS / 32) sum += partials[i * stride + element];
-  }
-  sums[thread_x()] = sum;
-  sync_block();
-  if (warp_id() > 0 || element >= elements) return;
-  for (int warp = 1; warp < THREADS / 32; ++warp) sum += sums[warp * 32 + lane_id()];
-  const int64_t i3 = element % size3, i2 = element / size3 % size2, i1 = element / size3 / size2 % size1;
-  const int64_t i0 = element / size3 / size2 / size1;
-  const int64_t at =
-      i0 * target.stride[0] + i1 * target.stride[1] + i2 * target.stride[2] + i3 * target.stride[3];
-  if (wide) {
-    static_cast<Acc*>(target.data)[at] = sum;
-  } else {
-    static_cast<T*>(target.data)[at] = from_accumulate<T>(sum);
-  }
-}
+struct StoreTargets {
+  static constexpr int MOST = 4;
+  Target targets[MOST];
 
-struct Sums {
-  const char* partials;
-  int64_t stride, count;
+  // Indexed with constants alone: a parameter that is not is copied to local memory.
+  template <class Found>
+  VK_DEVICE void find(int64_t element, const Found& found) const {
+    int64_t begin = 0;
+    VK_UNROLL
+    for (int n = 0; n < MOST; ++n) {
+      if (element >= begin && element < targets[n].end) found(targets[n], element - begin);
+      begin = targets[n].end;
+    }
+  }
+  VK_DEVICE bool wants(int64_t element) const {
+    bool wanted = false;
+    find(element, [&](const Target& target, int64_t) { wanted = target.view.data != nullptr; });
+    return wanted;
+  }
+  VK_DEVICE void operator()(int64_t element, accumulate_t<T> sum) const {
+    find(element, [&](const Target& target, int64_t index) {
+      const int64_t i3 = index % target.size3, rest3 = index / target.size3;
+      const int64_t i2 = rest3 % target.size2, rest2 = rest3 / target.size2;
+      const int64_t i1 = rest2 % target.size1, i0 = rest2 / target.size1;
+      const int64_t* stride = target.view.stride;
+      const int64_t at = i0 * stride[0] + i1 * stride[1] + i2 * stride[2] + i3 * stride[3];
+      if (target.wide) {
+        static_cast<accumulate_t<T>*>(target.view.data)[at] = sum;
+      } else {
+        static_cast<T*>(target.view.data)[at] = from_accumulate<T>(sum);
+      }
+    });
+  }
 };
 
 template <class T>
-void reduce(const Sums& sums, int64_t first, View target, int size0, int size1, int size2, int size3,
-            bool wide, Stream stream) {
-  using Acc = accumulate_t<T>;
-  if (!target) return;
-  const int64_t elements = static_cast<int64_t>(size0) * size1 * size2 * size3;
-  launch(reduce_sums_kernel<T>, Dim3{(elements + REDUCE_LANES - 1) / REDUCE_LANES}, THREADS,
-         THREADS * sizeof(Acc), stream, reinterpret_cast<const Acc*>(sums.partials) + first, sums.stride,
-         sums.count, elements, target, size1, size2, size3, wide);
+void reduce(const void* partials, int64_t elements, int64_t count, const StoreTargets<T>& store,
+            Stream stream) {
+  for (const Target& target : store.targets) {
+    if (target.view) {
+      sum_partials(static_cast<const accumulate_t<T>*>(partials), elements, count, elements, store, stream);
+      return;
+    }
+  }
 }
 
 template <class T>
@@ -104,21 +123,23 @@ void backward_cuda(const Params& params, Stream stream) {
     const int heads = p.num_heads, k = p.key_dim, taps = p.kernel_max, rows = problem.qkv_rows,
               d = problem.value_dim;
     const char* base = static_cast<const char*>(p.workspace);
+    const bool wide = problem.wide_weights;
     const WindowSums in_block(problem);
-    const Sums window{base + w.window_sums, in_block.elements, w.blocks};
-    reduce<T>(window, in_block.tables, p.grad_attn_bias, heads, problem.tokens, 1, 1, problem.wide_table,
-              stream);
-    reduce<T>(window, in_block.taps, p.grad_dw_weight, heads, k, taps, taps, problem.wide_weights, stream);
-    reduce<T>(window, in_block.biases, p.grad_dw_bias, heads, k, 1, 1, problem.wide_weights, stream);
+    const StoreTargets<T> window{{
+        {in_block.tables, p.grad_attn_bias, heads, problem.tokens, 1, 1, problem.wide_table},
+        {in_block.taps, p.grad_dw_weight, heads, k, taps, taps, wide},
+        {in_block.biases, p.grad_dw_bias, heads, k, 1, 1, wide},
+        {in_block.elements, View{}, 0, 1, 1, 1, wide},
+    }};
+    reduce(base + w.window_sums, in_block.elements, w.blocks, window, stream);
     const WeightSums in_chunk(problem);
-    const Sums weight{base + w.weight_sums, in_chunk.elements, w.chunks};
-    reduce<T>(weight, in_chunk.qkv_weight, p.grad_qkv_weight, heads, rows, d, 1, problem.wide_weights,
-              stream);
-    reduce<T>(weight, in_chunk.qkv_bias, p.grad_qkv_bias, heads, rows, 1, 1, problem.wide_weights, stream);
-    reduce<T>(weight, in_chunk.proj_weight, p.grad_proj_weight, p.channels, p.channels, 1, 1,
-              problem.wide_weights, stream);
-    reduce<T>(weight, in_chunk.proj_bias, p.grad_proj_bias, p.channels, 1, 1, 1, problem.wide_weights,
-              stream);
+    const StoreTargets<T> weight{{
+        {in_chunk.qkv_weight, p.grad_qkv_weight, heads, rows, d, 1, wide},
+        {in_chunk.qkv_bias, p.grad_qkv_bias, heads, rows, 1, 1, wide},
+        {in_chunk.proj_weight, p.grad_proj_weight, p.channels, p.channels, 1, 1, wide},
+        {in_chunk.proj_bias, p.grad_proj_bias, p.channels, 1, 1, 1, wide},
+    }};
+    reduce(base + w.weight_sums, in_chunk.elements, w.chunks, weight, stream);
   });
 }
 

@@ -169,7 +169,7 @@ VK_DEVICE void softmax(float (&p)[KEYS / 8][4], float (&factor)[2], const Proble
     for (int c = 0; c < 4; ++c) {
       const int key = key_codes[8 * j + column + c % 2];
       p[j][c] = key == INVALID ? NOTHING : p[j][c] * scale + entries[c / 2][-key];
-      row_max[c / 2] = p[j][c] > row_max[c / 2] ? p[j][c] : row_max[c / 2];
+      row_max[c / 2] = larger(p[j][c], row_max[c / 2]);
     }
   }
   VK_UNROLL

@@ -6,11 +6,12 @@
 // Floor: twice the forward's FLOPs, and its special functions for dW; dY crosses L2 once for each slice of
 // channels.
 #include "tiles.h"
+#include "vitkernels/sum_partials.h"
 
 namespace vitkernels::kan_linear {
 namespace {
 
-constexpr int NORM_WARPS = 4, REDUCE_THREADS = 256;
+constexpr int NORM_WARPS = 4;
 // Blocks that fill a large GPU about twice, and the most memory that partial weight gradients may take.
 constexpr int64_t WEIGHT_BLOCKS = 512, PARTIAL_BYTES = int64_t{64} << 20;
 
@@ -228,25 +229,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
   }
 }
 
-// result[i] = sum over count of partials[count][width], in order.
-template <class Acc, class R>
-VK_KERNEL void VK_LAUNCH_BOUNDS(REDUCE_THREADS, 1)
-    reduce_kernel(const Acc* partials, int64_t count, int64_t width, int columns, R* result,
-                  int64_t result_row) {
-  const int64_t i = static_cast<int64_t>(block_x()) * REDUCE_THREADS + thread_x();
-  if (i >= width) return;
-  Acc sum = Acc(0);
-  for (int64_t n = 0; n < count; ++n) sum += partials[n * width + i];
-  result[i / columns * result_row + i % columns] = from_accumulate<R>(sum);
-}
-
-template <class Acc, class R>
-void reduce(const Acc* partials, int64_t count, int64_t width, int columns, R* result, int64_t row,
-            Stream stream) {
-  launch(reduce_kernel<Acc, R>, Dim3{(width + REDUCE_THREADS - 1) / REDUCE_THREADS}, REDUCE_THREADS, 0,
-         stream, partials, count, width, columns, result, row);
-}
-
 // Where everything lies in the workspace.
 template <class X, class T>
 struct Plan {
@@ -292,7 +274,9 @@ void u_gradients(const Params& p, const Problem<X, T>& problem, const Plan<X, T>
   launch(u_kernel<X, T>, Dim3{plan.row_tiles * problem.slices}, C::THREADS, u_shared<T, Acc>(problem.slice),
          stream, problem, results);
   const auto sum = [&](const View& target, const Acc* partials, int64_t count, int width) {
-    if (target) reduce(partials, count, width, width, static_cast<Acc*>(target.data), 0, stream);
+    if (!target) return;
+    const StoreRows<Acc> store{static_cast<Acc*>(target.data), 0, width};
+    sum_partials(partials, width, count, width, store, stream);
   };
   sum(p.grad_ln_weight, results.scale, plan.row_tiles, p.channels);
   sum(p.grad_ln_bias, results.shift, plan.row_tiles, p.channels);
@@ -317,8 +301,9 @@ void weight_gradient(const Params& p, const Problem<X, T>& problem, const Plan<X
   Acc* partials = plan.at(p, plan.weight);
   launch(weight_kernel<X, T, Acc>, blocks, C::THREADS, weight_shared<T>(), stream, problem, partials,
          p.depth(), p.outputs * p.depth(), plan.share);
-  reduce(static_cast<const Acc*>(partials), plan.shares, p.outputs * p.depth(), static_cast<int>(p.depth()),
-         target, row, stream);
+  const int64_t elements = p.outputs * p.depth();
+  sum_partials(static_cast<const Acc*>(partials), elements, plan.shares, elements,
+               StoreRows<T>{target, row, p.depth()}, stream);
 }
 
 }  // namespace

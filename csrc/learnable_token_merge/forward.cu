@@ -39,7 +39,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(STRIP_THREADS, 1)
   }
   Acc maximum = -INFINITY, sum = Acc(0);
   if (from != nullptr) {
-    VK_NO_UNROLL
+    VK_UNROLL_4
     for (int row = warp_id(); row < rows; row += STRIP_WARPS) {
       const Acc value = to_accumulate(from[row * row_stride]);
       maximum = value > maximum ? value : maximum;
@@ -47,7 +47,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(STRIP_THREADS, 1)
   }
   maximum = over_warps<true>(maximum, scratch);
   if (from != nullptr) {
-    VK_NO_UNROLL
+    VK_UNROLL_4
     for (int row = warp_id(); row < rows; row += STRIP_WARPS)
       sum += exp_(to_accumulate(from[row * row_stride]) - maximum);
   }

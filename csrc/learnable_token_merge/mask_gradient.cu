@@ -12,6 +12,7 @@
 #include "mask_gradient.h"
 #include "norms.h"
 #include "strips.h"
+#include "vitkernels/sum_partials.h"
 
 namespace vitkernels::learnable_token_merge {
 namespace {
@@ -104,19 +105,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, sizeof(T) == 2   ? 4
   store_results<T, R>(sums, results, part, row, p.tokens, column);
 }
 
-// results[i] = the sum of the shares' element i, in their order; results may be the first share.
-template <class Acc, class R>
-VK_KERNEL void VK_LAUNCH_BOUNDS(STRIP_THREADS, 1)
-    reduce_kernel(const Acc* partials, int64_t count, int64_t size, int columns, R* results,
-                  int64_t row_stride) {
-  const int64_t i = static_cast<int64_t>(block_x()) * STRIP_THREADS + thread_x();
-  if (i >= size) return;
-  Acc sum = Acc(0);
-  for (int64_t n = 0; n < count; ++n) sum += partials[n * size + i];
-  const int64_t row = i / columns;
-  results[row * row_stride + (i - row * columns)] = from_accumulate<R>(sum);
-}
-
 template <class Acc, class M>
 struct Chain {
   const M* g;
@@ -154,14 +142,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(STRIP_THREADS, 1)
   };
   Acc sum = Acc(0);
   if (exists && !empty) {
-    VK_NO_UNROLL
+    VK_UNROLL_4
     for (int row = warp_id(); row < p.rows; row += STRIP_WARPS)
       sum += weight(row) * p.gradient_row(mask, row)[column];
   }
   sum = over_warps<false>(sum, scratch);
   if (!exists) return;
   M* result = p.result + mask * p.result_mask + column;
-  VK_NO_UNROLL
+  VK_UNROLL_4
   for (int row = warp_id(); row < p.rows; row += STRIP_WARPS) {
     const Acc gradient = p.gradient_row(mask, row)[column];
     const Acc chained = softmax ? weight(row) * (gradient - sum)
@@ -236,14 +224,14 @@ void run(const Params& p, void* norms, void* workspace, Stream stream) {
   M* result = static_cast<M*>(p.grad_g.data);
   const int rows = static_cast<int>(p.tokens), columns = static_cast<int>(p.merged_tokens);
   if (plan.summed && plan.parts > 1) {
-    const Dim3 blocks{(plan.size + STRIP_THREADS - 1) / STRIP_THREADS};
     if (p.normalize == Normalize::none) {
-      launch(reduce_kernel<Acc, M>, blocks, STRIP_THREADS, 0, stream, gradient, plan.parts, plan.size,
-             columns, result, p.grad_g.stride[1]);
+      sum_partials(gradient, plan.size, plan.parts, plan.size,
+                   StoreRows<M>{result, p.grad_g.stride[1], columns}, stream);
       return;
     }
-    launch(reduce_kernel<Acc, Acc>, blocks, STRIP_THREADS, 0, stream, gradient, plan.parts, plan.size,
-           columns, gradient, static_cast<int64_t>(columns));
+    // In place of the first part: who adds an element's parts is the one who writes it.
+    sum_partials(gradient, plan.size, plan.parts, plan.size, StoreRows<Acc>{gradient, columns, columns},
+                 stream);
   }
   const Mask<T, M> mask = make_mask<T, M>(p, norms);
   const Chain<Acc, M> chain{

@@ -31,7 +31,7 @@ template <class Acc, class M>
 VK_DEVICE Acc column_sum(const M* column, int64_t row_stride, int rows, Acc* scratch) {
   Acc sum = Acc(0);
   if (column != nullptr) {
-    VK_NO_UNROLL
+    VK_UNROLL_4
     for (int row = warp_id(); row < rows; row += STRIP_WARPS) sum += to_accumulate(column[row * row_stride]);
   }
   return over_warps<false>(sum, scratch);

@@ -9,6 +9,9 @@
 // A tile of 8 x 8 queries at K = 7 x 7 meets 14 x 14 keys, packed into four tiles of 64; each warp computes
 // the 112 keys that its two rows of queries have to do with, so that 41 % of the pairs count. A group no
 // larger than a tile (kernel * dilation == size) is one tile of queries and one of keys; all its pairs count.
+//
+// A logit costs a dozen instructions, the softmax included: what depends on its query or its key alone is
+// prepared once a tile, the mask's tests of both axes are packed, and nothing branches.
 #pragma once
 #include "geometry.h"
 #include "vitkernels/tile_attention_forward.h"
@@ -171,11 +174,18 @@ struct NeighborhoodMap {
     VK_DEVICE bool dense() const { return stride_x == 1; }
   };
 
-  VK_DEVICE int key_code(int token) const {
+  // Group coordinates, and the key's part of the place of a table entry in bytes.
+  struct alignas(8) KeyCode {
+    uint32_t numbers;
+    int entry;
+  };
+  VK_DEVICE KeyCode key_code(int token) const {
     const int token_y = token >> x_bits, token_x = token - (token_y << x_bits);
-    return static_cast<int>(guards + (static_cast<uint32_t>(y.dilation.divide(token_y)) << field_bits) +
-                            x.dilation.divide(token_x));
+    const int number_y = y.dilation.divide(token_y), number_x = x.dilation.divide(token_x);
+    return {guards + pack(number_y, number_x), entry(number_y, number_x)};
   }
+  // The lower field's guard is missing: clear where no query borrows, and who borrows clears the upper one's.
+  VK_DEVICE static KeyCode no_key() { return {uint32_t{1} << 31, 0}; }
   VK_DEVICE int query_code(int token) const {
     const int token_y = token >> x_bits, token_x = token - (token_y << x_bits);
     const int number_y = y.dilation.divide(token_y), number_x = x.dilation.divide(token_x);
@@ -188,10 +198,13 @@ struct NeighborhoodMap {
   VK_HOST_DEVICE int pitch() const { return 2 * x.kernel - 1; }
   VK_HOST_DEVICE int table_entries() const { return (2 * y.kernel - 1) * pitch(); }
 
-  // What depends on the query alone is loop-invariant in the kernels; a pair costs two subtractions and one
-  // logical operation for the mask of both axes, one addition for its table entry.
-  VK_DEVICE Acc logit(Acc s, int query_code, int key_code, const Acc* table) const {
-    const uint32_t query = static_cast<uint32_t>(query_code), key = static_cast<uint32_t>(key_code);
+  // The numbers of a query's first and last key, the latter with both guards twice; its part of an entry.
+  struct Query {
+    uint32_t first, last;
+    int entry;
+  };
+  VK_DEVICE Query of_query(int query_code) const {
+    const uint32_t query = static_cast<uint32_t>(query_code);
     const uint32_t x_flag = uint32_t{1} << (field_bits - 1);
     const int number_y = static_cast<int>((query & 0x7fffffffu) >> field_bits);
     const int number_x = static_cast<int>(query & (x_flag - 1));
@@ -199,23 +212,31 @@ struct NeighborhoodMap {
     const int length_x = x.short_length + ((query & x_flag) != 0);
     const uint32_t first = pack(y.window(number_y, length_y), x.window(number_x, length_x));
     const uint32_t last = first + pack(y.kernel - 1, x.kernel - 1) + 2 * guards;
+    return {first, last, entry(y.kernel - 1 - number_y, x.kernel - 1 - number_x)};
+  }
+  // Without a table the one entry of zero that stands in for it.
+  VK_DEVICE int entry(int number_y, int number_x) const {
+    return tile_attention::present(rpb) ? (number_y * pitch() + number_x) * static_cast<int>(sizeof(Acc)) : 0;
+  }
+
+  // Two subtractions and one logical operation for the mask of both axes, one addition for the table entry.
+  VK_DEVICE Acc logit(Acc s, const Query& query, KeyCode key, const Acc* table) const {
     // Each difference keeps its guard exactly where it is not negative.
-    const bool inside = (~((key - first) & (last - key)) & guards) == 0;
-    if (!inside) return -INFINITY;
-    if (!tile_attention::present(rpb)) return s;
-    // The guards in key's fields cancel those in the query's part.
-    const uint32_t of_key = (key >> field_bits) * pitch() + (key & (2 * x_flag - 1));
-    const uint32_t of_query = (y.kernel - 1 - number_y) * pitch() + (x.kernel - 1 - number_x) -
-                              ((guards >> field_bits) * pitch() + x_flag);
-    return s + table[of_key + of_query];
+    const bool inside = (~((key.numbers - query.first) & (query.last - key.numbers)) & guards) == 0;
+    const int place = inside ? key.entry + query.entry : 0;
+    const Acc bias = *reinterpret_cast<const Acc*>(reinterpret_cast<const char*>(table) + place);
+    return inside ? s + bias : -INFINITY;
   }
   VK_DEVICE uint32_t pack(int number_y, int number_x) const {
     return (static_cast<uint32_t>(number_y) << field_bits) + static_cast<uint32_t>(number_x);
   }
 
-  VK_HOST_DEVICE int shared_elements() const { return tile_attention::present(rpb) ? table_entries() : 0; }
+  VK_HOST_DEVICE int shared_elements() const { return tile_attention::present(rpb) ? table_entries() : 1; }
   VK_DEVICE void stage(Acc* table, int64_t head, int thread, int threads) const {
-    if (!tile_attention::present(rpb)) return;
+    if (!tile_attention::present(rpb)) {
+      if (thread == 0) table[0] = Acc(0);
+      return;
+    }
     VK_NO_UNROLL
     for (int e = thread; e < table_entries(); e += threads)
       table[e] = tile_attention::read_table<T>(*this, rpb, head, e);
@@ -228,7 +249,7 @@ struct NeighborhoodMap {
 
   // sums[e] += the tile's gradients at entry e, queries in ascending order: each entry has one thread.
   VK_HOST_DEVICE int gradient_elements() const { return table_entries(); }
-  VK_DEVICE void gradient(Acc* sums, const tile_attention::GradientTile<Acc>& tile) const {
+  VK_DEVICE void gradient(Acc* sums, const tile_attention::GradientTile<Acc, KeyCode>& tile) const {
     const Place p = place(tile.rows, tile.query_tile);
     if (p.empty()) return;
     const Box box = keys_of(p);

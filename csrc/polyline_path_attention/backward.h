@@ -262,15 +262,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
           const Acc of_other_mask = other_p[j][c] * (d[j][c] - statistics_at(1, r, column)[1]);
           if (want_decays) {
             const auto &u = logits.own[r], &w = others[column];
-            of_sums[0][r] += sign_or_zero<Acc>(u.x() - w.x()) * of_mask[c];
-            of_sums[MASKS - 1][r] += sign_or_zero<Acc>(u.y() - w.y()) * of_other_mask;
+            of_sums[0][r] += signed_or_zero(u.x() - w.x(), of_mask[c]);
+            of_sums[MASKS - 1][r] += signed_or_zero(u.y() - w.y(), of_other_mask);
           }
           p[j][c] += other_p[j][c];
           d[j][c] = of_mask[c] + of_other_mask;
         } else {
           if (want_decays)
-            of_sums[0][r] +=
-                sign_or_zero<Acc>(logits.position[r] - i * ROWS + seen.begin - column) * of_mask[c];
+            of_sums[0][r] += signed_or_zero(logits.position[r] - i * ROWS + seen.begin - column, of_mask[c]);
           d[j][c] = of_mask[c];
         }
       }

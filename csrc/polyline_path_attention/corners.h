@@ -37,7 +37,7 @@ VK_DEVICE void add_corners(Vec<Acc, 2>* corners, const Acc* gradient, int ld, co
       if (same >= from && same < to) level = of_other[same * ld];
       for (int s = lower; s < to; ++s) after += of_other[s * ld];
       sum[0] += before - after;
-      sum[1] += sign_or_zero<Acc>(own_y - y) * (before + level + after);
+      sum[1] += signed_or_zero(own_y - y, before + level + after);
     }
     corners[e] = sum;
   }

@@ -168,21 +168,23 @@ inline void check_sizes(const Params& params) {
                              std::to_string(params.head_dim) + " and " + std::to_string(params.value_dim));
 }
 
-// 1, or -1 for negative n. At 0 what it multiplies is 0 too, but for a gradient: see sign_or_zero.
+// x, or -x for negative n: one logical operation. At 0 the decays between two tokens are 0 too, but not their
+// gradients: see signed_or_zero.
 template <class Acc>
-VK_DEVICE Acc sign(int n) {
+VK_DEVICE Acc signed_by(int n, Acc x) {
   if constexpr (std::is_same_v<Acc, float>) {
-    const uint32_t bits = 0x3f800000u | (static_cast<uint32_t>(n) & 0x80000000u);
-    float result;
-    memcpy(&result, &bits, sizeof(result));
-    return result;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    bits ^= static_cast<uint32_t>(n) & 0x80000000u;
+    memcpy(&x, &bits, sizeof(bits));
+    return x;
   } else {
-    return n < 0 ? Acc(-1) : Acc(1);
+    return n < 0 ? -x : x;
   }
 }
 template <class Acc>
-VK_DEVICE Acc sign_or_zero(int n) {
-  return n == 0 ? Acc(0) : sign<Acc>(n);
+VK_DEVICE Acc signed_or_zero(int n, Acc x) {
+  return n == 0 ? Acc(0) : signed_by(n, x);
 }
 
 // What the masks need of a token of the whole sweep: its sums, where it is, and where its row begins in the
@@ -203,9 +205,9 @@ VK_DEVICE void add_masks(Acc score, const Standing<Acc>& own, const Standing<Acc
                          const Vec<Acc, 2>* own_slab, const Vec<Acc, 2>* other_slab, Acc* own_corner,
                          Acc* other_corner) {
   const Vec<Acc, 2> near = own_slab[own.row() + other.x()], far = other_slab[other.row() + own.x()];
-  const Acc along = sign<Acc>(own.x() - other.x()), down = sign<Acc>(own.y() - other.y());
-  *own_corner = score + along * (own.sums[0] - near[0]) + down * (near[1] - other.sums[1]);
-  *other_corner = score + along * (far[0] - other.sums[0]) + down * (own.sums[1] - far[1]);
+  const int along = own.x() - other.x(), down = own.y() - other.y();
+  *own_corner = score + signed_by(along, own.sums[0] - near[0]) + signed_by(down, near[1] - other.sums[1]);
+  *other_corner = score + signed_by(along, far[0] - other.sums[0]) + signed_by(down, own.sums[1] - far[1]);
 }
 
 }  // namespace vitkernels::polyline_path_attention

@@ -62,7 +62,7 @@ struct Softmax {
     for (int j = 0; j < BLOCKS; ++j) {
       if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) continue;
       VK_UNROLL
-      for (int c = 0; c < 4; ++c) tile_max[c / 2] = p[j][c] > tile_max[c / 2] ? p[j][c] : tile_max[c / 2];
+      for (int c = 0; c < 4; ++c) tile_max[c / 2] = larger(p[j][c], tile_max[c / 2]);
     }
     VK_UNROLL
     for (int r = 0; r < 2; ++r) {

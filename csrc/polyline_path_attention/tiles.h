@@ -90,7 +90,7 @@ struct Logits {
         if constexpr (WHOLE) {
           add_masks(score, own[r], others[column], own_slab, other_slab, &first[j][c], &second[j][c]);
         } else {
-          first[j][c] = score + sign<Acc>(ahead[r] - column) * (own[r] - others[column]);
+          first[j][c] = score + signed_by(ahead[r] - column, own[r] - others[column]);
         }
       }
     }

@@ -53,10 +53,17 @@ struct StripMap {
   VK_DEVICE int query_of(int rows, int, int i, int slot) const { return query(rows, i, slot); }
 
   VK_DEVICE int query_code(int token) const { return token; }
+  using KeyCode = int;
   VK_DEVICE int key_code(int token) const { return token; }
-  VK_DEVICE Acc logit(Acc s, int query, int key, const Acc*) const {
+  VK_DEVICE static int no_key() { return tile_attention::INVALID; }
+  struct Query {
+    int64_t row;  // of the bias
+  };
+  VK_DEVICE Query of_query(int query) const { return {bias_offset + query * bias.stride[2]}; }
+  VK_DEVICE Acc logit(Acc s, Query query, int key, const Acc*) const {
+    if (key == no_key()) return -INFINITY;
     if (!tile_attention::present(bias)) return s;
-    const int64_t at = bias_offset + query * bias.stride[2] + key * bias.stride[3];
+    const int64_t at = query.row + key * bias.stride[3];
     const Acc value = wide_bias ? static_cast<const Acc*>(bias.data)[at]
                                 : to_accumulate(static_cast<const T*>(bias.data)[at]);
     return s + value * static_cast<Acc>(tile_attention::Exponential<T>::unit);
@@ -67,7 +74,7 @@ struct StripMap {
 
   // A pair's gradient is a result and no sum: each tile's go where they belong.
   VK_HOST_DEVICE int gradient_elements() const { return 0; }
-  VK_DEVICE void gradient(Acc*, const tile_attention::GradientTile<Acc>& tile) const {
+  VK_DEVICE void gradient(Acc*, const tile_attention::GradientTile<Acc, KeyCode>& tile) const {
     const int first_query = tile.query_tile * tile.rows, first_key = tile.key_tile * tile.rows;
     VK_NO_UNROLL
     for (int i = tile.thread; i < tile.rows * tile.rows; i += tile.threads) {

@@ -48,7 +48,12 @@ struct WindowMap {
   VK_DEVICE int query_code(int token) const {
     return key_code(token) + (window_h - 1) * pitch() + window_w - 1;
   }
+  using KeyCode = int;
+  VK_DEVICE static int no_key() { return tile_attention::INVALID; }
+  using Query = int;
+  VK_DEVICE Query of_query(int query_code) const { return query_code; }
   VK_DEVICE Acc logit(Acc s, int query_code, int key_code, const Acc* table) const {
+    if (key_code == no_key()) return -INFINITY;
     return tile_attention::present(bias_table) ? s + table[query_code - key_code] : s;
   }
 
@@ -81,7 +86,7 @@ struct WindowMap {
 
   // sums[e] += the tile's gradients at signed entry e, queries in ascending order: each entry has one thread.
   VK_HOST_DEVICE int gradient_elements() const { return signed_entries(); }
-  VK_DEVICE void gradient(Acc* sums, const tile_attention::GradientTile<Acc>& tile) const {
+  VK_DEVICE void gradient(Acc* sums, const tile_attention::GradientTile<Acc, KeyCode>& tile) const {
     const int first_query = tile.query_tile * tile.rows, first_key = tile.key_tile * tile.rows;
     VK_NO_UNROLL
     for (int e = tile.thread; e < signed_entries(); e += tile.threads) {

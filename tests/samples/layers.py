@@ -79,7 +79,8 @@ def _block_sparse(
 
     def arguments(tensors: dict[str, Any]) -> dict[str, Any]:
         others = {name: value for name, value in tensors.items() if name != "values"}
-        return {"weight": pattern.with_values(tensors["values"])} | others
+        values = tensors["values"]
+        return {"weight": pattern.to(values.device).with_values(values)} | others
 
     return {"make": make, "arguments": arguments}
 

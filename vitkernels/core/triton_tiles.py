@@ -18,31 +18,33 @@ import torch
 import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
 
-@triton.jit
+@jit
 def tile_offsets(rows, row_stride, col_stride, WIDTH: tl.constexpr):
     """Element offsets [rows, WIDTH] of a strided tile, in 64 bits: row * token stride can exceed 2^31."""
     columns = tl.arange(0, WIDTH).to(tl.int64)
     return rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * col_stride
 
 
-@triton.jit
+@jit
 def place_of(rows, row_stride, columns, col_stride):
     """Element offsets [rows, columns] in 64 bits."""
     return rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * col_stride
 
 
-@triton.jit
+@jit
 def channel_offset(first, col_stride):
     """Element offset of a loop's channel, in 64 bits: the loop variable and the stride may both be 32-bit."""
     return tl.cast(first, tl.int64) * col_stride
 
 
-@triton.jit
+@jit
 def tile_mask(rows_valid, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
     """Mask [rows, WIDTH]: valid rows, and columns below LIMIT."""
     # Without the column test a row's mask is constant along it, which keeps its loads vectorised.
@@ -52,7 +54,7 @@ def tile_mask(rows_valid, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
         return rows_valid[:, None] & (tl.arange(0, WIDTH) < LIMIT)[None, :]
 
 
-@triton.jit
+@jit
 def slice_mask(rows_valid, first, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
     """Mask [rows, WIDTH] of the columns from `first` on."""
     if LIMIT % WIDTH == 0:
@@ -61,30 +63,30 @@ def slice_mask(rows_valid, first, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
         return rows_valid[:, None] & (first + tl.arange(0, WIDTH) < LIMIT)[None, :]
 
 
-@triton.jit
+@jit
 def load_tile(base, offsets, mask):
     """A tile with zeros outside the mask, so that padding adds nothing to a product."""
     return tl.load(base + offsets, mask=mask, other=0.0)
 
 
-@triton.jit
+@jit
 def store_tile(base, offsets, mask, tile):
     tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def dot(a, b, accumulator=None):
     """accumulator + a b, in fp32."""
     return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
-@triton.jit
+@jit
 def softmax_start(ROWS: tl.constexpr):
     """Running (maximum, sum) of the online softmax before the first key."""
     return tl.full([ROWS], -INF, tl.float32), tl.zeros([ROWS], tl.float32)
 
 
-@triton.jit
+@jit
 def softmax_step(logits, maximum, total):
     """Takes base-2 logits of further keys. Returns their weights, and (rescale, maximum, total).
 
@@ -98,24 +100,24 @@ def softmax_step(logits, maximum, total):
     return weights, rescale, new_maximum, total * rescale + tl.sum(weights, 1)
 
 
-@triton.jit
+@jit
 def softmax_finish(accumulator, maximum, total):
     """The output rows and their natural-log lse."""
     return accumulator / total[:, None], natural_lse(maximum, total)
 
 
-@triton.jit
+@jit
 def natural_lse(maximum, total):
     return (maximum + tl.log2(total)) * LN2
 
 
-@triton.jit
+@jit
 def probabilities(logits, lse):
     """Softmax weights again from base-2 logits and the natural-log lse (+inf for a padded row: weights 0)."""
     return tl.exp2(logits - (lse * LOG2E)[:, None])
 
 
-@triton.jit
+@jit
 def logit_gradient(weights, grad_weights, delta):
     """Gradient of the natural-log logits; delta = sum(grad_out * out) - grad_lse of each row."""
     return weights * (grad_weights - delta[:, None])

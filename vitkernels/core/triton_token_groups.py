@@ -15,25 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, device_of, place_of
 
 # Elements of a tile: 16 a thread. Sequence lengths are not specialised, since every layer has another one.
 ELEMENTS = 2048
 
 
-@triton.jit
+@jit
 def group_ends(starts, rows, row_valid):
     first = tl.load(starts + rows, mask=row_valid, other=0)
     return first, tl.load(starts + rows + 1, mask=row_valid, other=0) - first
 
 
-@triton.jit
+@jit
 def wide_quotient(value, divisor):
     """value / divisor, correctly rounded: the mean of equal numbers is that number."""
     return tl.div_rn(value, tl.broadcast_to(divisor, value.shape))
 
 
-@triton.jit(do_not_specialize=["size_b", "tokens", "row_count"])
+@jit(do_not_specialize=["size_b", "tokens", "row_count"])
 def reduce_groups(
     y, sizes, x, size, starts, members, y_b, y_g, y_c, x_b, x_t, x_c, size_b, size_t, tokens, row_count, channels,
     MODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -79,7 +80,7 @@ def reduce_groups(
         tl.store(sizes + image * row_count + rows, total, mask=row_valid & (part == 0))
 
 
-@triton.jit(do_not_specialize=["size_b", "tokens", "row_count"])
+@jit(do_not_specialize=["size_b", "tokens", "row_count"])
 def spread_groups(
     x, y, size, sizes, rows, starts, x_b, x_t, x_c, y_b, y_g, y_c, size_b, size_t, tokens, row_count, channels,
     MODE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -110,7 +111,7 @@ def spread_groups(
     tl.store(place, value.to(x.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "row_count"])
+@jit(do_not_specialize=["tokens", "row_count"])
 def share_among_largest(
     grad_x, grad_y, y, x, starts, members, gx_b, gx_t, gx_c, gy_b, gy_g, gy_c, x_b, x_t, x_c, tokens, row_count,
     channels, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,

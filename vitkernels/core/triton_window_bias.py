@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, LOG2E
 
 
-@triton.jit
+@jit
 def bias_logits(
     table, head, stride_h, stride_t, queries, keys, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     SIGNED: tl.constexpr,
@@ -33,7 +33,7 @@ def bias_logits(
         return tl.where(valid, bias.to(tl.float32) * LOG2E, -INF)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@jit(do_not_specialize=["chunks"])
 def reduce_bias_gradient(
     grad_table, partials, stride_h, stride_t, heads, chunks, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     SIGNED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -80,7 +80,7 @@ def reduce_bias_gradient(
     tl.store(place, value.to(grad_table.dtype.element_ty))
 
 
-@triton.jit
+@jit
 def partial_offset(chunk, heads, head, TOKENS: tl.constexpr):
     """Where partials[chunk, head] begins; `chunk` is a 64-bit integer."""
     return (chunk * heads + head) * (TOKENS * TOKENS)

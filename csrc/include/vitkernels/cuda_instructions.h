@@ -108,6 +108,14 @@ VK_DEVICE void Vec<T, N>::store(T* target) const {
   }
 }
 
+// The larger of x and a maximum so far, which is no NaN; a NaN x does not count.
+VK_DEVICE float larger(float x, float maximum) {
+  return fmaxf(x, maximum);
+}
+VK_DEVICE double larger(double x, double maximum) {
+  return fmax(x, maximum);
+}
+
 // ---- special functions: the float ones flush subnormals ----
 
 VK_DEVICE float exp2_fast(float x) {

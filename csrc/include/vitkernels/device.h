@@ -12,12 +12,15 @@
 #define VK_KERNEL
 #define VK_LAUNCH_BOUNDS(threads, min_blocks)
 #define VK_UNROLL
+#define VK_UNROLL_4
 #else
 #define VK_HOST_DEVICE __host__ __device__ __forceinline__
 #define VK_DEVICE __device__ __forceinline__
 #define VK_KERNEL __global__
 #define VK_LAUNCH_BOUNDS(threads, min_blocks) __launch_bounds__(threads, min_blocks)
 #define VK_UNROLL _Pragma("unroll")
+// Four loads in flight in a loop whose length is not known.
+#define VK_UNROLL_4 _Pragma("unroll 4")
 #endif
 // Unrolled copies hold a register per address and gain nothing: each visit has its own loads in flight.
 #define VK_NO_UNROLL _Pragma("unroll 1")

@@ -229,6 +229,10 @@ VK_INLINE void Vec<T, N>::store(T* target) const {
   std::memcpy(static_cast<void*>(target), this, sizeof(Vec));
 }
 
+template <class Acc>
+Acc larger(Acc x, Acc maximum) {
+  return x > maximum ? x : maximum;
+}
 inline float flush_subnormal(float x) {
   return std::fpclassify(x) == FP_SUBNORMAL ? 0.0f : x;
 }

@@ -12,10 +12,15 @@
 //   fits_small_tile()                                     no tile needs more than 16 queries and 16 keys
 //   Positions, disjoint(rows), keys_seen(..), enter(..), ...    optional, see below
 // and WHAT a logit is:
-//   query_code(token), key_code(token)                    what logit() needs of a token: an int, or for a key
-//                                                         the type KeyCode where the map has one
+//   query_code(token)                                     an int
+//   KeyCode, key_code(token), no_key()                    what logit() needs of a key; of a slot without one
 //   shared_elements(), stage(shared, head, thread, threads)     tables in shared memory, times unit
-//   logit(s, query_code, key_code, shared)                of s = scale * q k; or -inf. d logit / d s = 1
+//   Query, of_query(query_code)                           what logit() needs of a query, taken from its code
+//   once
+//                                                         for all the keys of a tile
+//   logit(s, query, key_code, shared)                     of s = scale * q k; or -inf, as without a key.
+//                                                         d logit / d s = 1. Of every pair of a tile: no
+//                                                         branches
 //   gradient_elements(), gradient(sums, tile)             sums over tiles of d loss / d logit (backward)
 // Acc is accumulate_t<T>. Logits and tables are multiplied by unit = Exponential<T>::unit.
 #pragma once
@@ -150,18 +155,8 @@ VK_DEVICE auto enter(Map& map, int batch, int head, int) -> decltype(map.enter(b
 template <class Map>
 VK_DEVICE void enter(Map&, int, int, ...) {}
 
-template <class Map, class = void>
-struct KeyCodeOf {
-  using type = int;
-};
-template <class Map>
-struct KeyCodeOf<Map, std::void_t<typename Map::KeyCode>> {
-  using type = typename Map::KeyCode;
-};
-// The code of a key slot without a key.
-template <class Code>
-constexpr Code NO_KEY = std::numeric_limits<Code>::lowest();
-constexpr int INVALID = NO_KEY<int>;
+// A code that no token has.
+constexpr int INVALID = std::numeric_limits<int>::lowest();
 
 struct Span {
   int begin = 0, end = 0;

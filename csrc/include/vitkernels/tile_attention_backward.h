@@ -23,13 +23,13 @@ namespace vitkernels::tile_attention {
 enum class Owner { queries, keys, values, both };
 
 // D of one tile in shared memory as an operator's gradient() sees it.
-template <class Acc, class KeyCode = int>
+template <class Acc, class KeyCode>
 struct GradientTile {
   const Acc* values;  // [rows][ld], zero where a slot has no token
   int ld;
   int rows;
   const int* query_codes;
-  const KeyCode* key_codes;  // NO_KEY where a slot has no key
+  const KeyCode* key_codes;  // no_key() where a slot has none
   int query_tile;            // the tiles' numbers as in query() and key_of()
   int key_tile;
   int thread;  // of `threads`
@@ -55,7 +55,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   using Exp = Exponential<T>;
-  using KeyCode = typename KeyCodeOf<Map>::type;
+  using KeyCode = typename Map::KeyCode;
   using Layout = BackwardLayout<Engine>;
   constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
   constexpr bool WITH_D = OWNER != Owner::values, WITH_OUT = WITH_D && OWNER != Owner::both;
@@ -134,7 +134,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       for (int slot = group.thread; slot < ROWS; slot += THREADS) {
         const int query_index = query_token(slot), key_index = key_token(slot);
         shared.query_codes[slot] = map.query_code(query_index < 0 ? 0 : query_index);
-        key_codes[slot] = key_index < 0 ? NO_KEY<KeyCode> : map.key_code(key_index);
+        key_codes[slot] = key_index < 0 ? map.no_key() : map.key_code(key_index);
       }
       cp_async_wait<0>();
       group.sync();
@@ -173,7 +173,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       Acc p[KEY_BLOCKS][4];
       clear(p);
       Engine::multiply_rows(p, shared.q + row0 * ld_head, ld_head, shared.k, ld_head, head_depth, seen);
-      const int codes[2] = {shared.query_codes[lane_row], shared.query_codes[lane_row + 8]};
+      const typename Map::Query queries[2] = {map.of_query(shared.query_codes[lane_row]),
+                                              map.of_query(shared.query_codes[lane_row + 8])};
       const Acc lse[2] = {shared.lse[lane_row], shared.lse[lane_row + 8]};
       Acc delta[2] = {shared.delta[lane_row], shared.delta[lane_row + 8]};
       const Acc grad_lse[2] = {shared.grad_lse[lane_row], shared.grad_lse[lane_row + 8]};
@@ -188,10 +189,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         for (int c = 0; c < 4; ++c) {
           const KeyCode key_code = key_codes[8 * j + lane_column + c % 2];
           const int r = c / 2;
-          p[j][c] =
-              key_code == NO_KEY<KeyCode>
-                  ? Acc(0)
-                  : Exp::exp(map.logit(p[j][c] * logit_scale, codes[r], key_code, shared.table) - lse[r]);
+          p[j][c] = Exp::exp(map.logit(p[j][c] * logit_scale, queries[r], key_code, shared.table) - lse[r]);
         }
       }
       Acc d[KEY_BLOCKS][4];

@@ -25,7 +25,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   using Exp = Exponential<T>;
-  using KeyCode = typename KeyCodeOf<Map>::type;
+  using KeyCode = typename Map::KeyCode;
   constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8;
   constexpr Acc NOTHING = -INFINITY;
 
@@ -79,7 +79,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       cp_async_commit();
       for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS) {
         const int token = key(slot);
-        key_codes[slot] = token < 0 ? NO_KEY<KeyCode> : map.key_code(token);
+        key_codes[slot] = token < 0 ? map.no_key() : map.key_code(token);
       }
       cp_async_wait<1>();  // all but the values
       group.sync();
@@ -89,6 +89,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       Engine::multiply_rows(p, shared.q + group.first_row * shared.ld_head, shared.ld_head, shared.k,
                             shared.ld_head, depth, seen);
 
+      const typename Map::Query queries[2] = {map.of_query(query_codes[0]), map.of_query(query_codes[1])};
       Acc tile_max[2] = {NOTHING, NOTHING};
       VK_UNROLL
       for (int j = 0; j < KEY_BLOCKS; ++j) {
@@ -96,10 +97,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
         VK_UNROLL
         for (int c = 0; c < 4; ++c) {
           const KeyCode key_code = key_codes[8 * j + lane_column + c % 2];
-          p[j][c] = key_code == NO_KEY<KeyCode>
-                        ? NOTHING
-                        : map.logit(p[j][c] * scale, query_codes[c / 2], key_code, shared.table);
-          tile_max[c / 2] = p[j][c] > tile_max[c / 2] ? p[j][c] : tile_max[c / 2];
+          p[j][c] = map.logit(p[j][c] * scale, queries[c / 2], key_code, shared.table);
+          tile_max[c / 2] = larger(p[j][c], tile_max[c / 2]);
         }
       }
       Acc guard[2];

@@ -16,7 +16,7 @@ struct ForwardLayout {
   ForwardLayout(const Problem& problem, const Map& map)
       : ld_head(leading_dimension<T>(problem.head_dim)), ld_value(leading_dimension<T>(problem.value_dim)) {
     Carver carver;
-    key_codes = carver.take<typename KeyCodeOf<Map>::type>(Engine::ROWS);
+    key_codes = carver.take<typename Map::KeyCode>(Engine::ROWS);
     scratch = carver.take<T>(Engine::SCRATCH);
     q = carver.take<T>(Engine::ROWS * ld_head);
     k = carver.take<T>(Engine::ROWS * ld_head);
@@ -68,7 +68,7 @@ struct BackwardLayout {
     delta = carver.take<Acc>(ROWS);
     grad_lse = carver.take<Acc>(ROWS);
     query_codes = carver.take<int>(ROWS);
-    key_codes = carver.take<typename KeyCodeOf<Map>::type>(ROWS);
+    key_codes = carver.take<typename Map::KeyCode>(ROWS);
     constexpr int PAIR = 2 * ROWS * LD_PAIR;
     constexpr int GRADIENT = ROWS * LD_GRADIENT * static_cast<int>(sizeof(Acc) / sizeof(T));
     const int longest = PAIR > GRADIENT ? PAIR : GRADIENT;

@@ -8,9 +8,9 @@ logits and the weights' gradients computed twice, N M (8 d + 6 dv) FLOPs and 2 N
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, LOG2E, dot, logit_gradient, probabilities
 from vitkernels.kernels.attention_with_size.triton_forward import (
     load_channels,
@@ -21,7 +21,7 @@ from vitkernels.kernels.attention_with_size.triton_forward import (
 )
 
 
-@triton.jit(do_not_specialize=["gl_b", "gl_h", "lse_b", "lse_h", "size_b", "query_count", "key_count"])
+@jit(do_not_specialize=["gl_b", "gl_h", "lse_b", "lse_h", "size_b", "query_count", "key_count"])
 def backward_queries(
     grad_q, delta, grad_out, grad_lse, out, lse, q, k, v, size,
     gq_b, gq_h, gq_n, gq_c, go_b, go_h, go_n, go_c, gl_b, gl_h, gl_n, out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n,
@@ -72,7 +72,7 @@ def backward_queries(
         store_channels(start, queries, query_valid, gq_n, gq_c, gradient * scale, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["lse_b", "lse_h", "size_b", "query_count", "key_count"])
+@jit(do_not_specialize=["lse_b", "lse_h", "size_b", "query_count", "key_count"])
 def backward_keys(
     grad_k, grad_v, delta, grad_out, lse, q, k, v, size,
     gk_b, gk_h, gk_n, gk_c, gv_b, gv_h, gv_n, gv_c, go_b, go_h, go_n, go_c, lse_b, lse_h, lse_n,

@@ -7,9 +7,9 @@ where wanted, lse, s (N (d + dv) + M (d + dv)) + 4 (N + M) bytes; 2 N M (d + dv)
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import (
     INF,
     LOG2E,
@@ -24,37 +24,37 @@ from vitkernels.core.triton_tiles import (
 )
 
 
-@triton.jit
+@jit
 def load_rows(base, rows, valid, row_stride, other):
     return tl.load(base + rows.to(tl.int64) * row_stride, mask=valid, other=other)
 
 
-@triton.jit
+@jit
 def load_channels(base, rows, valid, row_stride, col_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Channels [rows, BLOCK] of tokens; zeros beyond the last of either."""
     return load_tile(base, tile_offsets(rows, row_stride, col_stride, BLOCK), tile_mask(valid, BLOCK, WIDTH))
 
 
-@triton.jit
+@jit
 def store_channels(base, rows, valid, row_stride, col_stride, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     store_tile(base, tile_offsets(rows, row_stride, col_stride, BLOCK), tile_mask(valid, BLOCK, WIDTH), tile)
 
 
-@triton.jit
+@jit
 def size_logits(size, keys, key_valid, stride):
     """What a key's size adds to its base-2 logits: -inf for a size of 0 and beyond the last key."""
     count = load_rows(size, keys, key_valid, stride, 0.0)
     return tl.where(count == 0, -INF, tl.log2(tl.where(count == 0, 1.0, count)))
 
 
-@triton.jit
+@jit
 def tile_logits(query, key, sizes, scale):
     """Base-2 logits [queries, keys]."""
     return dot(query, tl.trans(key)) * (scale * LOG2E) + sizes[None, :]
 
 
 # Neither a layer's number of tokens nor the strides that follow from it alone recompile.
-@triton.jit(do_not_specialize=["lse_b", "lse_h", "size_b", "query_count", "key_count"])
+@jit(do_not_specialize=["lse_b", "lse_h", "size_b", "query_count", "key_count"])
 def forward_queries(
     out, lse, q, k, v, size,
     out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c,

@@ -11,13 +11,13 @@ scores, and at t = 197 are a few instructions of each thread.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF
 
 
-@triton.jit
+@jit
 def rank_evens(src, dst, best, partner, first, evens, merged, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """src and dst of those of a tile of even tokens that merge; partner becomes the number that says which do."""
     a = first + tl.arange(0, BLOCK)
@@ -37,7 +37,7 @@ def rank_evens(src, dst, best, partner, first, evens, merged, BLOCK: tl.constexp
     tl.store(partner + a, tl.where(merges, chosen, merged - 1 - rank), mask=valid)
 
 
-@triton.jit
+@jit
 def place_tokens(
     rows, starts, members, target, first, tokens, merged, CLASS_TOKEN: tl.constexpr, DISTILL_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
@@ -79,7 +79,7 @@ def place_tokens(
         tl.store(starts + tokens - merged, tokens)
 
 
-@triton.jit(do_not_specialize=["tokens", "merged", "programs"])
+@jit(do_not_specialize=["tokens", "merged", "programs"])
 def arrange(
     rows, starts, members, src, dst, best, partner, tokens, merged, programs, CLASS_TOKEN: tl.constexpr,
     DISTILL_TOKEN: tl.constexpr, RANK: tl.constexpr, PLACE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,

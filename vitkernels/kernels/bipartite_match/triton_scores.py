@@ -10,25 +10,25 @@ Floor of an image: 2 ceil(t / 2) floor(t / 2) c FLOPs at the matrix rate, the me
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, dot, load_tile
 
 
-@triton.jit
+@jit
 def square_sums(tile):
     wide = tile.to(tl.float32)
     return tl.sum(wide * wide, 1)
 
 
-@triton.jit
+@jit
 def inverse_norm(squares):
     norm = tl.sqrt_rn(squares)
     return tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), tl.where(norm == 0, 1.0, norm))
 
 
-@triton.jit
+@jit
 def load_channels(rows, valid, channel_stride, first, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Channels [rows, BLOCK_C] from the first on, of rows at these addresses; zeros beyond the last."""
     channels = first + tl.arange(0, BLOCK_C)
@@ -38,7 +38,7 @@ def load_channels(rows, valid, channel_stride, first, CHANNELS: tl.constexpr, BL
     return load_tile(rows[:, None], channels.to(tl.int64)[None, :] * channel_stride, mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@jit(do_not_specialize=["tokens"])
 def best_partners(
     best, partner, metric, metric_b, metric_t, metric_c, tokens,
     CLASS_TOKEN: tl.constexpr, DISTILL_TOKEN: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,

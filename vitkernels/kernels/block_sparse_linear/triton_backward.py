@@ -5,13 +5,13 @@ No float atomics: every program owns its outputs or leaves partial sums that are
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import dot
 
 
-@triton.jit
+@jit
 def slope(kept, ACTIVATION: tl.constexpr):
     """Of the activation, from what went into a GELU or came out of a ReLU."""
     if ACTIVATION == "gelu":
@@ -20,7 +20,7 @@ def slope(kept, ACTIVATION: tl.constexpr):
     return tl.where(kept <= 0, 0.0, 1.0)
 
 
-@triton.jit(do_not_specialize=["tokens", "share"])
+@jit(do_not_specialize=["tokens", "share"])
 def activation_gradient(
     inner, sums, grad_y, kept, tokens, share, features, grad_row, kept_row, ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -48,7 +48,7 @@ def activation_gradient(
         tl.store(place, tl.sum(total, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "share", "elements", "across"])
+@jit(do_not_specialize=["tokens", "share", "elements", "across"])
 def values_gradient(
     grad_values, left, right, counts, places, blocks, tokens, share, elements, height, width, across, left_row,
     right_row, BH: tl.constexpr, BW: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,

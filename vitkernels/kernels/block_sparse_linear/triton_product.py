@@ -9,13 +9,13 @@ blocks on. Both directions read the same values; only the list and two strides d
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import dot
 
 
-@triton.jit(
+@jit(
     do_not_specialize=["lines", "across", "steps"],
     do_not_specialize_on_alignment=["pointers", "stored_places", "stored_blocks"],
 )
@@ -62,13 +62,13 @@ def group_places(
     tl.store(counts + group, total)
 
 
-@triton.jit
+@jit
 def replaced(values, PLACE: tl.constexpr, value):
     """The tuple with another value at one place."""
     return values[:PLACE] + (value,) + values[PLACE + 1 :]  # noqa: RUF005 (Triton knows no stars)
 
 
-@triton.jit
+@jit
 def activate(value, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         value = 0.5 * value * (1 + tl.erf(value * 0.7071067811865476))
@@ -77,7 +77,7 @@ def activate(value, ACTIVATION: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["tokens", "groups", "across"])
+@jit(do_not_specialize=["tokens", "groups", "across"])
 def product(
     y, before, x, values, bias, counts, places, blocks, tokens, groups, given, taken, across, x_row,
     ACTIVATION: tl.constexpr, GIVEN: tl.constexpr, TAKEN: tl.constexpr, GIVEN_STRIDE: tl.constexpr,

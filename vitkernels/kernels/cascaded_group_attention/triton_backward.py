@@ -12,9 +12,9 @@ logits once more rather than kept.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import dot
 from vitkernels.core.triton_window_bias import partial_offset
 from vitkernels.kernels.cascaded_group_attention.triton_windows import (
@@ -36,7 +36,7 @@ from vitkernels.kernels.cascaded_group_attention.triton_windows import (
 )
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@jit(do_not_specialize=["tokens"])
 def backward_projection(
     grads, grad_out, grad_heads, heads, weight,
     go_b, go_c, go_y, go_x, gh_w, gh_n, gh_c, weight_o, weight_i, tokens, rows, columns, height, width,
@@ -77,7 +77,7 @@ def backward_projection(
     store_rows(grads, row, valid, CHANNELS, inputs, total, CHANNELS, EVEN)
 
 
-@triton.jit
+@jit
 def add_logit_gradient(target, gradient, add, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr):
     """target [N, N] = (target if add) + the sum over the packed windows."""
     if PACK > 1:
@@ -88,7 +88,7 @@ def add_logit_gradient(target, gradient, add, TOKENS: tl.constexpr, BLOCK: tl.co
     tl.store(place, gradient + tl.load(place, mask=mask & add, other=0.0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["windows", "first_group", "index", "size"])
+@jit(do_not_specialize=["windows", "first_group", "index", "size"])
 def backward_head(
     grad_x, grads, saved, partials, grad_out, heads, x, qkv_weight, qkv_bias, dw_weight, dw_bias, table,
     gx_b, gx_c, gx_y, gx_x, go_b, go_c, go_y, go_x, x_b, x_c, x_y, x_x, qw_h, qw_o, qw_i, qb_h, qb_o, dw_h,

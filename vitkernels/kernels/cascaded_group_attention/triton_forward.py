@@ -12,9 +12,9 @@ h N^2 exponentials. At C = 128, h = 4, N = 49 in fp16 that is 56 to 69 FLOP/byte
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import dot
 from vitkernels.kernels.cascaded_group_attention.triton_windows import (
     attention_weights,
@@ -34,7 +34,7 @@ from vitkernels.kernels.cascaded_group_attention.triton_windows import (
 )
 
 
-@triton.jit(do_not_specialize=["windows"])
+@jit(do_not_specialize=["windows"])
 def forward_heads(
     heads, queries, x, qkv_weight, qkv_bias, dw_weight, dw_bias, table,
     queries_h, queries_n, x_b, x_c, x_y, x_x, qw_h, qw_o, qw_i, qb_h, qb_o, dw_h, dw_c, dw_y, dw_x, db_h, db_c,
@@ -93,7 +93,7 @@ def forward_heads(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@jit(do_not_specialize=["pixels"])
 def forward_projection(
     out, heads, x, weight, bias,
     out_b, out_c, out_y, out_x, x_b, x_c, x_y, x_x, weight_o, weight_i, bias_o,

@@ -10,9 +10,9 @@ one reads q~ and the gradient of Q, 2 s T h k bytes, 2 T k sum(kappa^2) FLOPs on
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import dot
 from vitkernels.kernels.cascaded_group_attention.triton_windows import (
     load_cascade,
@@ -23,7 +23,7 @@ from vitkernels.kernels.cascaded_group_attention.triton_windows import (
 )
 
 
-@triton.jit
+@jit
 def store_product(partials, bias_partials, total, sums, outputs, inputs, M: tl.constexpr, N: tl.constexpr):
     """A chunk's partial [M, N] of a weight's gradient, and [M] of its bias's from the first column of sums."""
     mask = (outputs < M)[:, None] & (inputs < N)[None, :]
@@ -34,7 +34,7 @@ def store_product(partials, bias_partials, total, sums, outputs, inputs, M: tl.c
     tl.store(bias_partials + outputs, sums, mask=(outputs < M) & (tl.min(inputs, 0) == 0))
 
 
-@triton.jit(do_not_specialize=["pixels", "chunks"])
+@jit(do_not_specialize=["pixels", "chunks"])
 def projection_weight_gradient(
     partials, bias_partials, grad_out, heads, go_b, go_c, go_y, go_x, pixels, chunks, rows, columns, height,
     width,
@@ -70,7 +70,7 @@ def projection_weight_gradient(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["windows", "chunks"])
+@jit(do_not_specialize=["windows", "chunks"])
 def qkv_weight_gradient(
     partials, bias_partials, saved, heads, x, x_b, x_c, x_y, x_x, windows, chunks, rows, columns, height,
     width,
@@ -115,7 +115,7 @@ def qkv_weight_gradient(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["windows", "chunks"])
+@jit(do_not_specialize=["windows", "chunks"])
 def depthwise_weight_gradient(
     partials, bias_partials, saved, windows, chunks,
     HEADS: tl.constexpr, SIZES: tl.constexpr, KERNEL_MAX: tl.constexpr, KEY_DIM: tl.constexpr,
@@ -167,7 +167,7 @@ def depthwise_weight_gradient(
     )
 
 
-@triton.jit(
+@jit(
     do_not_specialize=[
         "stride_0", "stride_1", "stride_2", "stride_3", "size_1", "size_2", "size_3", "count", "chunks"
     ]
@@ -192,7 +192,7 @@ def reduce_partials(
     tl.store(place, tl.sum(total, 0).to(grad.dtype.element_ty), mask=element < count)
 
 
-@triton.jit
+@jit
 def reduce_table(
     grad_table, sums, stride_h, stride_t, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_T: tl.constexpr,

@@ -7,14 +7,14 @@ itself keeps it follows by address arithmetic.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, LOG2E, dot
 from vitkernels.core.triton_window_bias import bias_logits
 
 
-@triton.jit
+@jit
 def tile_tokens(group, windows, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr):
     """(window, token, row, valid) of each row of the tile that holds windows group * PACK and following."""
     local = tl.arange(0, PACK * BLOCK)
@@ -23,7 +23,7 @@ def tile_tokens(group, windows, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PACK:
     return window, token, window * TOKENS + token, (token < TOKENS) & (window < windows)
 
 
-@triton.jit
+@jit
 def map_place(
     window, token, rows, columns, height, width, stride_b, stride_y, stride_x, WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
@@ -36,7 +36,7 @@ def map_place(
     return (band // rows) * stride_b + y * stride_y + x * stride_x, (y < height) & (x < width)
 
 
-@triton.jit
+@jit
 def pixel_tokens(
     pixel, rows, columns, height, width, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def pixel_tokens(
     return batch, y, x, window * (WINDOW_H * WINDOW_W) + (y % WINDOW_H) * WINDOW_W + x % WINDOW_W
 
 
-@triton.jit
+@jit
 def channel_mask(rows_valid, channels, LIMIT: tl.constexpr, FULL: tl.constexpr):
     """Mask [rows, channels]; FULL says that every channel is below LIMIT, which keeps rows vectorised."""
     if FULL:
@@ -57,7 +57,7 @@ def channel_mask(rows_valid, channels, LIMIT: tl.constexpr, FULL: tl.constexpr):
         return rows_valid[:, None] & (channels < LIMIT)[None, :]
 
 
-@triton.jit
+@jit
 def load_map(
     base, place, inside, channels, stride_c, LIMIT: tl.constexpr, FULL: tl.constexpr, NCHW: tl.constexpr
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def load_map(
         return tl.load(base + (place[:, None] + offsets[None, :]), mask=mask, other=0.0)
 
 
-@triton.jit
+@jit
 def store_map(
     base, place, inside, channels, stride_c, tile, LIMIT: tl.constexpr, FULL: tl.constexpr,
     NCHW: tl.constexpr,
@@ -89,20 +89,20 @@ def store_map(
         tl.store(base + (place[:, None] + offsets[None, :]), tile, mask=mask)
 
 
-@triton.jit
+@jit
 def load_rows(base, row, valid, stride, channels, LIMIT: tl.constexpr, FULL: tl.constexpr):
     """Tile [rows, channels] of a token-major tensor with dense channels."""
     mask = channel_mask(valid, channels, LIMIT, FULL)
     return tl.load(base + row[:, None] * stride + channels[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@jit
 def store_rows(base, row, valid, stride, channels, tile, LIMIT: tl.constexpr, FULL: tl.constexpr):
     mask = channel_mask(valid, channels, LIMIT, FULL)
     tl.store(base + row[:, None] * stride + channels[None, :], tile.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def load_weight(
     base, outputs, inputs, stride_o, stride_i, OUT_LIMIT: tl.constexpr, IN_LIMIT: tl.constexpr,
     DTYPE: tl.constexpr, FULL: tl.constexpr,
@@ -116,14 +116,14 @@ def load_weight(
         return tl.load(base + offsets, mask=mask, other=0.0).to(DTYPE)
 
 
-@triton.jit
+@jit
 def load_bias(base, channels, stride, LIMIT: tl.constexpr):
     """Row [1, channels] of a bias, in fp32."""
     bias = tl.load(base + channels.to(tl.int64) * stride, mask=channels < LIMIT, other=0.0)
     return bias.to(tl.float32)[None, :]
 
 
-@triton.jit
+@jit
 def load_cascade(
     x, heads, place, inside, row, valid, head, channels, x_c, CHANNELS: tl.constexpr,
     VALUE_DIM: tl.constexpr, FULL: tl.constexpr, NCHW: tl.constexpr,
@@ -135,7 +135,7 @@ def load_cascade(
     return (share.to(tl.float32) + previous.to(tl.float32)).to(x.dtype.element_ty)
 
 
-@triton.jit
+@jit
 def head_projection(
     x, heads, weight, bias, place, inside, row, valid, head, x_c, weight_o, weight_i, bias_o,
     CHANNELS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -195,7 +195,7 @@ def head_projection(
         return query, key, value, value  # Triton 3.6 has no None among several results
 
 
-@triton.jit
+@jit
 def depthwise(
     source, row, valid, token, stride, weight, weight_c, weight_y, weight_x, size,
     MIRROR: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_K: tl.constexpr, KERNEL_MAX: tl.constexpr,
@@ -238,7 +238,7 @@ def depthwise(
     return total
 
 
-@triton.jit
+@jit
 def by_window(tile, BLOCK: tl.constexpr, PACK: tl.constexpr):
     """[rows, width] as [PACK, BLOCK, width], or as it is when it holds one window.
 
@@ -251,7 +251,7 @@ def by_window(tile, BLOCK: tl.constexpr, PACK: tl.constexpr):
         return tl.reshape(tile, (PACK, BLOCK, tile.shape[1]))
 
 
-@triton.jit
+@jit
 def by_row(tile, BLOCK: tl.constexpr, PACK: tl.constexpr):
     if PACK == 1:
         return tile
@@ -259,7 +259,7 @@ def by_row(tile, BLOCK: tl.constexpr, PACK: tl.constexpr):
         return tl.reshape(tile, (PACK * BLOCK, tile.shape[2]))
 
 
-@triton.jit
+@jit
 def swap(tile):
     """Swaps the last two dimensions."""
     if len(tile.shape) == 2:
@@ -268,7 +268,7 @@ def swap(tile):
         return tl.permute(tile, (0, 2, 1))
 
 
-@triton.jit
+@jit
 def attention_weights(
     query, key, table, head, table_h, table_t, scale, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     BLOCK: tl.constexpr, PACK: tl.constexpr,

@@ -5,9 +5,9 @@ No float atomics: every program owns its outputs or leaves partial sums that are
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import dot
 from vitkernels.kernels.kan_linear.triton_basis import (
     affine,
@@ -20,7 +20,7 @@ from vitkernels.kernels.kan_linear.triton_basis import (
 )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def backward_u(
     grad_u, scale_partials, shift_partials, grid_partials, grad_y, mean, rstd, x, weight, ln_weight, ln_bias, grid,
     rows, channels, outputs, grad_row, x_row, weight_row, inverse, GRIDS: tl.constexpr, PADDED: tl.constexpr,
@@ -67,7 +67,7 @@ def backward_u(
         tl.store(place, -tl.sum(tl.sum(whole, 0), 0))
 
 
-@triton.jit
+@jit
 def backward_norm(
     grad_x, grad_u, mean, rstd, x, ln_weight, rows, channels, x_row, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +106,7 @@ def backward_norm(
         )
 
 
-@triton.jit(do_not_specialize=["rows", "share"])
+@jit(do_not_specialize=["rows", "share"])
 def backward_weight(
     grad_weight, grad_y, mean, rstd, x, ln_weight, ln_bias, grid, rows, share, channels, outputs, grad_row, x_row,
     inverse, GRIDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,

@@ -7,13 +7,13 @@ two-sided form 4 e / (1 + e)^2 with e = exp(-2 |u - g| / h), which neither overf
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import LOG2E, dot
 
 
-@triton.jit
+@jit
 def row_statistics(mean, rstd, x, rows, channels, x_row, eps, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean and 1 / standard deviation of each row, in two passes. Floor: x read once from memory."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -35,7 +35,7 @@ def row_statistics(mean, rstd, x, rows, channels, x_row, eps, BLOCK_N: tl.conste
     tl.store(rstd + row, 1 / tl.sqrt_rn(tl.sum(squares, 1) / channels + eps), mask=inside)
 
 
-@triton.jit
+@jit
 def normed_tile(x, mean, rstd, row, row_inside, channel, channels, x_row):
     """(x - mean) * rstd as [rows, channels], finite where padded."""
     mask = row_inside[:, None] & (channel < channels)[None, :]
@@ -44,7 +44,7 @@ def normed_tile(x, mean, rstd, row, row_inside, channel, channels, x_row):
     return (value - average[:, None]) * tl.load(rstd + row, mask=row_inside, other=0.0)[:, None]
 
 
-@triton.jit
+@jit
 def affine(normed, ln_weight, ln_bias, channel, channels):
     """u, 0 where the channel is padded."""
     gamma = tl.load(ln_weight + channel, mask=channel < channels, other=0.0)
@@ -52,7 +52,7 @@ def affine(normed, ln_weight, ln_bias, channel, channels):
     return normed * gamma[None, :] + beta[None, :]
 
 
-@triton.jit
+@jit
 def centres(grid, inverse, GRIDS: tl.constexpr, PADDED: tl.constexpr):
     """The grid [PADDED], and whether exponentials of all of it, and their products, are normal numbers."""
     point = tl.arange(0, PADDED)
@@ -60,13 +60,13 @@ def centres(grid, inverse, GRIDS: tl.constexpr, PADDED: tl.constexpr):
     return centre, tl.max(tl.abs(centre), 0) * (inverse * 2 * LOG2E) <= 60.0
 
 
-@triton.jit
+@jit
 def distances(u, centre, inverse):
     """(u - g) / h as [rows, channels, PADDED]."""
     return (u[:, :, None] - centre[None, None, :]) * inverse
 
 
-@triton.jit
+@jit
 def basis(u, centre, narrow, inverse, HALF: tl.constexpr):
     """phi as [rows, channels, PADDED]. HALF: for a product in 16 bits.
 
@@ -88,7 +88,7 @@ def basis(u, centre, narrow, inverse, HALF: tl.constexpr):
     return 4 * e * q * q
 
 
-@triton.jit
+@jit
 def basis_slope(distance):
     """(phi, tanh) of distances; tanh never as sqrt(1 - phi), which cancels near a centre."""
     magnitude = tl.abs(distance)
@@ -101,7 +101,7 @@ def basis_slope(distance):
     return 4 * e * q * q, tl.where(magnitude < 0.25, distance * series, far)
 
 
-@triton.jit
+@jit
 def weight_columns(first, channels, GRIDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr):
     """(columns of the weight for a tile of channels [BLOCK_C * PADDED], which of them exist)."""
     k = tl.arange(0, BLOCK_C * PADDED)
@@ -109,7 +109,7 @@ def weight_columns(first, channels, GRIDS: tl.constexpr, PADDED: tl.constexpr, B
     return channel * GRIDS + k % PADDED, (channel < channels) & (k % PADDED < GRIDS)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def forward_product(
     y, mean, rstd, x, weight, ln_weight, ln_bias, grid, rows, channels, outputs, x_row, weight_row, inverse,
     GRIDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,

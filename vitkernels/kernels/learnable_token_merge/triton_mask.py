@@ -10,13 +10,13 @@ over the batch first and goes through it once (`close_gradient`).
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, LOG2E, place_of, softmax_start
 
 
-@triton.jit
+@jit
 def load_lines(g, lines, places, line_valid, place_valid, line_stride, place_stride, NORMALIZE: tl.constexpr):
     """Raw elements [lines, places] in fp32, outside the mask such that nothing is added to a sum along the line."""
     mask = line_valid[:, None] & place_valid[None, :]
@@ -26,7 +26,7 @@ def load_lines(g, lines, places, line_valid, place_valid, line_stride, place_str
     )
 
 
-@triton.jit
+@jit
 def load_norm(norms, lines, valid, otherwise: tl.constexpr):
     """A number of each line; `otherwise` where there are none."""
     if norms is None:
@@ -35,7 +35,7 @@ def load_norm(norms, lines, valid, otherwise: tl.constexpr):
         return tl.load(norms + lines, mask=valid, other=otherwise)
 
 
-@triton.jit
+@jit
 def normalized(raw, shift, divisor, NORMALIZE: tl.constexpr):
     """raw as it multiplies; shift and divisor have a value for every line, in raw's shape or to be broadcast to it."""
     if NORMALIZE == "none":
@@ -46,7 +46,7 @@ def normalized(raw, shift, divisor, NORMALIZE: tl.constexpr):
         return tl.exp2((raw - shift) * LOG2E) / divisor
 
 
-@triton.jit(do_not_specialize=["line_count", "place_count"])
+@jit(do_not_specialize=["line_count", "place_count"])
 def line_divisors(
     divisors, maxima, sums, g, g_b, g_line, g_place, line_count, place_count, NORMALIZE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -85,7 +85,7 @@ def line_divisors(
         tl.store(divisors + image * line_count + lines, result, mask=line_valid)
 
 
-@triton.jit
+@jit
 def line_sums(
     g, lines, line_valid, g_line, g_place, place_count, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr
 ):
@@ -97,7 +97,7 @@ def line_sums(
     return tl.sum(total, 1)
 
 
-@triton.jit(do_not_specialize=["line_count", "place_count"])
+@jit(do_not_specialize=["line_count", "place_count"])
 def close_gradient(
     grad_g, partial, shifts, divisors, g, grad_b, grad_line, grad_place, partial_line, partial_place, g_b, g_line,
     g_place, line_count, place_count, NORMALIZE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,

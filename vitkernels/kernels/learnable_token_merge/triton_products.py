@@ -6,14 +6,14 @@ tile between memory and matrix unit. The gradient of the mask, z dy^T + other dy
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import dot, load_tile, place_of, store_tile
 from vitkernels.kernels.learnable_token_merge.triton_mask import load_norm, normalized
 
 
-@triton.jit(do_not_specialize=["rows", "depth", "norm_b"])
+@jit(do_not_specialize=["rows", "depth", "norm_b"])
 def mask_product(
     out, g, shifts, divisors, x, out_b, out_n, out_c, g_b, g_row, g_depth, norm_b, x_b, x_n, x_c, rows, depth, width,
     NORMALIZE: tl.constexpr, BY_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -59,7 +59,7 @@ def mask_product(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def outer_sum(
     total, left, right, left_rows, right_rows, left_valid, right_valid, left_n, left_c, right_n, right_c, width,
     BLOCK_K: tl.constexpr,
@@ -74,7 +74,7 @@ def outer_sum(
     return total
 
 
-@triton.jit(do_not_specialize=["batch", "tokens", "merged_tokens", "shares", "out_b"])
+@jit(do_not_specialize=["batch", "tokens", "merged_tokens", "shares", "out_b"])
 def mask_gradient(
     out, z, grad_y, other, grad_other, out_b, out_n, out_p, z_b, z_n, z_c, gy_b, gy_p, gy_c, o_b, o_n, o_c, go_b, go_p,
     go_c, batch, tokens, merged_tokens, shares, width, other_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -10,9 +10,9 @@ bytes; 2 T K (3 d + 2 dv) FLOPs; T K exponentials. Here the second owner compute
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import (
     INF,
     LOG2E,
@@ -38,7 +38,7 @@ from vitkernels.kernels.neighborhood_attention.triton_map import (
 )
 
 
-@triton.jit
+@jit
 def delta_offsets(batch, heads, head, y, x, group_y, group_x, size):
     """Offsets of tokens in delta, [batch, height, width, heads]."""
     position_y = (group_y + y * size[2]).to(tl.int64)
@@ -46,7 +46,7 @@ def delta_offsets(batch, heads, head, y, x, group_y, group_x, size):
     return ((batch * size[0] + position_y) * size[1] + position_x) * heads + head
 
 
-@triton.jit
+@jit
 def query_block(
     first, query, grad_result, row_lse, keys, values, rpb, k_s, v_s, query_y, query_x, group_y, group_x,
     length_y, length_x, begin_y, begin_x, width, count, size, head, scale, HAS_GRAD_OUT: tl.constexpr,
@@ -78,7 +78,7 @@ def query_block(
     return key, weights, grad_weights
 
 
-@triton.jit
+@jit
 def backward_query_map(
     grad_q, delta, norm, grad_out, grad_lse, out, lse, q, k, v, rpb,
     gq_s, go_s, gl_s, out_s, lse_s, q_s, k_s, v_s, size, heads, scale,
@@ -163,7 +163,7 @@ def backward_query_map(
         store_tile(place, tile_offsets(rows, 1, gq_s[4], BLOCK_D), mask_q, accumulator * scale)
 
 
-@triton.jit
+@jit
 def backward_key_map(
     grad_k, grad_v, grad_out, lse, delta, norm, q, k, v, rpb,
     gk_s, gv_s, go_s, lse_s, q_s, k_s, v_s, size, heads, scale,

@@ -8,9 +8,9 @@ of them from the cache.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import (
     dot,
     load_tile,
@@ -34,7 +34,7 @@ from vitkernels.kernels.neighborhood_attention.triton_map import (
 )
 
 
-@triton.jit
+@jit
 def forward_map(
     out, lse, q, k, v, rpb, out_s, lse_s, q_s, k_s, v_s, size, heads, scale,
     KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,

@@ -10,16 +10,16 @@ at a time as a block takes, so that no block is torn at a row's end. A sequence 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, LOG2E
 
 # The number of an empty slot, which no window holds.
 NOWHERE = tl.constexpr(1 << 30)
 
 
-@triton.jit
+@jit
 def axis_place(group, extent, dilation, tile, TILE: tl.constexpr):
     """(length of a group, a tile's first number, its end) along one axis; an empty tile ends where it begins."""
     length = extent // dilation + tl.where(group < extent % dilation, 1, 0)
@@ -27,7 +27,7 @@ def axis_place(group, extent, dilation, tile, TILE: tl.constexpr):
     return length, first, tl.maximum(tl.minimum(first + TILE, length), first)
 
 
-@triton.jit
+@jit
 def tile_place(index, size, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
     """(group, length, first, end) of each axis, y before x. Groups vary fastest: they share cache lines."""
     group_x = index % size[3]
@@ -39,7 +39,7 @@ def tile_place(index, size, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
     return group_y, group_x, length_y, length_x, first_y, first_x, end_y, end_x
 
 
-@triton.jit
+@jit
 def window_start(number, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
     """The first key of a query's window, which near a border is shifted inward."""
     if CAUSAL:
@@ -48,7 +48,7 @@ def window_start(number, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
         return tl.maximum(tl.minimum(number - KERNEL // 2, length - KERNEL), 0)
 
 
-@triton.jit
+@jit
 def window_size(number, start, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
     """Keys in a query's window, as an unsigned integer or a constant."""
     if CAUSAL:
@@ -57,7 +57,7 @@ def window_size(number, start, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
         return KERNEL
 
 
-@triton.jit
+@jit
 def keys_of(first, end, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
     """(first, count) of the keys along one axis that the queries first .. end - 1 see."""
     begin = window_start(first, length, KERNEL, CAUSAL)
@@ -68,7 +68,7 @@ def keys_of(first, end, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
     return begin, tl.where(end > first, stop - begin, 0)
 
 
-@triton.jit
+@jit
 def queries_of(first, end, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
     """(first, count) of the queries along one axis that see any of the keys first .. end - 1."""
     if CAUSAL:
@@ -81,7 +81,7 @@ def queries_of(first, end, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
     return begin, tl.where(end > first, stop - begin, 0)
 
 
-@triton.jit
+@jit
 def tile_numbers(
     first_y, first_x, end_y, end_x, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -92,7 +92,7 @@ def tile_numbers(
     return y, x, (y < end_y) & (x < end_x)
 
 
-@triton.jit
+@jit
 def box_numbers(first, begin_y, begin_x, width, count, BLOCK: tl.constexpr):
     """(y, x, whether there is a token) of the slots from `first` on of a box of `width` numbers a row."""
     slots = first + tl.arange(0, BLOCK)
@@ -101,7 +101,7 @@ def box_numbers(first, begin_y, begin_x, width, count, BLOCK: tl.constexpr):
     return begin_y + rows, begin_x + slots - rows * width, slots < count
 
 
-@triton.jit
+@jit
 def token_offsets(strides, y, x, group_y, group_x, size):
     """Element offsets of tokens from their numbers, in 64 bits."""
     position_y = (group_y + y * size[2]).to(tl.int64)
@@ -109,13 +109,13 @@ def token_offsets(strides, y, x, group_y, group_x, size):
     return position_y * strides[1] + position_x * strides[2]
 
 
-@triton.jit
+@jit
 def map_offset(strides, batch, head):
     """Element offset of a head of a map; `batch` is a 64-bit integer."""
     return batch * strides[0] + tl.cast(head, tl.int64) * strides[3]
 
 
-@triton.jit
+@jit
 def in_window(
     query_y, query_x, key_y, key_x, length_y, length_x, KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr,
     CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr, TILE_Y: tl.constexpr,
@@ -133,7 +133,7 @@ def in_window(
     return inside
 
 
-@triton.jit
+@jit
 def neighbor_logits(
     products, scale, rpb, head, query_y, query_x, key_y, key_x, inside, KERNEL_Y: tl.constexpr,
     KERNEL_X: tl.constexpr,

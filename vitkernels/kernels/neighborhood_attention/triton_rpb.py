@@ -7,9 +7,9 @@ of a chunk in registers, and writes it by (place in the window, token), so that 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import (
     INF,
     dot,
@@ -34,7 +34,7 @@ from vitkernels.kernels.neighborhood_attention.triton_map import (
 )
 
 
-@triton.jit(do_not_specialize=["batch", "chunks"])
+@jit(do_not_specialize=["batch", "chunks"])
 def backward_rpb_map(
     partials, grad_out, lse, delta, norm, q, k, v, rpb, go_s, lse_s, q_s, k_s, v_s, size, batch, heads, chunks, blocks,
     scale,
@@ -116,7 +116,7 @@ def backward_rpb_map(
     tl.store(base + (place.to(tl.int64) * tokens + token[:, None]), accumulator, mask=inside)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@jit(do_not_specialize=["chunks"])
 def reduce_rpb_map(
     grad_rpb, partials, stride_h, stride_y, stride_x, size, heads, chunks,
     KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, BLOCK: tl.constexpr,

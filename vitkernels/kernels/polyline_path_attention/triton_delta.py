@@ -5,13 +5,13 @@ With the output of the row saved it is the product of the output and its gradien
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.kernels.polyline_path_attention.triton_map import cell_offsets, load_tokens, plane_offset
 
 
-@triton.jit(do_not_specialize=["pair"])
+@jit(do_not_specialize=["pair"])
 def row_products(
     delta, grad_out, out, partial, go_s, out_s, partial_s, size, heads, pair,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -12,14 +12,14 @@ those of planes [batch, heads, height, width] (line, position): rows and columns
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, LOG2E, dot, natural_lse, softmax_start, softmax_step
 from vitkernels.kernels.polyline_path_attention.triton_map import load_tokens, plane_offset, store_tokens
 
 
-@triton.jit
+@jit
 def line_place(size, heads, LINES: tl.constexpr):
     """(batch, head, first line, block) of a program; heads vary fastest, as they share cache lines."""
     program = tl.program_id(0)
@@ -30,7 +30,7 @@ def line_place(size, heads, LINES: tl.constexpr):
     return (program // size[2]).to(tl.int64), head, program % size[2] * LINES, block
 
 
-@triton.jit
+@jit
 def line_tokens(line, first, size, LINES: tl.constexpr, BLOCK: tl.constexpr):
     """(line, position, whether there is a token) of the slots of a block of each of LINES lines."""
     slots = tl.arange(0, LINES * BLOCK)
@@ -39,12 +39,12 @@ def line_tokens(line, first, size, LINES: tl.constexpr, BLOCK: tl.constexpr):
     return lines, positions, (lines < size[0]) & (positions < size[1])
 
 
-@triton.jit
+@jit
 def line_cells(plane_s, lines, positions):
     return lines.to(tl.int64) * plane_s[0] + positions.to(tl.int64) * plane_s[1]
 
 
-@triton.jit
+@jit
 def met(lines, other_lines, other_positions, size, LINES: tl.constexpr):
     """Which pairs are of one line; other positions beyond the line's end are none."""
     there = (other_positions < size[1])[None, :]
@@ -54,13 +54,13 @@ def met(lines, other_lines, other_positions, size, LINES: tl.constexpr):
         return there & (lines[:, None] == other_lines[None, :])
 
 
-@triton.jit
+@jit
 def line_mask(own, other, later):
     """What the decays add to base-2 logits: sums[later] - sums[earlier] by the order of positions."""
     return tl.where(later, LOG2E, -LOG2E) * (own[:, None] - other[None, :])
 
 
-@triton.jit
+@jit
 def forward_lines(
     out, second_out, lse, base, q, k, v, second_v, sums, out_s, so_s, base_s, q_s, k_s, v_s, sv_s, size, plane_s,
     heads, scale,

@@ -12,9 +12,9 @@ gradients, s N (4 d + 5 dv); 2 N L (3 d + 3 dv) FLOPs, N L exponentials.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, LOG2E, dot, softmax_start, softmax_step
 from vitkernels.kernels.polyline_path_attention.triton_lines import (
     line_cells,
@@ -26,7 +26,7 @@ from vitkernels.kernels.polyline_path_attention.triton_lines import (
 from vitkernels.kernels.polyline_path_attention.triton_map import load_tokens, plane_offset, store_tokens
 
 
-@triton.jit(do_not_specialize=["pair"])
+@jit(do_not_specialize=["pair"])
 def rows_lines(
     rows, q, grad_out, z, k, y, v, sums, q_s, go_s, z_s, k_s, y_s, v_s, size, plane_s, heads, pair, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, LINES: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -64,7 +64,7 @@ def rows_lines(
     tl.store(rows + 2 * planes + own_cells, delta / total, mask=valid)
 
 
-@triton.jit(do_not_specialize=["pair"])
+@jit(do_not_specialize=["pair"])
 def backward_lines(
     grad, other_grad, grad_v, passed, part, other_part, left, left_y, left_z, walked, walked_y, walked_z,
     sums, lse, rows, grad_s, og_s, gv_s, passed_s, left_s, ly_s, lz_s, walked_s, wy_s, wz_s, size, plane_s,

@@ -11,13 +11,13 @@ sums are [batch, heads, height, width].
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, LOG2E
 
 
-@triton.jit
+@jit
 def tile_tokens(tile, size, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
     """(y, x, whether there is a token) of the slots of a tile."""
     slots = tl.arange(0, TILE_Y * TILE_X)
@@ -26,14 +26,14 @@ def tile_tokens(tile, size, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
     return y, x, (y < size[0]) & (x < size[1])
 
 
-@triton.jit
+@jit
 def token_offsets(strides, batch, head, y, x):
     """Element offsets of tokens, in 64 bits; `batch` and `head` are 64-bit integers."""
     place = batch * strides[0] + head * strides[3]
     return place + tl.cast(y, tl.int64) * strides[1] + tl.cast(x, tl.int64) * strides[2]
 
 
-@triton.jit
+@jit
 def load_tokens(base, strides, batch, head, y, x, valid, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
     """The channels of tokens, [tokens, WIDTH], zero where there are none."""
     columns = tl.arange(0, WIDTH)
@@ -45,7 +45,7 @@ def load_tokens(base, strides, batch, head, y, x, valid, WIDTH: tl.constexpr, LI
         return tl.load(base + offsets, mask=valid[:, None] & (columns < LIMIT)[None, :], other=0.0)
 
 
-@triton.jit
+@jit
 def store_tokens(base, strides, batch, head, y, x, valid, tile, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
     columns = tl.arange(0, WIDTH)
     offsets = token_offsets(strides, batch, head, y, x)[:, None] + columns[None, :].to(tl.int64) * strides[4]
@@ -56,19 +56,19 @@ def store_tokens(base, strides, batch, head, y, x, valid, tile, WIDTH: tl.conste
         tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def plane_offset(batch, heads, head, size):
     """Where the plane of a head begins, in 64 bits."""
     return (batch * heads + head) * size[0] * size[1]
 
 
-@triton.jit
+@jit
 def cell_offsets(y, x, size):
     """Of tokens in a plane."""
     return tl.cast(y, tl.int64) * size[1] + x
 
 
-@triton.jit
+@jit
 def owner_tables(sums_w, own_w, y, x, columns, valid, column_valid, size):
     """(whether the owner is not left of a column, path along the owner's row, corners' offsets, their mask).
 
@@ -81,7 +81,7 @@ def owner_tables(sums_w, own_w, y, x, columns, valid, column_valid, size):
     return right, tl.where(right, difference, -difference) * LOG2E, corner, inside
 
 
-@triton.jit
+@jit
 def masks(
     sums_w, sums_h, table, right, corner_h, own_h, y, x, row, columns, valid, column_valid, size
 ):  # fmt: skip
@@ -102,6 +102,6 @@ def masks(
     return own, along + (below * (own_h - across_h))[:, None]
 
 
-@triton.jit
+@jit
 def masked(logits, column_valid):
     return tl.where(column_valid[None, :], logits, -INF)

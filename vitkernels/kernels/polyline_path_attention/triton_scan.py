@@ -6,11 +6,12 @@ Floor: bytes. Decays are read and sums written once; gradients of sums are read 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 
-@triton.jit
+
+@jit
 def line_place(size, heads, LINES: tl.constexpr):
     """(batch, head, lines, their mask) of a program; size holds (lines, length, groups of lines)."""
     program = tl.program_id(0)
@@ -21,7 +22,7 @@ def line_place(size, heads, LINES: tl.constexpr):
     return batch, head, lines, lines < size[0]
 
 
-@triton.jit
+@jit
 def sum_decays(
     sums, log_decay, plane_s, decay_s, size, heads, LINES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -44,7 +45,7 @@ def sum_decays(
         carry += tl.sum(tile, 1)
 
 
-@triton.jit(do_not_specialize=["pair"])
+@jit(do_not_specialize=["pair"])
 def decay_gradient(
     grad, parts, plane_s, grad_s, size, heads, pair, count, LINES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

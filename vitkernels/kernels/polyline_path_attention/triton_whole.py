@@ -7,9 +7,9 @@ special-function units.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import LOG2E, dot, natural_lse, softmax_start, softmax_step
 from vitkernels.kernels.polyline_path_attention.triton_map import (
     cell_offsets,
@@ -23,7 +23,7 @@ from vitkernels.kernels.polyline_path_attention.triton_map import (
 )
 
 
-@triton.jit
+@jit
 def owner_place(size, heads):
     """(batch, head, tile) of a program; heads vary fastest, as they share cache lines."""
     program = tl.program_id(0)
@@ -32,7 +32,7 @@ def owner_place(size, heads):
     return (program // heads // tiles).to(tl.int64), head, program // heads % tiles
 
 
-@triton.jit(do_not_specialize=["pair"])
+@jit(do_not_specialize=["pair"])
 def forward_whole(
     out, partial, lse, q, k, v, sums, out_s, partial_s, q_s, k_s, v_s, size, heads, pair, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,

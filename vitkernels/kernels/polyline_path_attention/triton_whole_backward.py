@@ -8,9 +8,9 @@ result. In float32 a walk of its own does so again for what the rows subtract.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, LOG2E, dot, softmax_start, softmax_step
 from vitkernels.kernels.polyline_path_attention.triton_map import (
     cell_offsets,
@@ -25,7 +25,7 @@ from vitkernels.kernels.polyline_path_attention.triton_map import (
 from vitkernels.kernels.polyline_path_attention.triton_whole import owner_place
 
 
-@triton.jit(do_not_specialize=["pair"])
+@jit(do_not_specialize=["pair"])
 def rows_whole(
     rows, q, grad_out, k, v, sums, q_s, go_s, k_s, v_s, size, heads, pair, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
@@ -85,7 +85,7 @@ def rows_whole(
     tl.store(cells + 2 * planes + pair, second_delta / second_total, mask=valid)
 
 
-@triton.jit
+@jit
 def load_row(rows, lse, place, pair, valid, EXACT: tl.constexpr):
     """(base-2 shift, factor, delta) of a softmax's rows: exp2(logits - shift) * factor are their weights."""
     if EXACT:
@@ -100,7 +100,7 @@ def load_row(rows, lse, place, pair, valid, EXACT: tl.constexpr):
     return shift, factor, delta
 
 
-@triton.jit(do_not_specialize=["pair"])
+@jit(do_not_specialize=["pair"])
 def backward_whole(
     grad, grad_value, parts_w, parts_h, left, left_result, walked, walked_result, sums, lse, rows,
     grad_s, gv_s, left_s, lr_s, walked_s, wr_s, size, heads, pair, scale,

@@ -21,18 +21,19 @@ import triton.language as tl
 from torch import Tensor
 
 from vitkernels.core.polyline import cumulative
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import device_of
 
 TILE = 1024  # keys of a program
 
 
-@triton.jit
+@jit
 def _between(at_p, p, at_q, q):
     """The decays between positions p and q of a line, by the order of the positions."""
     return tl.where(p >= q, at_p - at_q, at_q - at_p)
 
 
-@triton.jit
+@jit
 def _keys(along, down, owner, j, c, HEIGHT, WIDTH, TRANSPOSE: tl.constexpr):
     """Of a tile of keys: the part of the mask that the owner's queries share, and the value each differs from."""
     inside = (j < HEIGHT) & (c < WIDTH)
@@ -48,7 +49,7 @@ def _keys(along, down, owner, j, c, HEIGHT, WIDTH, TRANSPOSE: tl.constexpr):
     return part, value, tokens, inside
 
 
-@triton.jit
+@jit
 def _query(along, down, owner, step, WIDTH, TRANSPOSE: tl.constexpr):
     """The value and the token number of the owner's query at a step."""
     if TRANSPOSE:
@@ -59,7 +60,7 @@ def _query(along, down, owner, step, WIDTH, TRANSPOSE: tl.constexpr):
         return tl.load(along + token), token
 
 
-@triton.jit(do_not_specialize=["planes"])
+@jit(do_not_specialize=["planes"])
 def forward_mask(
     mask, sums, planes, HEIGHT, WIDTH, row_tiles, column_tiles, LOG: tl.constexpr, TRANSPOSE: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -88,7 +89,7 @@ def forward_mask(
         tl.store(row + tokens, out.to(mask.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["planes"])
+@jit(do_not_specialize=["planes"])
 def backward_mask(
     own, shared, grad, sums, planes, heads, grad_b, grad_head, grad_row, HEIGHT, WIDTH, row_tiles, column_tiles,
     LOG: tl.constexpr, TRANSPOSE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -128,7 +129,7 @@ def backward_mask(
     tl.store(shared + item * tokens_all + tokens, total, mask=inside)
 
 
-@triton.jit
+@jit
 def cross_lines(
     out, table, inners, places, outer_size, inner_step, place_step, chunks, chunk_size, out_size, out_inner,
     out_place, terms, term_size, BLOCK: tl.constexpr,

@@ -19,18 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from vitkernels.core import native
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import device_of
 from vitkernels.kernels.polyline_path_scan.native import gradient_place
 
 TILE = 2048  # elements of a program's tile of tokens; half as many where two tensors are scanned both ways
 
 
-@triton.jit
+@jit
 def _combine(decay, value, next_decay, next_value):
     return decay * next_decay, next_decay * value + next_value
 
 
-@triton.jit
+@jit
 def _decays(base, step, place, shift, LENGTH):
     """The decays before the tokens at place + shift; 0 before the first and beyond the last."""
     at = place + shift
@@ -39,7 +40,7 @@ def _decays(base, step, place, shift, LENGTH):
     return tl.where(inside, tl.exp(logs.to(tl.float32)), 0.0)
 
 
-@triton.jit
+@jit
 def _tokens(base, step, place, shift, channels, LENGTH, HEAD_DIM):
     at = place + shift
     inside = ((at >= 0) & (at < LENGTH))[:, None] & (channels < HEAD_DIM)[None, :]
@@ -47,7 +48,7 @@ def _tokens(base, step, place, shift, channels, LENGTH, HEAD_DIM):
     return tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _before(base, step, decays, decay_step, place, channels, LENGTH, HEAD_DIM):
     """f_(i-1) of the tokens at base."""
     values = _tokens(base, step, place, -1, channels, LENGTH, HEAD_DIM)
@@ -56,7 +57,7 @@ def _before(base, step, decays, decay_step, place, channels, LENGTH, HEAD_DIM):
     return f
 
 
-@triton.jit
+@jit
 def _after(base, step, decays, decay_step, place, channels, LENGTH, HEAD_DIM):
     """a_(i+1) r_(i+1) of the tokens at base."""
     values = _tokens(base, step, place, 1, channels, LENGTH, HEAD_DIM)
@@ -65,7 +66,7 @@ def _after(base, step, decays, decay_step, place, channels, LENGTH, HEAD_DIM):
     return _decays(decays, decay_step, place, 1, LENGTH)[:, None] * r
 
 
-@triton.jit
+@jit
 def product_lines(
     out, x, decays, lines, heads, channel_tiles, LENGTH, HEAD_DIM, out_b, out_line, out_place, out_head, x_b, x_line,
     x_place, x_head, decay_b, decay_line, decay_place, decay_head, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -90,7 +91,7 @@ def product_lines(
     tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def gradient_lines(
     out, grad_decays, grad, x, decays, lines, heads, LENGTH, HEAD_DIM, out_b, out_line, out_place, out_head, grad_b,
     grad_line, grad_place, grad_head, x_b, x_line, x_place, x_head, decay_b, decay_line, decay_place, decay_head,

@@ -15,9 +15,9 @@ s (N (2 r + dv) + 2 M (r + dv)) + 4 N bytes; 4 N M dv FLOPs and N M exponentials
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import (
     INF,
     dot,
@@ -31,18 +31,18 @@ from vitkernels.core.triton_tiles import (
 from vitkernels.kernels.strip_attention.triton_logits import load_channels, store_channels, tile_logits
 
 
-@triton.jit
+@jit
 def load_rows(base, rows, valid, row_stride, other):
     return tl.load(base + rows.to(tl.int64) * row_stride, mask=valid, other=other)
 
 
-@triton.jit
+@jit
 def store_logit_gradient(base, queries, keys, query_valid, key_valid, stride_n, stride_m, gradient):
     offsets = queries.to(tl.int64)[:, None] * stride_n + keys.to(tl.int64)[None, :] * stride_m
     store_tile(base, offsets, query_valid[:, None] & key_valid[None, :], gradient)
 
 
-@triton.jit
+@jit
 def query_gradient(grad_logits, key, OUTER: tl.constexpr):
     """Without the scale. [queries] for one channel, else [queries, BLOCK_R]."""
     if OUTER:
@@ -51,7 +51,7 @@ def query_gradient(grad_logits, key, OUTER: tl.constexpr):
         return dot(grad_logits.to(key.dtype), key)
 
 
-@triton.jit(do_not_specialize=["shares", "tiles_a_share"])
+@jit(do_not_specialize=["shares", "tiles_a_share"])
 def backward_keys(
     grad_q, grad_k, grad_v, grad_bias, partial_k, partial_v, delta, grad_out, grad_lse, lse, q, k, v, bias,
     gq_b, gq_h, gq_n, gq_c, gk_b, gk_h, gk_n, gk_c, gv_b, gv_h, gv_n, gv_c, gb_b, gb_h, gb_n, gb_m,
@@ -156,7 +156,7 @@ def backward_keys(
         store_tile(grad_v + batch * gv_b + head * gv_h, offsets, mask_v, value_gradient)
 
 
-@triton.jit
+@jit
 def backward_queries(
     grad_q, grad_bias, delta, grad_out, grad_lse, out, lse, q, k, v, bias,
     gq_b, gq_h, gq_n, gq_c, gb_b, gb_h, gb_n, gb_m, go_b, go_h, go_n, go_c, gl_b, gl_h, gl_n,
@@ -230,7 +230,7 @@ def backward_queries(
             store_channels(start, queries, query_valid, gq_n, gq_c, total, WIDTH, OUTER, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["shares"])
+@jit(do_not_specialize=["shares"])
 def sum_shares(
     grad, partial, grad_b, grad_h, grad_n, grad_c, heads, key_count, shares,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,

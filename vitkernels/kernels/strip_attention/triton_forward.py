@@ -8,9 +8,9 @@ exponentials bind.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import (
     dot,
     load_tile,
@@ -29,7 +29,7 @@ from vitkernels.kernels.strip_attention.triton_logits import (
 )
 
 
-@triton.jit
+@jit
 def forward_queries(
     out, lse, q, k, v, bias,
     out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c,

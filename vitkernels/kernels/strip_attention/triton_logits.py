@@ -14,13 +14,13 @@ of 103 and 16, and twice the exponentials in the backward.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import INF, LOG2E, dot, load_tile, store_tile, tile_mask, tile_offsets
 
 
-@triton.jit
+@jit
 def load_channels(
     base,
     tokens,
@@ -40,7 +40,7 @@ def load_channels(
         )
 
 
-@triton.jit
+@jit
 def store_channels(
     base, tokens, valid, token_stride, col_stride, gradient,
     WIDTH: tl.constexpr, OUTER: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -54,7 +54,7 @@ def store_channels(
         store_tile(base, offsets, tile_mask(valid, BLOCK_R, WIDTH), gradient)
 
 
-@triton.jit
+@jit
 def tile_logits(
     query, key, queries, keys, query_valid, key_valid, bias, bias_n, bias_m, scale, OUTER: tl.constexpr
 ):  # fmt: skip
@@ -70,13 +70,13 @@ def tile_logits(
     return tl.where(key_valid[None, :], logits, -INF)
 
 
-@triton.jit
+@jit
 def scaled(query, scale):
     """Queries of one channel with the factor of the base-2 logits."""
     return query.to(tl.float32) * (scale * LOG2E)
 
 
-@triton.jit
+@jit
 def row_maximum(query, k, key_count, token_stride, scale, OUTER: tl.constexpr, BLOCK_K: tl.constexpr):
     """The largest base-2 logit of each query of one channel, in the rounding of `tile_logits`."""
     largest = -INF
@@ -95,7 +95,7 @@ def row_maximum(query, k, key_count, token_stride, scale, OUTER: tl.constexpr, B
         return query.to(tl.float32) * extreme * (scale * LOG2E)
 
 
-@triton.jit
+@jit
 def weights_below(logits, maximum):
     """exp2(logits - maximum) of a known maximum.
 

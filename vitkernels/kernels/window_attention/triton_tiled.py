@@ -10,9 +10,9 @@ exponentials for each owner after the first.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import (
     INF,
     LOG2E,
@@ -30,7 +30,7 @@ from vitkernels.core.triton_tiles import (
 from vitkernels.core.triton_window_bias import bias_logits, partial_offset
 
 
-@triton.jit
+@jit
 def forward_tiled(
     out, lse, q, k, v, table,
     out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c,
@@ -75,7 +75,7 @@ def forward_tiled(
     tl.store(lse + window * lse_b + head * lse_h + queries.to(tl.int64) * lse_n, row_lse, mask=query_valid)
 
 
-@triton.jit
+@jit
 def tile_logit_gradient(
     query, key, value, grad_result, row_lse, delta, bias, scale, HAS_GRAD_OUT: tl.constexpr
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def tile_logit_gradient(
         return weights, -weights * delta[:, None]
 
 
-@triton.jit
+@jit
 def backward_query_tiled(
     grad_q, delta, grad_out, grad_lse, out, lse, q, k, v, table,
     gq_b, gq_h, gq_n, gq_c, go_b, go_h, go_n, go_c, gl_b, gl_h, gl_n, out_b, out_h, out_n, out_c,
@@ -148,7 +148,7 @@ def backward_query_tiled(
         )  # fmt: skip
 
 
-@triton.jit
+@jit
 def load_query_side(
     grad_out, lse, delta, q, queries, window, head, heads,
     go_b, go_h, go_n, go_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c,
@@ -174,7 +174,7 @@ def load_query_side(
     return query, grad_result, row_lse, row_delta
 
 
-@triton.jit
+@jit
 def backward_key_tiled(
     grad_k, grad_v, grad_out, lse, delta, q, k, v, table,
     gk_b, gk_h, gk_n, gk_c, gv_b, gv_h, gv_n, gv_c, go_b, go_h, go_n, go_c, lse_b, lse_h, lse_n,
@@ -220,7 +220,7 @@ def backward_key_tiled(
         store_tile(grad_v + window * gv_b + head * gv_h, gv_tile, mask_v, value_gradient)
 
 
-@triton.jit(do_not_specialize=["batch", "chunks"])
+@jit(do_not_specialize=["batch", "chunks"])
 def backward_bias_tiled(
     partials, grad_out, lse, delta, q, k, v, table,
     go_b, go_h, go_n, go_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c,

@@ -14,9 +14,9 @@ N = 49, d = 16, dv = 32 in fp16 that is 24 and 34 FLOP/byte: bound by memory on 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vitkernels.core.triton_compiler import jit
 from vitkernels.core.triton_tiles import (
     INF,
     LOG2E,
@@ -35,7 +35,7 @@ from vitkernels.core.triton_tiles import (
 from vitkernels.core.triton_window_bias import bias_logits, partial_offset
 
 
-@triton.jit
+@jit
 def whole_logits(
     q, k, tokens, valid, bias, q_n, q_c, k_n, k_c, scale,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL_D: tl.constexpr,
@@ -50,7 +50,7 @@ def whole_logits(
     return logits * (scale * LOG2E) + bias
 
 
-@triton.jit(do_not_specialize=["batch", "chunks"])
+@jit(do_not_specialize=["batch", "chunks"])
 def forward_whole(
     out, lse, q, k, v, table,
     out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c,
@@ -86,7 +86,7 @@ def forward_whole(
         tl.store(lse + window * lse_b + head * lse_h + rows, natural_lse(maximum, total), mask=valid)
 
 
-@triton.jit(do_not_specialize=["batch", "chunks"])
+@jit(do_not_specialize=["batch", "chunks"])
 def backward_whole(
     grad_q, grad_k, grad_v, partials, grad_out, grad_lse, lse, q, k, v, table,
     gq_b, gq_h, gq_n, gq_c, gk_b, gk_h, gk_n, gk_c, gv_b, gv_h, gv_n, gv_c, go_b, go_h, go_n, go_c,
