@@ -20,8 +20,13 @@ from vitkernels.core.operator import REGISTRY
 @pytest.fixture(autouse=True)
 def _declared_kernel(request):
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if "backend" in params and params["backend"] not in REGISTRY[params["sample"].op].backends:
-        pytest.skip(f"{params['sample'].op} has no {params['backend']} kernel")
+    if "backend" not in params:
+        return
+    sample, backend = params["sample"], params["backend"]
+    if backend not in REGISTRY[sample.op].backends:
+        pytest.skip(f"{sample.op} has no {backend} kernel")
+    if backend in sample.without:
+        pytest.skip(f"{backend} cannot run {sample.name}")
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, sample: Sample) -> list:

@@ -21,6 +21,7 @@ class Sample:
         arguments: makes the function's arguments from the tensors, where some go into an object.
         share: of the reference's FLOPs, what the operator counts.
         positional: names of arguments that the public function takes by position alone.
+        without: backends that cannot run this call, though they have the operator.
         bad: argument name -> bad values for it, each with a part of the message expected.
     """
 
@@ -33,6 +34,7 @@ class Sample:
     arguments: Callable[[dict[str, Any]], dict[str, Any]] = dict
     share: Fraction = Fraction(1)
     positional: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     @property
     def op(self) -> str:

@@ -63,7 +63,7 @@ def backward(
     grad_q: Tensor | None,
     grad_k: Tensor | None,
     grad_v: Tensor | None,
-    grad_size: None,
+    grad_size: Tensor | None,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     out: Tensor,
@@ -74,7 +74,9 @@ def backward(
     size: Tensor,
     scale: float,
 ) -> None:
-    """Fills the gradients that are not None; an absent incoming gradient is zero."""
+    """Fills the gradients that are not None; an absent incoming gradient is zero, as is that of size."""
+    if grad_size is not None:
+        grad_size.zero_()
     if grad_out is None:
         absent = (grad_v,) if grad_lse is not None else (grad_q, grad_k, grad_v)
         for grad in absent:

@@ -43,7 +43,11 @@ def backward_projection(
     CHANNELS: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, NCHW: tl.constexpr,
 ):  # fmt: skip
-    """grads = gradient of heads, of BLOCK_M tokens and BLOCK_N channels: grad_out weight where heads > 0."""
+    """grads = gradient of heads, of BLOCK_M tokens and BLOCK_N channels: grad_out weight where heads > 0.
+
+    local memory: up to 8 bytes: an NCHW tile takes an address for every element; on sm_90 without wgmma one of
+    them does not fit where C is no multiple of 64.
+    """
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     TILES: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     EVEN: tl.constexpr = CHANNELS % BLOCK_N == 0

@@ -83,6 +83,9 @@ def mask_gradient(
     """out [shares, N, P]: z grad_y^T + other grad_other^T, summed over each share of the batch in rising order.
 
     Either pair may be absent. Floor: 2 N P (D + D') FLOPs an image at the matrix rate; the operands read once.
+
+    local memory: up to 24 bytes: on sm_90 without wgmma the sums, both operands' fragments and the addresses of
+    the next ones do not quite fit the registers.
     """
     tiles_p = tl.cdiv(merged_tokens, BLOCK_N)
     tiles_n = tl.cdiv(tokens, BLOCK_M)

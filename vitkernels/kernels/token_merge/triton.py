@@ -20,7 +20,7 @@ def forward(
 
 def backward(
     grad_x: Tensor | None,
-    grad_size: None,
+    grad_size: Tensor | None,
     grad_rows: None,
     grad_starts: None,
     grad_members: None,
@@ -35,7 +35,9 @@ def backward(
     members: Tensor,
     mode: str,
 ) -> None:
-    """Fills grad_x unless it is None; plan and sizes are constants, and their gradients None."""
+    """Fills the gradients that are not None; plan and sizes are constants, and their gradients zero or None."""
+    if grad_size is not None:
+        grad_size.zero_()
     if grad_x is None:
         return
     if grad_y is None:
