@@ -17,6 +17,7 @@ template <class T>
 struct SizeMap {
   using Acc = accumulate_t<T>;
   using KeyCode = Acc;
+  static constexpr bool FEW_REGISTERS = true;
 
   int queries, keys;
   View size;

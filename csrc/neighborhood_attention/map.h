@@ -26,6 +26,7 @@ namespace vitkernels::neighborhood_attention {
 template <class T>
 struct NeighborhoodMap {
   using Acc = accumulate_t<T>;
+  static constexpr bool SCATTERED = true;
 
   Axis y, x;
   int x_bits = 0, field_bits = 2;

@@ -10,7 +10,7 @@
 //   key_tiles(rows), key(rows, tile, slot)                tiles of keys (backward)
 //   query_tiles_of(rows, tile), query_of(rows, tile, i, slot)   the query tiles that a key tile meets
 //   fits_small_tile()                                     no tile needs more than 16 queries and 16 keys
-//   Positions, disjoint(rows), keys_seen(..), enter(..), ...    optional, see below
+//   Positions, SCATTERED, disjoint(rows), keys_seen(..), enter(..), ...    optional, see below
 // and WHAT a logit is:
 //   query_code(token)                                     an int
 //   KeyCode, key_code(token), no_key()                    what logit() needs of a key; of a slot without one
@@ -135,6 +135,13 @@ template <class Map>
 struct PositionsOf<Map, std::void_t<typename Map::Positions>> {
   using type = typename Map::Positions;
 };
+
+// A map whose tokens take more than a multiplication to find says `static constexpr bool SCATTERED = true`:
+// those of a tile's slots are then found once and kept in shared memory, instead of by every access.
+template <class Map, class = void>
+constexpr bool SCATTERED = false;
+template <class Map>
+constexpr bool SCATTERED<Map, std::void_t<decltype(Map::SCATTERED)>> = Map::SCATTERED;
 
 // Whether query tile i meets key tile i and no other, for all i, and no key tile meets two query tiles. The
 // backward then reads every tensor once.

@@ -43,14 +43,21 @@ constexpr bool VALUES_APART = COLUMNS > 64;
 template <Owner OWNER>
 constexpr bool KEY_SIDE = OWNER == Owner::keys || OWNER == Owner::values;
 
-// Blocks of an SM that the registers must allow: latency is hidden by other blocks.
-template <class Engine, Owner OWNER>
-constexpr int BACKWARD_MIN_BLOCKS = std::is_floating_point_v<typename Engine::T> || OWNER != Owner::both ? 2
-                                    : Engine::ROWS == 16                                                 ? 4
-                                                                                                         : 3;
+// Blocks of an SM that the registers must allow: latency is hidden by other blocks. A map of little geometry
+// may say `static constexpr bool FEW_REGISTERS = true`: its kernels fit three where others would spill.
+template <class Map, class = void>
+constexpr bool FEW_REGISTERS = false;
+template <class Map>
+constexpr bool FEW_REGISTERS<Map, std::void_t<decltype(Map::FEW_REGISTERS)>> = Map::FEW_REGISTERS;
+
+template <class Engine, Owner OWNER, class Map>
+constexpr int BACKWARD_MIN_BLOCKS = std::is_floating_point_v<typename Engine::T> ? 2
+                                    : OWNER == Owner::both && Engine::ROWS == 16 ? 4
+                                    : OWNER == Owner::both || FEW_REGISTERS<Map> ? 3
+                                                                                 : 2;
 
 template <class Engine, Owner OWNER, int COLUMNS, class Map>
-VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNER>))
+VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNER, Map>))
     backward_kernel(Problem problem, BackwardLayout<Engine> layout, Map map) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
@@ -89,6 +96,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   };
 
   map.stage(shared.table, item.head, group.thread, THREADS);
+  if constexpr (SCATTERED<Map>) {  // those of the own side; the others change from meeting to meeting
+    for (int slot = group.thread; slot < ROWS; slot += THREADS) {
+      if constexpr (KEY_SIDE<OWNER>)
+        shared.key_tokens[slot] = key(0, slot);
+      else
+        shared.query_tokens[slot] = query(0, slot);
+    }
+  }
   if (want_sums) {  // element e belongs to thread e % THREADS throughout, so these need no barrier
     for (int e = group.thread; e < map.gradient_elements(); e += THREADS) shared.sums[e] = Acc(0);
   }
@@ -110,8 +125,27 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
 
     for (int i = 0; i < meetings; ++i) {
       forget(tile);
-      const auto query_token = [&](int slot) { return query(i, slot); };
-      const auto key_token = [&](int slot) { return key(i, slot); };
+      if constexpr (SCATTERED<Map>) {
+        for (int slot = group.thread; slot < ROWS; slot += THREADS) {
+          if constexpr (KEY_SIDE<OWNER>)
+            shared.query_tokens[slot] = query(i, slot);
+          else
+            shared.key_tokens[slot] = key(i, slot);
+        }
+        group.sync();
+      }
+      const auto query_token = [&](int slot) {
+        if constexpr (SCATTERED<Map>)
+          return shared.query_tokens[slot];
+        else
+          return query(i, slot);
+      };
+      const auto key_token = [&](int slot) {
+        if constexpr (SCATTERED<Map>)
+          return shared.key_tokens[slot];
+        else
+          return key(i, slot);
+      };
       Span seen{0, ROWS}, seen_by{0, ROWS};  // the keys of this warp's queries, the queries of its keys
       if constexpr (ROWS > 16 && OWNER == Owner::queries)
         seen = Strips<Map>::keys_seen(map, ROWS, tile, i, row0);
@@ -132,9 +166,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       }
       cp_async_commit();
       for (int slot = group.thread; slot < ROWS; slot += THREADS) {
-        const int query_index = query_token(slot), key_index = key_token(slot);
-        shared.query_codes[slot] = map.query_code(query_index < 0 ? 0 : query_index);
-        key_codes[slot] = key_index < 0 ? map.no_key() : map.key_code(key_index);
+        if (new_queries) {
+          const int token = query_token(slot);
+          shared.query_codes[slot] = map.query_code(token < 0 ? 0 : token);
+        }
+        if (new_keys) {
+          const int token = key_token(slot);
+          key_codes[slot] = token < 0 ? map.no_key() : map.key_code(token);
+        }
       }
       cp_async_wait<0>();
       group.sync();
@@ -287,8 +326,18 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
     }
     group.sync();
     forget(tile);
-    const auto query_token = [&](int slot) { return query(0, slot); };
-    const auto key_token = [&](int slot) { return key(0, slot); };
+    const auto query_token = [&](int slot) {
+      if constexpr (SCATTERED<Map>)
+        return shared.query_tokens[slot];
+      else
+        return query(0, slot);
+    };
+    const auto key_token = [&](int slot) {
+      if constexpr (SCATTERED<Map>)
+        return shared.key_tokens[slot];
+      else
+        return key(0, slot);
+    };
     if (!KEY_SIDE<OWNER> && present(problem.grad_q))
       store_tile(matrix(problem.grad_q, problem.columns), shared.q, ld_head, group, query_token);
     if ((OWNER == Owner::keys || OWNER == Owner::both) && present(problem.grad_k))

@@ -44,12 +44,22 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   const Acc scale = static_cast<Acc>(problem.scale * Exp::unit);
   // Forgotten from time to time, lest what follows from them (geometry, addresses) fill the registers.
   int tile = item.tile, head = item.head;
-  const auto query = [&](int slot) { return map.query(ROWS, tile, slot); };
+  const auto query = [&](int slot) {
+    if constexpr (SCATTERED<Map>)
+      return shared.query_tokens[slot];
+    else
+      return map.query(ROWS, tile, slot);
+  };
   const auto matrix = [&](const View& view, int batch, int channels) {
     return Matrix<T, Map>(view, map, batch, head, channels);
   };
 
   map.stage(shared.table, item.head, group.thread, Group<ROWS>::THREADS);
+  if constexpr (SCATTERED<Map>) {
+    for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS)
+      shared.query_tokens[slot] = map.query(ROWS, tile, slot);
+    group.sync();
+  }
   int query_codes[2];
   VK_UNROLL
   for (int r = 0; r < 2; ++r) {
@@ -70,16 +80,30 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       forget(head);
       forget(query_codes[0]);
       forget(query_codes[1]);
-      const auto key = [&](int slot) { return map.key_of(ROWS, tile, i, slot); };
+      const auto code_of = [&](int token) { return token < 0 ? map.no_key() : map.key_code(token); };
+      if constexpr (SCATTERED<Map>) {
+        for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS) {
+          const int token = map.key_of(ROWS, tile, i, slot);
+          shared.key_tokens[slot] = token;
+          key_codes[slot] = code_of(token);
+        }
+        group.sync();
+      }
+      const auto key = [&](int slot) {
+        if constexpr (SCATTERED<Map>)
+          return shared.key_tokens[slot];
+        else
+          return map.key_of(ROWS, tile, i, slot);
+      };
       Span seen{0, ROWS};
       if constexpr (ROWS > 16) seen = Strips<Map>::keys_seen(map, ROWS, tile, i, group.first_row);
       load_tile(shared.k, shared.ld_head, matrix(problem.k, batch, problem.head_dim), group, key);
       cp_async_commit();
       load_tile(shared.v, shared.ld_value, matrix(problem.v, batch, problem.value_dim), group, key);
       cp_async_commit();
-      for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS) {
-        const int token = key(slot);
-        key_codes[slot] = token < 0 ? map.no_key() : map.key_code(token);
+      if constexpr (!SCATTERED<Map>) {
+        for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS)
+          key_codes[slot] = code_of(key(slot));
       }
       cp_async_wait<1>();  // all but the values
       group.sync();

@@ -9,7 +9,7 @@ struct ForwardLayout {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   int ld_head, ld_value;
-  int q, k, v, scratch, key_codes, table;
+  int q, k, v, scratch, key_codes, query_tokens, key_tokens, table;
   int64_t bytes;
 
   template <class Map>
@@ -17,6 +17,8 @@ struct ForwardLayout {
       : ld_head(leading_dimension<T>(problem.head_dim)), ld_value(leading_dimension<T>(problem.value_dim)) {
     Carver carver;
     key_codes = carver.take<typename Map::KeyCode>(Engine::ROWS);
+    query_tokens = carver.take<int>(SCATTERED<Map> ? Engine::ROWS : 0);
+    key_tokens = carver.take<int>(SCATTERED<Map> ? Engine::ROWS : 0);
     scratch = carver.take<T>(Engine::SCRATCH);
     q = carver.take<T>(Engine::ROWS * ld_head);
     k = carver.take<T>(Engine::ROWS * ld_head);
@@ -32,7 +34,8 @@ struct ForwardShared {
   using Acc = typename Engine::Acc;
   int ld_head, ld_value;
   T *q, *k, *v, *scratch;
-  void* key_codes;  // of the type that the map has for them
+  void* key_codes;                 // of the type that the map has for them
+  int *query_tokens, *key_tokens;  // of a SCATTERED map
   Acc* table;
 
   VK_DEVICE ForwardShared(const ForwardLayout<Engine>& layout, char* base)
@@ -43,6 +46,8 @@ struct ForwardShared {
         v(reinterpret_cast<T*>(base + layout.v)),
         scratch(reinterpret_cast<T*>(base + layout.scratch)),
         key_codes(base + layout.key_codes),
+        query_tokens(reinterpret_cast<int*>(base + layout.query_tokens)),
+        key_tokens(reinterpret_cast<int*>(base + layout.key_tokens)),
         table(reinterpret_cast<Acc*>(base + layout.table)) {}
 };
 
@@ -54,7 +59,7 @@ struct BackwardLayout {
   static constexpr int LD_PAIR = ROWS + static_cast<int>(16 / sizeof(T));  // of P and D as operands
   static constexpr int LD_GRADIENT = ROWS + 8;                             // of D as GradientTile
   int ld_head, ld_value;
-  int lse, delta, grad_lse, query_codes, key_codes;
+  int lse, delta, grad_lse, query_codes, key_codes, query_tokens, key_tokens;
   int q, k, v, grad_out;
   int turns;  // out, the GradientTile, and {P, D} take turns in the same memory
   int table, sums;
@@ -69,6 +74,8 @@ struct BackwardLayout {
     grad_lse = carver.take<Acc>(ROWS);
     query_codes = carver.take<int>(ROWS);
     key_codes = carver.take<typename Map::KeyCode>(ROWS);
+    query_tokens = carver.take<int>(SCATTERED<Map> ? ROWS : 0);
+    key_tokens = carver.take<int>(SCATTERED<Map> ? ROWS : 0);
     constexpr int PAIR = 2 * ROWS * LD_PAIR;
     constexpr int GRADIENT = ROWS * LD_GRADIENT * static_cast<int>(sizeof(Acc) / sizeof(T));
     const int longest = PAIR > GRADIENT ? PAIR : GRADIENT;
@@ -90,7 +97,8 @@ struct BackwardShared {
   using Layout = BackwardLayout<Engine>;
   Acc *lse, *delta, *grad_lse;
   int* query_codes;
-  void* key_codes;  // of the type that the map has for them
+  void* key_codes;                 // of the type that the map has for them
+  int *query_tokens, *key_tokens;  // of a SCATTERED map
   T *q, *k, *v, *grad_out;
   T *out, *p, *d;
   Acc *gradient, *table, *sums;
@@ -101,6 +109,8 @@ struct BackwardShared {
         grad_lse(reinterpret_cast<Acc*>(base + layout.grad_lse)),
         query_codes(reinterpret_cast<int*>(base + layout.query_codes)),
         key_codes(base + layout.key_codes),
+        query_tokens(reinterpret_cast<int*>(base + layout.query_tokens)),
+        key_tokens(reinterpret_cast<int*>(base + layout.key_tokens)),
         q(reinterpret_cast<T*>(base + layout.q)),
         k(reinterpret_cast<T*>(base + layout.k)),
         v(reinterpret_cast<T*>(base + layout.v)),
