@@ -90,8 +90,11 @@ if [[ $parts == *" check "* ]]; then
     if [[ $cannot ]]; then
       skip "compute-sanitizer $tool" "$cannot"
     else
-      # Without PyTorch's cache every tensor is an allocation, so that the sanitizer knows where it ends.
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "compute-sanitizer $tool" 110 "$python" scripts/gpu_check.py check \
+      # Without PyTorch's cache every tensor is an allocation, so that memcheck knows where it ends. racecheck
+      # has no use for that, and fails to handle an exception of its own making with it.
+      without_cache=()
+      [[ $tool == memcheck ]] && without_cache=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1)
+      step "compute-sanitizer $tool" 110 "${without_cache[@]}" "$python" scripts/gpu_check.py check \
         --prefix "$sanitizer --tool $tool --kernel-name kns=vitkernels" --backends cuda --dtypes float16 float32 \
         --most-shapes 3 --repeats 1 --seconds 100 --jobs 8 &
     fi
@@ -99,22 +102,18 @@ if [[ $parts == *" check "* ]]; then
   wait
 fi
 
-operators=(window_attention cascaded_group_attention neighborhood_attention polyline_path_attention strip_attention
-  kan_linear block_sparse_linear attention_with_size token_merge learnable_token_merge polyline_path_scan
-  polyline_path_mask)
+bench=(--device cuda --quiet --dtype bfloat16)
 if [[ $parts == *" bench "* ]]; then
-  bench=("$python" -m vitkernels bench --device cuda --quiet --dtype bfloat16)
   warm_up() { # Compiles what torch.compile and Triton compile, for all operators at once; its times are no results.
-    printf '%s\n' "${operators[@]}" | XDG_CACHE_HOME=$scratch/warm xargs -P 12 -I OP \
-      "${bench[@]}" --op OP --batch 64 --rounds 2
+    "$python" -c 'from vitkernels.bench.case import operators; print(*operators(), sep="\n")' |
+      XDG_CACHE_HOME=$scratch/warm xargs -P 12 -I OP \
+        "$python" -m vitkernels bench "${bench[@]}" --op OP --batch 64 --rounds 2
   }
   export -f warm_up
-  step --partial "compilation" 100 bash -c "$(declare -p bench operators scratch); warm_up"
+  step --partial "compilation" 100 bash -c "$(declare -p bench python scratch); warm_up"
   # With its default preset each: every peer, and every backend of ours.
-  for operator in "${operators[@]}"; do
-    step --partial "bench, $operator" 40 "${bench[@]}" --op "$operator" --batch 64 --rounds 9 \
-      --json "$out/bench_$operator.json"
-  done
+  step --partial "bench, operators" 250 "$python" scripts/gpu_check.py bench "$out" \
+    --arguments "--device cuda --dtype bfloat16 --batch 64 --rounds 9"
   step --partial "bench, efficientvit_m5" 60 "$python" -m vitkernels bench --device cuda --quiet --rounds 9 \
     --model efficientvit_m5 --batch 1 256 --json "$out/bench_efficientvit_m5.json"
 fi
@@ -130,8 +129,8 @@ if [[ $parts == *" profile "* ]]; then
   fi
 fi
 if [[ $parts == *" bench "* ]]; then
-  step --partial "bench, every preset" $((deadline - SECONDS)) "${bench[@]}" --op window_attention --preset all \
-    --batch 1 64 --providers eager-cached sdpa vitkernels-cuda vitkernels-triton --json "$out/bench_presets.json"
+  step --partial "bench, every preset" $((deadline - SECONDS)) "$python" -m vitkernels bench "${bench[@]}" \
+    --op window_attention --preset all --batch 1 64 --providers eager-cached sdpa vitkernels-cuda vitkernels-triton --json "$out/bench_presets.json"
 fi
 
 failed=$(awk 'substr($0, 35, 9) ~ /^ *[0-9]+$/ && substr($0, 35, 9) + 0 != 0' "$scratch/steps" | wc -l)

@@ -60,6 +60,46 @@ def test_wrong_kernels_fail(monkeypatch, capsys, wrong):
     assert message in printed
 
 
+def test_every_check_has_a_process_of_its_own(tmp_path):
+    """One that dies is named, and the others still pass."""
+    prefix = tmp_path / "prefix"
+    executable(prefix, '#!/bin/bash\n[[ $* == *float16* ]] && exit 9\nexec "$@"\n')
+    arguments = [*ARGUMENTS[:-1], "2", "--operators", "token_merge", "--most-shapes", "1"]
+    command = [sys.executable, gpu_check.__file__, *arguments, "--prefix", str(prefix)]
+    done = subprocess.run([*command, "--dtypes", "float16", "float32"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"FAILED token_merge {BACKEND} float16: exit code 9" in done.stdout
+    assert "1 of 2 passed" in done.stdout
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_large_batches_are_held_to_their_images_alone(monkeypatch, capsys, wrong):
+    right = ops.strip_attention
+
+    def strip_attention(q, *args, **kwargs):
+        out = right(q, *args, **kwargs)
+        if wrong and len(q) > 2:
+            out = torch.cat((out[:-1], out[-1:] * 1.1))  # where offsets would wrap
+        return out
+
+    monkeypatch.setattr(ops, "strip_attention", strip_attention)
+    arguments = ["far", "--device", "cpu", "--backends", BACKEND, "--operators", "strip_attention"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments, "--elements", "1000000"])
+    assert gpu_check.main() == wrong
+    printed = capsys.readouterr().out
+    assert ("last of out" in printed) == wrong
+    assert ("right, " in printed) == (not wrong)
+
+
+def test_operators_are_benchmarked_to_files_of_their_own(monkeypatch, tmp_path):
+    pytest.importorskip("rich")
+    arguments = ["bench", str(tmp_path / "results"), "--operators", "token_merge"]
+    options = f"--device cpu --batch 1 --rounds 2 --seconds 0.01 --providers vitkernels-{BACKEND}"
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments, "--arguments", options])
+    assert gpu_check.main() == 0
+    assert (tmp_path / "results" / "bench_token_merge.json").exists()
+
+
 def test_unknown_shapes_name_the_known_ones(monkeypatch, capsys):
     assert check(monkeypatch, "--shapes", "13x13") == 2
     printed = capsys.readouterr().err
