@@ -89,8 +89,15 @@ int line_rows(const Params& params);
 void backward_whole(DType dtype, Own own, int rows, const BackwardCall& call, Stream stream);
 void backward_lines(DType dtype, Own own, int rows, const BackwardCall& call, Stream stream);
 
+// Blocks of an SM that the registers must allow: latency is hidden by other blocks. More would spill.
+template <class T, Own OWN, bool WHOLE>
+constexpr int BACKWARD_MIN_BLOCKS = WHOLE || std::is_floating_point_v<T> ? 2
+                                    : OWN == Own::queries                ? 4
+                                                                         : 3;
+
 template <class Engine, Own OWN, bool WHOLE>
-VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, 2)
+VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
+                                (BACKWARD_MIN_BLOCKS<typename Engine::T, OWN, WHOLE>))
     backward_kernel(BackwardCall call, BackwardLayout<Engine, WHOLE> layout) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
