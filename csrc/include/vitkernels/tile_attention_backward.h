@@ -95,7 +95,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
     return KEY_SIDE<OWNER> ? map.key(ROWS, tile, slot) : map.key_of(ROWS, tile, i, slot);
   };
 
-  map.stage(shared.table, item.head, group.thread, THREADS);
   if constexpr (SCATTERED<Map>) {  // those of the own side; the others change from meeting to meeting
     for (int slot = group.thread; slot < ROWS; slot += THREADS) {
       if constexpr (KEY_SIDE<OWNER>)
@@ -175,6 +174,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           key_codes[slot] = token < 0 ? map.no_key() : map.key_code(token);
         }
       }
+      // Behind the tiles' copies, whose time in flight it shares.
+      if (batch == item.batch_begin && i == 0) map.stage(shared.table, item.head, group.thread, THREADS);
       cp_async_wait<0>();
       group.sync();
 
