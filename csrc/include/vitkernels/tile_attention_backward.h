@@ -95,6 +95,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
     return KEY_SIDE<OWNER> ? map.key(ROWS, tile, slot) : map.key_of(ROWS, tile, i, slot);
   };
 
+  map.stage(shared.table, item.head, group.thread, THREADS);
   if constexpr (SCATTERED<Map>) {  // those of the own side; the others change from meeting to meeting
     for (int slot = group.thread; slot < ROWS; slot += THREADS) {
       if constexpr (KEY_SIDE<OWNER>)
@@ -174,8 +175,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           key_codes[slot] = token < 0 ? map.no_key() : map.key_code(token);
         }
       }
-      // Behind the tiles' copies, whose time in flight it shares.
-      if (batch == item.batch_begin && i == 0) map.stage(shared.table, item.head, group.thread, THREADS);
       cp_async_wait<0>();
       group.sync();
 
@@ -184,16 +183,18 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         const int token = query_token(row);
         Acc delta = Acc(0);
         if (WITH_OUT && present(problem.grad_out)) {
-          // In float and double as one chain in the order of G's products: where one key takes all, out is v
-          // and delta cancels G to the last bit, as it does in a softmax's own backward.
+          // In float and double in the order of G's products: where one key takes all, out is v and delta
+          // cancels G to the last bit, as it does in a softmax's own backward.
           constexpr int WIDTH = 16 / sizeof(T);
           constexpr bool CHAIN = std::is_floating_point_v<T>;
           const int first = CHAIN ? 0 : half * WIDTH, end = CHAIN && half == 1 ? 0 : value_depth;
           for (int c = first; c < end; c += CHAIN ? WIDTH : 2 * WIDTH) {
             const auto a = Vec<T, WIDTH>::load(shared.grad_out + row * ld_value + c);
             const auto b = Vec<T, WIDTH>::load(shared.out + row * ld_value + c);
+            Acc part = Acc(0);
             VK_UNROLL
-            for (int e = 0; e < WIDTH; ++e) delta += to_accumulate(a[e]) * to_accumulate(b[e]);
+            for (int e = 0; e < WIDTH; ++e) part += to_accumulate(a[e]) * to_accumulate(b[e]);
+            delta += part;
           }
         }
         delta = warp_sum<2>(delta);

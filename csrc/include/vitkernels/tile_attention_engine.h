@@ -93,7 +93,8 @@ struct TensorCores {
   }
 };
 
-// float and double by fused multiply-adds; the same functions.
+// float and double by fused multiply-adds; the same functions. A few terms are added up before they join the
+// sum, as matrix libraries do in larger parts: one chain over all of them would err twice as much.
 template <class T_, int ROWS_>
 struct Plain {
   using T = T_;
@@ -118,13 +119,16 @@ struct Plain {
         if (8 * j + 8 <= wanted.begin || 8 * j >= wanted.end) continue;
         const auto b0 = Vec<T, WIDTH>::load(b + 8 * j * ldb + k);
         const auto b1 = Vec<T, WIDTH>::load(b + (8 * j + 1) * ldb + k);
+        Acc part[4] = {};
         VK_UNROLL
         for (int e = 0; e < WIDTH; ++e) {
-          sums[j][0] += a0[e] * b0[e];
-          sums[j][1] += a0[e] * b1[e];
-          sums[j][2] += a1[e] * b0[e];
-          sums[j][3] += a1[e] * b1[e];
+          part[0] += a0[e] * b0[e];
+          part[1] += a0[e] * b1[e];
+          part[2] += a1[e] * b0[e];
+          part[3] += a1[e] * b1[e];
         }
+        VK_UNROLL
+        for (int c = 0; c < 4; ++c) sums[j][c] += part[c];
       }
     }
   }
@@ -136,17 +140,32 @@ struct Plain {
     const int row_stride = TRANSPOSED ? 1 : lda, depth_stride = TRANSPOSED ? lda : 1;
     a += g * row_stride;
     b += 2 * t;
+    constexpr int TERMS = 4;
     VK_NO_UNROLL
-    for (int k = wanted.begin; k < wanted.end; ++k) {
-      const T a0 = a[k * depth_stride], a1 = a[k * depth_stride + 8 * row_stride];
+    for (int k = wanted.begin; k < wanted.end; k += TERMS) {
+      const int terms = wanted.end - k;
+      T a0[TERMS], a1[TERMS];
+      VK_UNROLL
+      for (int e = 0; e < TERMS; ++e) {
+        if (e >= terms) break;
+        a0[e] = a[(k + e) * depth_stride];
+        a1[e] = a[(k + e) * depth_stride + 8 * row_stride];
+      }
       VK_UNROLL
       for (int j = 0; j < TILES; ++j) {
         if (j >= tiles) break;
-        const auto right = Vec<T, 2>::load(b + k * ldb + 8 * j);
-        sums[j][0] += a0 * right[0];
-        sums[j][1] += a0 * right[1];
-        sums[j][2] += a1 * right[0];
-        sums[j][3] += a1 * right[1];
+        Acc part[4] = {};
+        VK_UNROLL
+        for (int e = 0; e < TERMS; ++e) {
+          if (e >= terms) break;
+          const auto right = Vec<T, 2>::load(b + (k + e) * ldb + 8 * j);
+          part[0] += a0[e] * right[0];
+          part[1] += a0[e] * right[1];
+          part[2] += a1[e] * right[0];
+          part[3] += a1[e] * right[1];
+        }
+        VK_UNROLL
+        for (int c = 0; c < 4; ++c) sums[j][c] += part[c];
       }
     }
   }

@@ -54,6 +54,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
     return Matrix<T, Map>(view, map, batch, head, channels);
   };
 
+  map.stage(shared.table, item.head, group.thread, Group<ROWS>::THREADS);
   if constexpr (SCATTERED<Map>) {
     for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS)
       shared.query_tokens[slot] = map.query(ROWS, tile, slot);
@@ -104,9 +105,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
         for (int slot = group.thread; slot < ROWS; slot += Group<ROWS>::THREADS)
           key_codes[slot] = code_of(key(slot));
       }
-      // Behind the tiles' copies, whose time in flight it shares.
-      if (batch == item.batch_begin && i == 0)
-        map.stage(shared.table, item.head, group.thread, Group<ROWS>::THREADS);
       cp_async_wait<1>();  // all but the values
       group.sync();
 

@@ -62,7 +62,7 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T, Map>& source, const Gr
   const bool present = source.data != nullptr;
   if (present && source.vectorized()) {
     const Walk<ROWS> walk(chunks, false);
-    VK_UNROLL_4  // an address takes dozens of instructions, one after another: several chains at a time
+    VK_NO_UNROLL
         for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
       const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
       if (walk.chunk(i) >= chunks) continue;

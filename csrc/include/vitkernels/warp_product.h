@@ -96,12 +96,15 @@ VK_DEVICE void multiply_step(WarpSums<T, TILES>& sums, const T* a, const T* b, i
               right[1][e] = values[1];
             }
           }
+          // A few terms join the sums together: one chain over all of them would err twice as much.
           VK_UNROLL
-          for (int e = 0; e < WIDTH; ++e) {
+          for (int r = 0; r < 4; ++r) {
             VK_UNROLL
-            for (int r = 0; r < 4; ++r) {
-              sums[r / 2][i][j][r % 2 * 2] += left[r][e] * right[0][e];
-              sums[r / 2][i][j][r % 2 * 2 + 1] += left[r][e] * right[1][e];
+            for (int c = 0; c < 2; ++c) {
+              T part = T(0);
+              VK_UNROLL
+              for (int e = 0; e < WIDTH; ++e) part += left[r][e] * right[c][e];
+              sums[r / 2][i][j][r % 2 * 2 + c] += part;
             }
           }
         }
