@@ -1,5 +1,6 @@
-// local memory: up to 8 bytes: three blocks of an SM leave a thread 168 registers, and the kernel of the keys and
-// values spills one of them between tiles; two blocks without a spill had 12 % of the SM's warps.
+// local memory: up to 64 bytes: three blocks of an SM leave a thread 168 registers, and the kernels of the
+// keys and values spill one of them between tiles on sm_90, fourteen on sm_80. On an H200 two blocks without
+// a spill had 12 % of the SM's warps, and the backward took 1.2 times as long.
 #include "map.h"
 
 namespace vitkernels::attention_with_size {

@@ -2,9 +2,9 @@
 
 The assembler that comes with Triton 3.4 to 3.7 for sm_90 (ptxas 12.8) miscompiles kernels with several products
 that are lowered to `wgmma`: wrong gradients, or an illegal memory access, depending on the shape
-(fla-org/flash-linear-attention#984 and #1262, triton-lang/triton#10486 and #11366; ptxas 13.1 is sound). It met
-the backward of cascaded group attention on an H200. With `mma`, the instructions of Ampere, the same kernels are
-right; a variable DISABLE_MMA_V3 in the environment is the user's own choice and stays as it is.
+(fla-org/flash-linear-attention#984 and #1262, triton-lang/triton#10486 and #11366; ptxas 13.1 is sound). On an H200
+the backward of cascaded group attention was such a kernel. With `mma`, the instructions of Ampere, they are right. A
+variable DISABLE_MMA_V3 in the environment is the user's own choice and stays as it is.
 """
 
 from __future__ import annotations
