@@ -63,7 +63,7 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T, Map>& source, const Gr
   if (present && source.vectorized()) {
     const Walk<ROWS> walk(chunks, false);
     VK_NO_UNROLL
-        for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
+    for (int i = group.thread; i < walk.visits(); i += Group<ROWS>::THREADS) {
       const int row = walk.row(i), channel = walk.chunk(i) * WIDTH;
       if (walk.chunk(i) >= chunks) continue;
       const int index = token(row);
