@@ -22,6 +22,9 @@ from vitkernels.bench.cli import DTYPES
 from vitkernels.bench.providers import ours
 from vitkernels.bench.runner import Draws, Settings, evaluate
 
+# An exit code: the kernel takes none of the shapes in this dtype.
+NOTHING_RAN = 3
+
 
 def check(args: argparse.Namespace) -> int:
     """Forward and every gradient at the house tolerance, and bit for bit the same when repeated.
@@ -33,23 +36,34 @@ def check(args: argparse.Namespace) -> int:
     if unknown := [name for name in args.shapes or () if name not in known]:
         print(f"shapes: expected some of {', '.join(known)}; got {', '.join(unknown)}", file=sys.stderr)
         return 2
-    chosen = [name for name in args.operators or operators() if load_case(name).check_shapes]
+    chosen = [name for name in args.operators or operators() if chosen_shapes(load_case(name), args)]
     # Triton compiles for long; what takes longest goes first.
     backends = sorted(args.backends, key=lambda name: name != "triton")
     tasks = [(op, backend, dtype) for backend in backends for op in chosen for dtype in args.dtypes]
+    if args.alone:
+        return check_alone(*tasks[0], args)
     if args.jobs == 1:
-        return max([check_alone(*task, args) for task in tasks], default=1)
-    deadline = time.monotonic() + args.seconds
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        codes = list(pool.map(lambda task: check_apart(*task, args, deadline), tasks))
-    print(f"{sum(code == 0 for code in codes)} of {len(codes)} passed")
-    return 1 if any(codes) or not codes else 0
+        codes = [check_alone(*task, args) for task in tasks]
+    else:
+        deadline = time.monotonic() + args.seconds
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            codes = list(pool.map(lambda task: check_apart(*task, args, deadline), tasks))
+    # A kernel may lack a dtype, but one that ran in none was not checked.
+    by_kernel: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for (operator, backend, _), code in zip(tasks, codes, strict=True):
+        by_kernel[operator, backend].append(code)
+    absent = [kernel for kernel, own in by_kernel.items() if all(code == NOTHING_RAN for code in own)]
+    for operator, backend in absent:
+        print(f"FAILED {operator} {backend}: nothing ran")
+    ran = [code for code in codes if code != NOTHING_RAN]
+    print(f"{ran.count(0)} of {len(ran)} passed")
+    return 1 if any(ran) or absent or not ran else 0
 
 
 def check_apart(operator: str, backend: str, dtype: str, args: argparse.Namespace, deadline: float) -> int:
     command = [*shlex.split(args.prefix), sys.executable, __file__, "check", "--device", args.device]
     command += ["--operators", operator, "--backends", backend, "--dtypes", dtype]
-    command += ["--jobs", "1", "--repeats", str(args.repeats)]
+    command += ["--alone", "--repeats", str(args.repeats)]
     command += ["--shapes", *args.shapes] if args.shapes else []
     command += ["--most-shapes", str(args.most_shapes)] if args.most_shapes else []
     begin = time.monotonic()
@@ -66,7 +80,7 @@ def check_apart(operator: str, backend: str, dtype: str, args: argparse.Namespac
     except subprocess.TimeoutExpired as error:
         code, text = 1, (error.stdout or b"").decode(errors="replace")
         text += f"FAILED {operator} {backend} {dtype}: not done in the time there was\n"
-    if code and "FAILED" not in text:
+    if code not in (0, NOTHING_RAN) and "FAILED" not in text:
         text += f"FAILED {operator} {backend} {dtype}: exit code {code}\n"
     took = f"({time.monotonic() - begin:.0f} s)"
     print("".join(f"{line}\n" for line in [*text.splitlines(), took]), end="", flush=True)
@@ -81,7 +95,12 @@ def check_alone(operator: str, backend: str, dtype: str, args: argparse.Namespac
     print(f"{operator} {backend:<9} {dtype:<9} {len(shares)} shapes, {worst}")
     for failure in failures:
         print(f"FAILED {failure}")
-    return 1 if failures else 0
+    return 1 if failures else 0 if shares else NOTHING_RAN
+
+
+def chosen_shapes(case: Case, args: argparse.Namespace) -> list[tuple[str, str]]:
+    shapes = [item for item in case.check_shapes.items() if not args.shapes or item[0] in args.shapes]
+    return shapes[: args.most_shapes]
 
 
 def check_backend(
@@ -91,8 +110,7 @@ def check_backend(
     failures: list[str] = []
     refused: dict[str, int] = defaultdict(int)
     provider = ours(case, backend)
-    shapes = {name: text for name, text in case.check_shapes.items() if name in (args.shapes or (name,))}
-    for name, text in list(shapes.items())[: args.most_shapes]:
+    for name, text in chosen_shapes(case, args):
         where = f"{case.operator} {backend} {dtype} {name} ({text})"
         try:
             worst, different = check_shape(
@@ -278,6 +296,7 @@ def main() -> int:
     checking.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time"
     )
+    checking.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one of those processes
     checking.add_argument("--seconds", type=float, default=300, help="for all of them together")
     checking.add_argument("--prefix", default="", help="a command that runs each, such as compute-sanitizer")
     checking.set_defaults(run=check)

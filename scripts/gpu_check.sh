@@ -52,7 +52,12 @@ step() {
   { echo "=== $name"; cat "$file"; } >>"$log"
   echo "=== $name"
   # What failed by name, else the end.
-  if ((code)); then { grep -E '^FAILED|^ERROR|========= (Error|Invalid|Race)' "$file" | cut -c1-300 | head -n 30; tail -n 6 "$file"; }; else tail -n 2 "$file"; fi
+  if ((code)); then
+    grep -E '^FAILED|^ERROR|========= (Error|Invalid|Race)' "$file" | cut -c1-300 | head -n 30
+    tail -n 6 "$file"
+  else
+    tail -n 2 "$file"
+  fi
   ((SECONDS - begin >= limit)) && note="stopped at its limit"
   record "$name" "$code" $((SECONDS - begin)) "$note"
   return "$code"
@@ -91,7 +96,7 @@ if [[ $parts == *" check "* ]]; then
       skip "compute-sanitizer $tool" "$cannot"
     else
       # Without PyTorch's cache every tensor is an allocation, so that memcheck knows where it ends. racecheck
-      # has no use for that, and fails to handle an exception of its own making with it.
+      # has no use for that, and without the cache it stops at an exception that it cannot handle.
       without_cache=()
       [[ $tool == memcheck ]] && without_cache=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1)
       step "compute-sanitizer $tool" 110 "${without_cache[@]}" "$python" scripts/gpu_check.py check \
@@ -130,7 +135,8 @@ if [[ $parts == *" profile "* ]]; then
 fi
 if [[ $parts == *" bench "* ]]; then
   step --partial "bench, every preset" $((deadline - SECONDS)) "$python" -m vitkernels bench "${bench[@]}" \
-    --op window_attention --preset all --batch 1 64 --providers eager-cached sdpa vitkernels-cuda vitkernels-triton --json "$out/bench_presets.json"
+    --op window_attention --preset all --batch 1 64 --providers eager-cached sdpa vitkernels-cuda vitkernels-triton \
+    --json "$out/bench_presets.json"
 fi
 
 failed=$(awk 'substr($0, 35, 9) ~ /^ *[0-9]+$/ && substr($0, 35, 9) + 0 != 0' "$scratch/steps" | wc -l)

@@ -128,6 +128,20 @@ def test_one_outlier_fails_on_the_largest_error():
     assert verdict.share > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_terms_that_cancel_leave_a_few_ulp_of_the_sum_and_no_more(dtype):
+    """As in the gradient of the queries of a single key, which plain PyTorch gives as exactly zero."""
+    zeros = torch.zeros(50, dtype=torch.float64)
+    ulp = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+    def passes(error):
+        return gate.check("q", zeros + error, zeros, zeros, factor=3.0, dtype=dtype).ok
+
+    assert passes(0.0)
+    assert passes(15 * ulp)
+    assert not passes(17 * ulp)
+
+
 def test_only_a_rare_largest_error_is_judged_over_three_draws():
     """The largest error of one draw of heavy-tailed errors says little; a typical error too large says enough."""
     draws = runner.Draws(CASE, PROBLEM, 2, False, SETTINGS)

@@ -60,6 +60,15 @@ def test_wrong_kernels_fail(monkeypatch, capsys, wrong):
     assert message in printed
 
 
+def test_a_kernel_that_ran_in_no_dtype_was_not_checked(monkeypatch, capsys):
+    """CPU tensors are for no CUDA kernel."""
+    arguments = ["--device", "cpu", "--backends", "cuda", "--operators", "token_merge", "--most-shapes", "1"]
+    arguments += ["--jobs", "1", "--dtypes", "float32", "float16"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "check", *arguments])
+    assert gpu_check.main() == 1
+    assert "FAILED token_merge cuda: nothing ran\n0 of 0 passed" in capsys.readouterr().out
+
+
 def test_every_check_has_a_process_of_its_own(tmp_path):
     """One that dies is named, and the others still pass."""
     prefix = tmp_path / "prefix"
