@@ -142,6 +142,13 @@ template <class Map, class = void>
 constexpr bool SCATTERED = false;
 template <class Map>
 constexpr bool SCATTERED<Map, std::void_t<decltype(Map::SCATTERED)>> = Map::SCATTERED;
+template <class Map, class Find>
+VK_DEVICE int token_of(const int* kept, int slot, const Find& find) {
+  if constexpr (SCATTERED<Map>)
+    return kept[slot];
+  else
+    return find(slot);
+}
 
 // Whether query tile i meets key tile i and no other, for all i, and no key tile meets two query tiles. The
 // backward then reads every tensor once.

@@ -95,6 +95,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
     return KEY_SIDE<OWNER> ? map.key(ROWS, tile, slot) : map.key_of(ROWS, tile, i, slot);
   };
 
+  const auto query_of = [&](int i, int slot) {
+    return token_of<Map>(shared.query_tokens, slot, [&](int slot) { return query(i, slot); });
+  };
+  const auto key_of = [&](int i, int slot) {
+    return token_of<Map>(shared.key_tokens, slot, [&](int slot) { return key(i, slot); });
+  };
+
   map.stage(shared.table, item.head, group.thread, THREADS);
   if constexpr (SCATTERED<Map>) {  // those of the own side; the others change from meeting to meeting
     for (int slot = group.thread; slot < ROWS; slot += THREADS) {
@@ -134,18 +141,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
         }
         group.sync();
       }
-      const auto query_token = [&](int slot) {
-        if constexpr (SCATTERED<Map>)
-          return shared.query_tokens[slot];
-        else
-          return query(i, slot);
-      };
-      const auto key_token = [&](int slot) {
-        if constexpr (SCATTERED<Map>)
-          return shared.key_tokens[slot];
-        else
-          return key(i, slot);
-      };
+      const auto query_token = [&](int slot) { return query_of(i, slot); };
+      const auto key_token = [&](int slot) { return key_of(i, slot); };
       Span seen{0, ROWS}, seen_by{0, ROWS};  // the keys of this warp's queries, the queries of its keys
       if constexpr (ROWS > 16 && OWNER == Owner::queries)
         seen = Strips<Map>::keys_seen(map, ROWS, tile, i, row0);
@@ -191,10 +188,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           for (int c = first; c < end; c += CHAIN ? WIDTH : 2 * WIDTH) {
             const auto a = Vec<T, WIDTH>::load(shared.grad_out + row * ld_value + c);
             const auto b = Vec<T, WIDTH>::load(shared.out + row * ld_value + c);
-            Acc part = Acc(0);
+            Acc part = IN_PARTS<T> ? Acc(0) : delta;
             VK_UNROLL
             for (int e = 0; e < WIDTH; ++e) part += to_accumulate(a[e]) * to_accumulate(b[e]);
-            delta += part;
+            delta = IN_PARTS<T> ? delta + part : part;
           }
         }
         delta = warp_sum<2>(delta);
@@ -328,18 +325,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
     }
     group.sync();
     forget(tile);
-    const auto query_token = [&](int slot) {
-      if constexpr (SCATTERED<Map>)
-        return shared.query_tokens[slot];
-      else
-        return query(0, slot);
-    };
-    const auto key_token = [&](int slot) {
-      if constexpr (SCATTERED<Map>)
-        return shared.key_tokens[slot];
-      else
-        return key(0, slot);
-    };
+    const auto query_token = [&](int slot) { return query_of(0, slot); };
+    const auto key_token = [&](int slot) { return key_of(0, slot); };
     if (!KEY_SIDE<OWNER> && present(problem.grad_q))
       store_tile(matrix(problem.grad_q, problem.columns), shared.q, ld_head, group, query_token);
     if ((OWNER == Owner::keys || OWNER == Owner::both) && present(problem.grad_k))

@@ -93,8 +93,12 @@ struct TensorCores {
   }
 };
 
-// float and double by fused multiply-adds; the same functions. A few terms are added up before they join the
-// sum, as matrix libraries do in larger parts: one chain over all of them would err twice as much.
+// Whether a few terms are added up before they join a sum, as matrix libraries do in larger parts: one chain
+// over all of them would err twice as much. In double the registers do not hold them.
+template <class T>
+constexpr bool IN_PARTS = std::is_same_v<T, float>;
+
+// float and double by fused multiply-adds; the same functions.
 template <class T_, int ROWS_>
 struct Plain {
   using T = T_;
@@ -119,7 +123,9 @@ struct Plain {
         if (8 * j + 8 <= wanted.begin || 8 * j >= wanted.end) continue;
         const auto b0 = Vec<T, WIDTH>::load(b + 8 * j * ldb + k);
         const auto b1 = Vec<T, WIDTH>::load(b + (8 * j + 1) * ldb + k);
-        Acc part[4] = {};
+        Acc part[4];
+        VK_UNROLL
+        for (int c = 0; c < 4; ++c) part[c] = IN_PARTS<T> ? Acc(0) : sums[j][c];
         VK_UNROLL
         for (int e = 0; e < WIDTH; ++e) {
           part[0] += a0[e] * b0[e];
@@ -128,7 +134,7 @@ struct Plain {
           part[3] += a1[e] * b1[e];
         }
         VK_UNROLL
-        for (int c = 0; c < 4; ++c) sums[j][c] += part[c];
+        for (int c = 0; c < 4; ++c) sums[j][c] = IN_PARTS<T> ? sums[j][c] + part[c] : part[c];
       }
     }
   }
@@ -140,7 +146,7 @@ struct Plain {
     const int row_stride = TRANSPOSED ? 1 : lda, depth_stride = TRANSPOSED ? lda : 1;
     a += g * row_stride;
     b += 2 * t;
-    constexpr int TERMS = 4;
+    constexpr int TERMS = IN_PARTS<T> ? 4 : 1;
     VK_NO_UNROLL
     for (int k = wanted.begin; k < wanted.end; k += TERMS) {
       const int terms = wanted.end - k;
@@ -154,7 +160,9 @@ struct Plain {
       VK_UNROLL
       for (int j = 0; j < TILES; ++j) {
         if (j >= tiles) break;
-        Acc part[4] = {};
+        Acc part[4];
+        VK_UNROLL
+        for (int c = 0; c < 4; ++c) part[c] = IN_PARTS<T> ? Acc(0) : sums[j][c];
         VK_UNROLL
         for (int e = 0; e < TERMS; ++e) {
           if (e >= terms) break;
@@ -165,7 +173,7 @@ struct Plain {
           part[3] += a1[e] * right[1];
         }
         VK_UNROLL
-        for (int c = 0; c < 4; ++c) sums[j][c] += part[c];
+        for (int c = 0; c < 4; ++c) sums[j][c] = IN_PARTS<T> ? sums[j][c] + part[c] : part[c];
       }
     }
   }

@@ -45,10 +45,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
   // Forgotten from time to time, lest what follows from them (geometry, addresses) fill the registers.
   int tile = item.tile, head = item.head;
   const auto query = [&](int slot) {
-    if constexpr (SCATTERED<Map>)
-      return shared.query_tokens[slot];
-    else
-      return map.query(ROWS, tile, slot);
+    return token_of<Map>(shared.query_tokens, slot, [&](int slot) { return map.query(ROWS, tile, slot); });
   };
   const auto matrix = [&](const View& view, int batch, int channels) {
     return Matrix<T, Map>(view, map, batch, head, channels);
@@ -90,10 +87,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
         group.sync();
       }
       const auto key = [&](int slot) {
-        if constexpr (SCATTERED<Map>)
-          return shared.key_tokens[slot];
-        else
-          return map.key_of(ROWS, tile, i, slot);
+        return token_of<Map>(shared.key_tokens, slot,
+                             [&](int slot) { return map.key_of(ROWS, tile, i, slot); });
       };
       Span seen{0, ROWS};
       if constexpr (ROWS > 16) seen = Strips<Map>::keys_seen(map, ROWS, tile, i, group.first_row);
