@@ -1,3 +1,5 @@
+// local memory: up to 16 bytes: in double the gradient of the queries at more than 64 channels takes every
+// register, and an address of its geometry is one too many.
 #include "map.h"
 
 namespace vitkernels::neighborhood_attention {
