@@ -112,6 +112,14 @@ struct Extremes {
 
   // The key with the largest score.
   VK_DEVICE Acc of(Acc q) const { return q >= Acc(0) ? largest : smallest; }
+
+  // From where the backward measures keys, whose moments then cancel least: the middle where all scores are
+  // near each other (2^8 between the largest probability and the least), else the key that has most of the
+  // weight.
+  VK_DEVICE Acc origin(Acc q) const {
+    const Acc spread = q * (largest - smallest);
+    return spread < Acc(8) && spread > Acc(-8) ? Acc(0.5) * largest + Acc(0.5) * smallest : of(q);
+  }
 };
 
 // All threads take part and receive the result; `scratch` holds 2 WARPS values and is free again after the

@@ -3,10 +3,10 @@
 //
 // With G = grad_out v^T and A the probabilities, d loss / d score = A (G - delta), delta_n = sum_m A G -
 // grad_lse_n. The kernel whose warps own queries sees whole rows of A and G, so it needs neither out nor lse:
-// with P = exp(score - maximum) it sums P, P k, P G and P G k, of which delta, the normaliser and grad_q are
-// made. It leaves delta and the normaliser for the kernel whose warps own keys. Every sum has one owner and a
-// fixed order. Keys are so few that the second kernel divides the queries among blocks (`chunks`), whose
-// partial sums a third adds.
+// with P = exp(score - one of the row) it sums P, P k, P G and P G k, of which delta, the normaliser and
+// grad_q are made. It leaves delta and the normaliser for the kernel whose warps own keys. Every sum has one
+// owner and a fixed order. Keys are so few that the second kernel divides the queries among blocks
+// (`chunks`), whose partial sums a third adds.
 #include "rank_one.h"
 
 namespace vitkernels::strip_attention::rank_one {
@@ -48,13 +48,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (std::is_floating_point_v<T> ? 2 
   for (int tile = item.begin; tile < item.end; ++tile) {
     int first = (tile * WARPS + warp_id()) * 16 * STRIPS;
     grad_out.load(unit.matrix<T>(call.grad_out, call.value_dim), first, call.queries, slab, ld);
-    Acc q[2 * STRIPS], extreme[2 * STRIPS];
+    Acc q[2 * STRIPS], origin[2 * STRIPS];
     Acc sum_p[2 * STRIPS], sum_k[2 * STRIPS], sum_g[2 * STRIPS], sum_gk[2 * STRIPS];
     VK_UNROLL
     for (int r = 0; r < 2 * STRIPS; ++r) {
       const int token = first + 8 * r + g;
       q[r] = token < call.queries ? to_accumulate(unit.scalar<T>(call.q, token)) * unit_scale : Acc(0);
-      extreme[r] = extremes.of(q[r]);
+      origin[r] = extremes.origin(q[r]);
       sum_p[r] = sum_k[r] = sum_g[r] = sum_gk[r] = Acc(0);
     }
 
@@ -74,9 +74,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (std::is_floating_point_v<T> ? 2 
           Acc part_p = Acc(0), part_k = Acc(0), part_g = Acc(0), part_gk = Acc(0);
           VK_UNROLL
           for (int c = 0; c < 4; ++c) {
-            // Keys are taken from the extreme one on: the gradient does not change, and where few keys near
-            // it have all the weight nothing cancels.
-            const Acc shifted = key[c] - extreme[r], p = Exp::exp(q[r] * shifted);
+            // The gradient does not change with the origin of the keys; how much cancels in it does.
+            const Acc shifted = key[c] - origin[r], p = Exp::exp(q[r] * shifted);
             const Acc pg = p * products[r / 2][c / 2][r % 2 * 2 + c % 2];
             part_g += pg;
             part_gk += pg * shifted;
@@ -105,7 +104,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (std::is_floating_point_v<T> ? 2 
       const Acc grad_lse = present(call.grad_lse) ? unit.scalar<Acc>(call.grad_lse, token) : Acc(0);
       if (present(call.grad_q))
         unit.scalar<T>(call.grad_q, token) =
-            from_accumulate<T>(scale * (mean_gk - mean_g * mean_k + grad_lse * (mean_k + extreme[r])));
+            from_accumulate<T>(scale * (mean_gk - mean_g * mean_k + grad_lse * (mean_k + origin[r])));
       Row<T>{{mean_g, Exp::log(total)}}.store(row_of<T>(call, unit, token));
     }
   }
@@ -233,10 +232,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (MIN_BLOCKS<T, COLUMNS, STRIPS>))
         const int column = n + c / 2 * 8 + 2 * t + c % 2;
         const auto query = Vec<Acc, 2>::load(of_queries(layout.queries, tile) + 2 * column);
         const auto row = Row<T>::load(of_queries(layout.rows, tile) + 2 * column);
-        const Acc extreme = extremes.of(query[0]);
+        const Acc origin = extremes.origin(query[0]);
         VK_UNROLL
         for (int r = 0; r < 2 * STRIPS; ++r) {
-          const Acc value = Exp::exp(query[0] * (key[r] - extreme) - row[1]);
+          const Acc value = Exp::exp(query[0] * (key[r] - origin) - row[1]);
           p[r / 2][c / 2][r % 2 * 2 + c % 2] = value;
           sum[r] += value * (products[r / 2][c / 2][r % 2 * 2 + c % 2] - row[0] + query[1]) * query[0];
         }
