@@ -7,8 +7,10 @@ import concurrent.futures
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -237,6 +239,63 @@ def bench(args: argparse.Namespace) -> int:
     return len(failed)
 
 
+def networks(args: argparse.Namespace) -> int:
+    """Benchmarks of whole networks, compiled side by side and then timed one after another.
+
+    Most of the time goes to torch.compile, which needs processors, not the device.
+    """
+    args.directory.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    deadline = time.monotonic() + args.seconds
+    with tempfile.TemporaryDirectory() as turns:
+        children = []
+        for index, text in enumerate(args.networks):
+            name, _, more = text.partition(" ")
+            label = "_".join([name, *(word for word in more.split() if word.isdigit())])
+            command = [sys.executable, __file__, "network", f"{turns}/{index}", "--model", name, "--quiet"]
+            command += [*shlex.split(args.arguments), *more.split()]
+            command += ["--json", f"{args.directory}/bench_{label}.json"]
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+            children.append((text, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log))
+        compiled = set()
+        while len(compiled) < len(children) and time.monotonic() < deadline - args.timing_seconds:
+            compiled = {
+                i
+                for i, (_, child, _) in enumerate(children)
+                if child.poll() is not None or Path(f"{turns}/{i}.ready").exists()
+            }
+            time.sleep(0.1)
+        for i, (_, child, _) in enumerate(children):
+            if i not in compiled:  # what still compiles would disturb the others
+                child.send_signal(signal.SIGKILL)
+        for i, (text, child, log) in enumerate(children):
+            Path(f"{turns}/{i}.turn").touch()
+            try:
+                code = child.wait(timeout=max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.send_signal(signal.SIGINT)
+                code = child.wait()
+            log.seek(0)
+            print(f"=== {text}: exit code {code}\n{log.read()}", flush=True)
+            failed += code != 0
+    return failed
+
+
+def network(args: argparse.Namespace) -> int:
+    """One process of `networks`."""
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+
+    def wait_for_turn() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        Path(f"{args.turn}.ready").touch()
+        while not Path(f"{args.turn}.turn").exists():
+            time.sleep(0.05)
+
+    return cli.execute(parser.parse_args(args.rest), wait_for_turn)
+
+
 def profiled(args: argparse.Namespace) -> int:
     """One call of ours, forward and backward, per operator, with the profiler on only then."""
     for operator in args.operators or operators():
@@ -321,6 +380,17 @@ def main() -> int:
         "--arguments", default="", help="further ones of python -m vitkernels bench, in one string"
     )
     timing.set_defaults(run=bench)
+    whole = commands.add_parser("networks", help=networks.__doc__)
+    whole.add_argument("directory", type=Path)
+    whole.add_argument("networks", nargs="+", metavar="'NAME [ARGUMENT ...]'", help="with its own arguments")
+    whole.add_argument("--arguments", default="", help="those of all, in one string")
+    whole.add_argument("--seconds", type=float, default=300, help="for all together")
+    whole.add_argument("--timing-seconds", type=float, default=60, help="of these, for timing")
+    whole.set_defaults(run=networks)
+    one = commands.add_parser("network", help=network.__doc__)
+    one.add_argument("turn")
+    one.add_argument("rest", nargs=argparse.REMAINDER)
+    one.set_defaults(run=network)
     closing = commands.add_parser("summary", help=summary.__doc__)
     closing.add_argument("directory", type=Path)
     closing.set_defaults(run=summary)

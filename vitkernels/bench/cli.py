@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,12 @@ def run_operator(args: argparse.Namespace, settings: Any, peaks: Any, progress: 
 
 
 def run_network(
-    args: argparse.Namespace, settings: Any, progress: Any, console: Any, rows: list[Any]
+    args: argparse.Namespace,
+    settings: Any,
+    progress: Any,
+    console: Any,
+    rows: list[Any],
+    ready: Callable[[], None],
 ) -> None:
     from vitkernels.bench import merging, models
     from vitkernels.bench.host_model import calibrate, create_host_model, randomize
@@ -158,6 +163,7 @@ def run_network(
         channels_last=args.channels_last,
         contest=contest,
         progress=progress.step,
+        ready=ready,
     )
 
 
@@ -185,7 +191,8 @@ class Progress:
         self.bar.update(self.task, description=text)
 
 
-def execute(args: argparse.Namespace) -> int:
+def execute(args: argparse.Namespace, ready: Callable[[], None] = lambda: None) -> int:
+    """``ready`` is called before a network is timed, when all of its variants have been compiled."""
     require("rich", "matplotlib")
     from rich.console import Console
 
@@ -216,7 +223,7 @@ def execute(args: argparse.Namespace) -> int:
                 )
                 run_operator(args, settings, peaks, progress, rows)
             else:
-                run_network(args, settings, progress, console, rows)
+                run_network(args, settings, progress, console, rows, ready)
     except KeyboardInterrupt:
         if not rows:
             raise

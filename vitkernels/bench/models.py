@@ -115,15 +115,18 @@ def run_model(
     channels_last: bool = False,
     contest: Contest = APPLY,
     progress: Callable[[str], None] = lambda text: None,
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Inference at every batch size; ``model`` is left as it is, every variant is a copy of it.
 
-    Appends to ``rows`` as it goes, so that an interrupted run keeps what it measured.
+    ``ready`` is called when all is compiled and checked, before the first measurement. Appends to ``rows`` as it
+    goes, so that an interrupted run keeps what it measured.
     """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = clone(model, settings.dtype).to(settings.device)
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
     built, failed = build_variants(model, names, contest.variants)
+    prepared: list[tuple[int, dict[str, Row], dict[str, timing.Step]]] = []
     for batch in settings.batches:
         progress(f"{name} batch {batch}")
         images = make_images(batch).to(settings.device, settings.dtype, memory_format=memory_format)
@@ -159,6 +162,9 @@ def run_model(
                 continue
             steps[variant] = partial(forward, built[variant], images)
             row.peak_memory = timing.peak_memory(steps[variant], settings.device)
+        prepared.append((batch, by_name, steps))
+    ready()
+    for batch, by_name, steps in prepared:
         timings, uncaptured = runner.time_steps(steps, settings)
         for variant, row in by_name.items():
             if row.status != "ok":
