@@ -40,6 +40,12 @@ void pipeline(const float* in, float* out, int steps, int valid, int flaw);
 // through ldmatrix with b stored by columns, 2 through ldmatrix_trans with a stored by columns.
 void multiply_half(const uint16_t* a, const uint16_t* b, const float* c, float* d, int from);
 void multiply_bfloat16(const uint16_t* a, const uint16_t* b, const float* c, float* d, int from);
+// By a warpgroup: a [64, bytes / 2], b [bytes / 2, n], d [64, n] row-major, rows of shared memory of `bytes`,
+// 64 or 128; n 32 (64 bytes only), 64, 128 or 256.
+void multiply_group_half(const uint16_t* a, const uint16_t* b, float* d, int n, int bytes, int by_features,
+                         int from_registers);
+void multiply_group_bfloat16(const uint16_t* a, const uint16_t* b, float* d, int n, int bytes,
+                             int by_features, int from_registers);
 // in: tiles 8x8; out [32, tiles] registers.
 void load_matrices(const uint16_t* in, uint32_t* out, int tiles, int transposed, int misaligned);
 void round_half(const float* in, uint16_t* out, int64_t n);

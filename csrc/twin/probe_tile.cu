@@ -1,5 +1,6 @@
 #include "probe.h"
 #include "vitkernels/device.h"
+#include "vitkernels/wgmma.h"
 
 namespace vitkernels::probe {
 namespace {
@@ -51,6 +52,79 @@ VK_KERNEL void load_matrices_kernel(const uint16_t* in, uint32_t* out, int tiles
     transposed ? ldmatrix_x2_trans(two, row) : ldmatrix_x2(two, row);
   }
   for (int i = 0; i < tiles; ++i) out[lane_id() * tiles + i] = tiles == 4 ? four[i] : two[i];
+}
+
+// d = a b by a warpgroup, a [64, BYTES / 2], b [BYTES / 2, N], both row-major.
+template <typename T, int N, int BYTES, Major MAJOR>
+VK_KERNEL void multiply_group_kernel(const uint16_t* a, const uint16_t* b, float* d, int from_registers) {
+#if defined(VK_WGMMA)
+  constexpr int DEPTH = BYTES / 2, ATOM = DEPTH * BYTES;  // ATOM: DEPTH rows or columns, all features
+  constexpr int STEP = MAJOR == Major::BY_FEATURES ? 16 * BYTES : 32;
+  char* left = shared_memory();
+  char* right = left + 64 * BYTES;
+  const auto put = [](char* matrix, int i, int k, uint16_t value) {
+    const int row = MAJOR == Major::BY_FEATURES ? i / DEPTH * DEPTH + k : i;
+    const int column = MAJOR == Major::BY_FEATURES ? i % DEPTH : k;
+    reinterpret_cast<uint16_t*>(matrix + row * BYTES + chunk_of<BYTES>(row, column / 8) * 16)[column % 8] =
+        value;
+  };
+  for (int i = thread_x(); i < 64 * DEPTH; i += 128) put(left, i / DEPTH, i % DEPTH, a[i]);
+  for (int i = thread_x(); i < N * DEPTH; i += 128) put(right, i % N, i / N, b[i]);
+  fence_async_proxy();
+  sync_block();
+
+  const int g = lane_id() / 4, t = lane_id() % 4, row = warp_id() * 16 + g;
+  float sums[N / 2];
+  for (float& sum : sums) sum = 0.0f;
+  uint32_t registers[DEPTH / 16][4];
+  VK_UNROLL
+  for (int k = 0; k < DEPTH; k += 16) {
+    VK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const uint16_t* at = a + (row + 8 * (i % 2)) * DEPTH + k + 2 * t + 8 * (i / 2);
+      registers[k / 16][i] = pair(at[0], at[1]);
+    }
+  }
+  const Operand<BYTES, MAJOR> on_left(left, ATOM), on_right(right, ATOM);
+  hold(sums);
+  wgmma_fence();
+  VK_UNROLL
+  for (int k = 0; k < DEPTH / 16; ++k) {
+    if (from_registers) {
+      wgmma<T, N>(sums, registers[k], on_right.advance(k * STEP));
+    } else {
+      wgmma<T, N>(sums, on_left.advance(k * STEP), on_right.advance(k * STEP));
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  hold(sums);
+  VK_UNROLL
+  for (int i = 0; i < N / 2; ++i) d[(row + i % 4 / 2 * 8) * N + i / 4 * 8 + 2 * t + i % 2] = sums[i];
+#else
+  (void)a, (void)b, (void)d, (void)from_registers;
+#endif
+}
+
+template <typename T>
+void multiply_group(const uint16_t* a, const uint16_t* b, float* d, int n, int bytes, int by_features,
+                    int from_registers) {
+  const auto run = [&](auto kernel) {
+    launch(kernel, {}, 128, static_cast<size_t>(64 + n) * bytes, nullptr, a, b, d, from_registers);
+  };
+  const auto by_width = [&](auto width) {
+    constexpr int N = decltype(width)::value;
+    if (bytes == 64)
+      by_features ? run(multiply_group_kernel<T, N, 64, Major::BY_FEATURES>)
+                  : run(multiply_group_kernel<T, N, 64, Major::FEATURES_SIDE_BY_SIDE>);
+    else
+      by_features ? run(multiply_group_kernel<T, N, 128, Major::BY_FEATURES>)
+                  : run(multiply_group_kernel<T, N, 128, Major::FEATURES_SIDE_BY_SIDE>);
+  };
+  if (n == 32 && bytes == 64) by_width(std::integral_constant<int, 32>{});
+  if (n == 64) by_width(std::integral_constant<int, 64>{});
+  if (n == 128) by_width(std::integral_constant<int, 128>{});
+  if (n == 256) by_width(std::integral_constant<int, 256>{});
 }
 
 VK_DEVICE int64_t global_thread() {
@@ -109,6 +183,14 @@ void multiply_half(const uint16_t* a, const uint16_t* b, const float* c, float* 
 }
 void multiply_bfloat16(const uint16_t* a, const uint16_t* b, const float* c, float* d, int from) {
   multiply<bfloat16_t>(a, b, c, d, from);
+}
+void multiply_group_half(const uint16_t* a, const uint16_t* b, float* d, int n, int bytes, int by_features,
+                         int from_registers) {
+  multiply_group<half_t>(a, b, d, n, bytes, by_features, from_registers);
+}
+void multiply_group_bfloat16(const uint16_t* a, const uint16_t* b, float* d, int n, int bytes,
+                             int by_features, int from_registers) {
+  multiply_group<bfloat16_t>(a, b, d, n, bytes, by_features, from_registers);
 }
 void load_matrices(const uint16_t* in, uint32_t* out, int tiles, int transposed, int misaligned) {
   launch(load_matrices_kernel, {}, 32, static_cast<size_t>(tiles) * 128 + 16, nullptr, in, out, tiles,

@@ -370,6 +370,11 @@ void note_row(int lane, const void* row) {
   watch::note(here().thread / 32 * 32 + lane, row, 16, watch::Access::read, scheduler().collective_code());
 }
 
+void note_read(int lane, const void* place, size_t bytes) {
+  watch::note(here().thread / 32 * 32 + lane, place, bytes, watch::Access::read,
+              scheduler().collective_code());
+}
+
 void check_shared(const void* pointer, size_t bytes, const char* what) {
   const Position& position = here();
   const auto* byte = static_cast<const char*>(pointer);

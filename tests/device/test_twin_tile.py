@@ -25,6 +25,23 @@ def test_mma_is_a_matrix_product(module, name, source):
     torch.testing.assert_close(d.double(), c.double() + a.double() @ b.double(), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("n", [32, 64, 128, 256])
+@pytest.mark.parametrize("row_bytes", [64, 128])
+@pytest.mark.parametrize("by_features", [0, 1])
+@pytest.mark.parametrize("from_registers", [0, 1])
+def test_wgmma_is_a_matrix_product(module, name, n, row_bytes, by_features, from_registers):
+    if n == 32 and row_bytes == 128:
+        pytest.skip("half an atom of columns, which no kernel has")
+    generator = torch.Generator().manual_seed(n)
+    depth = row_bytes // 2
+    a, b = (torch.randn(shape, generator=generator).to(DTYPES[name]) for shape in ((64, depth), (depth, n)))
+    d = torch.full((64, n), torch.nan)
+    run = getattr(module, f"multiply_group_{name}")
+    run(a.data_ptr(), b.data_ptr(), d.data_ptr(), n, row_bytes, by_features, from_registers)
+    torch.testing.assert_close(d.double(), a.double() @ b.double(), rtol=0, atol=5e-5)
+
+
 @pytest.mark.parametrize("tiles", [2, 4])
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_ldmatrix_layout(module, tiles, transposed):

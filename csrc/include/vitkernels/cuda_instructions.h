@@ -32,7 +32,8 @@ VK_DEVICE int warp_id() {
 }
 
 VK_DEVICE char* shared_memory() {
-  extern __shared__ __align__(16) char vitkernels_shared[];
+  // wgmma wants its matrices so; nothing else may rely on more than 16.
+  extern __shared__ __align__(1024) char vitkernels_shared[];
   return vitkernels_shared;
 }
 

@@ -68,6 +68,8 @@ void check_aligned(const void* pointer, size_t bytes, const char* what);
 void check_shared(const void* pointer, size_t bytes, const char* what);
 // A lane of the running thread's warp reads a row of an ldmatrix.
 void note_row(int lane, const void* row);
+// A lane of the running thread's warp reads shared memory in a collective.
+void note_read(int lane, const void* place, size_t bytes);
 
 template <typename T>
 struct Exchange {
