@@ -29,7 +29,7 @@ struct BackwardCall {
   int product = 0;            // 1 where there are two pairs
   double product_factor = 1.0;
   bool adds_x = false, adds_z = false;  // to what there is
-  int channel = 0;                      // the first of at most COLUMNS channels of grad_x and grad_z
+  int channel = 0;                      // the first of at most MOST_COLUMNS channels of grad_x and grad_z
 
   // Acc [batch, heads, height, width]. Whole: of the mask with its corner in the own row, and of the other;
   // lines: the first alone.
@@ -90,17 +90,19 @@ void backward_whole(DType dtype, Own own, int rows, const BackwardCall& call, St
 void backward_lines(DType dtype, Own own, int rows, const BackwardCall& call, Stream stream);
 
 // Blocks of an SM that the registers must allow: latency is hidden by other blocks. More would spill.
-template <class T, Own OWN, bool WHOLE>
-constexpr int BACKWARD_MIN_BLOCKS = WHOLE || std::is_floating_point_v<T> ? 2
-                                    : OWN == Own::queries                ? 4
-                                                                         : 3;
+template <class T, Own OWN, class Form>
+constexpr int BACKWARD_MIN_BLOCKS = Form::WHOLE || std::is_floating_point_v<T> ? 2
+                                    : OWN == Own::queries                      ? 4
+                                                                               : 3;
 
-template <class Engine, Own OWN, bool WHOLE>
+template <class Engine, Own OWN, class Form>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
-                                (BACKWARD_MIN_BLOCKS<typename Engine::T, OWN, WHOLE>))
-    backward_kernel(BackwardCall call, BackwardLayout<Engine, WHOLE> layout) {
+                                (BACKWARD_MIN_BLOCKS<typename Engine::T, OWN, Form>))
+    backward_kernel(BackwardCall call, BackwardLayout<Engine, Form::WHOLE> layout) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
+  constexpr bool WHOLE = Form::WHOLE, ALONE = Form::ALONE;
+  constexpr int COLUMNS = Form::COLUMNS;
   using Exp = Exponential<T>;
   constexpr int ROWS = Engine::ROWS, BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
   constexpr int LD_GRADIENT = BackwardLayout<Engine, WHOLE>::LD_GRADIENT, MASKS = WHOLE ? 2 : 1;
@@ -127,7 +129,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
   };
   const Sums<T> sums{of_plane(call.sums[0]), WHOLE ? of_plane(call.sums[1]) : nullptr};
   const Acc scale = static_cast<Acc>(call.scale * Exp::unit);
-  const Span seen = field.line_slots(row0);
   const bool want_decays = call.grad_sums[0] != nullptr;
   const bool want_d = present(call.grad_x) || want_decays || call.makes_delta;
   const bool two_pairs = !WHOLE && present(call.z[1]), in_turn = layout.w[1] == layout.w[0];
@@ -148,7 +149,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
     load_tile(at(layout.z[0]), ld_value, matrix(call.z[0], call.value_dim), group, own);
     if (two_pairs) load_tile(at(layout.z[1]), ld_value, matrix(call.z[1], call.value_dim), group, own);
   }
-  Logits<WHOLE, ROWS, Acc> logits;
+  Logits<WHOLE, ALONE, ROWS, Acc> logits;
   logits.stand(field, sums, item.group, item.tile, lane_row);
   if constexpr (WHOLE) {
     load_slab(own_slab, field, sums, ROWS, item.tile, group.thread, THREADS);
@@ -193,6 +194,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
 
   for (int i = 0; i < field.tiles; ++i) {
     const auto other = [&](int slot) { return field.token<WHOLE>(ROWS, item.group, i, slot); };
+    const Span seen = field.template slots_met<ALONE>(ROWS, i, row0);
     load_tile(at(layout.y), ld_head, matrix(call.y, call.head_dim), group, other);
     if (want_d || call.product == 0)
       load_tile(at(layout.w[0]), ld_value, matrix(call.w[0], call.value_dim), group, other);
@@ -349,15 +351,18 @@ void backward_with(Own own, const BackwardCall& all, Stream stream) {
   using T = typename Engine::T;
   const BackwardLayout<Engine, WHOLE> layout(all, all.grad_sums[0] != nullptr);
   const int of_x = present(all.grad_x) ? all.head_dim : 0, of_z = present(all.grad_z) ? all.value_dim : 0;
-  for (int channel = 0; channel == 0 || channel < (of_x > of_z ? of_x : of_z); channel += COLUMNS) {
+  for (int channel = 0; channel == 0 || channel < (of_x > of_z ? of_x : of_z); channel += MOST_COLUMNS) {
     BackwardCall call = all;
     call.channel = channel;
     call.grad_x = from_channel<T>(all.grad_x, channel);
     call.grad_z = from_channel<T>(all.grad_z, channel);
     if (channel > 0) call.grad_sums[0] = nullptr;
-    const auto kernel = own == Own::queries ? backward_kernel<Engine, Own::queries, WHOLE>
-                                            : backward_kernel<Engine, Own::keys, WHOLE>;
-    launch_tiles(kernel, call, layout, Group<Engine::ROWS>::THREADS, stream);
+    with_form<Engine, WHOLE>(call.field, of_x > of_z ? of_x : of_z, [&](auto form) {
+      using Form = decltype(form);
+      const auto kernel = own == Own::queries ? backward_kernel<Engine, Own::queries, Form>
+                                              : backward_kernel<Engine, Own::keys, Form>;
+      launch_tiles(kernel, call, layout, Group<Engine::ROWS>::THREADS, stream);
+    });
   }
 }
 

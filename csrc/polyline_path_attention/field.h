@@ -29,8 +29,8 @@ using tile_attention::present;
 using tile_attention::round_up;
 using tile_attention::Span;
 
-// Sums that a warp keeps of a product with channels, in registers; wider products take several launches.
-constexpr int COLUMNS = 32;
+// The most channels of a product whose sums a warp keeps, in registers; wider products take several launches.
+constexpr int MOST_COLUMNS = 32;
 
 enum class Sweep { whole, rows, columns };
 
@@ -94,10 +94,16 @@ struct Field {
       return columns ? position << 16 | line : line << 16 | position;
     }
   }
-  // The slots of the lines to which the 16 slots from `first` on belong.
-  VK_DEVICE Span line_slots(int first) const {
-    const int begin = first & ~(slots - 1);
-    return {begin, begin + slots};
+  // Which slots of the line's tile `tile` the 16 own slots from `first` on meet, in eights. ALONE: a tile has
+  // one line, so that a warp knows them without looking at its rows and skips what is beyond the line's end.
+  template <bool ALONE>
+  VK_DEVICE Span slots_met(int rows, int tile, int first) const {
+    if constexpr (ALONE) {
+      return {0, round_up(filled(rows, tile), 8)};
+    } else {
+      const int begin = first & ~(slots - 1);
+      return {begin, begin + slots};
+    }
   }
   // Of a line's slots in a tile, how many have a token.
   VK_DEVICE int filled(int rows, int tile) const {

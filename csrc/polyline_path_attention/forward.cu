@@ -1,3 +1,5 @@
+// local memory: up to 16 bytes: five blocks of an SM leave a thread of the lines' kernel with two products 96
+// registers, four too few on sm_80 and none on sm_90.
 #include "decays.h"
 #include "forward.h"
 
@@ -8,14 +10,19 @@ namespace {
 template <class Engine, bool WHOLE>
 void forward_with(const ForwardCall& whole, Stream stream) {
   using T = typename Engine::T;
-  for (int channel = 0; channel < whole.value_dim; channel += COLUMNS) {
+  for (int channel = 0; channel < whole.value_dim; channel += MOST_COLUMNS) {
     ForwardCall call = whole;
     call.value_dim = channels_from(channel, whole.value_dim);
     for (View* view : {&call.v, &call.other_v, &call.out, &call.mean_with, &call.second_out})
       *view = from_channel<T>(*view, channel);
     if (channel > 0) call.lse[0] = call.lse[1] = nullptr;
-    launch_tiles(forward_kernel<Engine, WHOLE>, call, ForwardLayout<Engine, WHOLE>(call),
-                 Group<Engine::ROWS>::THREADS, stream);
+    with_form<Engine, WHOLE>(call.field, call.value_dim, [&](auto form) {
+      using Form = decltype(form);
+      auto kernel = forward_kernel<Engine, Form, false>;
+      if constexpr (!WHOLE)
+        if (present(call.other_v)) kernel = forward_kernel<Engine, Form, true>;
+      launch_tiles(kernel, call, ForwardLayout<Engine, WHOLE>(call), Group<Engine::ROWS>::THREADS, stream);
+    });
   }
 }
 

@@ -98,26 +98,31 @@ struct Softmax {
   VK_DEVICE static Acc guard(Acc x) { return x == -INFINITY ? Acc(0) : x; }  // -inf - -inf would be NaN
 };
 
-template <class Acc>
-VK_DEVICE void rescale(Acc (&sums)[COLUMNS / 8][4], const Acc (&factor)[2]) {
+template <class Acc, int TILES>
+VK_DEVICE void rescale(Acc (&sums)[TILES][4], const Acc (&factor)[2]) {
   VK_UNROLL
-  for (int j = 0; j < COLUMNS / 8; ++j) {
+  for (int j = 0; j < TILES; ++j) {
     VK_UNROLL
     for (int c = 0; c < 4; ++c) sums[j][c] *= factor[c / 2];
   }
 }
 
 // Blocks of an SM that the registers must allow: latency is hidden by other blocks.
-template <class T, bool WHOLE>
+template <class T, class Form>
 constexpr int FORWARD_MIN_BLOCKS = std::is_floating_point_v<T> ? 2
-                                   : WHOLE                     ? 3
-                                                               : 4;
+                                   : Form::WHOLE               ? 3
+                                   : !Form::ALONE              ? 4
+                                   : Form::COLUMNS > 16        ? 5
+                                                               : 6;
 
-template <class Engine, bool WHOLE>
-VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCKS<typename Engine::T, WHOLE>))
-    forward_kernel(ForwardCall call, ForwardLayout<Engine, WHOLE> layout) {
+// TWO_VALUES: lines, two products, the second perhaps with other values.
+template <class Engine, class Form, bool TWO_VALUES>
+VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCKS<typename Engine::T, Form>))
+    forward_kernel(ForwardCall call, ForwardLayout<Engine, Form::WHOLE> layout) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
+  constexpr bool WHOLE = Form::WHOLE, ALONE = Form::ALONE, TWO_PRODUCTS = WHOLE || TWO_VALUES;
+  constexpr int COLUMNS = Form::COLUMNS;
   constexpr int ROWS = Engine::ROWS, BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
 
   const Field& field = call.field;
@@ -138,8 +143,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
   const Sums<T> sums{static_cast<const Acc*>(call.sums[0]) + plane,
                      WHOLE ? static_cast<const Acc*>(call.sums[1]) + plane : nullptr};
   const Acc scale = static_cast<Acc>(call.scale * Exponential<T>::unit);
-  const Span seen = field.line_slots(group.first_row);
-  const bool two_values = !WHOLE && present(call.other_v);
   const auto matrix = [&](const View& view, int channels) {
     return Matrix<T, Field>(view, field, item.batch, item.head, channels);
   };
@@ -147,20 +150,21 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
 
   load_tile(q, layout.ld_head, matrix(call.q, call.head_dim), group, query);
   if (WHOLE) load_slab(own_slab, field, sums, ROWS, item.tile, group.thread, THREADS);
-  Logits<WHOLE, ROWS, Acc> logits;
+  Logits<WHOLE, ALONE, ROWS, Acc> logits;
   logits.stand(field, sums, item.group, item.tile, lane_row);
 
-  Acc first[COLUMNS / 8][4], second[COLUMNS / 8][4];
+  Acc first[COLUMNS / 8][4], second[TWO_PRODUCTS ? COLUMNS / 8 : 1][4];
   clear(first);
   clear(second);
   Softmax<T> softmax, other_softmax;
 
   for (int i = 0; i < field.tiles; ++i) {
     const auto key = [&](int slot) { return field.token<WHOLE>(ROWS, item.group, i, slot); };
+    const Span seen = field.template slots_met<ALONE>(ROWS, i, group.first_row);
     load_tile(k, layout.ld_head, matrix(call.k, call.head_dim), group, key);
     cp_async_commit();
     load_tile(v, layout.ld_value, matrix(call.v, call.value_dim), group, key);
-    if (two_values) load_tile(other_v, layout.ld_value, matrix(call.other_v, call.value_dim), group, key);
+    if (TWO_VALUES) load_tile(other_v, layout.ld_value, matrix(call.other_v, call.value_dim), group, key);
     cp_async_commit();
     for (int slot = group.thread; slot < ROWS; slot += THREADS)
       others[slot] = beside<WHOLE>(field, sums, ROWS, i, key(slot));
@@ -178,14 +182,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
     softmax.step(p, seen, correction);
     rescale(first, correction);
     if constexpr (WHOLE) other_softmax.step(other_p, seen, correction);
-    rescale(second, correction);
+    if constexpr (TWO_PRODUCTS) rescale(second, correction);
 
     cp_async_wait<0>();
     group.sync();
     multiply_registers<Engine>(first, p, scratch, v, layout.ld_value, value_blocks, seen);
     if constexpr (WHOLE) {
       multiply_registers<Engine>(second, other_p, scratch, v, layout.ld_value, value_blocks, seen);
-    } else if (two_values) {
+    } else if constexpr (TWO_VALUES) {
       multiply_registers<Engine>(second, p, scratch, other_v, layout.ld_value, value_blocks, seen);
     }
     group.sync();  // before the next tile, or the output, overwrites keys and values
@@ -201,15 +205,17 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
     if (WHOLE && call.lse[1] != nullptr)
       static_cast<Acc*>(call.lse[1])[plane + field.index(token)] = other_softmax.lse(r);
   }
-  const auto& second_softmax = WHOLE ? other_softmax : softmax;
   const Acc one = Acc(1), factor[2] = {one / softmax.sum[0], one / softmax.sum[1]};
-  const Acc second_factor[2] = {one / second_softmax.sum[0], one / second_softmax.sum[1]};
   rescale(first, factor);
-  rescale(second, second_factor);
+  if constexpr (TWO_PRODUCTS) {
+    const auto& second_softmax = WHOLE ? other_softmax : softmax;
+    const Acc second_factor[2] = {one / second_softmax.sum[0], one / second_softmax.sum[1]};
+    rescale(second, second_factor);
+    if (present(call.second_out))
+      store_sums(matrix(call.second_out, call.value_dim), v, layout.ld_value, WHOLE ? first : second, one,
+                 one, group, query);
+  }
   const Matrix<T, Field> out = matrix(call.out, call.value_dim);
-  if (present(call.second_out))
-    store_sums(matrix(call.second_out, call.value_dim), v, layout.ld_value, WHOLE ? first : second, one, one,
-               group, query);
   const bool mean = WHOLE || present(call.mean_with);
   if constexpr (WHOLE) {
     VK_UNROLL

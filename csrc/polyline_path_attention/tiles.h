@@ -58,7 +58,7 @@ VK_DEVICE void load_slab(Vec<accumulate_t<T>, 2>* slab, const Field& field, cons
 
 // Scores of 16 own rows to logits: whole, `first` to those of both masks, whose corners lie in the own rows
 // and in the others; lines, `first` alone. Slots without a token get -inf.
-template <bool WHOLE, int ROWS, class Acc>
+template <bool WHOLE, bool ALONE, int ROWS, class Acc>
 struct Logits {
   Beside<Acc, WHOLE> own[2];  // of this lane's rows
   int position[2];            // lines: how far along
@@ -98,6 +98,7 @@ struct Logits {
     if (filled == field.slots) return;
     VK_UNROLL
     for (int j = 0; j < ROWS / 8; ++j) {
+      if (ALONE && (8 * j + 8 <= filled || 8 * j >= seen.end)) continue;
       VK_UNROLL
       for (int c = 0; c < 4; ++c) {
         if (((8 * j + lane_column + c % 2) & (field.slots - 1)) < filled) continue;
@@ -172,8 +173,8 @@ VK_DEVICE void add_tile(Acc (&sums)[TILES][4], const T* tile, int ld, int tiles,
 }
 
 // target = sums times factors, through `tile`, a tile of shared memory that nobody reads any more.
-template <int ROWS, class T, class Acc, class Token>
-VK_DEVICE void store_sums(const Matrix<T, Field>& target, T* tile, int ld, const Acc (&sums)[COLUMNS / 8][4],
+template <int ROWS, class T, class Acc, int TILES, class Token>
+VK_DEVICE void store_sums(const Matrix<T, Field>& target, T* tile, int ld, const Acc (&sums)[TILES][4],
                           Acc factor0, Acc factor1, const Group<ROWS>& group, Token token) {
   write_sums(tile + group.first_row * ld, ld, sums, round_up(target.channels, 16) / 8, factor0, factor1);
   group.sync();
@@ -183,7 +184,32 @@ VK_DEVICE void store_sums(const Matrix<T, Field>& target, T* tile, int ld, const
 
 VK_HOST_DEVICE int channels_from(int channel, int channels) {
   const int left = channels - channel;
-  return left < COLUMNS ? left : COLUMNS;
+  return left < MOST_COLUMNS ? left : MOST_COLUMNS;
+}
+
+// What a kernel is compiled for: the more it knows, the fewer registers a thread takes and the more blocks
+// share a multiprocessor, which is what hides latency here.
+template <bool WHOLE_, bool ALONE_, int COLUMNS_>
+struct Form {
+  static constexpr bool WHOLE = WHOLE_;  // one sweep over the map, or lines
+  static constexpr bool ALONE = ALONE_;  // a tile has one line
+  static constexpr int COLUMNS = COLUMNS_;
+};
+
+// run(Form), which holds `columns` channels. Only tensor cores are worth more than one kernel for lines.
+template <class Engine, bool WHOLE, class Run>
+void with_form(const Field& field, int columns, Run run) {
+  if constexpr (!WHOLE && sizeof(typename Engine::T) == 2) {
+    if (field.slots < Engine::ROWS) {
+      run(Form<false, false, MOST_COLUMNS>());
+    } else if (columns > 16) {
+      run(Form<false, true, MOST_COLUMNS>());
+    } else {
+      run(Form<false, true, 16>());
+    }
+  } else {
+    run(Form<WHOLE, WHOLE, MOST_COLUMNS>());
+  }
 }
 
 template <class Kernel, class Call, class Layout>

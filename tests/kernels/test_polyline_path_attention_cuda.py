@@ -200,6 +200,9 @@ def _cases() -> Iterator[Case]:
             yield case(3, 20, dtype=dtype, heads=2)  # lines of 16 and of 32 slots
         yield case(1, 70, dtype=F16)
         yield case(70, 1, dtype=BF16)
+        # Lines that have a tile to themselves, some and all of whose last eight slots are empty.
+        yield case(2, 37, dtype=F16, d=16, dv=16)
+        yield case(41, 2, dtype=BF16, d=32, dv=24)
         yield case(2, 67, dtype=BF16)  # a line of two tiles, a row over three
         yield case(6, 12, dtype=F32)
         yield case(9, 2, dtype=F64)
