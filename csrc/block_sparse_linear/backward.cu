@@ -133,17 +133,20 @@ void columns(const Params& p, void* workspace, Stream stream) {
 
 }  // namespace
 
+// In this order, each beginning at a multiple of 256 bytes: the columns' partial sums, the product's lists,
+// dW's partial sums.
 int64_t backward_workspace_cuda(const Params& p) {
-  return ColumnPlan(p).bytes + (p.grad_values ? weight_gradient_workspace(p) : 0);
+  return ColumnPlan(p).bytes + product_workspace(p, !p.transposed) +
+         (p.grad_values ? weight_gradient_workspace(p) : 0);
 }
 
 void backward_cuda(const Params& p, Stream stream) {
   if (p.grad_bias || p.grad_before)
     with_dtype(p.dtype, [&](auto zero) { columns<decltype(zero)>(p, p.workspace, stream); });
   const View& gradient = p.grad_before ? p.grad_before : p.grad_y;
-  if (p.grad_x) product(p, {!p.transposed, Activation::none, gradient, {}, {}, p.grad_x}, stream);
-  if (p.grad_values)
-    weight_gradient(p, gradient, static_cast<char*>(p.workspace) + ColumnPlan(p).bytes, stream);
+  char* workspace = static_cast<char*>(p.workspace) + ColumnPlan(p).bytes;
+  if (p.grad_x) product(p, {!p.transposed, Activation::none, gradient, {}, {}, p.grad_x, workspace}, stream);
+  if (p.grad_values) weight_gradient(p, gradient, workspace + product_workspace(p, !p.transposed), stream);
 }
 
 }  // namespace vitkernels::block_sparse_linear

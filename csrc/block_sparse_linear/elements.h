@@ -36,4 +36,34 @@ VK_DEVICE double erf_(double x) {
   return erf(x);
 }
 
+// For results of 16 bits, with a relative error of 4e-6 at a third of what erff takes: max(z, 0) - m Phi(-m)
+// with m = |z|. The logarithm of Phi(-m) is nearly a parabola; from 6 on m Phi(-m) stays at its 6e-9 there.
+// inf and NaN go the way they go with erf.
+VK_DEVICE float gelu_for_half(float z) {
+  const float size = larger(z, -z), m = -larger(-size, -6.0f);
+  float log2_phi = -1.8349284e-06f;
+  log2_phi = log2_phi * m + 6.1601615e-05f;
+  log2_phi = log2_phi * m - 0.00093054271f;
+  log2_phi = log2_phi * m + 0.0085079577f;
+  log2_phi = log2_phi * m - 0.053960193f;
+  log2_phi = log2_phi * m - 0.45846429f;
+  log2_phi = log2_phi * m - 1.1512511f;
+  log2_phi = log2_phi * m - 0.99999529f;
+  return 0.5f * (z + size) - m * exp2_fast(log2_phi);
+}
+
+template <class T>
+VK_DEVICE accumulate_t<T> activate(accumulate_t<T> z, Activation activation) {
+  using Acc = accumulate_t<T>;
+  if (activation == Activation::relu) return z < Acc(0) ? Acc(0) : z;
+  if (activation == Activation::gelu) {
+    if constexpr (sizeof(T) == 2) {
+      return gelu_for_half(z);
+    } else {
+      return Acc(0.5) * z * (Acc(1) + erf_(z * Acc(0.70710678118654752440)));
+    }
+  }
+  return z;
+}
+
 }  // namespace vitkernels::block_sparse_linear

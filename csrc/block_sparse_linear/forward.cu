@@ -17,13 +17,6 @@
 namespace vitkernels::block_sparse_linear {
 namespace {
 
-template <class Acc>
-VK_DEVICE Acc activate(Acc z, Activation activation) {
-  if (activation == Activation::relu) return z < Acc(0) ? Acc(0) : z;
-  if (activation == Activation::gelu) return Acc(0.5) * z * (Acc(1) + erf_(z * Acc(0.70710678118654752440)));
-  return z;
-}
-
 // 16 tokens of the warp's sums to rows of y, through shared memory, so that 16 bytes go out at a time.
 template <int TILES, class T>
 VK_DEVICE void store(const accumulate_t<T> (&sums)[TILES][2][4], T* scratch, const Problem<T>& p, T* y,
@@ -39,8 +32,8 @@ VK_DEVICE void store(const accumulate_t<T> (&sums)[TILES][2][4], T* scratch, con
       T* to = scratch + g * LD + 16 * i + 8 * j + 2 * t;
       VK_UNROLL
       for (int half = 0; half < 2; ++half)
-        Vec<T, 2>{{from_accumulate<T>(activate(s[2 * half], activation)),
-                   from_accumulate<T>(activate(s[2 * half + 1], activation))}}
+        Vec<T, 2>{{from_accumulate<T>(activate<T>(s[2 * half], activation)),
+                   from_accumulate<T>(activate<T>(s[2 * half + 1], activation))}}
             .store(to + 8 * half * LD);
     }
   }
@@ -225,6 +218,7 @@ void product(const Params& params, const ProductCall& call, Stream stream) {
     using T = decltype(zero);
     const Problem<T> p = make_problem<T>(params, call);
     if constexpr (Config<T>::HALF) {
+      if (warpgroup_product(params, p, !call.transposed, call.workspace, stream)) return;
       if (grid<Shape<T, true, 8, 4, 2>>(p).x >= FEW_BLOCKS) {
         launch_product<8, 4, 2>(p, !call.transposed, stream);
       } else {
@@ -236,12 +230,12 @@ void product(const Params& params, const ProductCall& call, Stream stream) {
   });
 }
 
-int64_t forward_workspace_cuda(const Params&) {
-  return 0;
+int64_t forward_workspace_cuda(const Params& p) {
+  return product_workspace(p, p.transposed);
 }
 
 void forward_cuda(const Params& p, Stream stream) {
-  product(p, {p.transposed, p.activation, p.x, p.bias, p.before, p.y}, stream);
+  product(p, {p.transposed, p.activation, p.x, p.bias, p.before, p.y, p.workspace}, stream);
 }
 
 }  // namespace vitkernels::block_sparse_linear

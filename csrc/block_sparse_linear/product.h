@@ -9,7 +9,9 @@ struct ProductCall {
   bool transposed;
   Activation activation;
   View x, bias, before, y;
+  void* workspace;  // product_workspace() bytes, or null where they are 0
 };
+int64_t product_workspace(const Params& params, bool transposed);
 void product(const Params& params, const ProductCall& call, Stream stream);
 
 // params.grad_values from the gradient of what goes into the activation.

@@ -111,6 +111,10 @@ class Walk {
   int current_ = -1, inside_, mask_ = 0;
 };
 
+// Hands the product to Hopper's warpgroups (warpgroup_product.h) where they can take it, and says whether.
+template <class T>
+bool warpgroup_product(const Params& params, Problem<T> p, bool by_rows, void* workspace, Stream stream);
+
 // steps[which], without an array indexed at run time.
 template <int STEPS>
 VK_DEVICE Step pick(const Step (&steps)[STEPS], int which) {

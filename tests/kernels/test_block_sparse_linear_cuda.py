@@ -99,6 +99,79 @@ def test_large_tiles_give_what_small_ones_do(transposed, kernels):
     check({**launch(native, c, **kernels), "y": y[:40]}, c)
 
 
+# Half precision with sides of 32, 64 and 128 goes to Hopper's warpgroups, which the twin has.
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((96, 512), (32, 32)),  # more steps than there are stages
+        ((320, 352), (32, 32)),  # several groups of outputs
+        ((352, 320), (64, 64)),
+        ((256, 384), (128, 128)),
+        ((256, 192), (128, 32)),
+        ((192, 256), (32, 128)),
+        ((72, 200), (64, 64)),  # partial blocks that 16 bytes divide
+        ((136, 88), (128, 32)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_warpgroups(shape, block, dtype, kernels):
+    run(call(131, shape, block, dtype, "gelu"), kernels)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "tokens"), [(512, 50), (192, 100), (192, 300)], ids=["wide", "narrow", "many"]
+)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("block", [32, 64])
+def test_warpgroups_of_large_tiles_give_what_those_of_small_ones_do(
+    block, transposed, outputs, tokens, kernels
+):
+    """By blocks of threads with one tile, and with several one after another."""
+    shape = (64, outputs) if transposed else (outputs, 64)
+    mask = torch.rand(-(-shape[0] // block), -(-shape[1] // block)) < 0.7
+    mask.view(-1)[-3:] = torch.tensor([False, True, True])
+    c = call(
+        192 * tokens - 5, shape, (block, block), F16, activation="relu", transposed=transposed, mask=mask
+    )
+    y = torch.full_like(c.grad, float("nan"))
+    native.forward(y, None, *inputs(c), **kernels)
+    some = torch.cat([torch.arange(50), torch.randint(len(y), (30,)), torch.arange(len(y) - 40, len(y))])
+    part = torch.full_like(c.grad[some], float("nan"))
+    native.forward(part, None, c.x[some], *inputs(c)[1:], **kernels)
+    assert torch.equal(y[some], part)
+    assert not y.isnan().any()
+    c.x, c.grad = c.x[some], c.grad[some]
+    check({**launch(native, c, **kernels), "y": y[some]}, c)
+
+
+def test_warpgroups_with_more_columns_than_a_list_takes_at_once(kernels):
+    run(call(3, (64, 32 * 290), (32, 32), BF16, mask=torch.rand(2, 290) < 0.3), kernels)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_gelu_far_out(dtype, kernels):
+    """Half precision has a GELU of its own."""
+    c = call(8, (96, 64), (32, 32), dtype, "gelu", mask=torch.zeros(3, 2))
+    c.bias[:8] = torch.tensor([1000.0, -1000, 6, -6, -7, float("inf"), float("nan"), 0])
+    y = launch(native, c, **kernels)["y"][0, :8].float()
+    want = torch.nn.functional.gelu(c.bias[:8].float())
+    torch.testing.assert_close(y, want, rtol=2 * torch.finfo(dtype).eps, atol=6e-8, equal_nan=True)
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_every_schedule_of_warpgroups_gives_the_same(block, kernels):
+    c = call(150, (320, 480), (block, block), F16, activation="gelu")
+    want = None
+    for seed in twin.SEEDS:
+        kernels["module"].set_seed(seed)
+        got = launch(native, c, **kernels)
+        want = want or got
+        for name in want:
+            assert torch.equal(got[name], want[name]), f"{name} with seed {seed}"
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -177,9 +250,10 @@ def test_every_schedule_gives_the_same(dtype, kernels):
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("before", [64, 65])
-def test_nothing_is_read_or_written_outside(dtype, before, transposed, kernels):
+@pytest.mark.parametrize(("shape", "block"), [((96, 72), (32, 24)), ((136, 72), (64, 32))])
+def test_nothing_is_read_or_written_outside(shape, block, dtype, before, transposed, kernels):
     """With rows that asynchronous copies can take, and with rows that they cannot; x, y and dY strided."""
-    guarded, c = Guarded(), call(37, (96, 72), (32, 24), dtype, "gelu", transposed)
+    guarded, c = Guarded(), call(37, shape, block, dtype, "gelu", transposed)
     want = launch(native, c, **kernels)
     wide, dense = Layout((0, 1), padding=8, before=before), Layout(before=before)
     shapes = {name: tuple(getattr(c, name).shape) for name in NAMES}
