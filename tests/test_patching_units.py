@@ -14,6 +14,8 @@ from torch import nn
 
 import vitkernels
 from vitkernels import models
+from vitkernels.nn.kept import KEPT
+from vitkernels.patching import residuals
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -47,6 +49,51 @@ def test_residual_units_follow_every_edit(name: str, calls) -> None:
         twin = copy.deepcopy(model)
         vitkernels.revert(twin)
         assert relative_error(got, twin(x)) < 1e-5
+
+
+def test_residual_units_under_autocast_run_on_cast_weights(calls, monkeypatch) -> None:
+    """As on CUDA: cast once, and again after an edit; a map of another dtype is PyTorch's to promote."""
+    monkeypatch.setattr(residuals, "_has_kernel", lambda x: True)
+    model = small_model()
+    vitkernels.apply(model, verbose=False)
+    block, x = model.blocks1[0], torch.randn(2, 32, 7, 7)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert block(x).dtype is torch.float32
+        assert "residual_ffn" not in [name for name, _ in calls]
+        for _ in range(2):
+            calls.clear()
+            got = block(x.bfloat16())
+            assert [name for name, _ in calls].count("residual_ffn") == 2
+            twin = copy.deepcopy(block)
+            vitkernels.revert(twin)
+            expected = twin(x.bfloat16())
+            assert got.dtype is expected.dtype
+            assert relative_error(got, expected) < 0.02
+            before = block.ffn1.__dict__[KEPT]
+            block(x.bfloat16())
+            assert block.ffn1.__dict__[KEPT] is before
+            block.ffn1.m.pw2.c.weight.data.mul_(2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_residual_units_on_cuda(channels_last: bool, calls) -> None:
+    """In half precision and under autocast; float32 is left to the convolutions."""
+    model, x = small_model().cuda(), image().cuda()
+    if channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(model)
+    vitkernels.apply(model, verbose=False)
+    with torch.no_grad():
+        model(x)
+        assert "residual_ffn" not in [name for name, _ in calls]
+        calls.clear()
+        with torch.autocast("cuda", torch.bfloat16):
+            assert relative_error(model(x), twin(x)) < 0.02
+        assert [name for name, _ in calls].count("residual_ffn") == 2 * 2 + 2
+        calls.clear()
+        assert relative_error(model.half()(x.half()), twin(x)) < 0.02
+        assert [name for name, _ in calls].count("residual_ffn") == 2 * 2 + 2
 
 
 def test_edits_of_a_residual_unit_are_seen() -> None:

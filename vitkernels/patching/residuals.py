@@ -11,20 +11,26 @@ from vitkernels import ops
 from vitkernels.core import backends, native
 from vitkernels.nn.conv_norm import affine, fold_conv_norm, has_hooks
 from vitkernels.nn.folded_cascade import mix_folded
-from vitkernels.nn.kept import Kept, keep, transformed
+from vitkernels.nn.kept import Kept, compute_dtype, keep, transformed
 from vitkernels.patching.folding import FoldedConvNorm, FusedFFN, requires_grad, sources_of, with_relu
 from vitkernels.patching.layers import Keeping, Patched, WindowedCascade, WindowPartition, runs_as
+
+# On CUDA the kernel computes float32 without tensor cores, where PyTorch's convolutions take TF32 by default.
+_CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class _Vectors(Kept):
     """What `ops.residual_ffn` needs beside the network's own weights: the norms as scales and biases, and the folded
-    taps of the depthwise convolution. In float32 at least, whatever the weights are in.
+    taps of the depthwise convolution. In float32 at least, whatever the weights are in. Under autocast also the
+    weights in its dtype.
     """
 
-    def __init__(self, first: Any, second: Any, dw: Any) -> None:
+    def __init__(self, first: Any, second: Any, dw: Any, cast: torch.dtype | None) -> None:
         self.arguments: dict[str, Any] = {}
         for number, (conv, norm) in ((1, first), (2, second)):
             self.arguments[f"scale{number}"], self.arguments[f"bias{number}"], dtype = affine(norm, conv)
+            if cast is not None:
+                self.arguments[f"weight{number}"] = conv.weight.to(cast)
         if dw is not None:
             conv, norm = dw
             taps, self.arguments["dw_bias"] = fold_conv_norm(conv, norm, dtype)
@@ -130,23 +136,31 @@ def _run_unit(dw: Any, ffn: Any, x: torch.Tensor) -> torch.Tensor | None:
         if not _is_depthwise(third[0], x.shape[1]):
             return None
         sources, eps = (*sources, *sources_of(*third)), (*eps, third[1].eps)
-    if weight1.dtype is not x.dtype or weight2.dtype is not x.dtype:
-        return None
+    if compute_dtype(weight1) is not x.dtype or compute_dtype(weight2) is not x.dtype:
+        return None  # what becomes of two dtypes is PyTorch's to say
     if torch.is_grad_enabled() and requires_grad((x, weight1, weight2, *sources)):
         return None
-    kept = keep(ffn, sources, (*eps, x.dtype, third is None), lambda: _Vectors(first, second, third))
-    return ops.residual_ffn(x, weight1=weight1, weight2=weight2, **kept.arguments)
+    cast = None
+    if weight1.dtype is not x.dtype or weight2.dtype is not x.dtype:
+        cast, sources = x.dtype, (*sources, weight1, weight2)
+    options = (*eps, x.dtype, third is None, cast is None)
+    kept = keep(ffn, sources, options, lambda: _Vectors(first, second, third, cast))
+    arguments = {"weight1": weight1, "weight2": weight2, **kept.arguments}
+    return ops.residual_ffn(x, **arguments)
 
 
 def _has_kernel(x: torch.Tensor) -> bool:
+    if not native.holds("residual_ffn") or transformed() or x.numel() == 0:
+        return False
+    kind = x.device.type
+    if backends.requested(None) not in (None, kind):
+        return False
+    if kind == "cpu":
+        return x.dtype in backends.FLOAT_DTYPES and not torch.is_autocast_enabled("cpu")
     return (
-        x.device.type == "cpu"
-        and native.holds("residual_ffn")
-        and not transformed()
-        and not torch.is_autocast_enabled("cpu")
-        and backends.requested(None) in (None, "cpu")
-        and x.dtype in backends.FLOAT_DTYPES
-        and x.numel() > 0
+        kind == "cuda"
+        and x.dtype in _CUDA_DTYPES
+        and not backends.why_unavailable("cuda", "cuda", x.get_device())
     )
 
 

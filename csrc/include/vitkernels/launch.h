@@ -52,6 +52,19 @@ inline std::string describe_launch(const Dim3& grid, int threads, size_t shared_
 // The most that any block can have (sm_90, sm_100); the driver refuses what the device at hand has not.
 constexpr size_t MAX_SHARED_BYTES = 227 * 1024;
 
+// What a block of the current device can have.
+inline size_t shared_limit() {
+#if defined(VITKERNELS_HOST_TWIN)
+  return MAX_SHARED_BYTES;
+#else
+  int device = 0, limit = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  return known ? static_cast<size_t>(limit) : 48 * 1024;
+#endif
+}
+
 // 64-bit sizes would wrap silently in CUDA's 32-bit dim3, so they are checked here and not left to the
 // driver.
 inline void check_launch(const Dim3& grid, int threads, size_t shared_bytes) {

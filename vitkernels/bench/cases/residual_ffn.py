@@ -29,14 +29,17 @@ class UnitProblem:
     label: str
     channels: int
     side: int
+    layout: str = "nchw"  # or "nhwc"
 
     def describe(self, batch: int) -> str:
-        return f"{batch}x{self.channels}x{self.side}x{self.side}"
+        return f"{batch}x{self.channels}x{self.side}x{self.side} {self.layout}"
 
 
 def parse_shape(text: str) -> UnitProblem:
-    fields = parse_fields(text, {"c": 64, "side": 14})
-    return UnitProblem("shape", fields["c"], fields["side"])
+    fields = parse_fields(text, {"c": 64, "side": 14, "layout": "nchw"})
+    if fields["layout"] not in ("nchw", "nhwc"):
+        raise ValueError(f"shape: expected layout in nchw, nhwc; got {fields['layout']!r}")
+    return UnitProblem("shape", fields["c"], fields["side"], fields["layout"])
 
 
 def make_inputs(
@@ -48,12 +51,13 @@ def make_inputs(
     generator: torch.Generator,
 ) -> Inputs:
     c = problem.channels
+    form = torch.channels_last if problem.layout == "nhwc" else torch.contiguous_format
 
     def random(*shape: int, terms: int = 1) -> Tensor:
         return (torch.randn(shape, generator=generator) * terms**-0.5).to(device, dtype)
 
     tensors = {
-        "x": random(batch, c, problem.side, problem.side),
+        "x": random(batch, c, problem.side, problem.side).contiguous(memory_format=form),
         "weight1": random(2 * c, c, terms=c),
         "bias1": random(2 * c),
         "weight2": random(c, 2 * c, terms=2 * c),
@@ -63,7 +67,8 @@ def make_inputs(
         "dw_weight": random(c, 3, 3, terms=9),
         "dw_bias": random(c),
     }
-    return Inputs(tensors, {}, random(batch, c, problem.side, problem.side))
+    grad_out = random(batch, c, problem.side, problem.side).contiguous(memory_format=form)
+    return Inputs(tensors, {}, grad_out)
 
 
 def eager(
@@ -143,11 +148,22 @@ CASE = Case(
         for name, widths in WIDTHS.items()
     },
     default_preset="efficientvit_m5",
-    shape_help="c=64,side=14",
+    shape_help="c=64,side=14,layout=nchw|nhwc",
     parse_shape=parse_shape,
     make_inputs=make_inputs,
     eager=eager,
     peers=peers,
     cost=cost,
+    check_shapes={
+        "14x14": "c=64,side=14",
+        "14x14-nhwc": "c=192,side=14,layout=nhwc",
+        "7x7": "c=288,side=7",
+        "7x7-nhwc": "c=240,side=7,layout=nhwc",
+        "4x4": "c=384,side=4",
+        "4x4-nhwc": "c=224,side=4,layout=nhwc",
+        "60x60": "c=128,side=60",
+        "9x9-odd": "c=70,side=9,layout=nhwc",
+        "1x1": "c=64,side=1",
+    },
     reduced=reduced,
 )

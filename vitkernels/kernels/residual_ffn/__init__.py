@@ -34,15 +34,16 @@ def residual_ffn(
         out = u + scale2 * (weight2 h) + bias2
 
     A batch norm in eval mode behind a weight is its scale and bias, so a network's own weights go in as they are:
-    the CPU kernel reads them in place and keeps nothing. No hidden layer is written to memory. Accumulates in float32
-    (float64 for float64 inputs). Deterministic. Under autocast x and the two weights are cast, the vectors and the
-    depthwise convolution are left as they are.
+    the kernels read them in place and keep nothing. Accumulates in float32 (float64 for float64 inputs).
+    Deterministic. Under autocast x and the two weights are cast, the vectors and the depthwise convolution are left as
+    they are.
 
-    The CPU has a kernel for the forward; the backward is composed of PyTorch's matrix products. There is no CUDA or
-    Triton kernel: on a GPU nobody has measured yet that it pays, so CUDA tensors take the reference.
+    CPU and CUDA have kernels for the forward; the backward is composed of PyTorch's matrix products. On CUDA half
+    precision whose C and hidden are multiples of 16 takes tensor cores: one launch, or for few tokens and large weights
+    two with the hidden layer between them in memory. Everything else takes three launches of a plain kernel.
 
     Args:
-        x: [B, C, H, W], NCHW or channels-last (other strides are copied); float16, bfloat16, float32 or float64.
+        x: [B, C, H, W], NCHW or channels-last (the CPU copies other strides); float16, bfloat16, float32 or float64.
         weight1: [hidden, C], or [hidden, C, 1, 1] as a pointwise convolution has it; in x's dtype.
         bias1: [hidden].
         weight2: [C, hidden] or [C, hidden, 1, 1]; in x's dtype.
@@ -51,8 +52,8 @@ def residual_ffn(
         scale2: [C], or None for ones.
         dw_weight: [C, 3, 3], or None for no depthwise convolution.
         dw_bias: [C], with dw_weight. The vectors and dw_weight share one dtype: x's, or float32.
-        backend: "cpu", "reference" or "auto". Default: the choice of the enclosing ``vitkernels.backend`` scope, else
-            of ``VITKERNELS_BACKEND``, else the fastest that fits.
+        backend: "cuda", "cpu", "reference" or "auto". Default: the choice of the enclosing ``vitkernels.backend``
+            scope, else of ``VITKERNELS_BACKEND``, else the fastest that fits.
 
     Returns:
         [B, C, H, W] in x's dtype and memory format.
@@ -153,7 +154,7 @@ operator = Operator(
     check=_check,
     allocate=("x",),
     reference=reference.forward,
-    backends=(Backend("cpu", _NATIVE),),
-    order={"cpu": ("cpu",)},
+    backends=(Backend("cuda", _NATIVE), Backend("cpu", _NATIVE)),
+    order={"cuda": ("cuda",), "cpu": ("cpu",)},
     flops=_flops,
 )

@@ -1,6 +1,11 @@
-"""Hands the residual FFN to csrc/residual_ffn; its backward is composed here, of PyTorch's operators."""
+"""Hands the residual FFN to csrc/residual_ffn: the CUDA kernels, or those for CPU tensors.
+
+The backward is composed here, of PyTorch's operators.
+"""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +24,26 @@ def forward(
     scale2: torch.Tensor | None,
     dw_weight: torch.Tensor | None,
     dw_bias: torch.Tensor | None,
+    module: ModuleType | None = None,
+    cuda: bool | None = None,
 ) -> None:
-    """Fills out."""
-    module = native.load()
+    """Fills out. `module` and `cuda` let the tests run the CUDA kernels on the host."""
+    module = module or native.load()
+    rest = (weight1, bias1, weight2, bias2, scale1, scale2, dw_weight, dw_bias)
+    if x.is_cuda if cuda is None else cuda:
+        tensors = native.arguments(module, out, x, *rest)
+        device, stream = native.place(x)
+        size = module.residual_ffn_workspace_cuda(device, *tensors)
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
+        address = 0 if workspace is None else workspace.data_ptr()
+        module.residual_ffn_forward_cuda(device, stream, address, *tensors)
+        return
     copied = None
     if not _one_step(x):
         x = x.contiguous()
     if not _one_step(out):
         copied, out = out, torch.empty_like(out, memory_format=torch.contiguous_format)
-    tensors = (out, x, weight1, bias1, weight2, bias2, scale1, scale2, dw_weight, dw_bias)
-    module.residual_ffn_forward_cpu(torch.get_num_threads(), *native.arguments(module, *tensors))
+    module.residual_ffn_forward_cpu(torch.get_num_threads(), *native.arguments(module, out, x, *rest))
     if copied is not None:
         copied.copy_(out)
 

@@ -1,0 +1,156 @@
+// Steps that the tensor-core kernels share: u of a tile of tokens, and the way of a tile to a map.
+//
+// A thread keeps to one token of the tile, so that it finds its place in the map once, and takes every eighth
+// channel chunk or so: neighbouring threads have neighbouring channels where those are dense in memory
+// (channels-last), else neighbouring tokens (NCHW).
+#pragma once
+#include "problem.h"
+#include "vitkernels/tile_product.h"
+
+namespace vitkernels::residual_ffn {
+
+using tile_attention::leading_dimension;
+
+// The share of a thread in a tile of `rows` tokens, a power of two up to THREADS: one row, and its chunks of
+// eight channels from `chunk` on in steps of `step`.
+struct Share {
+  int row, chunk, step;
+
+  VK_DEVICE Share(int row_bits, bool channels_dense) : step(THREADS >> row_bits) {
+    row = channels_dense ? thread_x() / step : thread_x() & ((1 << row_bits) - 1);
+    chunk = channels_dense ? thread_x() & (step - 1) : thread_x() >> row_bits;
+  }
+};
+
+// Eight channels of a token in a map.
+template <class T>
+struct Chunks {
+  T* data;
+  int64_t stride;
+  bool vectorized;
+
+  VK_DEVICE explicit Chunks(const View& map) : data(static_cast<T*>(map.data)), stride(map.stride[1]) {
+    vectorized = stride == 1 && map.stride[0] % 8 == 0 && map.stride[2] % 8 == 0 && map.stride[3] % 8 == 0 &&
+                 reinterpret_cast<uintptr_t>(data) % (8 * sizeof(T)) == 0;
+  }
+  VK_DEVICE Vec<T, 8> load(int64_t offset) const {
+    if (vectorized) return Vec<T, 8>::load(data + offset);
+    Vec<T, 8> values;
+    VK_UNROLL
+    for (int e = 0; e < 8; ++e) values[e] = data[offset + e * stride];
+    return values;
+  }
+  VK_DEVICE void store(int64_t offset, const Vec<T, 8>& values) const {
+    if (vectorized) return values.store(data + offset);
+    VK_UNROLL
+    for (int e = 0; e < 8; ++e) data[offset + e * stride] = values[e];
+  }
+};
+
+template <class T>
+VK_DEVICE Vec<T, 8> zeros() {
+  Vec<T, 8> values;
+  VK_UNROLL
+  for (int e = 0; e < 8; ++e) values[e] = from_float<T>(0.0f);
+  return values;
+}
+
+// Floats in shared memory from `count` elements, of which element i lies at offset(i): ones where there are
+// none, asynchronously where they are floats side by side (`dense`).
+template <class T, class Offset>
+VK_DEVICE void stage_floats(float* target, const View& source, bool wide, bool dense, int count,
+                            Offset offset) {
+  const auto* floats = static_cast<const float*>(source.data);
+  if (wide && dense && count % 4 == 0 && reinterpret_cast<uintptr_t>(floats) % 16 == 0 && floats != nullptr) {
+    VK_NO_UNROLL
+    for (int i = 4 * thread_x(); i < count; i += 4 * block_dim_x()) cp_async16(target + i, floats + i);
+    return;
+  }
+  VK_UNROLL_4
+  for (int i = thread_x(); i < count; i += block_dim_x())
+    target[i] = floats == nullptr ? 1.0f : read<T>(source, wide, offset(i));
+}
+
+template <class T>
+VK_DEVICE void stage_vector(float* target, const Problem& problem, const View& vector, int count) {
+  stage_floats<T>(target, vector, problem.wide, vector.stride[0] == 1, count,
+                  [&](int i) { return i * vector.stride[0]; });
+}
+
+// The depthwise convolution's weights, [channels][9] floats, and behind them its biases.
+VK_HOST_DEVICE int taps_elements(const Params& params) {
+  return params.dw_weight.data == nullptr ? 0 : 10 * params.channels;
+}
+
+template <class T>
+VK_DEVICE void stage_taps(float* taps, const Problem& problem) {
+  const Params& p = problem.params;
+  if (p.dw_weight.data == nullptr) return;
+  const int64_t* stride = p.dw_weight.stride;
+  const bool dense = stride[0] == 9 && stride[1] == 3 && stride[2] == 1;
+  stage_floats<T>(taps, p.dw_weight, problem.wide, dense, 9 * p.channels,
+                  [&](int i) { return i / 9 * stride[0] + i % 9 / 3 * stride[1] + i % 3 * stride[2]; });
+  stage_vector<T>(taps + 9 * p.channels, problem, p.dw_bias, p.channels);
+}
+
+// u of the 2^row_bits tokens from `first` on, to [rows][ld]; rows beyond the last token become zeros.
+// `staged` is called between the first reads of x and the first use of the taps: what it waits for then comes
+// at the same time.
+template <class T, class Staged>
+VK_DEVICE void make_inputs(T* u, int ld, const Problem& problem, int64_t first, int row_bits,
+                           const float* taps, Staged staged) {
+  const Params& p = problem.params;
+  const Chunks<T> x(p.x);
+  const Share share(row_bits, x.stride == 1);
+  const Place place(problem, first, share.row);
+  const int64_t center = place.offset(p.x);
+  const int chunks = p.channels / 8;
+  T* const row = u + share.row * ld;
+  if (p.dw_weight.data == nullptr) {
+    staged();
+    VK_NO_UNROLL
+    for (int chunk = share.chunk; chunk < chunks; chunk += share.step)
+      (place.real ? x.load(center + 8 * chunk * x.stride) : zeros<T>()).store(row + 8 * chunk);
+    return;
+  }
+  const auto read_taps = [&](Vec<T, 8>(&values)[9], int chunk) {
+    VK_UNROLL
+    for (int tap = 0; tap < 9; ++tap) {
+      const int dy = tap / 3 - 1, dx = tap % 3 - 1;
+      values[tap] = zeros<T>();
+      if (place.has(problem, dy, dx))
+        values[tap] = x.load(center + dy * p.x.stride[2] + dx * p.x.stride[3] + 8 * chunk * x.stride);
+    }
+  };
+  Vec<T, 8> values[9];
+  if (share.chunk < chunks) read_taps(values, share.chunk);
+  staged();
+  VK_NO_UNROLL
+  for (int chunk = share.chunk; chunk < chunks; chunk += share.step) {
+    const float *weights = taps + 72 * chunk, *bias = taps + 9 * p.channels + 8 * chunk;
+    Vec<T, 8> sums;
+    // Four taps come with a load, so four channels are nine loads.
+    VK_UNROLL
+    for (int half = 0; half < 8; half += 4) {
+      float tap[36];
+      VK_UNROLL
+      for (int i = 0; i < 36; i += 4) {
+        const auto four = Vec<float, 4>::load(weights + 9 * half + i);
+        VK_UNROLL
+        for (int e = 0; e < 4; ++e) tap[i + e] = four[e];
+      }
+      const auto biases = Vec<float, 4>::load(bias + half);
+      VK_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        float sum = biases[e];
+        VK_UNROLL
+        for (int i = 0; i < 9; ++i) sum += tap[9 * e + i] * to_float(values[i][half + e]);
+        sums[half + e] = from_float<T>(to_float(values[4][half + e]) + sum);
+      }
+    }
+    (place.real ? sums : zeros<T>()).store(row + 8 * chunk);
+    if (chunk + share.step < chunks) read_taps(values, chunk + share.step);
+  }
+}
+
+}  // namespace vitkernels::residual_ffn
