@@ -27,11 +27,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1) forward_inputs_kernel(Problem proble
   const bool by_channels = channels_dense(p.x);
   const int64_t i = static_cast<int64_t>(block_x()) * THREADS + thread_x();
   if (i >= problem.tokens * p.channels) return;
-  const int64_t image = i / (static_cast<int64_t>(problem.map) * p.channels);
-  const int64_t within = i - image * problem.map * p.channels;
-  const int channel = static_cast<int>(by_channels ? within % p.channels : within / problem.map);
-  const int position = static_cast<int>(by_channels ? within / p.channels : within % problem.map);
-  const Place place(problem, image * problem.map, position);
+  const int64_t map = problem.map.value(), image = i / (map * p.channels),
+                within = i - image * map * p.channels;
+  const int channel = static_cast<int>(by_channels ? within % p.channels : within / map);
+  const int position = static_cast<int>(by_channels ? within / p.channels : within % map);
+  const Place place(problem, image * map, position);
   const T* x = static_cast<const T*>(p.x.data) + place.offset(p.x) + channel * p.x.stride[1];
   Acc u = to_accumulate(*x);
   if (p.dw_weight.data != nullptr) {

@@ -2,21 +2,29 @@
 #pragma once
 #include "residual_ffn.h"
 #include "vitkernels/device.h"
+#include "vitkernels/divide.h"
 
 namespace vitkernels::residual_ffn {
+
+inline int64_t sizeof_dtype(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
 
 // Passed to the kernels by value.
 struct Problem {
   Params params;
-  int64_t tokens;  // of all images
-  int map;         // of one
-  bool wide;       // the vectors are float beside half precision
+  int64_t tokens;      // of all images, fewer than 2^31
+  Divisor map, width;  // of tokens: into images, into rows
+  bool wide;           // the vectors are float beside half precision
 
   explicit Problem(const Params& p)
       : params(p),
         tokens(p.batch * p.height * p.width),
         map(p.height * p.width),
-        wide(p.vector_dtype != p.dtype) {}
+        width(p.width),
+        wide(p.vector_dtype != p.dtype) {
+    if (tokens > 0x7fffffff) throw std::runtime_error("residual FFN: more than 2^31 - 1 positions");
+  }
 };
 
 // A token of a tile.
@@ -25,14 +33,14 @@ struct Place {
   int y = 0, x = 0;
   bool real = false;
 
-  VK_DEVICE Place(const Problem& problem, int64_t first, int row) {
-    const int64_t first_image = first / problem.map;
-    const int within = static_cast<int>(first - first_image * problem.map) + row;
-    real = first + row < problem.tokens;
+  VK_DEVICE Place(const Problem& problem, int64_t first, int row) : real(first + row < problem.tokens) {
     if (!real) return;
-    image = first_image + within / problem.map;
-    y = within % problem.map / problem.params.width;
-    x = within % problem.map % problem.params.width;
+    const int token = static_cast<int>(first) + row;
+    const int in_image = problem.map.divide(token),
+              line = problem.width.divide(token - in_image * problem.map.value());
+    image = in_image;
+    y = line;
+    x = token - in_image * problem.map.value() - line * problem.width.value();
   }
   VK_DEVICE int64_t offset(const View& map) const {
     return image * map.stride[0] + y * map.stride[2] + x * map.stride[3];
@@ -66,9 +74,6 @@ VK_DEVICE Acc relu(Acc value) {
 
 constexpr int THREADS = 256;
 
-// The two products on tensor cores; false where they do not fit, and nothing has been done.
-template <class T>
-bool forward_tensor(const Problem& problem, Stream stream);
 // Any size and dtype, in up to three launches.
 template <class T>
 void forward_plain(const Problem& problem, Stream stream);

@@ -71,8 +71,12 @@ VK_DEVICE void stage_floats(float* target, const View& source, bool wide, bool d
     target[i] = floats == nullptr ? 1.0f : read<T>(source, wide, offset(i));
 }
 
+// The same of `count` elements of a vector from `first` on.
 template <class T>
-VK_DEVICE void stage_vector(float* target, const Problem& problem, const View& vector, int count) {
+VK_DEVICE void stage_vector(float* target, const Problem& problem, View vector, int first, int count) {
+  if (vector.data != nullptr)
+    vector.data = static_cast<char*>(vector.data) +
+                  first * vector.stride[0] * static_cast<int64_t>(problem.wide ? 4 : sizeof(T));
   stage_floats<T>(target, vector, problem.wide, vector.stride[0] == 1, count,
                   [&](int i) { return i * vector.stride[0]; });
 }
@@ -90,7 +94,7 @@ VK_DEVICE void stage_taps(float* taps, const Problem& problem) {
   const bool dense = stride[0] == 9 && stride[1] == 3 && stride[2] == 1;
   stage_floats<T>(taps, p.dw_weight, problem.wide, dense, 9 * p.channels,
                   [&](int i) { return i / 9 * stride[0] + i % 9 / 3 * stride[1] + i % 3 * stride[2]; });
-  stage_vector<T>(taps + 9 * p.channels, problem, p.dw_bias, p.channels);
+  stage_vector<T>(taps + 9 * p.channels, problem, p.dw_bias, 0, p.channels);
 }
 
 // u of the 2^row_bits tokens from `first` on, to [rows][ld]; rows beyond the last token become zeros.
@@ -113,20 +117,23 @@ VK_DEVICE void make_inputs(T* u, int ld, const Problem& problem, int64_t first, 
       (place.real ? x.load(center + 8 * chunk * x.stride) : zeros<T>()).store(row + 8 * chunk);
     return;
   }
-  const auto read_taps = [&](Vec<T, 8>(&values)[9], int chunk) {
+  unsigned near = 0;  // a bit for each tap that has a position
+  VK_UNROLL
+  for (int tap = 0; tap < 9; ++tap) near |= (place.has(problem, tap / 3 - 1, tap % 3 - 1) ? 1u : 0u) << tap;
+  const int rounds = (chunks + share.step - 1) / share.step;
+  VK_NO_UNROLL
+  for (int round = 0; round < rounds; ++round) {
+    const int chunk = share.chunk + round * share.step;
+    Vec<T, 8> values[9];
     VK_UNROLL
     for (int tap = 0; tap < 9; ++tap) {
       const int dy = tap / 3 - 1, dx = tap % 3 - 1;
       values[tap] = zeros<T>();
-      if (place.has(problem, dy, dx))
+      if (chunk < chunks && (near >> tap & 1) != 0)
         values[tap] = x.load(center + dy * p.x.stride[2] + dx * p.x.stride[3] + 8 * chunk * x.stride);
     }
-  };
-  Vec<T, 8> values[9];
-  if (share.chunk < chunks) read_taps(values, share.chunk);
-  staged();
-  VK_NO_UNROLL
-  for (int chunk = share.chunk; chunk < chunks; chunk += share.step) {
+    if (round == 0) staged();  // by all threads
+    if (chunk >= chunks) break;
     const float *weights = taps + 72 * chunk, *bias = taps + 9 * p.channels + 8 * chunk;
     Vec<T, 8> sums;
     // Four taps come with a load, so four channels are nine loads.
@@ -149,8 +156,21 @@ VK_DEVICE void make_inputs(T* u, int ld, const Problem& problem, int64_t first, 
       }
     }
     (place.real ? sums : zeros<T>()).store(row + 8 * chunk);
-    if (chunk + share.step < chunks) read_taps(values, chunk + share.step);
   }
+}
+
+// Channels `first_channel` and so on of the tokens of a tile, to the result.
+template <class T>
+VK_DEVICE void store_outputs(const T* tile, int ld, const Problem& problem, int64_t first, int row_bits,
+                             int first_channel, int channels) {
+  const Chunks<T> out(problem.params.out);
+  const Share share(row_bits, out.stride == 1);
+  const Place place(problem, first, share.row);
+  if (!place.real) return;
+  const int64_t target = place.offset(problem.params.out) + first_channel * out.stride;
+  VK_NO_UNROLL
+  for (int chunk = share.chunk; chunk < channels / 8; chunk += share.step)
+    out.store(target + 8 * chunk * out.stride, Vec<T, 8>::load(tile + share.row * ld + 8 * chunk));
 }
 
 }  // namespace vitkernels::residual_ffn

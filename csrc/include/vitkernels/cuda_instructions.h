@@ -50,6 +50,20 @@ VK_DEVICE void sync_warp() {
   __syncwarp();
 }
 
+// Programmatic dependent launch (sm_90 and later; elsewhere a launch begins when the one before has ended):
+// a kernel started by launch_dependent() may run once every block of the launch before it has called
+// admit_launch() or ended, and sees what that one has written after wait_for_launch().
+VK_DEVICE void admit_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+VK_DEVICE void wait_for_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 constexpr unsigned FULL_WARP = 0xffffffffu;
 
 template <typename T>

@@ -52,6 +52,9 @@ inline std::string describe_launch(const Dim3& grid, int threads, size_t shared_
 // The most that any block can have (sm_90, sm_100); the driver refuses what the device at hand has not.
 constexpr size_t MAX_SHARED_BYTES = 227 * 1024;
 
+// Whether launch_dependent() makes use of programmatic dependent launch.
+constexpr bool START_EARLY = true;
+
 // What a block of the current device can have.
 inline size_t shared_limit() {
 #if defined(VITKERNELS_HOST_TWIN)
@@ -88,6 +91,12 @@ void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared
                  [&] { std::apply(kernel, values); });
 }
 
+template <typename... Parameters, typename... Arguments>
+void launch_dependent(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared_bytes,
+                      Stream stream, Arguments&&... arguments) {
+  launch(kernel, grid, threads, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+}
+
 #else
 
 [[noreturn]] inline void throw_cuda_error(cudaError_t error, const std::string& what) {
@@ -95,9 +104,17 @@ void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared
   throw std::runtime_error(what + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
+// Whether the current device and its driver start launches early, also in a captured graph.
+inline bool starts_early() {
+  int device = 0, major = 0, driver = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDriverGetVersion(&driver) == cudaSuccess && major >= 9 && driver >= 12030;
+}
+
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared_bytes, Stream stream,
-            Arguments&&... arguments) {
+void launch_kernel(bool early, void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared_bytes,
+                   Stream stream, Arguments&&... arguments) {
   check_launch(grid, threads, shared_bytes);
   const void* function = reinterpret_cast<const void*>(kernel);
   const auto fail = [&](cudaError_t error) {
@@ -120,10 +137,34 @@ void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared
       values);
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                     static_cast<unsigned>(grid.z));
-  const cudaError_t error =
-      cudaLaunchKernel(function, blocks, dim3(static_cast<unsigned>(threads)), pointers.data(), shared_bytes,
-                       static_cast<cudaStream_t>(stream));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelExC(&config, function, pointers.data());
   if (error != cudaSuccess) fail(error);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared_bytes, Stream stream,
+            Arguments&&... arguments) {
+  launch_kernel(false, kernel, grid, threads, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+}
+
+// Of a kernel that calls wait_for_launch() in all of its blocks, before it reads what the launch before it on
+// the stream writes and before it writes at all. That one must be ours and itself not dependent: what came
+// before it has then ended.
+template <typename... Parameters, typename... Arguments>
+void launch_dependent(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared_bytes,
+                      Stream stream, Arguments&&... arguments) {
+  launch_kernel(START_EARLY && starts_early(), kernel, grid, threads, shared_bytes, stream,
+                std::forward<Arguments>(arguments)...);
 }
 
 #endif

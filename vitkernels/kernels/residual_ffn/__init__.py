@@ -144,6 +144,12 @@ def _flops(x: Any, weight1: Any, *rest: Any, mask: list[bool] | None) -> int:
     return total + with_dw * depthwise * (grad_x + grad_dw * channels)
 
 
+def _cuda_limits(x: torch.Tensor, *rest: Any) -> list[str]:
+    batch, _, height, width = x.shape
+    positions = batch * height * width
+    return [f"takes fewer than 2^31 positions, got {positions}"] if positions >= 2**31 else []
+
+
 _NATIVE = "vitkernels.kernels.residual_ffn.native"
 
 operator = Operator(
@@ -154,7 +160,7 @@ operator = Operator(
     check=_check,
     allocate=("x",),
     reference=reference.forward,
-    backends=(Backend("cuda", _NATIVE), Backend("cpu", _NATIVE)),
+    backends=(Backend("cuda", _NATIVE, limits=_cuda_limits), Backend("cpu", _NATIVE)),
     order={"cuda": ("cuda",), "cpu": ("cpu",)},
     flops=_flops,
 )
