@@ -80,6 +80,7 @@ PYBIND11_MODULE(_twin, module) {
   VITKERNELS_PROBE(collectives_u32);
   VITKERNELS_PROBE(diverge);
   VITKERNELS_PROBE(count_positive);
+  VITKERNELS_PROBE(dependent_launch);
   VITKERNELS_PROBE(write_from_blocks);
   VITKERNELS_PROBE(positions);
   VITKERNELS_PROBE(launch_shape);

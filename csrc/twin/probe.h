@@ -18,6 +18,7 @@ enum Divergence : int { SHUFFLE_AND_BARRIER, SHUFFLE_AND_EXIT, TWO_COLLECTIVES, 
 void diverge(int* out, int threads, int how);
 void count_positive(const float* in, int* count, int64_t n);
 // Each block's threads write integers that begin `apart` from the next block's.
+void dependent_launch(const float* in, float* between, float* out, int threads);
 void write_from_blocks(int* out, int blocks, int threads, int apart);
 void positions(int* out, int64_t x, int64_t y, int64_t z, int threads);
 void launch_shape(int64_t x, int64_t y, int64_t z, int threads, int64_t shared_bytes);

@@ -87,6 +87,15 @@ VK_KERNEL void write_from_blocks_kernel(int* out, int apart) {
   out[block_x() * apart + thread_x()] = block_x();
 }
 
+VK_KERNEL void double_kernel(const float* in, float* out) {
+  admit_launch();
+  out[thread_x()] = 2 * in[thread_x()];
+}
+VK_KERNEL void reverse_kernel(const float* in, float* out) {
+  wait_for_launch();
+  out[thread_x()] = in[block_dim_x() - 1 - thread_x()];
+}
+
 VK_KERNEL void positions_kernel(int* out, int rows, int columns) {
   const int64_t block = (static_cast<int64_t>(block_z()) * rows + block_y()) * columns + block_x();
   int* mine = out + (block * block_dim_x() + thread_x()) * 6;
@@ -121,6 +130,10 @@ void diverge(int* out, int threads, int how) {
 }
 void count_positive(const float* in, int* count, int64_t n) {
   launch(count_positive_kernel, {(n + 63) / 64}, 64, 0, nullptr, in, count, n);
+}
+void dependent_launch(const float* in, float* between, float* out, int threads) {
+  launch(double_kernel, {}, threads, 0, nullptr, in, between);
+  launch_dependent(reverse_kernel, {}, threads, 0, nullptr, between, out);
 }
 void write_from_blocks(int* out, int blocks, int threads, int apart) {
   launch(write_from_blocks_kernel, {blocks}, threads, 0, nullptr, out, apart);

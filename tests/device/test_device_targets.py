@@ -24,3 +24,13 @@ def test_probes_compile_for_real_targets(probe, tmp_path):
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)]
     assert spills, done.stderr
     assert not any(spills), done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.parametrize(("arch", "early"), [("80", False), ("90a", True)])
+def test_dependent_launches_start_early_where_the_device_can(arch, early, tmp_path):
+    ptx = tmp_path / "probe.ptx"
+    command = ["nvcc", "-std=c++17", f"-I{twin.ROOT / 'csrc' / 'include'}", f"-arch=sm_{arch}", "-ptx"]
+    subprocess.run([*command, str(twin.SOURCE / "probe_order.cu"), "-o", str(ptx)], check=True)
+    for instruction in ("griddepcontrol.launch_dependents", "griddepcontrol.wait"):
+        assert (instruction in ptx.read_text()) == early

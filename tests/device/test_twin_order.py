@@ -151,3 +151,12 @@ def test_launch_refused(module, shape):
 
 def test_large_blocks_and_shared_memory(module):
     module.launch_shape(3, 2, 1, 1024, 227 * 1024)
+
+
+def test_a_dependent_launch_sees_what_the_one_before_wrote(module):
+    x = np.random.default_rng(0).standard_normal(96).astype(np.float32)
+    between, out = np.full_like(x, np.nan), np.full_like(x, np.nan)
+    for seed in SEEDS:
+        module.set_seed(seed)
+        module.dependent_launch(address(x), address(between), address(out), 96)
+        assert np.array_equal(out, 2 * x[::-1])
