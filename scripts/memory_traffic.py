@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import inspect
 import os
 import sys
 from collections import defaultdict
@@ -42,9 +43,10 @@ def run_on_twin() -> None:
     for operator in twin.OPERATORS:
         launcher = importlib.import_module(f"vitkernels.kernels.{operator}.native")
         for direction in ("forward", "backward"):
-            if hasattr(launcher, direction):
-                on_twin = functools.partial(getattr(launcher, direction), module=twin.load(), cuda=True)
-                setattr(launcher, direction, on_twin)
+            function = getattr(launcher, direction, None)
+            # A direction without kernels is composed of PyTorch's operators.
+            if function is not None and "module" in inspect.signature(function).parameters:
+                setattr(launcher, direction, functools.partial(function, module=twin.load(), cuda=True))
 
 
 def count(case: Any, problem: Any, batch: int, dtype: torch.dtype) -> list[tuple[Any, ...]]:

@@ -266,8 +266,10 @@ struct SplitLayout {
   int left, weight, parts, taps;
   int64_t bytes;
 
-  SplitLayout(int columns, int depth, int taps_count)
-      : ld(leading_dimension<half_t>(depth)), ld_parts(columns + 8) {
+  // A row of parts is 8 words longer for threads that read along it, 4 for threads that read down a column:
+  // those that store it lie between.
+  SplitLayout(int columns, int depth, int taps_count, bool along_rows = true)
+      : ld(leading_dimension<half_t>(depth)), ld_parts(columns + (along_rows ? 8 : 4)) {
     Carver carver;
     left = carver.take<half_t>(SPLIT_ROWS * ld);
     weight = carver.take<half_t>(columns * ld);
@@ -571,7 +573,8 @@ template <class T>
 void launch_split(const Problem& problem, const Way& way, Stream stream) {
   const Params& p = problem.params;
   const int64_t tiles = tiles_of(problem, SPLIT_BITS);
-  const SplitLayout first(way.columns1, p.channels, taps_elements(p)), second(way.columns2, p.hidden, 0);
+  const SplitLayout first(way.columns1, p.channels, taps_elements(p)),
+      second(way.columns2, p.hidden, 0, p.out.stride[1] == 1);
   const Dim3 grid1{tiles, (p.hidden + way.columns1 - 1) / way.columns1};
   const Dim3 grid2{tiles, (p.channels + way.columns2 - 1) / way.columns2};
   const auto expand = way.columns1 == 64 ? forward_expand_kernel<T, 64> : forward_expand_kernel<T, 32>;

@@ -36,10 +36,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1) forward_inputs_kernel(Problem proble
   Acc u = to_accumulate(*x);
   if (p.dw_weight.data != nullptr) {
     Acc sum = read<T>(p.dw_bias, problem.wide, channel * p.dw_bias.stride[0]);
+    const unsigned around = place.around(problem);
     VK_UNROLL
     for (int tap = 0; tap < 9; ++tap) {
       const int dy = tap / 3 - 1, dx = tap % 3 - 1;
-      if (!place.has(problem, dy, dx)) continue;
+      if ((around >> tap & 1) == 0) continue;
       sum += read<T>(p.dw_weight, problem.wide,
                      channel * p.dw_weight.stride[0] + tap / 3 * p.dw_weight.stride[1] +
                          tap % 3 * p.dw_weight.stride[2]) *

@@ -45,10 +45,12 @@ struct Place {
   VK_DEVICE int64_t offset(const View& map) const {
     return image * map.stride[0] + y * map.stride[2] + x * map.stride[3];
   }
-  // Whether the map has a row or column that is `dy` or `dx` away, for -1, 0 and 1.
-  VK_DEVICE bool has(const Problem& problem, int dy, int dx) const {
-    return real && y + dy >= 0 && y + dy < problem.params.height && x + dx >= 0 &&
-           x + dx < problem.params.width;
+  // A bit for each of the nine positions around that are on the map, row by row.
+  VK_DEVICE unsigned around(const Problem& problem) const {
+    if (!real) return 0;
+    const unsigned above = y > 0 ? 0007u : 0, below = y + 1 < problem.params.height ? 0700u : 0;
+    const unsigned left = x > 0 ? 0111u : 0, right = x + 1 < problem.params.width ? 0444u : 0;
+    return (above | 0070u | below) & (left | 0222u | right);
   }
 };
 

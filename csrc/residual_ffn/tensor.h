@@ -1,8 +1,7 @@
 // Steps that the tensor-core kernels share: u of a tile of tokens, and the way of a tile to a map.
 //
-// A thread keeps to one token of the tile, so that it finds its place in the map once, and takes every eighth
-// channel chunk or so: neighbouring threads have neighbouring channels where those are dense in memory
-// (channels-last), else neighbouring tokens (NCHW).
+// Neighbouring threads have neighbouring channels where those are dense in memory (channels-last), else
+// neighbouring tokens (NCHW).
 #pragma once
 #include "problem.h"
 #include "vitkernels/tile_product.h"
@@ -97,18 +96,91 @@ VK_DEVICE void stage_taps(float* taps, const Problem& problem) {
   stage_vector<T>(taps + 9 * p.channels, problem, p.dw_bias, 0, p.channels);
 }
 
+// A position's `WIDTH` channels around it, as they lie in memory.
+template <class T, int WIDTH, class Load>
+VK_DEVICE void read_around(Vec<T, WIDTH> (&values)[9], unsigned around, const View& map, Load load) {
+  VK_UNROLL
+  for (int tap = 0; tap < 9; ++tap) {
+    VK_UNROLL
+    for (int e = 0; e < WIDTH; ++e) values[tap][e] = from_float<T>(0.0f);
+    if ((around >> tap & 1) != 0)
+      values[tap] = load((tap / 3 - 1) * map.stride[2] + (tap % 3 - 1) * map.stride[3]);
+  }
+}
+
+// The taps of four channels, and their biases.
+struct Taps {
+  float taps[36], biases[4];
+
+  VK_DEVICE Taps(const float* from, int channels, int channel) {
+    VK_UNROLL
+    for (int i = 0; i < 40; i += 4) {
+      const auto four = Vec<float, 4>::load(from + (i < 36 ? 9 * channel + i : 9 * channels + channel));
+      VK_UNROLL
+      for (int e = 0; e < 4; ++e) (i < 36 ? taps[i + e] : biases[e]) = four[e];
+    }
+  }
+  // u of the e-th channel from its nine values, of which the fifth is its own.
+  template <class T, int WIDTH>
+  VK_DEVICE T convolve(const Vec<T, WIDTH> (&values)[9], int first, int e) const {
+    float sum = biases[e];
+    VK_UNROLL
+    for (int i = 0; i < 9; ++i) sum += taps[9 * e + i] * to_float(values[i][first + e]);
+    return from_float<T>(to_float(values[4][first + e]) + sum);
+  }
+};
+
 // u of the 2^row_bits tokens from `first` on, to [rows][ld]; rows beyond the last token become zeros.
 // `staged` is called between the first reads of x and the first use of the taps: what it waits for then comes
 // at the same time.
+//
+// Where channels are dense a thread keeps to four of them, whose taps stay in its registers: every eight
+// threads read theirs from different banks, and a warp's share of a token is dense. Else it keeps to a token,
+// and its neighbours need the same taps.
 template <class T, class Staged>
 VK_DEVICE void make_inputs(T* u, int ld, const Problem& problem, int64_t first, int row_bits,
                            const float* taps, Staged staged) {
   const Params& p = problem.params;
   const Chunks<T> x(p.x);
+  if (p.dw_weight.data != nullptr && x.vectorized) {
+    // More than THREADS times four channels take several turns.
+    const int quads = p.channels / 4, at_once = quads < THREADS ? quads : THREADS;
+    const int step = THREADS / at_once, row = thread_x() / at_once, rows = 1 << row_bits;
+    bool waiting = true;
+    for (int begin = 0; begin < quads; begin += at_once) {
+      const int channel = 4 * (begin + thread_x() % at_once);
+      const bool mine = row < step && channel < p.channels;
+      Vec<T, 4> values[9];
+      const auto read = [&](int of_row) {
+        const Place place(problem, first, of_row);
+        const T* here = x.data + place.offset(p.x) + channel;
+        read_around(values, place.around(problem), p.x,
+                    [&](int64_t offset) { return Vec<T, 4>::load(here + offset); });
+        return place.real;
+      };
+      bool real = mine && row < rows && read(row);
+      if (waiting) staged();  // by all threads
+      waiting = false;
+      if (!mine) continue;
+      const Taps of_channels(taps, p.channels, channel);
+      VK_NO_UNROLL
+      for (int at = row; at < rows;) {
+        Vec<T, 4> sums;
+        VK_UNROLL
+        for (int e = 0; e < 4; ++e) sums[e] = real ? of_channels.convolve(values, 0, e) : from_float<T>(0.0f);
+        sums.store(u + at * ld + channel);
+        at += step;
+        if (at < rows) real = read(at);
+      }
+    }
+    return;
+  }
+
   const Share share(row_bits, x.stride == 1);
   const Place place(problem, first, share.row);
   const int64_t center = place.offset(p.x);
-  const int chunks = p.channels / 8;
+  const int chunks = p.channels / 8, rounds = (chunks + share.step - 1) / share.step;
+  const unsigned around = place.around(problem);
   T* const row = u + share.row * ld;
   if (p.dw_weight.data == nullptr) {
     staged();
@@ -117,43 +189,24 @@ VK_DEVICE void make_inputs(T* u, int ld, const Problem& problem, int64_t first, 
       (place.real ? x.load(center + 8 * chunk * x.stride) : zeros<T>()).store(row + 8 * chunk);
     return;
   }
-  unsigned near = 0;  // a bit for each tap that has a position
-  VK_UNROLL
-  for (int tap = 0; tap < 9; ++tap) near |= (place.has(problem, tap / 3 - 1, tap % 3 - 1) ? 1u : 0u) << tap;
-  const int rounds = (chunks + share.step - 1) / share.step;
   VK_NO_UNROLL
   for (int round = 0; round < rounds; ++round) {
     const int chunk = share.chunk + round * share.step;
     Vec<T, 8> values[9];
-    VK_UNROLL
-    for (int tap = 0; tap < 9; ++tap) {
-      const int dy = tap / 3 - 1, dx = tap % 3 - 1;
-      values[tap] = zeros<T>();
-      if (chunk < chunks && (near >> tap & 1) != 0)
-        values[tap] = x.load(center + dy * p.x.stride[2] + dx * p.x.stride[3] + 8 * chunk * x.stride);
-    }
+    read_around(values, chunk < chunks ? around : 0, p.x, [&](int64_t offset) {
+      Vec<T, 8> result;
+      VK_UNROLL
+      for (int e = 0; e < 8; ++e) result[e] = x.data[center + offset + (8 * chunk + e) * x.stride];
+      return result;
+    });
     if (round == 0) staged();  // by all threads
     if (chunk >= chunks) break;
-    const float *weights = taps + 72 * chunk, *bias = taps + 9 * p.channels + 8 * chunk;
     Vec<T, 8> sums;
-    // Four taps come with a load, so four channels are nine loads.
     VK_UNROLL
     for (int half = 0; half < 8; half += 4) {
-      float tap[36];
+      const Taps of_channels(taps, p.channels, 8 * chunk + half);
       VK_UNROLL
-      for (int i = 0; i < 36; i += 4) {
-        const auto four = Vec<float, 4>::load(weights + 9 * half + i);
-        VK_UNROLL
-        for (int e = 0; e < 4; ++e) tap[i + e] = four[e];
-      }
-      const auto biases = Vec<float, 4>::load(bias + half);
-      VK_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        float sum = biases[e];
-        VK_UNROLL
-        for (int i = 0; i < 9; ++i) sum += tap[9 * e + i] * to_float(values[i][half + e]);
-        sums[half + e] = from_float<T>(to_float(values[4][half + e]) + sum);
-      }
+      for (int e = 0; e < 4; ++e) sums[half + e] = of_channels.convolve(values, half, e);
     }
     (place.real ? sums : zeros<T>()).store(row + 8 * chunk);
   }

@@ -76,6 +76,7 @@ def test_nothing_is_counted_unasked(module):
         ("kan_linear", ["--shape", "rows=130,channels=64,outputs=64"], 1.05),
         ("neighborhood_attention", ["--shape", "map=16x16"], 1.2),
         ("polyline_path_attention", ["--preset", "ppma_t", "--stage", "3"], 1.1),
+        ("residual_ffn", ["--shape", "c=192,side=14,layout=nhwc"], 1.05),
         ("strip_attention", ["--preset", "s2aformer_t", "--stage", "3"], 1.05),
         ("window_attention", ["--preset", "efficientvit_m0", "--stage", "1"], 1.1),
     ],

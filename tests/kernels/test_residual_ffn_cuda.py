@@ -137,6 +137,7 @@ def _cases() -> Iterator[Case]:
         yield Case(272, 288, (3, 3), dtype, batch=2)
     yield TILES
     yield replace(TILES, dtype=BF16, layout="channels_last", wide_vectors=False, scales=False)
+    yield Case(1040, 32, (3, 2), F16)  # more channels than a turn of the threads has
     yield Case(1600, 3216, (1, 2), F16)  # beyond the shared memory of both
 
 
