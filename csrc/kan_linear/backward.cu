@@ -224,7 +224,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     VK_UNROLL
     for (int j = 0; j < TILES; ++j) {
       const int column = 8 * j + 2 * t;
-      store_pair<R>(to + column, sums[j][2 * half], sums[j][2 * half + 1], columns - column);
+      store_pair<R>(to + column, C::PHI_SCALE * sums[j][2 * half], C::PHI_SCALE * sums[j][2 * half + 1],
+                    columns - column);
     }
   }
 }

@@ -4,7 +4,7 @@
 // rows. Special functions, at G = 8 in 16 bits: half a one for each element of Phi and each tile of 128
 // outputs. A streaming multiprocessor of an H100 does 16 a cycle against 2048 multiply-adds of its tensor
 // cores, so they take half the time of the product that they run beside.
-#include "tiles.h"
+#include "hopper.h"
 
 namespace vitkernels::kan_linear {
 namespace {
@@ -94,7 +94,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, 1)
     VK_UNROLL
     for (int j = 0; j < TILES; ++j) {
       const int column = 8 * j + 2 * t;
-      store_pair<T>(to + column, sums[j][2 * half], sums[j][2 * half + 1], outputs - column);
+      store_pair<T>(to + column, C::PHI_SCALE * sums[j][2 * half], C::PHI_SCALE * sums[j][2 * half + 1],
+                    outputs - column);
     }
   }
 }
@@ -124,6 +125,12 @@ void forward_cuda(const Params& params, Stream stream) {
     launch(statistics_kernel<X>, Dim3{(p.rows + STATISTICS_WARPS - 1) / STATISTICS_WARPS},
            32 * STATISTICS_WARPS, 0, stream, problem.x, problem.x_row, p.rows, p.channels,
            static_cast<Acc>(p.eps), static_cast<Acc*>(p.mean.data), static_cast<Acc*>(p.rstd.data));
+    if constexpr (C::HALF) {
+      if (fits_hopper(problem)) {
+        launch_hopper_forward(problem, static_cast<T*>(p.y.data), p.y.stride[0], stream);
+        return;
+      }
+    }
     const int output_tiles = (p.outputs + C::OUTPUTS - 1) / C::OUTPUTS;
     launch(forward_kernel<X, T>, Dim3{(p.rows + C::ROWS - 1) / C::ROWS * output_tiles}, C::THREADS,
            forward_shared<T>(), stream, problem, static_cast<T*>(p.y.data), p.y.stride[0], output_tiles);

@@ -31,6 +31,7 @@ struct Config {
   static constexpr int BUFFERS = sizeof(T) == 8 ? 1 : 2;  // within 99 KB of shared memory
   static constexpr int GRAD_DEPTH = HALF ? 64 : 32;       // outputs at a time in dPhi = dY W
   static constexpr int WEIGHT_ROWS = 32;                  // rows at a time in dW = dY^T Phi
+  static constexpr int PHI_SCALE = HALF ? 4 : 1;          // Phi over what its tiles hold: quarter_phi()
 };
 
 // X is the type of x, T of the weight.
@@ -80,6 +81,8 @@ struct Problem {
   VK_DEVICE Acc normed(int64_t row, int channel) const {
     return (to_accumulate(x[row * x_row + channel]) - mean[row]) * rstd[row];
   }
+  // Of e^(2 u / h), h being the width of the basis: the exponent of two over u.
+  VK_DEVICE float exponent_unit() const { return static_cast<float>(inverse) * (2.0f * LOG2E); }
   VK_DEVICE Acc u(Acc normed, int channel) const { return normed * ln_weight[channel] + ln_bias[channel]; }
 };
 
@@ -117,33 +120,21 @@ VK_DEVICE Acc tanh_of(Acc distance, Acc e) {
   return distance < Acc(0) ? -far : far;
 }
 
-// phi of eight decays with two reciprocals instead of eight: the denominators lie in [1, 2].
-VK_DEVICE void phi_of_eight(float (&values)[8]) {
-  VK_UNROLL
-  for (int i = 0; i < 8; i += 4) {
-    float d[4];
-    VK_UNROLL
-    for (int j = 0; j < 4; ++j) d[j] = 1.0f + values[i + j];
-    const float low = d[0] * d[1], high = d[2] * d[3], both = 1.0f / (low * high);
-    const float q_low = both * high, q_high = both * low;
-    const float q[4] = {q_low * d[1], q_low * d[0], q_high * d[3], q_high * d[2]};
-    VK_UNROLL
-    for (int j = 0; j < 4; ++j) values[i + j] *= 4.0f * q[j] * q[j];
-  }
-}
-
-// For eight grid points and 16-bit weights: the decay is the lesser of e^(2 u / h) e^(-2 g / h) and its
-// inverse, so two exponentials serve a whole channel. `tables` is shared memory for 16 floats, ready after a
-// barrier.
+// For eight grid points and 16-bit weights. With r = e^(2 (u - g) / h) and q = 1 / (1 + r), phi = 4 (q -
+// q^2); the four is left to whoever has the sums of products. r is e^(2 u / h) e^(-2 g / h), so that one
+// exponential serves a whole channel, and two neighbours share a reciprocal. What is lost to cancellation,
+// far from a centre, 1 - tanh^2 loses too.
 constexpr int CENTRES = 8;
-constexpr float WIDEST_CENTRE = 60.0f,
-                WIDEST_U = 100.0f;  // exponents of two; the products may overflow or vanish
+// Exponents of two. No 1 + r overflows; where the product of two does, or its reciprocal vanishes, so do both
+// of phi, to 2^-30; and so they do where u is beyond its bound.
+constexpr float WIDEST_CENTRE = 30.0f, WIDEST_U = 64.0f;
 
-// Whether the grid is narrow enough for the tables.
+// `tables` is shared memory for 16 floats, ready after a barrier: e^(-2 g / h), then the exponents of two of
+// its inverses. Returns whether the grid is narrow enough for the former.
 template <class X, class T>
 VK_DEVICE bool prepare_centres(float* tables, const Problem<X, T>& p) {
   if (!Config<T>::HALF || p.grids != CENTRES) return false;
-  const float unit = static_cast<float>(p.inverse) * (2.0f * LOG2E);
+  const float unit = p.exponent_unit();
   bool narrow = true;
   for (int m = 0; m < CENTRES; ++m) {
     const float exponent = static_cast<float>(p.grid[m]) * unit;
@@ -152,32 +143,55 @@ VK_DEVICE bool prepare_centres(float* tables, const Problem<X, T>& p) {
   if (thread_x() < CENTRES) {
     const float exponent = static_cast<float>(p.grid[thread_x()]) * unit;
     tables[thread_x()] = exp2_fast(-exponent);
-    tables[CENTRES + thread_x()] = exp2_fast(exponent);
+    tables[CENTRES + thread_x()] = exponent;
   }
   return narrow;
 }
 
-VK_DEVICE void decay_of_eight(float (&values)[8], float exponent, const float* tables) {
-  exponent = exponent > WIDEST_U ? WIDEST_U : exponent < -WIDEST_U ? -WIDEST_U : exponent;
-  const float up = exp2_fast(exponent), down = exp2_fast(-exponent);
+struct Centres {
+  Vec<float, 4> low, high;
+  VK_DEVICE explicit Centres(const float* table)
+      : low(Vec<float, 4>::load(table)), high(Vec<float, 4>::load(table + 4)) {}
+  VK_DEVICE float operator[](int m) const { return m < 4 ? low[m] : high[m - 4]; }
+};
+
+// A quarter of phi at all centres for u = exponent h / (2 log2 e).
+template <class T>
+VK_DEVICE Vec<T, CENTRES> quarter_phi(float exponent, const Centres& falling) {
+  const float up = exp2_fast(at_most(exponent, WIDEST_U));
+  uint32_t pairs[CENTRES / 2];
   VK_UNROLL
-  for (int m = 0; m < CENTRES; m += 4) {
-    const auto falling = Vec<float, 4>::load(tables + m), rising = Vec<float, 4>::load(tables + CENTRES + m);
-    VK_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const float ratio = up * falling[e], inverse = down * rising[e];
-      values[m + e] = ratio < inverse ? ratio : inverse;
-    }
+  for (int m = 0; m < CENTRES; m += 2) {
+    const float first = up * falling[m] + 1.0f, second = up * falling[m + 1] + 1.0f;
+    const float both = reciprocal_fast(first * second), q = both * second, r = both * first;
+    pairs[m / 2] = pack2<T>(q - q * q, r - r * r);
   }
+  Vec<T, CENTRES> result;
+  memcpy(static_cast<void*>(&result), pairs, sizeof(result));
+  return result;
 }
 
-// Phi of `ROWS` rows from `first_row` on (zeros from end_row on) and of one slice of channels, to tile
-// [ROWS][LD].
+// The same for a grid of any width.
+template <class T>
+VK_DEVICE Vec<T, CENTRES> wide_quarter_phi(float exponent, const Centres& centres) {
+  Vec<T, CENTRES> result;
+  VK_UNROLL
+  for (int m = 0; m < CENTRES; ++m) {
+    const float distance = exponent - centres[m];
+    const float e = exp2_fast(distance < 0.0f ? distance : -distance), q = reciprocal_fast(1.0f + e);
+    result[m] = from_float<T>(e * q * q);
+  }
+  return result;
+}
+
+// Phi / PHI_SCALE of `ROWS` rows from `first_row` on (zeros from end_row on) and of one slice of channels, to
+// tile [ROWS][LD].
 template <int ROWS, int THREADS, class X, class T>
 VK_DEVICE void make_phi(T* tile, const Problem<X, T>& p, int64_t first_row, int64_t end_row, int index,
                         const float* tables, bool narrow) {
   using Acc = typename Problem<X, T>::Acc;
-  constexpr int LD = Config<T>::LD;
+  using C = Config<T>;
+  constexpr int LD = C::LD;
   VK_NO_UNROLL
   for (int i = thread_x(); i < ROWS * p.slice; i += THREADS) {
     const int r = static_cast<unsigned>(i) / static_cast<unsigned>(p.slice), c = i - r * p.slice;
@@ -188,20 +202,17 @@ VK_DEVICE void make_phi(T* tile, const Problem<X, T>& p, int64_t first_row, int6
     const Acc u = inside ? p.u(p.normed(row, channel), channel) : Acc(0);
     if constexpr (Config<T>::HALF) {
       if (narrow) {
-        float values[8];
-        decay_of_eight(values, u * (p.inverse * (2.0f * LOG2E)), tables);
-        phi_of_eight(values);
-        Vec<T, 8> packed;
-        VK_UNROLL
-        for (int m = 0; m < 8; ++m) packed[m] = from_float<T>(inside ? values[m] : 0.0f);
-        packed.store(to);
+        auto values = quarter_phi<T>(u * p.exponent_unit(), Centres(tables));
+        if (!inside) values = Vec<T, CENTRES>{};
+        values.store(to);
         continue;
       }
     }
     VK_NO_UNROLL
-    for (int m = 0; m < p.grids; ++m)
-      to[m] =
-          from_accumulate<T>(inside ? phi_of(decay<Config<T>::HALF>((u - p.grid[m]) * p.inverse)) : Acc(0));
+    for (int m = 0; m < p.grids; ++m) {
+      const Acc phi = phi_of(decay<Config<T>::HALF>((u - p.grid[m]) * p.inverse)) / Acc(C::PHI_SCALE);
+      to[m] = from_accumulate<T>(inside ? phi : Acc(0));
+    }
   }
 }
 

@@ -131,6 +131,13 @@ VK_DEVICE double larger(double x, double maximum) {
   return fmax(x, maximum);
 }
 
+// The lesser of x and a bound, which is no NaN; a NaN x stays one.
+VK_DEVICE float at_most(float x, float bound) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+  return y;
+}
+
 // ---- special functions: the float ones flush subnormals ----
 
 VK_DEVICE float exp2_fast(float x) {
@@ -141,6 +148,12 @@ VK_DEVICE float exp2_fast(float x) {
 VK_DEVICE float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// At most an ulp off.
+VK_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 VK_DEVICE float exp_(float x) {

@@ -239,6 +239,9 @@ template <class Acc>
 Acc larger(Acc x, Acc maximum) {
   return x > maximum ? x : maximum;
 }
+inline float at_most(float x, float bound) {
+  return x > bound ? bound : x;
+}
 inline float flush_subnormal(float x) {
   return std::fpclassify(x) == FP_SUBNORMAL ? 0.0f : x;
 }
@@ -247,6 +250,9 @@ inline float exp2_fast(float x) {
 }
 inline float log2_fast(float x) {
   return std::log2(flush_subnormal(x));
+}
+inline float reciprocal_fast(float x) {
+  return flush_subnormal(1.0f / flush_subnormal(x));
 }
 inline float exp_(float x) {
   return std::exp(x);

@@ -81,6 +81,11 @@ inline void check_launch(const Dim3& grid, int threads, size_t shared_bytes) {
 
 #if defined(VITKERNELS_HOST_TWIN)
 
+// Streaming multiprocessors of the current device.
+inline int multiprocessors() {
+  return 1;
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared_bytes, Stream,
             Arguments&&... arguments) {
@@ -110,6 +115,15 @@ inline bool starts_early() {
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          cudaDriverGetVersion(&driver) == cudaSuccess && major >= 9 && driver >= 12030;
+}
+
+// Streaming multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) throw_cuda_error(error, "the number of multiprocessors");
+  return count;
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -163,19 +163,22 @@ inline bool wgmma_available() {
 #if defined(VK_WGMMA)
 
 // What the instruction takes for a matrix: address and strides in units of 16 bytes, and how chunks are
-// exchanged.
+// exchanged. The half that is the same for all matrices is a constant, so that 32-bit arithmetic advances.
 template <int BYTES, Major MAJOR>
 struct Operand {
-  uint64_t description;
+  uint32_t place;
 
-  VK_DEVICE explicit Operand(const void* matrix, int next = 16) {
-    constexpr uint64_t EXCHANGE = BYTES == 128 ? 1 : 2, GROUP = 8 * BYTES / 16;
-    description =
-        shared_address(matrix) >> 4 | static_cast<uint64_t>(next >> 4) << 16 | GROUP << 32 | EXCHANGE << 62;
-  }
+  VK_DEVICE explicit Operand(const void* matrix, int next = 16)
+      : place(shared_address(matrix) >> 4 | static_cast<uint32_t>(next >> 4) << 16) {}
   VK_DEVICE Operand advance(int bytes) const {
     Operand result = *this;
-    result.description += static_cast<unsigned>(bytes) >> 4;
+    result.place += static_cast<unsigned>(bytes) >> 4;
+    return result;
+  }
+  VK_DEVICE uint64_t description() const {
+    constexpr uint32_t EXCHANGE = BYTES == 128 ? 1 : 2, GROUP = 8 * BYTES / 16;
+    uint64_t result;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(result) : "r"(place), "n"(GROUP | EXCHANGE << 30));
     return result;
   }
 };
@@ -220,13 +223,13 @@ VK_DEVICE void hold(float (&sums)[COUNT]) {
   asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE   \
                "." TYPE " {" VK_NAMES_##COUNT "}, {" P0 "," P1 "," P2 "," P3 "}, " P4 ", p, 1, 1, " P5 ";}" \
                : VK_SUMS_##COUNT(0)                                                                         \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.description),                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.description()),                          \
                  "n"(MAJOR == Major::BY_FEATURES))
 #define VK_WGMMA_SHARED(TYPE, N, COUNT, P0, P1, P2, P3, P4, P5)                                           \
   asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
                "." TYPE " {" VK_NAMES_##COUNT "}, " P0 ", " P1 ", p, 1, 1, " P2 ", " P3 ";}"              \
                : VK_SUMS_##COUNT(0)                                                                       \
-               : "l"(a.description), "l"(b.description), "n"(A_MAJOR == Major::BY_FEATURES),              \
+               : "l"(a.description()), "l"(b.description()), "n"(A_MAJOR == Major::BY_FEATURES),          \
                  "n"(MAJOR == Major::BY_FEATURES))
 #define VK_WGMMA_WIDTHS(FORM, TYPE)                                       \
   if constexpr (N == 32) {                                                \

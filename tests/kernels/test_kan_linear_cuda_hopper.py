@@ -1,0 +1,127 @@
+"""The kernels of kan_linear for Hopper, run on the host by the twin, against plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import twin
+from guarded import Guarded, Layout
+from kan_linear_calls import PARAMS, check, inputs, launch
+
+from vitkernels.kernels.kan_linear import native
+
+pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = [
+    pytest.param(F16, F16, id="fp16"),
+    pytest.param(BF16, BF16, id="bf16"),
+    pytest.param(F32, F16, id="fp32-fp16"),
+    pytest.param(F32, BF16, id="fp32-bf16"),
+]
+# rows, channels, outputs; beside them the tile of y that the host chooses on one multiprocessor
+SHAPES = [
+    (192, 64, 256),  # 192 x 256
+    (190, 8, 300),  # 192 x 256
+    (129, 40, 130),  # 192 x 256
+    (100, 48, 200),  # 128 x 256
+    (300, 16, 40),  # 192 x 128
+    (70, 24, 133),  # 128 x 256
+    (1, 8, 1),  # 128 x 128
+]
+
+
+@pytest.fixture
+def kernels():
+    return {"module": twin.load(), "cuda": True}
+
+
+def names_of_kernels(module, run):
+    module.count_traffic(True)
+    try:
+        run()
+        return {row[0] for row in module.traffic()}
+    finally:
+        module.count_traffic(False)
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
+@pytest.mark.parametrize(("rows", "channels", "outputs"), SHAPES)
+def test_forward_and_gradients(rows, channels, outputs, dtype, weight_dtype, kernels):
+    tensors = inputs(rows, channels, outputs, 8, dtype, weight_dtype)
+    grad_y = torch.randn(rows, outputs)
+    got = {}
+    names = names_of_kernels(
+        kernels["module"], lambda: got.update(launch(native, tensors, grad_y, **kernels))
+    )
+    assert "hopper_forward_kernel" in names
+    check(got, tensors, grad_y)
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES[1:3])
+def test_every_schedule_gives_the_same(dtype, weight_dtype, kernels):
+    tensors, grad_y = inputs(70, 40, 140, 8, dtype, weight_dtype), torch.randn(70, 140)
+    want = None
+    for seed in twin.SEEDS:
+        kernels["module"].set_seed(seed)
+        got = launch(native, tensors, grad_y, **kernels)
+        want = want or got
+        for name in want:
+            assert torch.equal(got[name], want[name]), f"{name} with seed {seed}"
+
+
+@pytest.mark.parametrize(
+    ("grid", "inverse"),
+    [
+        (torch.linspace(-30, 30, 8), 1 / 0.33),
+        (torch.tensor([2.0, -0.5, 0.0, 0.0, 7.0, 1.0, -1.0, -7.0]), 1.0),
+        (torch.linspace(-2, 2, 8), 40.0),
+        (torch.linspace(-2, 2, 8), 0.01),
+        (torch.linspace(-5, 5, 8), 2.0),
+    ],
+    ids=["wide", "unsorted", "narrow functions", "broad functions", "up to the bound"],
+)
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+def test_any_grid(grid, inverse, dtype, spread, kernels):
+    tensors = {**inputs(50, 16, 20, len(grid), dtype, spread=spread), "grid": grid}
+    grad_y = torch.randn(50, 20)
+    params = (inverse, 1e-5)
+    check(launch(native, tensors, grad_y, params, **kernels), tensors, grad_y, params)
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
+def test_far_from_the_grid(dtype, weight_dtype, shift, kernels):
+    tensors = inputs(40, 24, 20, dtype=dtype, weight_dtype=weight_dtype)
+    tensors["ln_bias"] += shift  # where every function is 0
+    got = launch(native, tensors, torch.randn(40, 20), **kernels)
+    assert all(torch.isfinite(t).all() for t in got.values())
+    assert got["y"].float().abs().max() < 1e-12
+
+
+def test_nan_stays_in_its_row(kernels):
+    tensors = inputs(40, 24, 20, dtype=BF16)
+    tensors["x"][3, 5] = float("nan")
+    y = launch(native, tensors, torch.ones(40, 20), **kernels)["y"]
+    assert y[3].isnan().all()
+    assert y[torch.arange(40) != 3].isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES[1:3])
+def test_nothing_is_read_or_written_outside(dtype, weight_dtype, kernels):
+    guarded, rows, channels, outputs = Guarded(), 37, 24, 20
+    plain = inputs(rows, channels, outputs, 8, dtype, weight_dtype)
+    layout = Layout(before=64)
+    tensors = {name: guarded(tuple(t.shape), t.dtype, layout).copy_(t) for name, t in plain.items()}
+    tensors["x"] = guarded((1, 1, rows, channels), dtype, Layout(padding=8, before=64))[0, 0].copy_(
+        plain["x"]
+    )
+    tensors["weight"] = guarded((1, 1, outputs, 8 * channels), weight_dtype, Layout(padding=8, before=64))[
+        0, 0
+    ].copy_(plain["weight"])
+    want = launch(native, plain, torch.ones(rows, outputs), **kernels)["y"]
+    y = guarded((rows, outputs), weight_dtype, layout)
+    native.forward(y, None, None, *tensors.values(), *PARAMS, **kernels)
+    guarded.check()
+    assert torch.equal(y, want)
