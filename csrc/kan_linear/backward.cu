@@ -5,7 +5,7 @@
 //
 // Floor: twice the forward's FLOPs, and its special functions for dW; dY crosses L2 once for each slice of
 // channels.
-#include "tiles.h"
+#include "hopper.h"
 #include "vitkernels/sum_partials.h"
 
 namespace vitkernels::kan_linear {
@@ -254,7 +254,14 @@ struct Plan {
       if (p.grad_grid) grid = take(row_tiles * problem.slices * p.grids);
       if (p.grad_x) grad_u = take(p.rows * p.channels);
     }
-    if (p.grad_weight && shares > 1) weight = take(shares * p.outputs * p.depth());
+    if (!p.grad_weight) return;
+    // Enough for either kernel, whichever device is current.
+    int64_t partials = shares;
+    if (C::HALF && p.grids == CENTRES) {
+      const WeightShares hopper(p.rows, p.channels, p.outputs);
+      if (hopper.shares > partials) partials = hopper.shares;
+    }
+    if (partials > 1) weight = take(partials * p.outputs * p.depth());
   }
   int64_t take(int64_t count) {
     const int64_t place = size;
@@ -291,20 +298,29 @@ template <class X, class T>
 void weight_gradient(const Params& p, const Problem<X, T>& problem, const Plan<X, T>& plan, Stream stream) {
   using Acc = accumulate_t<X>;
   using C = Config<T>;
-  T* target = static_cast<T*>(p.grad_weight.data);
-  const int64_t row = p.grad_weight.stride[0];
-  const Dim3 blocks{plan.weight_tiles, plan.shares};
-  if (plan.shares == 1) {
-    launch(weight_kernel<X, T, T>, blocks, C::THREADS, weight_shared<T>(), stream, problem, target, row,
-           int64_t{0}, plan.share);
-    return;
+  T* const target = static_cast<T*>(p.grad_weight.data);
+  Acc* const partials = plan.at(p, plan.weight);
+  const int64_t row = p.grad_weight.stride[0], elements = p.outputs * p.depth();
+  // run(result, its row and share) does one or all shares.
+  const auto with_shares = [&](int64_t shares, const auto& run) {
+    if (shares == 1) return run(target, row, int64_t{0});
+    run(partials, p.depth(), elements);
+    sum_partials(static_cast<const Acc*>(partials), elements, shares, elements,
+                 StoreRows<T>{target, row, p.depth()}, stream);
+  };
+  if constexpr (C::HALF) {
+    if (fits_hopper_weight(problem)) {
+      const WeightShares shares(p.rows, p.channels, p.outputs);
+      return with_shares(shares.shares, [&](auto* result, int64_t result_row, int64_t result_share) {
+        launch_hopper_weight(problem, shares, result, result_row, result_share, stream);
+      });
+    }
   }
-  Acc* partials = plan.at(p, plan.weight);
-  launch(weight_kernel<X, T, Acc>, blocks, C::THREADS, weight_shared<T>(), stream, problem, partials,
-         p.depth(), p.outputs * p.depth(), plan.share);
-  const int64_t elements = p.outputs * p.depth();
-  sum_partials(static_cast<const Acc*>(partials), elements, plan.shares, elements,
-               StoreRows<T>{target, row, p.depth()}, stream);
+  with_shares(plan.shares, [&](auto* result, int64_t result_row, int64_t result_share) {
+    using R = std::decay_t<decltype(*result)>;
+    launch(weight_kernel<X, T, R>, Dim3{plan.weight_tiles, plan.shares}, C::THREADS, weight_shared<T>(),
+           stream, problem, result, result_row, result_share, plan.share);
+  });
 }
 
 }  // namespace

@@ -9,28 +9,53 @@
 namespace vitkernels::kan_linear {
 namespace {
 
-constexpr int STATISTICS_WARPS = 4;
+constexpr int STATISTICS_WARPS = 8;
+constexpr int STATISTICS_ROWS = 4;  // of a warp, so that as many loads are in flight
 
-// A warp for each row, in two passes over it.
-template <class X>
+// In two passes over the rows, eight bytes a lane at a time. Floor: x once, the second pass finds it in L1.
+// The order of the sums does not depend on whether rows are ALIGNED, to eight bytes.
+template <bool ALIGNED, class X>
 VK_KERNEL void VK_LAUNCH_BOUNDS(32 * STATISTICS_WARPS, 1)
     statistics_kernel(const X* x, int64_t x_row, int64_t rows, int channels, accumulate_t<X> eps,
                       accumulate_t<X>* mean, accumulate_t<X>* rstd) {
   using Acc = accumulate_t<X>;
-  const int64_t row = static_cast<int64_t>(block_x()) * STATISTICS_WARPS + warp_id();
-  if (row >= rows) return;
-  const X* from = x + row * x_row;
-  Acc sum = Acc(0), squares = Acc(0);
-  for (int c = lane_id(); c < channels; c += 32) sum += to_accumulate(from[c]);
-  const Acc average = warp_sum(sum) / channels;
-  for (int c = lane_id(); c < channels; c += 32) {
-    const Acc d = to_accumulate(from[c]) - average;
-    squares += d * d;
-  }
-  const Acc variance = warp_sum(squares) / channels;
-  if (lane_id() == 0) {
-    mean[row] = average;
-    rstd[row] = Acc(1) / sqrt(variance + eps);
+  constexpr int ROWS = STATISTICS_ROWS, WIDTH = 8 / sizeof(X);
+  const int64_t first = (static_cast<int64_t>(block_x()) * STATISTICS_WARPS + warp_id()) * ROWS;
+  if (first >= rows) return;
+  const auto row = [&](int i) { return first + i < rows ? first + i : rows - 1; };
+  // The sums over the rows of what `term` makes of a row's number and an element.
+  const auto sum = [&](Acc(&sums)[ROWS], const auto& term) {
+    for (int c = lane_id() * WIDTH; c < channels; c += 32 * WIDTH) {
+      Vec<X, WIDTH> values[ROWS];
+      VK_UNROLL
+      for (int i = 0; i < ROWS; ++i) {
+        const X* const from = x + row(i) * x_row + c;
+        if constexpr (ALIGNED) {
+          values[i] = Vec<X, WIDTH>::load(from);
+        } else {
+          VK_UNROLL
+          for (int e = 0; e < WIDTH; ++e)
+            if (c + e < channels) values[i][e] = from[e];
+        }
+      }
+      VK_UNROLL
+      for (int i = 0; i < ROWS; ++i) {
+        VK_UNROLL
+        for (int e = 0; e < WIDTH; ++e)
+          if (ALIGNED || c + e < channels) sums[i] += term(i, to_accumulate(values[i][e]));
+      }
+    }
+    VK_UNROLL
+    for (int i = 0; i < ROWS; ++i) sums[i] = warp_sum(sums[i]) / channels;
+  };
+  Acc average[ROWS] = {}, variance[ROWS] = {};
+  sum(average, [](int, Acc value) { return value; });
+  sum(variance, [&](int i, Acc value) { return (value - average[i]) * (value - average[i]); });
+  VK_UNROLL
+  for (int i = 0; i < ROWS; ++i) {
+    if (lane_id() != 0 || first + i >= rows) continue;
+    mean[first + i] = average[i];
+    rstd[first + i] = Acc(1) / sqrt(variance[i] + eps);
   }
 }
 
@@ -122,9 +147,13 @@ void forward_cuda(const Params& params, Stream stream) {
     using Acc = accumulate_t<X>;
     using C = Config<T>;
     const Problem<X, T> problem(p);
-    launch(statistics_kernel<X>, Dim3{(p.rows + STATISTICS_WARPS - 1) / STATISTICS_WARPS},
-           32 * STATISTICS_WARPS, 0, stream, problem.x, problem.x_row, p.rows, p.channels,
-           static_cast<Acc>(p.eps), static_cast<Acc*>(p.mean.data), static_cast<Acc*>(p.rstd.data));
+    constexpr int WIDTH = 8 / sizeof(X), ROWS = STATISTICS_WARPS * STATISTICS_ROWS;
+    const bool aligned = p.channels % WIDTH == 0 && p.x.stride[0] % WIDTH == 0 &&
+                         reinterpret_cast<uintptr_t>(p.x.data) % 8 == 0;
+    launch(aligned ? statistics_kernel<true, X> : statistics_kernel<false, X>,
+           Dim3{(p.rows + ROWS - 1) / ROWS}, 32 * STATISTICS_WARPS, 0, stream, problem.x, problem.x_row,
+           p.rows, p.channels, static_cast<Acc>(p.eps), static_cast<Acc*>(p.mean.data),
+           static_cast<Acc*>(p.rstd.data));
     if constexpr (C::HALF) {
       if (fits_hopper(problem)) {
         launch_hopper_forward(problem, static_cast<T*>(p.y.data), p.y.stride[0], stream);

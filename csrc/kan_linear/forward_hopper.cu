@@ -29,7 +29,7 @@ template <class X, class T, class Tile>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
     hopper_forward_kernel(Problem<X, T> p, T* y, int64_t y_row, int output_tiles) {
 #if defined(VK_WGMMA)
-  constexpr int OUTPUTS = Tile::OUTPUTS, THREADS = Tile::THREADS, HALF_SLICE = SLICE / 2;
+  constexpr int OUTPUTS = Tile::OUTPUTS, THREADS = Tile::THREADS;
   char* const phi = shared_memory();
   char* const weight = phi + Tile::PHI_STAGES * Tile::PHI_BYTES;
   float* const tables = reinterpret_cast<float*>(phi + Tile::RING_BYTES);
@@ -69,42 +69,25 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
 
   // A thread makes Phi of four channels of a row, so that a row's statistics stay in registers. Rows beyond
   // the last are its likeness, and not stored.
-  const int r = thread_x() / 2, half = thread_x() % 2 * HALF_SLICE;
+  const int r = thread_x() / 2, half = thread_x() % 2 * SLICE / 2;
   const int rows = p.rows - first_row < Tile::ROWS ? static_cast<int>(p.rows - first_row) : Tile::ROWS;
   const int row = r < rows ? r : rows - 1;
   const X* const tile_x = p.x + first_row * p.x_row;
   int x = row * static_cast<int>(p.x_row) + half;
   const float rstd = p.rstd[first_row + row], centre = -p.mean[first_row + row] * rstd;
   const int phi_place = r * STAGE_BYTES + chunk_of<STAGE_BYTES>(r, half) * 16;
-  using Values = Vec<uint32_t, sizeof(X)>;  // four channels
-  const auto load = [&] { return Values::load(reinterpret_cast<const uint32_t*>(tile_x + x)); };
-  const auto make_phi = [&](int stage, int ring, const Values& words) {
-    Vec<X, HALF_SLICE> values;
-    memcpy(static_cast<void*>(&values), &words, sizeof(values));
+  const auto make_phi = [&](int stage, int ring, const FourOf<X>& values) {
     const float* parameters = scale + stage * SLICE + half;
-    const auto factor = Vec<float, HALF_SLICE>::load(parameters);
-    const auto term = Vec<float, HALF_SLICE>::load(parameters + HOPPER_CHANNELS);
-    float exponents[HALF_SLICE];
-    VK_UNROLL
-    for (int c = 0; c < HALF_SLICE; ++c)
-      exponents[c] = (to_float(values[c]) * rstd + centre) * factor[c] + term[c];
+    const FourNorms norms{Vec<float, 4>::load(parameters), Vec<float, 4>::load(parameters + HOPPER_CHANNELS)};
     // Tiles begin at multiples of 1024 bytes, so that chunks are exchanged by an exclusive or of the whole.
-    const auto place = [&](int c) { return reinterpret_cast<T*>(phi + ((phi_place + ring) ^ c * 16)); };
-    if (narrow) {
-      const Centres falling(tables);
-      VK_UNROLL
-      for (int c = 0; c < HALF_SLICE; ++c) quarter_phi<T>(exponents[c], falling).store(place(c));
-    } else {
-      const Centres centres(tables + CENTRES);
-      VK_UNROLL
-      for (int c = 0; c < HALF_SLICE; ++c) wide_quarter_phi<T>(exponents[c], centres).store(place(c));
-    }
+    make_four<T, X>(values, rstd, centre, norms, tables, narrow,
+                    [&](int c) { return reinterpret_cast<T*>(phi + ((phi_place + ring) ^ (c * 16))); });
   };
-  make_phi(0, 0, load());
+  make_phi(0, 0, load_four(tile_x + x));
   // x of a stage is read a stage before Phi of it is made, the last once more, so that no load is
   // conditional.
   x += stages > 1 ? SLICE : 0;
-  auto values = load();
+  auto values = load_four(tile_x + x);
 
   float sums[OUTPUTS / 2];
   VK_UNROLL
@@ -130,7 +113,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
     if (stage + 1 < stages) {
       const auto now = values;
       x += stage + 2 < stages ? SLICE : 0;
-      values = load();
+      values = load_four(tile_x + x);
       make_phi(stage + 1, ring, now);
     }
     wgmma_wait<1>();

@@ -12,13 +12,14 @@ constexpr int HOPPER_CHANNELS = 2048;
 // Within a tile, places in x and W are 32-bit numbers.
 constexpr int64_t HOPPER_ROW = int64_t{1} << 22;
 
+inline bool aligned(const void* data, int64_t stride, size_t element, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
+         stride * static_cast<int64_t>(element) % static_cast<int64_t>(bytes) == 0;
+}
+
 template <class X, class T>
 bool fits_hopper(const Problem<X, T>& p) {
   if constexpr (Config<T>::HALF) {
-    const auto aligned = [](const void* data, int64_t stride, size_t size, size_t bytes) {
-      return reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
-             stride * static_cast<int64_t>(size) % static_cast<int64_t>(bytes) == 0;
-    };
     return p.grids == CENTRES && p.channels % SLICE == 0 && p.channels <= HOPPER_CHANNELS &&
            p.x_row <= HOPPER_ROW && p.weight_row <= HOPPER_ROW &&
            aligned(p.x, p.x_row, sizeof(X), 4 * sizeof(X)) &&
@@ -27,8 +28,56 @@ bool fits_hopper(const Problem<X, T>& p) {
   return false;
 }
 
+// Half a slice of a row of x, in registers.
+template <class X>
+using FourOf = Vec<uint32_t, sizeof(X)>;
+template <class X>
+VK_DEVICE FourOf<X> load_four(const X* x) {
+  return FourOf<X>::load(reinterpret_cast<const uint32_t*>(x));
+}
+
+// The norm of four channels, as exponents: of (x rstd + centre) factor + term.
+struct FourNorms {
+  Vec<float, 4> factor, term;
+};
+
+// A quarter of Phi of half a slice, each channel to place(0 to 3).
+template <class T, class X, class Place>
+VK_DEVICE void make_four(const FourOf<X>& words, float rstd, float centre, const FourNorms& norms,
+                         const float* tables, bool narrow, const Place& place) {
+  Vec<X, 4> values;
+  memcpy(static_cast<void*>(&values), &words, sizeof(values));
+  float exponents[4];
+  VK_UNROLL
+  for (int c = 0; c < 4; ++c)
+    exponents[c] = (to_float(values[c]) * rstd + centre) * norms.factor[c] + norms.term[c];
+  if (narrow) {
+    const Centres falling(tables);
+    VK_UNROLL
+    for (int c = 0; c < 4; ++c) quarter_phi<T>(exponents[c], falling).store(place(c));
+  } else {
+    const Centres centres(tables + CENTRES);
+    VK_UNROLL
+    for (int c = 0; c < 4; ++c) wide_quarter_phi<T>(exponents[c], centres).store(place(c));
+  }
+}
+
 // y = Phi W^T. `p.mean` and `p.rstd` are ready.
 template <class X, class T>
 void launch_hopper_forward(const Problem<X, T>& p, T* y, int64_t y_row, Stream stream);
+
+// dW = dY^T Phi, over shares of the rows: partials [shares][J][I * G], or dW itself when there is one share.
+struct WeightShares {
+  int64_t share, shares;  // rows of a share, a multiple of a stage's; how many
+  WeightShares(int64_t rows, int channels, int outputs);
+};
+template <class X, class T>
+bool fits_hopper_weight(const Problem<X, T>& p) {
+  return fits_hopper(p) && p.outputs % 8 == 0 && p.grad_row <= HOPPER_ROW &&
+         aligned(p.grad_y, p.grad_row, sizeof(T), 16);
+}
+template <class X, class T, class R>
+void launch_hopper_weight(const Problem<X, T>& p, const WeightShares& shares, R* result, int64_t result_row,
+                          int64_t result_share, Stream stream);
 
 }  // namespace vitkernels::kan_linear

@@ -27,6 +27,7 @@ SHAPES = [
     (100, 48, 200),  # 128 x 256
     (300, 16, 40),  # 192 x 128
     (70, 24, 133),  # 128 x 256
+    (600, 24, 136),  # in shares of the rows, for the gradient of the weight
     (1, 8, 1),  # 128 x 128
 ]
 
@@ -55,6 +56,7 @@ def test_forward_and_gradients(rows, channels, outputs, dtype, weight_dtype, ker
         kernels["module"], lambda: got.update(launch(native, tensors, grad_y, **kernels))
     )
     assert "hopper_forward_kernel" in names
+    assert ("hopper_weight_kernel" in names) == (outputs % 8 == 0)
     check(got, tensors, grad_y)
 
 

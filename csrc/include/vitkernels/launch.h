@@ -81,7 +81,7 @@ inline void check_launch(const Dim3& grid, int threads, size_t shared_bytes) {
 
 #if defined(VITKERNELS_HOST_TWIN)
 
-// Streaming multiprocessors of the current device.
+// Streaming multiprocessors of the current device; few here, so that small problems fill it.
 inline int multiprocessors() {
   return 1;
 }
