@@ -12,8 +12,8 @@ namespace vitkernels::kan_linear {
 namespace {
 
 constexpr int NORM_WARPS = 4;
-// Blocks that fill a large GPU about twice, and the most memory that partial weight gradients may take.
-constexpr int64_t WEIGHT_BLOCKS = 512, PARTIAL_BYTES = int64_t{64} << 20;
+// Of the gradient of the weight: they fill a large GPU about twice.
+constexpr int64_t WEIGHT_BLOCKS = 512;
 
 template <class Acc>
 struct UResults {
@@ -279,15 +279,29 @@ void u_gradients(const Params& p, const Problem<X, T>& problem, const Plan<X, T>
   using C = Config<T>;
   const UResults<Acc> results{p.grad_x ? plan.at(p, plan.grad_u) : nullptr, plan.at(p, plan.scale),
                               plan.at(p, plan.shift), p.grad_grid ? plan.at(p, plan.grid) : nullptr};
-  launch(u_kernel<X, T>, Dim3{plan.row_tiles * problem.slices}, C::THREADS, u_shared<T, Acc>(problem.slice),
-         stream, problem, results);
+  int64_t row_tiles = plan.row_tiles;
+  const auto plain = [&] {
+    launch(u_kernel<X, T>, Dim3{plan.row_tiles * problem.slices}, C::THREADS, u_shared<T, Acc>(problem.slice),
+           stream, problem, results);
+  };
+  if constexpr (C::HALF) {
+    if (!p.grad_grid && fits_hopper_gradient(problem)) {
+      static_assert(U_ROWS >= C::ROWS, "partial sums would not fit");
+      row_tiles = (p.rows + U_ROWS - 1) / U_ROWS;
+      launch_hopper_u(problem, results.grad_u, results.scale, results.shift, stream);
+    } else {
+      plain();
+    }
+  } else {
+    plain();
+  }
   const auto sum = [&](const View& target, const Acc* partials, int64_t count, int width) {
     if (!target) return;
     const StoreRows<Acc> store{static_cast<Acc*>(target.data), 0, width};
     sum_partials(partials, width, count, width, store, stream);
   };
-  sum(p.grad_ln_weight, results.scale, plan.row_tiles, p.channels);
-  sum(p.grad_ln_bias, results.shift, plan.row_tiles, p.channels);
+  sum(p.grad_ln_weight, results.scale, row_tiles, p.channels);
+  sum(p.grad_ln_bias, results.shift, row_tiles, p.channels);
   sum(p.grad_grid, results.grid, plan.row_tiles * problem.slices, p.grids);
   if (p.grad_x)
     launch(norm_kernel<X, T>, Dim3{(p.rows + NORM_WARPS - 1) / NORM_WARPS}, 32 * NORM_WARPS, 0, stream,
@@ -309,7 +323,7 @@ void weight_gradient(const Params& p, const Problem<X, T>& problem, const Plan<X
                  StoreRows<T>{target, row, p.depth()}, stream);
   };
   if constexpr (C::HALF) {
-    if (fits_hopper_weight(problem)) {
+    if (fits_hopper_gradient(problem)) {
       const WeightShares shares(p.rows, p.channels, p.outputs);
       return with_shares(shares.shares, [&](auto* result, int64_t result_row, int64_t result_share) {
         launch_hopper_weight(problem, shares, result, result_row, result_share, stream);

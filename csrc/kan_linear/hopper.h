@@ -41,16 +41,23 @@ struct FourNorms {
   Vec<float, 4> factor, term;
 };
 
+template <class X>
+VK_DEVICE Vec<float, 4> exponents_of(const FourOf<X>& words, float rstd, float centre,
+                                     const FourNorms& norms) {
+  Vec<X, 4> values;
+  memcpy(static_cast<void*>(&values), &words, sizeof(values));
+  Vec<float, 4> exponents;
+  VK_UNROLL
+  for (int c = 0; c < 4; ++c)
+    exponents[c] = (to_float(values[c]) * rstd + centre) * norms.factor[c] + norms.term[c];
+  return exponents;
+}
+
 // A quarter of Phi of half a slice, each channel to place(0 to 3).
 template <class T, class X, class Place>
 VK_DEVICE void make_four(const FourOf<X>& words, float rstd, float centre, const FourNorms& norms,
                          const float* tables, bool narrow, const Place& place) {
-  Vec<X, 4> values;
-  memcpy(static_cast<void*>(&values), &words, sizeof(values));
-  float exponents[4];
-  VK_UNROLL
-  for (int c = 0; c < 4; ++c)
-    exponents[c] = (to_float(values[c]) * rstd + centre) * norms.factor[c] + norms.term[c];
+  const auto exponents = exponents_of<X>(words, rstd, centre, norms);
   if (narrow) {
     const Centres falling(tables);
     VK_UNROLL
@@ -66,16 +73,22 @@ VK_DEVICE void make_four(const FourOf<X>& words, float rstd, float centre, const
 template <class X, class T>
 void launch_hopper_forward(const Problem<X, T>& p, T* y, int64_t y_row, Stream stream);
 
+// The gradient of u, of [rows][I] or null, and partial sums [tiles of U_ROWS rows][I] for those of the norm's
+// parameters. Not that of the grid.
+constexpr int U_ROWS = 192;
+template <class X, class T>
+bool fits_hopper_gradient(const Problem<X, T>& p) {
+  return fits_hopper(p) && p.outputs % 8 == 0 && p.grad_row <= HOPPER_ROW &&
+         aligned(p.grad_y, p.grad_row, sizeof(T), 16);
+}
+template <class X, class T>
+void launch_hopper_u(const Problem<X, T>& p, float* grad_u, float* scale, float* shift, Stream stream);
+
 // dW = dY^T Phi, over shares of the rows: partials [shares][J][I * G], or dW itself when there is one share.
 struct WeightShares {
   int64_t share, shares;  // rows of a share, a multiple of a stage's; how many
   WeightShares(int64_t rows, int channels, int outputs);
 };
-template <class X, class T>
-bool fits_hopper_weight(const Problem<X, T>& p) {
-  return fits_hopper(p) && p.outputs % 8 == 0 && p.grad_row <= HOPPER_ROW &&
-         aligned(p.grad_y, p.grad_row, sizeof(T), 16);
-}
 template <class X, class T, class R>
 void launch_hopper_weight(const Problem<X, T>& p, const WeightShares& shares, R* result, int64_t result_row,
                           int64_t result_share, Stream stream);

@@ -17,6 +17,9 @@ using tile_attention::round_up;
 using tile_attention::Span;
 using tile_attention::store_pair;
 
+// The most memory that partial weight gradients may take.
+constexpr int64_t PARTIAL_BYTES = int64_t{64} << 20;
+
 // T is the type of the weight.
 template <class T>
 struct Config {

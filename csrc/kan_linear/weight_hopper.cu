@@ -14,8 +14,7 @@ namespace {
 // Streaming multiprocessors of an H100 or H200, whatever the device: how much memory is asked for and how it
 // is used must not depend on which device is current.
 constexpr int64_t HOPPER_BLOCKS = 132;
-// The least rows of a share, and the most memory of the partial sums.
-constexpr int64_t LEAST_SHARE = 256, PARTIAL_BYTES = int64_t{64} << 20;
+constexpr int64_t LEAST_SHARE = 256;  // rows
 
 // Two warpgroups, each with BLOCKS times 64 outputs by COLUMNS columns of Phi.
 template <int BLOCKS_, int COLUMNS_>

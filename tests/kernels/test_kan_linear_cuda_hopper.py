@@ -57,16 +57,66 @@ def test_forward_and_gradients(rows, channels, outputs, dtype, weight_dtype, ker
     )
     assert "hopper_forward_kernel" in names
     assert ("hopper_weight_kernel" in names) == (outputs % 8 == 0)
+    assert "u_kernel" in names  # which also has the gradient of the grid
     check(got, tensors, grad_y)
+
+
+def with_a_fixed_grid(tensors, grad_y, params=PARAMS, **kernels):
+    """y and all gradients but that of the grid."""
+    rows, outputs = grad_y.shape
+    y = torch.full((rows, outputs), float("nan"), dtype=tensors["weight"].dtype)
+    mean, rstd = torch.empty(rows), torch.empty(rows)
+    native.forward(y, mean, rstd, *tensors.values(), *params, **kernels)
+    grads = {name: torch.full_like(t, float("nan")) for name, t in tensors.items() if name != "grid"}
+    native.backward(
+        *grads.values(),
+        *(None, grad_y.to(y.dtype), None, None, y, mean, rstd),
+        *tensors.values(),
+        *params,
+        **kernels,
+    )
+    return {"y": y, **grads}
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "channels", "outputs"),
+    [(192, 32, 64), (200, 40, 72), (70, 8, 200), (1, 72, 8), (400, 16, 256)],
+)
+def test_gradients_with_a_fixed_grid(rows, channels, outputs, dtype, weight_dtype, kernels):
+    tensors = inputs(rows, channels, outputs, 8, dtype, weight_dtype)
+    grad_y, got = torch.randn(rows, outputs), {}
+    names = names_of_kernels(
+        kernels["module"], lambda: got.update(with_a_fixed_grid(tensors, grad_y, **kernels))
+    )
+    assert "hopper_u_kernel" in names
+    check(got, tensors, grad_y)
+
+
+@pytest.mark.parametrize(
+    ("grid", "inverse"),
+    [
+        (torch.linspace(-30, 30, 8), 1 / 0.33),
+        (torch.linspace(-2, 2, 8), 0.01),
+        (torch.linspace(-5, 5, 8), 2.0),
+    ],
+    ids=["wide", "broad functions", "up to the bound"],
+)
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+def test_gradients_with_any_fixed_grid(grid, inverse, dtype, spread, kernels):
+    tensors = {**inputs(50, 16, 24, 8, dtype, spread=spread), "grid": grid}
+    grad_y, params = torch.randn(50, 24), (inverse, 1e-5)
+    check(with_a_fixed_grid(tensors, grad_y, params, **kernels), tensors, grad_y, params)
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES[1:3])
 def test_every_schedule_gives_the_same(dtype, weight_dtype, kernels):
-    tensors, grad_y = inputs(70, 40, 140, 8, dtype, weight_dtype), torch.randn(70, 140)
+    tensors, grad_y = inputs(70, 40, 144, 8, dtype, weight_dtype), torch.randn(70, 144)
     want = None
     for seed in twin.SEEDS:
         kernels["module"].set_seed(seed)
-        got = launch(native, tensors, grad_y, **kernels)
+        got = with_a_fixed_grid(tensors, grad_y, **kernels)
         want = want or got
         for name in want:
             assert torch.equal(got[name], want[name]), f"{name} with seed {seed}"
@@ -112,18 +162,30 @@ def test_nan_stays_in_its_row(kernels):
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES[1:3])
 def test_nothing_is_read_or_written_outside(dtype, weight_dtype, kernels):
-    guarded, rows, channels, outputs = Guarded(), 37, 24, 20
-    plain = inputs(rows, channels, outputs, 8, dtype, weight_dtype)
-    layout = Layout(before=64)
+    guarded, rows, channels, outputs = Guarded(), 37, 24, 24
+    plain, layout, padded = inputs(rows, channels, outputs, 8, dtype, weight_dtype), Layout(before=64), {}
     tensors = {name: guarded(tuple(t.shape), t.dtype, layout).copy_(t) for name, t in plain.items()}
-    tensors["x"] = guarded((1, 1, rows, channels), dtype, Layout(padding=8, before=64))[0, 0].copy_(
-        plain["x"]
-    )
-    tensors["weight"] = guarded((1, 1, outputs, 8 * channels), weight_dtype, Layout(padding=8, before=64))[
-        0, 0
-    ].copy_(plain["weight"])
-    want = launch(native, plain, torch.ones(rows, outputs), **kernels)["y"]
+    for name in ("x", "weight"):
+        shape = (1, 1, *plain[name].shape)
+        padded[name] = guarded(shape, plain[name].dtype, Layout(padding=8, before=64))[0, 0].copy_(
+            plain[name]
+        )
+    tensors.update(padded)
+    grad_y = guarded((rows, outputs), weight_dtype, layout).copy_(torch.randn(rows, outputs))
+    want = with_a_fixed_grid(plain, grad_y, **kernels)
     y = guarded((rows, outputs), weight_dtype, layout)
-    native.forward(y, None, None, *tensors.values(), *PARAMS, **kernels)
+    mean, rstd = guarded((rows,), F32), guarded((rows,), F32)
+    native.forward(y, mean, rstd, *tensors.values(), *PARAMS, **kernels)
+    grads = {
+        name: guarded(tuple(plain[name].shape), plain[name].dtype, layout) for name in want if name != "y"
+    }
+    native.backward(
+        *grads.values(),
+        *(None, grad_y, None, None, y, mean, rstd),
+        *tensors.values(),
+        *PARAMS,
+        **kernels,
+    )
     guarded.check()
-    assert torch.equal(y, want)
+    for name, got in {"y": y, **grads}.items():
+        assert torch.equal(got, want[name]), name
