@@ -33,29 +33,28 @@ struct SizeMap {
   VK_HOST_DEVICE int key_tiles(int rows) const { return (keys + rows - 1) / rows; }
   VK_DEVICE int key_tiles_of(int rows, int) const { return key_tiles(rows); }
   VK_DEVICE int query_tiles_of(int rows, int) const { return query_tiles(rows); }
-  VK_DEVICE int query(int rows, int tile, int slot) const {
-    const int token = tile * rows + slot;
-    return token < queries ? token : -1;
+  VK_DEVICE tile_attention::Run query_run(int rows, int tile) const {
+    return tile_attention::Run::of(queries, rows, tile);
   }
-  VK_DEVICE int key(int rows, int tile, int slot) const {
-    const int token = tile * rows + slot;
-    return token < keys ? token : -1;
+  VK_DEVICE tile_attention::Run key_run(int rows, int, int i) const {
+    return tile_attention::Run::of(keys, rows, i);
   }
+  VK_DEVICE int query(int rows, int tile, int slot) const { return query_run(rows, tile).token(slot); }
+  VK_DEVICE int key(int rows, int tile, int slot) const { return key_run(rows, 0, tile).token(slot); }
   VK_DEVICE int key_of(int rows, int, int i, int slot) const { return key(rows, i, slot); }
   VK_DEVICE int query_of(int rows, int, int i, int slot) const { return query(rows, i, slot); }
 
   VK_DEVICE int query_code(int) const { return 0; }
-  // -inf hides a key of size 0.
+  // -inf hides a key of size 0, and slots without a key: what is added to it is finite, or makes NaN of its
+  // query whatever the others add.
   VK_DEVICE Acc key_code(int token) const {
     const Acc count = static_cast<const Acc*>(size.data)[size_offset + token * size.stride[1]];
     return log_(count) * static_cast<Acc>(tile_attention::Exponential<T>::unit);
   }
   struct Query {};
   VK_DEVICE Query of_query(int) const { return {}; }
-  VK_DEVICE static Acc no_key() { return std::numeric_limits<Acc>::lowest(); }
-  VK_DEVICE Acc logit(Acc s, Query, Acc log_size, const Acc*) const {
-    return log_size == no_key() ? -INFINITY : s + log_size;
-  }
+  VK_DEVICE static Acc no_key() { return -INFINITY; }
+  VK_DEVICE Acc logit(Acc s, Query, Acc log_size, const Acc*) const { return s + log_size; }
 
   VK_HOST_DEVICE int shared_elements() const { return 0; }
   VK_DEVICE void stage(Acc*, int64_t, int, int) const {}

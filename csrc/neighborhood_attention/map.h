@@ -50,6 +50,14 @@ struct NeighborhoodMap {
   VK_HOST_DEVICE int groups() const { return y.dilation.value() * x.dilation.value(); }
   VK_HOST_DEVICE int query_tiles(int rows) const { return groups() * tiling(rows).per_group(); }
   VK_HOST_DEVICE int key_tiles(int rows) const { return query_tiles(rows); }
+  int most_key_tiles(int rows) const {
+    const auto longest = [](const Axis& axis, int size) {
+      const int keys = size + axis.kernel - 1;
+      return keys < axis.longest() ? keys : axis.longest();
+    };
+    const Tiling& tiles = tiling(rows);
+    return (longest(y, tiles.height) * longest(x, tiles.width.value()) + rows - 1) / rows;
+  }
   bool fits_small_tile() const { return small.per_group() == 1; }
   bool disjoint(int rows) const { return tiling(rows).per_group() == 1; }
 
@@ -170,6 +178,14 @@ struct NeighborhoodMap {
     VK_DEVICE int64_t operator()(int token) const {
       const int token_y = token >> x_bits;
       return token_y * stride_y + (token - (token_y << x_bits)) * stride_x;
+    }
+    template <class U>
+    VK_DEVICE U* near(U* data, int token) const {
+      const int token_y = token >> x_bits, size = static_cast<int>(sizeof(U));
+      return reinterpret_cast<U*>(reinterpret_cast<uintptr_t>(data) +
+                                  static_cast<int64_t>(token_y) * static_cast<int>(stride_y * size) +
+                                  static_cast<int64_t>(token - (token_y << x_bits)) *
+                                      static_cast<int>(stride_x * size));
     }
     VK_DEVICE bool multiples_of(int width) const { return (stride_y | stride_x) % width == 0; }
     VK_DEVICE bool dense() const { return stride_x == 1; }

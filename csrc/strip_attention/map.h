@@ -41,14 +41,14 @@ struct StripMap {
   VK_HOST_DEVICE int key_tiles(int rows) const { return (keys + rows - 1) / rows; }
   VK_DEVICE int key_tiles_of(int rows, int) const { return key_tiles(rows); }
   VK_DEVICE int query_tiles_of(int rows, int) const { return query_tiles(rows); }
-  VK_DEVICE int query(int rows, int tile, int slot) const {
-    const int token = tile * rows + slot;
-    return token < queries ? token : -1;
+  VK_DEVICE tile_attention::Run query_run(int rows, int tile) const {
+    return tile_attention::Run::of(queries, rows, tile);
   }
-  VK_DEVICE int key(int rows, int tile, int slot) const {
-    const int token = tile * rows + slot;
-    return token < keys ? token : -1;
+  VK_DEVICE tile_attention::Run key_run(int rows, int, int i) const {
+    return tile_attention::Run::of(keys, rows, i);
   }
+  VK_DEVICE int query(int rows, int tile, int slot) const { return query_run(rows, tile).token(slot); }
+  VK_DEVICE int key(int rows, int tile, int slot) const { return key_run(rows, 0, tile).token(slot); }
   VK_DEVICE int key_of(int rows, int, int i, int slot) const { return key(rows, i, slot); }
   VK_DEVICE int query_of(int rows, int, int i, int slot) const { return query(rows, i, slot); }
 

@@ -10,7 +10,7 @@
 //   key_tiles(rows), key(rows, tile, slot)                tiles of keys (backward)
 //   query_tiles_of(rows, tile), query_of(rows, tile, i, slot)   the query tiles that a key tile meets
 //   fits_small_tile()                                     no tile needs more than 16 queries and 16 keys
-//   Positions, SCATTERED, disjoint(rows), keys_seen(..), enter(..), ...    optional, see below
+//   Positions, SCATTERED, query_run(..), disjoint(rows), keys_seen(..), enter(..), ...   optional, see below
 // and WHAT a logit is:
 //   query_code(token)                                     an int
 //   KeyCode, key_code(token), no_key()                    what logit() needs of a key; of a slot without one
@@ -124,6 +124,12 @@ struct EvenPositions {
   template <class Map>
   VK_DEVICE EvenPositions(const View& view, const Map&) : stride(view.stride[2]) {}
   VK_DEVICE int64_t operator()(int token) const { return token * stride; }
+  // The same in bytes from the first element on, for strides of less than 2^31 bytes: one multiplication.
+  template <class T>
+  VK_DEVICE T* near(T* data, int token) const {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) +
+                                static_cast<int64_t>(token) * static_cast<int>(stride * sizeof(T)));
+  }
   VK_DEVICE bool multiples_of(int width) const { return stride % width == 0; }
   VK_DEVICE bool dense() const { return stride == 1; }
 };
@@ -150,6 +156,33 @@ VK_DEVICE int token_of(const int* kept, int slot, const Find& find) {
     return find(slot);
 }
 
+// The slots of a tile whose tokens follow each other: the first `count` have them. A map whose tiles are all
+// like that says so with
+//   query_run(rows, tile), key_run(rows, tile, i)         the tokens of query() and of key_of()
+struct Run {
+  int first = 0, count = 0;
+
+  static VK_DEVICE Run of(int tokens, int rows, int tile) {
+    const int first = tile * rows, left = tokens - first;
+    return {first, left < rows ? left : rows};
+  }
+  VK_DEVICE int token(int slot) const { return slot < count ? first + slot : -1; }
+};
+template <class Map, class = void>
+constexpr bool RUNS = false;
+template <class Map>
+constexpr bool RUNS<Map, std::void_t<decltype(&Map::key_run)>> = true;
+
+// The most key tiles that any query tile meets.
+template <class Map>
+auto most_key_tiles(const Map& map, int rows, int) -> decltype(map.most_key_tiles(rows)) {
+  return map.most_key_tiles(rows);
+}
+template <class Map>
+int most_key_tiles(const Map& map, int rows, ...) {
+  return map.key_tiles(rows);
+}
+
 // Whether query tile i meets key tile i and no other, for all i, and no key tile meets two query tiles. The
 // backward then reads every tensor once.
 template <class Map>
@@ -168,6 +201,10 @@ VK_DEVICE auto enter(Map& map, int batch, int head, int) -> decltype(map.enter(b
 }
 template <class Map>
 VK_DEVICE void enter(Map&, int, int, ...) {}
+template <class Map, class = void>
+constexpr bool ENTERS = false;
+template <class Map>
+constexpr bool ENTERS<Map, std::void_t<decltype(&Map::enter)>> = true;
 
 // A code that no token has.
 constexpr int INVALID = std::numeric_limits<int>::lowest();
@@ -204,8 +241,8 @@ struct Strips<Map, std::void_t<decltype(&Map::keys_seen)>> {
 // Chunks of the batch, a function of the sizes only. Enough items to fill a large device several times over;
 // beyond that a group walks over a chunk, which spares it the staging of tables and shortens the partial
 // sums.
-inline void split(Problem* problem, int tiles, int rows) {
-  const int64_t enough = rows == 16 ? 4096 : 2048;
+inline void split(Problem* problem, int tiles, int rows, int64_t enough = 0) {
+  if (enough == 0) enough = rows == 16 ? 4096 : 2048;
   const int64_t chunks = enough / (static_cast<int64_t>(problem->heads) * tiles);
   problem->tiles = tiles;
   problem->batch_per_chunk =
@@ -240,8 +277,8 @@ struct Group {
   static constexpr int THREADS = 2 * ROWS;
   static constexpr int PER_BLOCK = BLOCK_THREADS / THREADS;
 
-  int index = thread_x() / THREADS;
-  int thread = thread_x() % THREADS;
+  int index = PER_BLOCK == 1 ? 0 : thread_x() / THREADS;
+  int thread = PER_BLOCK == 1 ? thread_x() : thread_x() % THREADS;
   int first_row = thread / 32 * 16;  // of this warp
 
   VK_DEVICE static void sync() {
@@ -257,10 +294,13 @@ VK_HOST_DEVICE int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// Numbers that are never negative are extended to 64 bits without an instruction.
 template <class T>
 VK_HOST_DEVICE T* offset(const View& view, int batch, int head) {
   T* data = static_cast<T*>(view.data);
-  return data == nullptr ? data : data + batch * view.stride[0] + head * view.stride[1];
+  return data == nullptr ? data
+                         : data + static_cast<int64_t>(static_cast<uint32_t>(batch)) * view.stride[0] +
+                               static_cast<int64_t>(static_cast<uint32_t>(head)) * view.stride[1];
 }
 
 // Hands out byte offsets into a group's shared memory. Layouts are made on the host and passed to the

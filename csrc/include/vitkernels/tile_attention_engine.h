@@ -37,6 +37,29 @@ struct TensorCores {
     }
   }
 
+  // 16 rows of 16 channels as a left operand.
+  static VK_DEVICE void load_rows(uint32_t (&left)[4], const T* a, int lda) {
+    ldmatrix_x4(left, a + (lane_id() & 15) * lda + (lane_id() >> 4) * 8);
+  }
+
+  // multiply_rows() with left operands that are kept in registers: by the columns from 8 FIRST on.
+  template <int FIRST, int COUNT, int TILES, int STEPS>
+  static VK_DEVICE void multiply_kept(Acc (&sums)[TILES][4], const uint32_t (&left)[STEPS][4], const T* b,
+                                      int ldb) {
+    const int lane = lane_id();
+    b += ((lane & 7) + (lane >> 4) * 8) * ldb + ((lane >> 3) & 1) * 8;
+    VK_UNROLL
+    for (int s = 0; s < STEPS; ++s) {
+      VK_UNROLL
+      for (int j = FIRST; j < FIRST + COUNT; j += 2) {
+        uint32_t right[4];
+        ldmatrix_x4(right, b + j * 8 * ldb + 16 * s);
+        mma_m16n8k16<T>(sums[j], left[s], {right[0], right[1]});
+        mma_m16n8k16<T>(sums[j + 1], left[s], {right[2], right[3]});
+      }
+    }
+  }
+
   // sums += a b over ROWS: a is [16][lda], or [ROWS][lda] read by columns when TRANSPOSED; b is [ROWS][ldb].
   // Only the first `tiles` (even) blocks of 8 columns exist; outside `wanted` a is zero.
   template <bool TRANSPOSED, int TILES>
@@ -68,12 +91,16 @@ struct TensorCores {
     VK_UNROLL
     for (int k = 0; k < ROWS; k += 16) {
       if (k + 16 <= wanted.begin || k >= wanted.end) continue;
-      const auto& low = p[k / 8];
-      const auto& high = p[k / 8 + 1];
-      const uint32_t left[4] = {pack2<T>(low[0], low[1]), pack2<T>(low[2], low[3]),
-                                pack2<T>(high[0], high[1]), pack2<T>(high[2], high[3])};
-      step(sums, left, b + k * ldb, ldb, tiles);
+      multiply_registers(sums, p[k / 8], p[k / 8 + 1], b + k * ldb, ldb, tiles);
     }
+  }
+  // The same of 16 columns of p.
+  template <int TILES>
+  static VK_DEVICE void multiply_registers(Acc (&sums)[TILES][4], const Acc (&low)[4], const Acc (&high)[4],
+                                           const T* b, int ldb, int tiles) {
+    const uint32_t left[4] = {pack2<T>(low[0], low[1]), pack2<T>(low[2], low[3]), pack2<T>(high[0], high[1]),
+                              pack2<T>(high[2], high[3])};
+    step(sums, left, b, ldb, tiles);
   }
 
  private:

@@ -3,24 +3,20 @@
 // Floor per batch entry and head, N queries and M keys of widths d, dv: (N (d + dv) + M (d + dv)) sizeof(T)
 // bytes once, 2 N M (d + dv) FLOPs, N M exponentials. Small windows are bound by the bytes.
 //
-// A group keeps its queries in shared memory and its output rows in registers while the key tiles stream by;
-// the values load during Q K^T and the softmax. Beyond that, loads overlap with the work of other blocks on
-// the SM.
+// Here for float and double; tensor cores have tile_attention_stream.h. A group keeps its queries in shared
+// memory and its output rows in registers while the key tiles stream by; the values load during Q K^T and the
+// softmax. Beyond that, loads overlap with the work of other blocks on the SM.
 #pragma once
 #include <cmath>
 
-#include "vitkernels/tile_attention_layout.h"
+#include "vitkernels/tile_attention_stream.h"
 
 namespace vitkernels::tile_attention {
 
 // Blocks of an SM that the registers must allow: latency is hidden by other blocks.
-template <class Engine, int COLUMNS>
-constexpr int FORWARD_MIN_BLOCKS = std::is_floating_point_v<typename Engine::T> ? 2
-                                   : COLUMNS > 64 && Engine::ROWS > 16          ? 3
-                                                                                : 4;
-
+constexpr int FORWARD_MIN_BLOCKS = 2;
 template <class Engine, int COLUMNS, class Map>
-VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUMNS>))
+VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, FORWARD_MIN_BLOCKS)
     forward_kernel(Problem problem, ForwardLayout<Engine> layout, Map map) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
@@ -152,18 +148,14 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (FORWARD_MIN_BLOCKS<Engine, COLUM
       cp_async_wait<0>();
       group.sync();
       T* const scratch = shared.scratch + group.first_row * (Engine::SCRATCH / ROWS);
-      if constexpr (std::is_floating_point_v<T>) {
-        // A tile's part on its own, as matrix libraries do: one running sum over many tiles would err more.
-        Acc part[COLUMNS / 8][4];
-        clear(part);
-        Engine::multiply_registers(part, p, scratch, shared.v, shared.ld_value, value_blocks, seen);
+      // A tile's part on its own, as matrix libraries do: one running sum over many tiles would err more.
+      Acc part[COLUMNS / 8][4];
+      clear(part);
+      Engine::multiply_registers(part, p, scratch, shared.v, shared.ld_value, value_blocks, seen);
+      VK_UNROLL
+      for (int j = 0; j < COLUMNS / 8; ++j) {
         VK_UNROLL
-        for (int j = 0; j < COLUMNS / 8; ++j) {
-          VK_UNROLL
-          for (int c = 0; c < 4; ++c) output[j][c] += part[j][c];
-        }
-      } else {
-        Engine::multiply_registers(output, p, scratch, shared.v, shared.ld_value, value_blocks, seen);
+        for (int c = 0; c < 4; ++c) output[j][c] += part[j][c];
       }
       group.sync();  // before the next tile, or the output, overwrites keys and values
     }
@@ -198,15 +190,14 @@ void forward_with(Problem problem, const Map& map, Stream stream) {
 }
 
 // Values wider than the registers take several passes, each with its own columns.
-template <class Engine, int COLUMNS, class Map>
-void forward_passes(const Problem& problem, const Map& map, Stream stream) {
-  using T = typename Engine::T;
-  for (int channel = 0; channel < problem.value_dim; channel += COLUMNS) {
+template <class T, class Run>
+void forward_passes(const Problem& problem, int columns, Run run) {
+  for (int channel = 0; channel < problem.value_dim; channel += columns) {
     Problem pass = problem;
-    pass.value_dim = problem.value_dim - channel < COLUMNS ? problem.value_dim - channel : COLUMNS;
+    pass.value_dim = problem.value_dim - channel < columns ? problem.value_dim - channel : columns;
     pass.v.data = static_cast<T*>(problem.v.data) + channel * problem.v.stride[3];
     pass.out.data = static_cast<T*>(problem.out.data) + channel * problem.out.stride[3];
-    forward_with<Engine, COLUMNS>(pass, map, stream);
+    run(pass);
   }
 }
 
@@ -222,16 +213,24 @@ int forward_rows(const Problem& problem, const Map& map) {
 // Fills out and lse.
 template <class T, class Map>
 void forward(const Problem& problem, const Map& map, Stream stream) {
-  if constexpr (!std::is_same_v<T, double>) {
-    if (forward_rows<T>(problem, map) == 64) {
-      if constexpr (!std::is_floating_point_v<T>) {
-        if (problem.value_dim <= 64) return forward_with<Engine<T, 64>, 64>(problem, map, stream);
+  const int rows = forward_rows<T>(problem, map);
+  if constexpr (std::is_floating_point_v<T>) {
+    constexpr int COLUMNS = std::is_same_v<T, double> ? 64 : MAX_COLUMNS;  // what the registers hold
+    forward_passes<T>(problem, COLUMNS, [&](const Problem& pass) {
+      if constexpr (std::is_same_v<T, float>) {
+        if (rows == 64) return forward_with<Engine<T, 64>, COLUMNS>(pass, map, stream);
       }
-      return forward_passes<Engine<T, 64>, MAX_COLUMNS>(problem, map, stream);
-    }
+      forward_with<Engine<T, 16>, COLUMNS>(pass, map, stream);
+    });
+  } else {
+    const int widest = problem.head_dim > problem.value_dim ? problem.head_dim : problem.value_dim;
+    if (rows == 64 && widest <= 32) return stream_with<Engine<T, 64>, 32, 32>(problem, map, stream);
+    if (rows == 64 && widest <= 64) return stream_with<Engine<T, 64>, 64, 64>(problem, map, stream);
+    forward_passes<T>(problem, MAX_COLUMNS, [&](const Problem& pass) {
+      rows == 64 ? stream_with<Engine<T, 64>, 0, MAX_COLUMNS>(pass, map, stream)
+                 : stream_with<Engine<T, 16>, 0, MAX_COLUMNS>(pass, map, stream);
+    });
   }
-  // The registers hold 64 columns of doubles.
-  forward_passes<Engine<T, 16>, std::is_same_v<T, double> ? 64 : MAX_COLUMNS>(problem, map, stream);
 }
 
 }  // namespace vitkernels::tile_attention

@@ -52,13 +52,51 @@ struct Walk {
   VK_DEVICE int chunk(int i) const { return order.chunk(i); }
 };
 
-// Rows token(slot) of `source`, zeros where there is no token, no channel, or no tensor. Asynchronous where
-// it can be: call cp_async_commit() after it.
-template <int ROWS, class T, class Map, class Token>
-VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T, Map>& source, const Group<ROWS>& group,
-                         Token token) {
+// What the host finds out once, so that the copies below need not: whether every row of a tensor can be moved
+// 16 bytes at a time, and its tokens lie less than 2^31 bytes apart.
+template <class T>
+bool moves_wide(const View& view, int batch, int heads, int channels) {
   constexpr int WIDTH = 16 / sizeof(T);
-  const int chunks = round_up(source.channels, 16) / WIDTH;
+  constexpr int64_t LONGEST = 0x7fffffff / sizeof(T);
+  for (const int64_t stride : {view.stride[2], view.stride[4]})
+    if (stride % WIDTH != 0 || stride > LONGEST || stride < -LONGEST) return false;
+  return present(view) && view.stride[3] == 1 && channels % WIDTH == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && (batch <= 1 || view.stride[0] % WIDTH == 0) &&
+         (heads <= 1 || view.stride[1] % WIDTH == 0);
+}
+
+// The bits of ChunkOrder for rows of `channels`.
+template <class T>
+VK_HOST_DEVICE constexpr int chunk_bits(int channels) {
+  int bits = 0;
+  while ((16 / static_cast<int>(sizeof(T)) << bits) < channels) ++bits;
+  return bits;
+}
+
+// visit(row, channel) for the 16-byte chunks of this thread's share of ROWS rows of `channels`: one channel,
+// and rows at equal distances, so that addresses are made by additions, or unrolled, of constants. `bits` for
+// at least 16 channels.
+template <int ROWS, class T, class Visit>
+VK_DEVICE void visit_chunks(int thread, int bits, int channels, Visit visit) {
+  constexpr int WIDTH = 16 / sizeof(T), THREADS = Group<ROWS>::THREADS;
+  static_assert(sizeof(T) == 2, "rows of wider types may have more chunks than threads");
+  forget(thread);  // lest what follows from it wait in registers for the next tile
+  const ChunkOrder order = ChunkOrder::of(bits);
+  const int channel = order.chunk(thread) * WIDTH, step = THREADS >> bits;
+  if (channel >= channels) return;  // of a number of chunks that is no power of two
+  const int row = order.row(thread), visits = (ROWS << bits) / THREADS;
+  VK_UNROLL
+  for (int n = 0; n < visits; ++n) visit(row + n * step, channel);
+}
+
+// Rows token(slot) of `source`, zeros where there is no token, no channel, or no tensor; `padded` channels of
+// them, if more than a multiple of 16. Asynchronous where it can be: call cp_async_commit() after it.
+template <int ROWS, class T, class Map, class Token>
+VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T, Map>& source, const Group<ROWS>& group, Token token,
+                         int padded = 0) {
+  constexpr int WIDTH = 16 / sizeof(T);
+  if (padded == 0) padded = round_up(source.channels, 16);
+  const int chunks = padded / WIDTH;
   const bool present = source.data != nullptr;
   if (present && source.vectorized()) {
     const Walk<ROWS> walk(chunks, false);
@@ -88,6 +126,36 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T, Map>& source, const Gr
     }
     values.store(tile + row * ld + channel);
   }
+}
+
+// load_tile() of a tensor that moves_wide(): tokens by the map's Positions, `padded` channels.
+template <int ROWS, class T, class Map, class Token>
+VK_DEVICE void copy_tile(T* tile, int ld, const Matrix<T, Map>& source, const Group<ROWS>& group, int bits,
+                         int padded, Token token) {
+  visit_chunks<ROWS, T>(group.thread, bits, padded, [&](int row, int channel) {
+    const int index = token(row);
+    cp_async16(tile + row * ld + channel, source.position.near(source.data + channel, index),
+               index >= 0 && channel < source.channels);
+  });
+}
+// The same for tokens that follow each other.
+template <int ROWS, class T, class Map>
+VK_DEVICE void copy_tile(T* tile, int ld, const Matrix<T, Map>& source, const Group<ROWS>& group, int bits,
+                         int padded, const Run& run) {
+  visit_chunks<ROWS, T>(group.thread, bits, padded, [&](int row, int channel) {
+    cp_async16(tile + row * ld + channel, source.position.near(source.data + channel, run.first + row),
+               row < run.count && channel < source.channels);
+  });
+}
+// store_tile() of a tensor that moves_wide(), by one warp: 16 rows.
+template <class T, class Map, class Token>
+VK_DEVICE void store_rows(const Matrix<T, Map>& target, const T* rows, int ld, int bits, Token token) {
+  visit_chunks<16, T>(lane_id(), bits, target.channels, [&](int row, int channel) {
+    const int index = token(row);
+    if (index < 0) return;
+    Vec<T, 16 / sizeof(T)>::load(rows + row * ld + channel)
+        .store(target.position.near(target.data + channel, index));
+  });
 }
 
 template <int ROWS, class T, class Map, class Token>
