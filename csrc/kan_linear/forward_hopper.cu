@@ -2,9 +2,10 @@
 //
 // While the tensor cores multiply a stage, 64 columns of Phi and of W, the warps that began its product make
 // Phi of the next one from x and begin the copies of W of the one after it. For 192 x 256 results a stage is
-// 1536 cycles of the tensor cores at their peak, and 192 x 8 channels of Phi at about 50 instructions and
-// five special functions each are 600 cycles of the four schedulers and 480 of the special-function units. W
-// comes from L2 for every tile of rows, 21 bytes a cycle: hence the tall tiles.
+// 1536 cycles of the tensor cores at their peak. Beside it 192 x 8 channels of Phi, 45 instructions and five
+// special functions each, and what goes with them are 960 issue slots of each of the four schedulers and 480
+// cycles of the special-function units; W comes from L2 for every tile of rows, 21 bytes a cycle, hence the
+// tall tiles. With 128 outputs Phi takes longer than its product.
 #include "hopper.h"
 
 namespace vitkernels::kan_linear {
@@ -27,15 +28,15 @@ struct Tile {
 
 template <class X, class T, class Tile>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
-    hopper_forward_kernel(Problem<X, T> p, T* y, int64_t y_row, int output_tiles) {
+    hopper_forward_kernel(Problem<X, T> p, T* y, int64_t y_row) {
 #if defined(VK_WGMMA)
   constexpr int OUTPUTS = Tile::OUTPUTS, THREADS = Tile::THREADS;
   char* const phi = shared_memory();
   char* const weight = phi + Tile::PHI_STAGES * Tile::PHI_BYTES;
   float* const tables = reinterpret_cast<float*>(phi + Tile::RING_BYTES);
   float* const scale = tables + 2 * CENTRES;  // of the norm, in the exponent; its shifts HOPPER_CHANNELS on
-  const int64_t first_row = static_cast<int64_t>(block_x() / output_tiles) * Tile::ROWS;
-  const int first_output = block_x() % output_tiles * OUTPUTS;
+  const int64_t first_row = static_cast<int64_t>(block_x()) * Tile::ROWS;
+  const int first_output = block_y() * OUTPUTS;
   const int outputs = p.outputs - first_output, stages = p.channels / SLICE;
 
   // A thread copies one chunk of every STEP-th row of W.
@@ -44,15 +45,17 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   const int weight_place = top * STAGE_BYTES + chunk_of<STAGE_BYTES>(top, chunk) * 16;
   const T* const tile_weight = p.weight + first_output * p.weight_row;
   const int weight_row = static_cast<int>(p.weight_row);
-  int from = top * weight_row + chunk * 8, left = outputs - top;
+  int from = top * weight_row + chunk * 8;
   const auto fetch = [&](int stage) {
     if (stage >= stages) return;
     char* const to = weight + stage % Tile::WEIGHT_STAGES * Tile::WEIGHT_BYTES + weight_place;
-    forget(left);  // six predicates would not fit
+    int row_of_thread = thread_x() / 8;
+    forget(row_of_thread);  // neither it nor the predicates that follow from it would fit in registers
+    const int left = outputs - row_of_thread;
     const T* row = tile_weight + from;
     VK_UNROLL
     for (int i = 0; i < OUTPUTS; i += STEP, row += STEP * weight_row)
-      if (i + STEP <= OUTPUTS || top + i < OUTPUTS) cp_async16(to + i * STAGE_BYTES, row, i < left);
+      if (i + STEP <= OUTPUTS || row_of_thread + i < OUTPUTS) cp_async16(to + i * STAGE_BYTES, row, i < left);
     from += SLICE * CENTRES;
   };
   fetch(0);
@@ -160,7 +163,7 @@ template <class Tile>
 int64_t estimate(int64_t rows, int channels, int outputs, int processors) {
   const int64_t tiles =
       (rows + Tile::ROWS - 1) / Tile::ROWS * ((outputs + Tile::OUTPUTS - 1) / Tile::OUTPUTS);
-  const int64_t product = Tile::ROWS * Tile::OUTPUTS / 32, basis = Tile::ROWS * 15 / 4;
+  const int64_t product = Tile::ROWS * Tile::OUTPUTS / 32, basis = Tile::ROWS * 9 / 2;
   const int64_t stage = (product > basis ? product : basis) + 100;
   return (tiles + processors - 1) / processors * (channels / SLICE * stage + 3500);
 }
@@ -171,9 +174,9 @@ template <class X, class T>
 void launch_hopper_forward(const Problem<X, T>& p, T* y, int64_t y_row, Stream stream) {
   const auto with_tile = [&](auto tile) {
     using Tile = decltype(tile);
-    const int output_tiles = (p.outputs + Tile::OUTPUTS - 1) / Tile::OUTPUTS;
-    launch(hopper_forward_kernel<X, T, Tile>, Dim3{(p.rows + Tile::ROWS - 1) / Tile::ROWS * output_tiles},
-           Tile::THREADS, Tile::SHARED_BYTES, stream, p, y, y_row, output_tiles);
+    const Dim3 blocks{(p.rows + Tile::ROWS - 1) / Tile::ROWS,
+                      (p.outputs + Tile::OUTPUTS - 1) / Tile::OUTPUTS};
+    launch(hopper_forward_kernel<X, T, Tile>, blocks, Tile::THREADS, Tile::SHARED_BYTES, stream, p, y, y_row);
   };
   const int processors = multiprocessors();
   const auto cost = [&](auto tile) {

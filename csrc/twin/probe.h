@@ -55,7 +55,7 @@ void widen_half(const uint16_t* in, float* out, int64_t n);
 void widen_bfloat16(const uint16_t* in, float* out, int64_t n);
 void pack_half(const float* lo, const float* hi, uint32_t* out, int64_t n);
 void pack_bfloat16(const float* lo, const float* hi, uint32_t* out, int64_t n);
-// out [4, n]: exp2_fast, log2_fast, exp_, log_.
+// out [6, n]: exp2_fast, log2_fast, exp_, log_, reciprocal_fast, at_most 2.
 void special_functions(const float* in, float* out, int64_t n);
 
 }  // namespace vitkernels::probe

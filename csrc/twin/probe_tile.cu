@@ -156,6 +156,8 @@ VK_KERNEL void special_functions_kernel(const float* in, float* out, int64_t n) 
   out[n + i] = log2_fast(in[i]);
   out[2 * n + i] = exp_(in[i]);
   out[3 * n + i] = log_(in[i]);
+  out[4 * n + i] = reciprocal_fast(in[i]);
+  out[5 * n + i] = at_most(in[i], 2.0f);
 }
 
 constexpr int THREADS = 128;

@@ -104,12 +104,15 @@ def test_pack2_puts_lo_in_the_low_half(module, name):
 
 
 def test_special_functions(module):
-    x = torch.cat([torch.linspace(-150, 120, 5001), torch.tensor([-torch.inf, 0.0, 1e-40])])
-    out = torch.empty(4, x.numel())
+    x = torch.cat([torch.linspace(-150, 120, 5001), torch.tensor([-torch.inf, torch.nan, 0.0, 1e-40])])
+    out = torch.empty(6, x.numel())
     module.special_functions(x.data_ptr(), out.data_ptr(), x.numel())
     tiny = torch.finfo(torch.float32).tiny
     exp2 = x.double().exp2()
     expected = [torch.where(exp2 < tiny, 0, exp2), x.double().log2(), x.double().exp(), x.double().log()]
-    expected[1][-1] = -torch.inf  # a subnormal argument counts as zero
+    expected += [1 / x.double(), x.double().clamp(max=2)]
+    # A subnormal argument counts as zero.
+    expected[1][-1] = -torch.inf
+    expected[4][-1] = torch.inf
     for row, truth in zip(out, expected, strict=True):
         torch.testing.assert_close(row, truth.float(), rtol=1e-6, atol=1e-45, equal_nan=True)
