@@ -21,6 +21,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * STATISTICS_WARPS, 1)
   using Acc = accumulate_t<X>;
   constexpr int ROWS = STATISTICS_ROWS, WIDTH = 8 / sizeof(X);
   const int64_t first = (static_cast<int64_t>(block_x()) * STATISTICS_WARPS + warp_id()) * ROWS;
+  admit_launch();
   if (first >= rows) return;
   const auto row = [&](int i) { return first + i < rows ? first + i : rows - 1; };
   // The sums over the rows of what `term` makes of a row's number and an element.

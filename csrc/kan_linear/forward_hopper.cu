@@ -77,6 +77,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   const int row = r < rows ? r : rows - 1;
   const X* const tile_x = p.x + first_row * p.x_row;
   int x = row * static_cast<int>(p.x_row) + half;
+  wait_for_launch();  // of the statistics
   const float rstd = p.rstd[first_row + row], centre = -p.mean[first_row + row] * rstd;
   const int phi_place = r * STAGE_BYTES + chunk_of<STAGE_BYTES>(r, half) * 16;
   const auto make_phi = [&](int stage, int ring, const FourOf<X>& values) {
@@ -176,7 +177,8 @@ void launch_hopper_forward(const Problem<X, T>& p, T* y, int64_t y_row, Stream s
     using Tile = decltype(tile);
     const Dim3 blocks{(p.rows + Tile::ROWS - 1) / Tile::ROWS,
                       (p.outputs + Tile::OUTPUTS - 1) / Tile::OUTPUTS};
-    launch(hopper_forward_kernel<X, T, Tile>, blocks, Tile::THREADS, Tile::SHARED_BYTES, stream, p, y, y_row);
+    launch_dependent(hopper_forward_kernel<X, T, Tile>, blocks, Tile::THREADS, Tile::SHARED_BYTES, stream, p,
+                     y, y_row);
   };
   const int processors = multiprocessors();
   const auto cost = [&](auto tile) {

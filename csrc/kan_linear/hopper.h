@@ -69,7 +69,7 @@ VK_DEVICE void make_four(const FourOf<X>& words, float rstd, float centre, const
   }
 }
 
-// y = Phi W^T. `p.mean` and `p.rstd` are ready.
+// y = Phi W^T, right after the launch that makes `p.mean` and `p.rstd`.
 template <class X, class T>
 void launch_hopper_forward(const Problem<X, T>& p, T* y, int64_t y_row, Stream stream);
 
