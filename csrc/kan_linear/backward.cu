@@ -11,7 +11,8 @@
 namespace vitkernels::kan_linear {
 namespace {
 
-constexpr int NORM_WARPS = 4;
+constexpr int NORM_WARPS = 8;
+constexpr int NORM_ROWS = 4;  // of a warp, so that as many loads are in flight
 // Of the gradient of the weight: they fill a large GPU about twice.
 constexpr int64_t WEIGHT_BLOCKS = 512;
 
@@ -148,25 +149,49 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Config<T>::THREADS, Config<T>::HALF ? 4 : 1)
   }
 }
 
-// dx = rstd * (w - mean(w) - normed * mean(w * normed)) with w = du * gamma; a warp for each row.
+// dx = rstd * (w - mean(w) - normed * mean(w * normed)) with w = du * gamma; a warp for a few rows.
 template <class X, class T>
 VK_KERNEL void VK_LAUNCH_BOUNDS(32 * NORM_WARPS, 1)
     norm_kernel(Problem<X, T> p, const accumulate_t<X>* grad_u, X* grad_x, int64_t grad_x_row) {
   using Acc = accumulate_t<X>;
-  const int64_t row = static_cast<int64_t>(block_x()) * NORM_WARPS + warp_id();
-  if (row >= p.rows) return;
-  const Acc* from = grad_u + row * p.channels;
-  Acc sum = Acc(0), projection = Acc(0);
-  for (int c = lane_id(); c < p.channels; c += 32) {
-    const Acc w = from[c] * p.ln_weight[c];
-    sum += w;
-    projection += w * p.normed(row, c);
+  const int64_t first = (static_cast<int64_t>(block_x()) * NORM_WARPS + warp_id()) * NORM_ROWS;
+  if (first >= p.rows) return;
+  const auto row = [&](int i) { return first + i < p.rows ? first + i : p.rows - 1; };
+  Acc mean[NORM_ROWS], rstd[NORM_ROWS], sum[NORM_ROWS], projection[NORM_ROWS];
+  VK_UNROLL
+  for (int i = 0; i < NORM_ROWS; ++i) {
+    mean[i] = p.mean[row(i)];
+    rstd[i] = p.rstd[row(i)];
+    sum[i] = projection[i] = Acc(0);
   }
-  sum = warp_sum(sum) / p.channels;
-  projection = warp_sum(projection) / p.channels;
+  // run(i, w, normed) for every row's element of a channel.
+  const auto visit = [&](int c, const auto& run) {
+    const Acc gamma = p.ln_weight[c];
+    Acc w[NORM_ROWS], normed[NORM_ROWS];
+    VK_UNROLL
+    for (int i = 0; i < NORM_ROWS; ++i) {
+      w[i] = grad_u[row(i) * p.channels + c] * gamma;
+      normed[i] = (to_accumulate(p.x[row(i) * p.x_row + c]) - mean[i]) * rstd[i];
+    }
+    VK_UNROLL
+    for (int i = 0; i < NORM_ROWS; ++i) run(i, w[i], normed[i]);
+  };
   for (int c = lane_id(); c < p.channels; c += 32)
-    grad_x[row * grad_x_row + c] =
-        from_accumulate<X>((from[c] * p.ln_weight[c] - sum - p.normed(row, c) * projection) * p.rstd[row]);
+    visit(c, [&](int i, Acc w, Acc normed) {
+      sum[i] += w;
+      projection[i] += w * normed;
+    });
+  VK_UNROLL
+  for (int i = 0; i < NORM_ROWS; ++i) {
+    sum[i] = warp_sum(sum[i]) / p.channels;
+    projection[i] = warp_sum(projection[i]) / p.channels;
+  }
+  for (int c = lane_id(); c < p.channels; c += 32)
+    visit(c, [&](int i, Acc w, Acc normed) {
+      if (first + i < p.rows)
+        grad_x[(first + i) * grad_x_row + c] =
+            from_accumulate<X>((w - sum[i] - normed * projection[i]) * rstd[i]);
+    });
 }
 
 template <class T>
@@ -304,8 +329,9 @@ void u_gradients(const Params& p, const Problem<X, T>& problem, const Plan<X, T>
   sum(p.grad_ln_bias, results.shift, row_tiles, p.channels);
   sum(p.grad_grid, results.grid, plan.row_tiles * problem.slices, p.grids);
   if (p.grad_x)
-    launch(norm_kernel<X, T>, Dim3{(p.rows + NORM_WARPS - 1) / NORM_WARPS}, 32 * NORM_WARPS, 0, stream,
-           problem, results.grad_u, static_cast<X*>(p.grad_x.data), p.grad_x.stride[0]);
+    launch(norm_kernel<X, T>, Dim3{(p.rows + NORM_WARPS * NORM_ROWS - 1) / (NORM_WARPS * NORM_ROWS)},
+           32 * NORM_WARPS, 0, stream, problem, results.grad_u, static_cast<X*>(p.grad_x.data),
+           p.grad_x.stride[0]);
 }
 
 template <class X, class T>
