@@ -12,7 +12,7 @@
 // through shared memory but, for the decays of the whole mode, the gradients of one mask.
 #pragma once
 #include "corners.h"
-#include "masks.h"
+#include "tiles.h"
 
 namespace vitkernels::polyline_path_attention {
 
@@ -44,17 +44,15 @@ struct BackwardCall {
   void* corners = nullptr;
 };
 
-template <class Engine, class Form>
+template <class Engine, bool WHOLE>
 struct BackwardLayout {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
-  static constexpr bool WHOLE = Form::WHOLE;
   static constexpr int ROWS = Engine::ROWS;
   static constexpr int LD_GRADIENT = ROWS + 8;
   int ld_head, ld_value;
   int x, y, z[2], w[2];
   int scratch, others, statistics, own_slab, other_slab, gradient, corners;
-  MaskTiles<Engine> masks;
   int64_t bytes;
 
   BackwardLayout(const BackwardCall& call, bool with_decays)
@@ -78,7 +76,6 @@ struct BackwardLayout {
     other_slab = carver.take<Vec<Acc, 2>>(slab);
     gradient = carver.take<Acc>(WHOLE && with_decays ? ROWS * LD_GRADIENT : 0);
     corners = carver.take<Vec<Acc, 2>>(with_decays ? slab : 0);
-    if (Form::MASK_PRODUCTS) masks = MaskTiles<Engine>(carver, call.field);
     bytes = carver.used();
   }
 };
@@ -101,14 +98,14 @@ constexpr int BACKWARD_MIN_BLOCKS = Form::WHOLE || std::is_floating_point_v<T> ?
 template <class Engine, Own OWN, class Form>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
                                 (BACKWARD_MIN_BLOCKS<typename Engine::T, OWN, Form>))
-    backward_kernel(BackwardCall call, BackwardLayout<Engine, Form> layout) {
+    backward_kernel(BackwardCall call, BackwardLayout<Engine, Form::WHOLE> layout) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   constexpr bool WHOLE = Form::WHOLE, ALONE = Form::ALONE;
   constexpr int COLUMNS = Form::COLUMNS;
   using Exp = Exponential<T>;
   constexpr int ROWS = Engine::ROWS, BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
-  constexpr int LD_GRADIENT = BackwardLayout<Engine, Form>::LD_GRADIENT, MASKS = WHOLE ? 2 : 1;
+  constexpr int LD_GRADIENT = BackwardLayout<Engine, WHOLE>::LD_GRADIENT, MASKS = WHOLE ? 2 : 1;
 
   const Field& field = call.field;
   const Group<ROWS> group;
@@ -215,11 +212,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
       }
     }
     if constexpr (WHOLE) load_slab(other_slab, field, sums, ROWS, i, group.thread, THREADS);
-    if constexpr (Form::MASK_PRODUCTS) {
-      group.sync();  // the slabs are there
-      if (i == 0) layout.masks.fill_own(base, field, item.tile, own_slab, group);
-      layout.masks.fill_others(base, field, item.tile, i, own_slab, other_slab, group);
-    }
     cp_async_wait<0>();
     group.sync();
 
@@ -227,12 +219,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
     clear(p);
     clear(other_p);
     multiply_rows<Engine>(p, at(layout.x) + row0 * ld_head, ld_head, at(layout.y), ld_head, head_depth, seen);
-    if constexpr (Form::MASK_PRODUCTS) {
-      layout.masks.add(p, other_p, scale, base, row0, seen);
-      logits.hide(p, other_p, field, i, seen);
-    } else {
-      logits.make(p, other_p, scale, field, others, own_slab, other_slab, i, seen);
-    }
+    logits.make(p, other_p, scale, field, others, own_slab, other_slab, i, seen);
     Acc d[BLOCKS][4];
     clear(d);
     if (want_d) {
@@ -362,6 +349,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
 template <class Engine, bool WHOLE>
 void backward_with(Own own, const BackwardCall& all, Stream stream) {
   using T = typename Engine::T;
+  const BackwardLayout<Engine, WHOLE> layout(all, all.grad_sums[0] != nullptr);
   const int of_x = present(all.grad_x) ? all.head_dim : 0, of_z = present(all.grad_z) ? all.value_dim : 0;
   for (int channel = 0; channel == 0 || channel < (of_x > of_z ? of_x : of_z); channel += MOST_COLUMNS) {
     BackwardCall call = all;
@@ -369,15 +357,11 @@ void backward_with(Own own, const BackwardCall& all, Stream stream) {
     call.grad_x = from_channel<T>(all.grad_x, channel);
     call.grad_z = from_channel<T>(all.grad_z, channel);
     if (channel > 0) call.grad_sums[0] = nullptr;
-    const auto layout_of = [&](auto form) {
-      return BackwardLayout<Engine, decltype(form)>(all, all.grad_sums[0] != nullptr);
-    };
-    const auto bytes_of = [&](auto form) { return layout_of(form).bytes; };
-    with_form<Engine, WHOLE>(call.field, of_x > of_z ? of_x : of_z, bytes_of, [&](auto form) {
+    with_form<Engine, WHOLE>(call.field, of_x > of_z ? of_x : of_z, [&](auto form) {
       using Form = decltype(form);
       const auto kernel = own == Own::queries ? backward_kernel<Engine, Own::queries, Form>
                                               : backward_kernel<Engine, Own::keys, Form>;
-      launch_tiles(kernel, call, layout_of(form), Group<Engine::ROWS>::THREADS, stream);
+      launch_tiles(kernel, call, layout, Group<Engine::ROWS>::THREADS, stream);
     });
   }
 }
@@ -387,8 +371,7 @@ int backward_rows(const Params& params) {
   if (params.dtype == DType::f64) return 16;
   if (params.dtype != DType::f32) return 64;
   BackwardCall call{Field(params, WHOLE ? Sweep::whole : Sweep::rows, 64), params.head_dim, params.value_dim};
-  return BackwardLayout<Engine<float>, Form<WHOLE>>(call, true).bytes > tile_attention::SHARED_LIMIT ? 16
-                                                                                                     : 64;
+  return BackwardLayout<Engine<float>, WHOLE>(call, true).bytes > tile_attention::SHARED_LIMIT ? 16 : 64;
 }
 
 template <bool WHOLE>

@@ -123,11 +123,9 @@ struct Field {
     const int end = (tile + 1) * rows < length ? (tile + 1) * rows : length;
     return (by_width.divide(end - 1) + 1) * width - slab_begin(rows, tile);
   }
-  VK_HOST_DEVICE int slab_capacity(int rows) const { return touched_rows(rows) * width; }
-  // By a tile, at most.
-  VK_HOST_DEVICE int touched_rows(int rows) const {
+  VK_HOST_DEVICE int slab_capacity(int rows) const {
     const int touched = (rows + width - 2) / width + 1;
-    return touched < height ? touched : height;
+    return (touched < height ? touched : height) * width;
   }
 
   struct Positions {  // of a View with strides (batch, head, x, channel, y)

@@ -16,14 +16,12 @@ void forward_with(const ForwardCall& whole, Stream stream) {
     for (View* view : {&call.v, &call.other_v, &call.out, &call.mean_with, &call.second_out})
       *view = from_channel<T>(*view, channel);
     if (channel > 0) call.lse[0] = call.lse[1] = nullptr;
-    const auto layout_of = [&](auto form) { return ForwardLayout<Engine, decltype(form)>(call); };
-    const auto bytes_of = [&](auto form) { return layout_of(form).bytes; };
-    with_form<Engine, WHOLE>(call.field, call.value_dim, bytes_of, [&](auto form) {
+    with_form<Engine, WHOLE>(call.field, call.value_dim, [&](auto form) {
       using Form = decltype(form);
       auto kernel = forward_kernel<Engine, Form, false>;
       if constexpr (!WHOLE)
         if (present(call.other_v)) kernel = forward_kernel<Engine, Form, true>;
-      launch_tiles(kernel, call, layout_of(form), Group<Engine::ROWS>::THREADS, stream);
+      launch_tiles(kernel, call, ForwardLayout<Engine, WHOLE>(call), Group<Engine::ROWS>::THREADS, stream);
     });
   }
 }
@@ -93,7 +91,7 @@ bool large_tiles_fit(const Params& params) {
   ForwardCall call = make_call<float>(params, WHOLE ? Sweep::whole : Sweep::columns, 64);
   call.value_dim = channels_from(0, params.value_dim);
   if (!WHOLE) call.other_v = on_field(params.v);
-  return ForwardLayout<Engine<float>, Form<WHOLE>>(call).bytes <= tile_attention::SHARED_LIMIT;
+  return ForwardLayout<Engine<float>, WHOLE>(call).bytes <= tile_attention::SHARED_LIMIT;
 }
 
 }  // namespace

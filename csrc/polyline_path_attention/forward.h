@@ -1,7 +1,7 @@
 // The forward kernel: softmax(logits) v for tiles of queries, against all tokens with two masks (whole), or
 // against those of a line with one (a sweep of the criss-cross mode).
 #pragma once
-#include "masks.h"
+#include "tiles.h"
 
 namespace vitkernels::polyline_path_attention {
 
@@ -21,15 +21,13 @@ struct ForwardCall {
   void* lse[2];         // as sums; may be absent
 };
 
-template <class Engine, class Form>
+template <class Engine, bool WHOLE>
 struct ForwardLayout {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
-  static constexpr bool WHOLE = Form::WHOLE;
   static constexpr int ROWS = Engine::ROWS;
   int ld_head, ld_value;
   int q, k, v, other_v, scratch, others, own_slab, other_slab;
-  MaskTiles<Engine> masks;
   int64_t bytes;
 
   explicit ForwardLayout(const ForwardCall& call)
@@ -44,7 +42,6 @@ struct ForwardLayout {
     const int slab = WHOLE ? call.field.slab_capacity(ROWS) : 0;
     own_slab = carver.take<Vec<Acc, 2>>(slab);
     other_slab = carver.take<Vec<Acc, 2>>(slab);
-    if (Form::MASK_PRODUCTS) masks = MaskTiles<Engine>(carver, call.field);
     bytes = carver.used();
   }
 };
@@ -121,7 +118,7 @@ constexpr int FORWARD_MIN_BLOCKS = std::is_floating_point_v<T> ? 2
 // TWO_VALUES: lines, two products, the second perhaps with other values.
 template <class Engine, class Form, bool TWO_VALUES>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCKS<typename Engine::T, Form>))
-    forward_kernel(ForwardCall call, ForwardLayout<Engine, Form> layout) {
+    forward_kernel(ForwardCall call, ForwardLayout<Engine, Form::WHOLE> layout) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   constexpr bool WHOLE = Form::WHOLE, ALONE = Form::ALONE, TWO_PRODUCTS = WHOLE || TWO_VALUES;
@@ -169,14 +166,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
     load_tile(v, layout.ld_value, matrix(call.v, call.value_dim), group, key);
     if (TWO_VALUES) load_tile(other_v, layout.ld_value, matrix(call.other_v, call.value_dim), group, key);
     cp_async_commit();
-    for (int slot = group.thread; slot < ROWS && !Form::MASK_PRODUCTS; slot += THREADS)
+    for (int slot = group.thread; slot < ROWS; slot += THREADS)
       others[slot] = beside<WHOLE>(field, sums, ROWS, i, key(slot));
     if (WHOLE) load_slab(other_slab, field, sums, ROWS, i, group.thread, THREADS);
-    if constexpr (Form::MASK_PRODUCTS) {
-      group.sync();  // the slabs are there
-      if (i == 0) layout.masks.fill_own(base, field, item.tile, own_slab, group);
-      layout.masks.fill_others(base, field, item.tile, i, own_slab, other_slab, group);
-    }
     cp_async_wait<1>();  // all but the values
     group.sync();
 
@@ -185,12 +177,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
     clear(other_p);
     multiply_rows<Engine>(p, q + group.first_row * layout.ld_head, layout.ld_head, k, layout.ld_head, depth,
                           seen);
-    if constexpr (Form::MASK_PRODUCTS) {
-      layout.masks.add(p, other_p, scale, base, group.first_row, seen);
-      logits.hide(p, other_p, field, i, seen);
-    } else {
-      logits.make(p, other_p, scale, field, others, own_slab, other_slab, i, seen);
-    }
+    logits.make(p, other_p, scale, field, others, own_slab, other_slab, i, seen);
     Acc correction[2];
     softmax.step(p, seen, correction);
     rescale(first, correction);

@@ -94,13 +94,6 @@ struct Logits {
         }
       }
     }
-    hide(first, second, field, other_tile, seen);
-  }
-
-  // -inf for the slots without a token.
-  VK_DEVICE void hide(Acc (&first)[ROWS / 8][4], Acc (&second)[WHOLE ? ROWS / 8 : 1][4], const Field& field,
-                      int other_tile, Span seen) const {
-    const int lane_column = lane_id() % 4 * 2;
     const int filled = field.filled(ROWS, other_tile);
     if (filled == field.slots) return;
     VK_UNROLL
@@ -196,13 +189,28 @@ VK_HOST_DEVICE int channels_from(int channel, int channels) {
 
 // What a kernel is compiled for: the more it knows, the fewer registers a thread takes and the more blocks
 // share a multiprocessor, which is what hides latency here.
-template <bool WHOLE_, bool ALONE_ = WHOLE_, int COLUMNS_ = MOST_COLUMNS, bool MASK_PRODUCTS_ = false>
+template <bool WHOLE_, bool ALONE_, int COLUMNS_>
 struct Form {
   static constexpr bool WHOLE = WHOLE_;  // one sweep over the map, or lines
   static constexpr bool ALONE = ALONE_;  // a tile has one line
   static constexpr int COLUMNS = COLUMNS_;
-  static constexpr bool MASK_PRODUCTS = MASK_PRODUCTS_;  // see masks.h
 };
+
+// run(Form), which holds `columns` channels. Only tensor cores are worth more than one kernel for lines.
+template <class Engine, bool WHOLE, class Run>
+void with_form(const Field& field, int columns, Run run) {
+  if constexpr (!WHOLE && sizeof(typename Engine::T) == 2) {
+    if (field.slots < Engine::ROWS) {
+      run(Form<false, false, MOST_COLUMNS>());
+    } else if (columns > 16) {
+      run(Form<false, true, MOST_COLUMNS>());
+    } else {
+      run(Form<false, true, 16>());
+    }
+  } else {
+    run(Form<WHOLE, WHOLE, MOST_COLUMNS>());
+  }
+}
 
 template <class Kernel, class Call, class Layout>
 void launch_tiles(Kernel kernel, const Call& call, const Layout& layout, int threads, Stream stream) {

@@ -207,8 +207,8 @@ def _cases() -> Iterator[Case]:
         yield case(6, 12, dtype=F32)
         yield case(9, 2, dtype=F64)
         yield case(9, 9, dtype=F16, d=32, dv=48)  # values in two passes
-        yield case(4, 40, dtype=BF16, d=16, dv=16)  # maps too wide for masks by products
-        yield case(13, 14, dtype=F16, heads=2, dv=16, d=32)  # three tiles of masks by products
+        yield case(4, 40, dtype=BF16, d=16, dv=16)
+        yield case(13, 14, dtype=F16, heads=2, dv=16, d=32)  # three tiles, each beginning inside a row
         yield case(4, 4, dtype=BF16, d=128, dv=128)  # the widest tiles
         yield case(3, 5, dtype=F32, d=128, dv=128)  # those of 16 rows
         yield case(2, 3, dtype=F64, d=100, dv=128)
