@@ -119,8 +119,10 @@ if [[ $parts == *" bench "* ]]; then
   # With its default preset each: every peer, and every backend of ours.
   step --partial "bench, operators" 250 "$python" scripts/gpu_check.py bench "$out" \
     --arguments "--device cuda --dtype bfloat16 --batch 64 --rounds 9"
-  step --partial "bench, efficientvit_m5" 60 "$python" -m vitkernels bench --device cuda --quiet --rounds 9 \
-    --model efficientvit_m5 --batch 1 256 --json "$out/bench_efficientvit_m5.json"
+  step --partial "bench, networks" 220 "$python" scripts/gpu_check.py networks "$out" "efficientvit_m5 --batch 1" \
+    "efficientvit_m5 --batch 256" "medvit_small --batch 64" "ppma_t --batch 64" \
+    "deit_small_patch16_224 --token-merging 13 --batch 64" \
+    --arguments "--device cuda --dtype bfloat16 --rounds 9" --seconds 210 --timing-seconds 40
 fi
 
 if [[ $parts == *" profile "* ]]; then
