@@ -91,9 +91,9 @@ void backward_lines(DType dtype, Own own, int rows, const BackwardCall& call, St
 
 // Blocks of an SM that the registers must allow: latency is hidden by other blocks. More would spill.
 template <class T, Own OWN, class Form>
-constexpr int BACKWARD_MIN_BLOCKS = Form::WHOLE || std::is_floating_point_v<T> ? 2
-                                    : OWN == Own::queries                      ? 4
-                                                                               : 3;
+constexpr int BACKWARD_MIN_BLOCKS = Form::WHOLE || std::is_floating_point_v<T>   ? 2
+                                    : OWN == Own::queries || Form::COLUMNS == 16 ? 4
+                                                                                 : 3;
 
 template <class Engine, Own OWN, class Form>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
