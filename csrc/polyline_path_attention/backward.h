@@ -217,9 +217,18 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
 
     Acc p[BLOCKS][4], other_p[WHOLE ? BLOCKS : 1][4];
     clear(p);
-    clear(other_p);
     multiply_rows<Engine>(p, at(layout.x) + row0 * ld_head, ld_head, at(layout.y), ld_head, head_depth, seen);
-    logits.make(p, other_p, scale, field, others, own_slab, other_slab, i, seen);
+    if constexpr (WHOLE) {
+      VK_UNROLL
+      for (int j = 0; j < BLOCKS; ++j) {
+        VK_UNROLL
+        for (int c = 0; c < 4; ++c) other_p[j][c] = p[j][c];
+      }
+      logits.template make<Mask::own>(p, scale, field, others, own_slab, i, seen);
+      logits.template make<Mask::other>(other_p, scale, field, others, other_slab, i, seen);
+    } else {
+      logits.template make<Mask::line>(p, scale, field, others, own_slab, i, seen);
+    }
     Acc d[BLOCKS][4];
     clear(d);
     if (want_d) {

@@ -206,14 +206,19 @@ struct Standing {
   VK_DEVICE int row() const { return place[1]; }
 };
 
+// The mask with its corner in the own row, and that with its corner in the other.
 template <class Acc>
-VK_DEVICE void add_masks(Acc score, const Standing<Acc>& own, const Standing<Acc>& other,
-                         const Vec<Acc, 2>* own_slab, const Vec<Acc, 2>* other_slab, Acc* own_corner,
-                         Acc* other_corner) {
-  const Vec<Acc, 2> near = own_slab[own.row() + other.x()], far = other_slab[other.row() + own.x()];
-  const int along = own.x() - other.x(), down = own.y() - other.y();
-  *own_corner = score + signed_by(along, own.sums[0] - near[0]) + signed_by(down, near[1] - other.sums[1]);
-  *other_corner = score + signed_by(along, far[0] - other.sums[0]) + signed_by(down, own.sums[1] - far[1]);
+VK_DEVICE Acc own_corner(const Standing<Acc>& own, const Standing<Acc>& other, const Vec<Acc, 2>* own_slab) {
+  const Vec<Acc, 2> near = own_slab[own.row() + other.x()];
+  return signed_by(own.x() - other.x(), own.sums[0] - near[0]) +
+         signed_by(own.y() - other.y(), near[1] - other.sums[1]);
+}
+template <class Acc>
+VK_DEVICE Acc other_corner(const Standing<Acc>& own, const Standing<Acc>& other,
+                           const Vec<Acc, 2>* other_slab) {
+  const Vec<Acc, 2> far = other_slab[other.row() + own.x()];
+  return signed_by(own.x() - other.x(), far[0] - other.sums[0]) +
+         signed_by(own.y() - other.y(), own.sums[1] - far[1]);
 }
 
 }  // namespace vitkernels::polyline_path_attention

@@ -110,7 +110,7 @@ VK_DEVICE void rescale(Acc (&sums)[TILES][4], const Acc (&factor)[2]) {
 // Blocks of an SM that the registers must allow: latency is hidden by other blocks.
 template <class T, class Form>
 constexpr int FORWARD_MIN_BLOCKS = std::is_floating_point_v<T> ? 2
-                                   : Form::WHOLE               ? 3
+                                   : Form::WHOLE               ? 4
                                    : !Form::ALONE              ? 4
                                    : Form::COLUMNS > 16        ? 5
                                                                : 6;
@@ -172,24 +172,30 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
     cp_async_wait<1>();  // all but the values
     group.sync();
 
-    Acc p[BLOCKS][4], other_p[WHOLE ? BLOCKS : 1][4];
-    clear(p);
-    clear(other_p);
-    multiply_rows<Engine>(p, q + group.first_row * layout.ld_head, layout.ld_head, k, layout.ld_head, depth,
-                          seen);
-    logits.make(p, other_p, scale, field, others, own_slab, other_slab, i, seen);
-    Acc correction[2];
+    // One mask after the other, from scores made anew: both at once would take 32 registers more, and a
+    // block.
+    Acc p[BLOCKS][4], correction[2];
+    const auto score = [&] {
+      clear(p);
+      multiply_rows<Engine>(p, q + group.first_row * layout.ld_head, layout.ld_head, k, layout.ld_head, depth,
+                            seen);
+    };
+    score();
+    logits.template make<WHOLE ? Mask::own : Mask::line>(p, scale, field, others, own_slab, i, seen);
     softmax.step(p, seen, correction);
     rescale(first, correction);
-    if constexpr (WHOLE) other_softmax.step(other_p, seen, correction);
-    if constexpr (TWO_PRODUCTS) rescale(second, correction);
 
     cp_async_wait<0>();
     group.sync();
     multiply_registers<Engine>(first, p, scratch, v, layout.ld_value, value_blocks, seen);
     if constexpr (WHOLE) {
-      multiply_registers<Engine>(second, other_p, scratch, v, layout.ld_value, value_blocks, seen);
+      score();
+      logits.template make<Mask::other>(p, scale, field, others, other_slab, i, seen);
+      other_softmax.step(p, seen, correction);
+      rescale(second, correction);
+      multiply_registers<Engine>(second, p, scratch, v, layout.ld_value, value_blocks, seen);
     } else if constexpr (TWO_VALUES) {
+      rescale(second, correction);
       multiply_registers<Engine>(second, p, scratch, other_v, layout.ld_value, value_blocks, seen);
     }
     group.sync();  // before the next tile, or the output, overwrites keys and values

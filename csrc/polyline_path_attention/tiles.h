@@ -56,8 +56,10 @@ VK_DEVICE void load_slab(Vec<accumulate_t<T>, 2>* slab, const Field& field, cons
     slab[e] = {{Sums<T>::scaled(sums.along[begin + e]), Sums<T>::scaled(sums.down[begin + e])}};
 }
 
-// Scores of 16 own rows to logits: whole, `first` to those of both masks, whose corners lie in the own rows
-// and in the others; lines, `first` alone. Slots without a token get -inf.
+// Lines have one mask; the whole mode's two have their corners in the own row and in the other.
+enum class Mask { line, own, other };
+
+// Scores of 16 own rows to the logits of a mask. Slots without a token get -inf.
 template <bool WHOLE, bool ALONE, int ROWS, class Acc>
 struct Logits {
   Beside<Acc, WHOLE> own[2];  // of this lane's rows
@@ -73,9 +75,11 @@ struct Logits {
     }
   }
 
-  VK_DEVICE void make(Acc (&first)[ROWS / 8][4], Acc (&second)[WHOLE ? ROWS / 8 : 1][4], Acc scale,
-                      const Field& field, const Beside<Acc, WHOLE>* others, const Vec<Acc, 2>* own_slab,
-                      const Vec<Acc, 2>* other_slab, int other_tile, Span seen) const {
+  // `slab` is that of the mask's corners.
+  template <Mask MASK>
+  VK_DEVICE void make(Acc (&p)[ROWS / 8][4], Acc scale, const Field& field, const Beside<Acc, WHOLE>* others,
+                      const Vec<Acc, 2>* slab, int other_tile, Span seen) const {
+    static_assert(WHOLE == (MASK != Mask::line));
     const int lane_column = lane_id() % 4 * 2;
     // a column's distance to the own row is this minus the column
     const int ahead[2] = {position[0] - other_tile * ROWS + seen.begin,
@@ -86,12 +90,15 @@ struct Logits {
       VK_UNROLL
       for (int c = 0; c < 4; ++c) {
         const int column = 8 * j + lane_column + c % 2, r = c / 2;
-        const Acc score = first[j][c] * scale;
-        if constexpr (WHOLE) {
-          add_masks(score, own[r], others[column], own_slab, other_slab, &first[j][c], &second[j][c]);
+        Acc mask;
+        if constexpr (MASK == Mask::own) {
+          mask = own_corner(own[r], others[column], slab);
+        } else if constexpr (MASK == Mask::other) {
+          mask = other_corner(own[r], others[column], slab);
         } else {
-          first[j][c] = score + signed_by(ahead[r] - column, own[r] - others[column]);
+          mask = signed_by(ahead[r] - column, own[r] - others[column]);
         }
+        p[j][c] = p[j][c] * scale + mask;
       }
     }
     const int filled = field.filled(ROWS, other_tile);
@@ -100,11 +107,8 @@ struct Logits {
     for (int j = 0; j < ROWS / 8; ++j) {
       if (ALONE && (8 * j + 8 <= filled || 8 * j >= seen.end)) continue;
       VK_UNROLL
-      for (int c = 0; c < 4; ++c) {
-        if (((8 * j + lane_column + c % 2) & (field.slots - 1)) < filled) continue;
-        first[j][c] = -INFINITY;
-        if constexpr (WHOLE) second[j][c] = -INFINITY;
-      }
+      for (int c = 0; c < 4; ++c)
+        if (((8 * j + lane_column + c % 2) & (field.slots - 1)) >= filled) p[j][c] = -INFINITY;
     }
   }
 };
