@@ -320,14 +320,22 @@ void u_gradients(const Params& p, const Problem<X, T>& problem, const Plan<X, T>
   } else {
     plain();
   }
-  const auto sum = [&](const View& target, const Acc* partials, int64_t count, int width) {
+  const auto sum = [&](const View& target, DType dtype, const Acc* partials, int64_t count, int width) {
+    const auto store = [&](auto element) {
+      using R = decltype(element);
+      sum_partials(partials, width, count, width, StoreRows<R>{static_cast<R*>(target.data), 0, width},
+                   stream);
+    };
     if (!target) return;
-    const StoreRows<Acc> store{static_cast<Acc*>(target.data), 0, width};
-    sum_partials(partials, width, count, width, store, stream);
+    if (dtype == p.x_dtype) {
+      store(X{});
+    } else {
+      store(float{});
+    }
   };
-  sum(p.grad_ln_weight, results.scale, row_tiles, p.channels);
-  sum(p.grad_ln_bias, results.shift, row_tiles, p.channels);
-  sum(p.grad_grid, results.grid, plan.row_tiles * problem.slices, p.grids);
+  sum(p.grad_ln_weight, p.ln_weight_dtype, results.scale, row_tiles, p.channels);
+  sum(p.grad_ln_bias, p.ln_bias_dtype, results.shift, row_tiles, p.channels);
+  sum(p.grad_grid, p.grid_dtype, results.grid, plan.row_tiles * problem.slices, p.grids);
   if (p.grad_x)
     launch(norm_kernel<X, T>, Dim3{(p.rows + NORM_WARPS * NORM_ROWS - 1) / (NORM_WARPS * NORM_ROWS)},
            32 * NORM_WARPS, 0, stream, problem, results.grad_u, static_cast<X*>(p.grad_x.data),

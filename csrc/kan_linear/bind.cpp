@@ -13,6 +13,9 @@ Params make_params(double inv_denominator, double eps, const Argument& x, const 
   Params p;
   p.x_dtype = x.dtype;
   p.weight_dtype = weight.dtype;
+  p.ln_weight_dtype = ln_weight.dtype;
+  p.ln_bias_dtype = ln_bias.dtype;
+  p.grid_dtype = grid.dtype;
   p.rows = x.shape[0];
   p.channels = static_cast<int>(x.shape[1]);
   p.grids = static_cast<int>(grid.shape[0]);

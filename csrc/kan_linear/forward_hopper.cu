@@ -1,12 +1,13 @@
 // Forward on Hopper: y = Phi W^T by asynchronous products of warpgroups.
 //
 // While the tensor cores multiply a stage, 64 columns of Phi and of W, the warps that began its product make
-// Phi of the next one from x and begin the copies of W of the one after it. For 192 x 256 results a stage is
+// Phi of the next one from x; the copy engine brings W of the one after it. For 192 x 256 results a stage is
 // 1536 cycles of the tensor cores at their peak. Beside it 192 x 8 channels of Phi, 45 instructions and five
-// special functions each, and what goes with them are 960 issue slots of each of the four schedulers and 480
+// special functions each, and what goes with them are 800 issue slots of each of the four schedulers and 480
 // cycles of the special-function units; W comes from L2 for every tile of rows, 21 bytes a cycle, hence the
 // tall tiles. With 128 outputs Phi takes longer than its product.
 #include "hopper.h"
+#include "vitkernels/matrix_copy.h"
 
 namespace vitkernels::kan_linear {
 namespace {
@@ -23,12 +24,16 @@ struct Tile {
   static constexpr int Y_LD = OUTPUTS + 8;  // results on their way out; keeps banks apart
   static_assert(RING_BYTES >= 2 * ROWS * Y_LD);
 
-  static constexpr size_t SHARED_BYTES = RING_BYTES + sizeof(float) * 2 * (CENTRES + HOPPER_CHANNELS);
+  // Registers for the centres beside the sums.
+  static constexpr bool HOLDS_CENTRES = GROUPS == 2 || OUTPUTS == 128;
+
+  static constexpr size_t SHARED_BYTES =
+      RING_BYTES + sizeof(float) * 2 * (CENTRES + HOPPER_CHANNELS) + sizeof(Arrival) * WEIGHT_STAGES;
 };
 
 template <class X, class T, class Tile>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
-    hopper_forward_kernel(Problem<X, T> p, T* y, int64_t y_row) {
+    hopper_forward_kernel(Problem<X, T> p, const VK_GRID_CONSTANT MatrixMap weight_map, T* y, int64_t y_row) {
 #if defined(VK_WGMMA)
   constexpr int OUTPUTS = Tile::OUTPUTS, THREADS = Tile::THREADS;
   char* const phi = shared_memory();
@@ -39,29 +44,16 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   const int first_output = block_y() * OUTPUTS;
   const int outputs = p.outputs - first_output, stages = p.channels / SLICE;
 
-  // A thread copies one chunk of every STEP-th row of W.
-  constexpr int STEP = THREADS / 8;
-  const int top = thread_x() / 8, chunk = thread_x() % 8;
-  const int weight_place = top * STAGE_BYTES + chunk_of<STAGE_BYTES>(top, chunk) * 16;
-  const T* const tile_weight = p.weight + first_output * p.weight_row;
-  const int weight_row = static_cast<int>(p.weight_row);
-  int from = top * weight_row + chunk * 8;
+  Arrival* const arrivals = reinterpret_cast<Arrival*>(scale + 2 * HOPPER_CHANNELS);
   const auto fetch = [&](int stage) {
-    if (stage >= stages) return;
-    char* const to = weight + stage % Tile::WEIGHT_STAGES * Tile::WEIGHT_BYTES + weight_place;
-    int row_of_thread = thread_x() / 8;
-    forget(row_of_thread);  // neither it nor the predicates that follow from it would fit in registers
-    const int left = outputs - row_of_thread;
-    const T* row = tile_weight + from;
-    VK_UNROLL
-    for (int i = 0; i < OUTPUTS; i += STEP, row += STEP * weight_row)
-      if (i + STEP <= OUTPUTS || row_of_thread + i < OUTPUTS) cp_async16(to + i * STAGE_BYTES, row, i < left);
-    from += SLICE * CENTRES;
+    if (stage >= stages || thread_x() != 0) return;
+    const int place = stage % Tile::WEIGHT_STAGES;
+    copy_tile<Tile::WEIGHT_BYTES>(weight + place * Tile::WEIGHT_BYTES, weight_map, stage * SLICE * CENTRES,
+                                  first_output, arrivals + place);
   };
+  if (thread_x() == 0) prepare_arrivals(arrivals, Tile::WEIGHT_STAGES);
   fetch(0);
-  cp_async_commit();
   fetch(1);
-  cp_async_commit();
 
   const bool narrow = prepare_centres(tables, p);
   for (int c = thread_x(); c < p.channels; c += THREADS) {
@@ -74,24 +66,35 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   // the last are its likeness, and not stored.
   const int r = thread_x() / 2, half = thread_x() % 2 * SLICE / 2;
   const int rows = p.rows - first_row < Tile::ROWS ? static_cast<int>(p.rows - first_row) : Tile::ROWS;
-  const int row = r < rows ? r : rows - 1;
-  const X* const tile_x = p.x + first_row * p.x_row;
-  int x = row * static_cast<int>(p.x_row) + half;
+  const int64_t row = first_row + (r < rows ? r : rows - 1);
+  const X* x = p.x + row * p.x_row + half;
   wait_for_launch();  // of the statistics
-  const float rstd = p.rstd[first_row + row], centre = -p.mean[first_row + row] * rstd;
+  const float rstd = p.rstd[row], centre = -p.mean[row] * rstd;
   const int phi_place = r * STAGE_BYTES + chunk_of<STAGE_BYTES>(r, half) * 16;
-  const auto make_phi = [&](int stage, int ring, const FourOf<X>& values) {
-    const float* parameters = scale + stage * SLICE + half;
-    const FourNorms norms{Vec<float, 4>::load(parameters), Vec<float, 4>::load(parameters + HOPPER_CHANNELS)};
-    // Tiles begin at multiples of 1024 bytes, so that chunks are exchanged by an exclusive or of the whole.
-    make_four<T, X>(values, rstd, centre, norms, tables, narrow,
-                    [&](int c) { return reinterpret_cast<T*>(phi + ((phi_place + ring) ^ (c * 16))); });
+  const float* const centres = tables + (narrow ? 0 : CENTRES);
+  const Centres held(centres);
+  // What Phi of the thread's channels is made of, in steps that wait for nothing: x is read three stages
+  // before its product, normed two and made Phi of one before.
+  const auto norm = [&](int stage, const FourOf<X>& words) {
+    const float* const parameters = scale + stage * SLICE + half;
+    return decays_of<X>(words, rstd, centre,
+                        {Vec<float, 4>::load(parameters), Vec<float, 4>::load(parameters + HOPPER_CHANNELS)},
+                        narrow);
   };
-  make_phi(0, 0, load_four(tile_x + x));
-  // x of a stage is read a stage before Phi of it is made, the last once more, so that no load is
-  // conditional.
-  x += stages > 1 ? SLICE : 0;
-  auto values = load_four(tile_x + x);
+  const auto make_phi = [&](int ring, const Vec<float, 4>& decays) {
+    // Tiles begin at multiples of 1024 bytes, so that chunks are exchanged by an exclusive or of the whole.
+    make_four<T>(decays, Tile::HOLDS_CENTRES ? held : Centres(centres), narrow,
+                 [&](int c) { return reinterpret_cast<T*>(phi + ((phi_place + ring) ^ (c * 16))); });
+  };
+  // Of stages beyond the last, the last is read once more, so that no load is conditional.
+  const auto next_x = [&](int stage) {
+    x += stage < stages ? SLICE : 0;
+    return load_four(x);
+  };
+  const auto first_x = load_four(x), second_x = next_x(1);
+  auto values = next_x(2);
+  make_phi(0, norm(0, first_x));
+  auto decays = norm(stages > 1 ? 1 : 0, second_x);
 
   float sums[OUTPUTS / 2];
   VK_UNROLL
@@ -100,9 +103,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   int ring = 0;  // where Phi of the stage is
   VK_NO_UNROLL
   for (int stage = 0; stage < stages; ++stage) {
-    cp_async_wait<1>();
     fence_async_proxy();
-    // Of every warpgroup, the products up to the stage before the last are done here: their places are free.
+    wait_arrival(arrivals + stage % Tile::WEIGHT_STAGES, stage / Tile::WEIGHT_STAGES);
+    // Of every warpgroup, the products up to the stage before the last are done here, and their places free:
+    // that of Phi of the next stage is of two stages before, and so is that of W of the next but one.
     sync_block();
     using Rows = Operand<STAGE_BYTES, Major::FEATURES_SIDE_BY_SIDE>;
     const Rows left(phi + ring + warp_id() / 4 * 64 * STAGE_BYTES);
@@ -113,12 +117,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
     wgmma_commit();
     ring = ring + Tile::PHI_BYTES == Tile::PHI_STAGES * Tile::PHI_BYTES ? 0 : ring + Tile::PHI_BYTES;
     fetch(stage + 2);
-    cp_async_commit();
+    const auto words = values;
+    values = next_x(stage + 3);
     if (stage + 1 < stages) {
-      const auto now = values;
-      x += stage + 2 < stages ? SLICE : 0;
-      values = load_four(tile_x + x);
-      make_phi(stage + 1, ring, now);
+      make_phi(ring, decays);
+      decays = norm(stage + 2 < stages ? stage + 2 : stage, words);
     }
     wgmma_wait<1>();
   }
@@ -178,7 +181,7 @@ void launch_hopper_forward(const Problem<X, T>& p, T* y, int64_t y_row, Stream s
     const Dim3 blocks{(p.rows + Tile::ROWS - 1) / Tile::ROWS,
                       (p.outputs + Tile::OUTPUTS - 1) / Tile::OUTPUTS};
     launch_dependent(hopper_forward_kernel<X, T, Tile>, blocks, Tile::THREADS, Tile::SHARED_BYTES, stream, p,
-                     y, y_row);
+                     map_matrix(p.weight, p.outputs, p.depth(), p.weight_row, Tile::OUTPUTS), y, y_row);
   };
   const int processors = multiprocessors();
   const auto cost = [&](auto tile) {

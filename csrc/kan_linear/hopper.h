@@ -21,7 +21,7 @@ template <class X, class T>
 bool fits_hopper(const Problem<X, T>& p) {
   if constexpr (Config<T>::HALF) {
     return p.grids == CENTRES && p.channels % SLICE == 0 && p.channels <= HOPPER_CHANNELS &&
-           p.x_row <= HOPPER_ROW && p.weight_row <= HOPPER_ROW &&
+           p.x_row <= HOPPER_ROW && p.weight_row <= HOPPER_ROW && p.weight_row >= p.depth() &&
            aligned(p.x, p.x_row, sizeof(X), 4 * sizeof(X)) &&
            aligned(p.weight, p.weight_row, sizeof(T), 16) && wgmma_available();
   }
@@ -53,19 +53,28 @@ VK_DEVICE Vec<float, 4> exponents_of(const FourOf<X>& words, float rstd, float c
   return exponents;
 }
 
-// A quarter of Phi of half a slice, each channel to place(0 to 3).
-template <class T, class X, class Place>
-VK_DEVICE void make_four(const FourOf<X>& words, float rstd, float centre, const FourNorms& norms,
-                         const float* tables, bool narrow, const Place& place) {
-  const auto exponents = exponents_of<X>(words, rstd, centre, norms);
+// What phi at the centres is made of: e^(2 u / h) where the grid is narrow, else its exponent of two.
+template <class X>
+VK_DEVICE Vec<float, 4> decays_of(const FourOf<X>& words, float rstd, float centre, const FourNorms& norms,
+                                  bool narrow) {
+  auto decays = exponents_of<X>(words, rstd, centre, norms);
   if (narrow) {
-    const Centres falling(tables);
     VK_UNROLL
-    for (int c = 0; c < 4; ++c) quarter_phi<T>(exponents[c], falling).store(place(c));
+    for (int c = 0; c < 4; ++c) decays[c] = exp2_fast(at_most(decays[c], WIDEST_U));
+  }
+  return decays;
+}
+
+// A quarter of Phi of half a slice, each channel to place(0 to 3).
+template <class T, class Place>
+VK_DEVICE void make_four(const Vec<float, 4>& decays, const Centres& centres, bool narrow,
+                         const Place& place) {
+  if (narrow) {
+    VK_UNROLL
+    for (int c = 0; c < 4; ++c) quarter_phi_of<T>(decays[c], centres).store(place(c));
   } else {
-    const Centres centres(tables + CENTRES);
     VK_UNROLL
-    for (int c = 0; c < 4; ++c) wide_quarter_phi<T>(exponents[c], centres).store(place(c));
+    for (int c = 0; c < 4; ++c) wide_quarter_phi<T>(decays[c], centres).store(place(c));
   }
 }
 

@@ -8,6 +8,7 @@ namespace vitkernels::kan_linear {
 struct Params {
   DType x_dtype;       // x and grad_x
   DType weight_dtype;  // weight, y and their gradients: x_dtype, or f16 or bf16 beside an f32 x
+  DType ln_weight_dtype, ln_bias_dtype, grid_dtype;  // of the CUDA kernels: x_dtype or f32
   int64_t rows;
   int channels;  // I
   int grids;     // G
@@ -17,12 +18,11 @@ struct Params {
 
   View x;                         // [rows, I]
   View weight;                    // [J, I * G], the grid fastest
-  View ln_weight, ln_bias, grid;  // [I], [I], [G], accumulate type
+  View ln_weight, ln_bias, grid;  // [I], [I], [G]; for the CPU in the accumulate type
   View y;                         // [rows, J]
   View mean, rstd;                // [rows], accumulate type; forward: optional
 
-  // Backward only. Each gradient may be absent. Those of ln_weight, ln_bias and grid are in the accumulate
-  // type.
+  // Backward only. Each gradient may be absent. Those of ln_weight, ln_bias and grid are as these.
   View grad_y;  // [rows, J]
   View grad_x, grad_weight, grad_ln_weight, grad_ln_bias, grad_grid;
   void* workspace = nullptr;  // {forward,backward}_workspace_cuda() bytes

@@ -37,6 +37,22 @@ struct Config {
   static constexpr int PHI_SCALE = HALF ? 4 : 1;          // Phi over what its tiles hold: quarter_phi()
 };
 
+// A vector in X or in f32, read as accumulate_t<X>: nothing casts it beforehand.
+template <class X>
+class Parameter {
+ public:
+  Parameter(const View& view, DType dtype)
+      : data_(view.data), single_(dtype == DType::f32 && !std::is_same_v<X, float>) {}
+  VK_DEVICE accumulate_t<X> operator[](int i) const {
+    if (single_) return static_cast<const float*>(data_)[i];
+    return to_accumulate(static_cast<const X*>(data_)[i]);
+  }
+
+ private:
+  const void* data_;
+  bool single_;
+};
+
 // X is the type of x, T of the weight.
 template <class X, class T>
 struct Problem {
@@ -48,7 +64,8 @@ struct Problem {
       slices;  // channels of a tile of Phi, their columns, rounded up to 16; tiles in all
   const X* x;
   const T *weight, *grad_y;
-  const Acc *ln_weight, *ln_bias, *grid, *mean, *rstd;
+  Parameter<X> ln_weight, ln_bias, grid;
+  const Acc *mean, *rstd;
   Acc inverse;
 
   explicit Problem(const Params& p)
@@ -62,9 +79,9 @@ struct Problem {
         x(static_cast<const X*>(p.x.data)),
         weight(static_cast<const T*>(p.weight.data)),
         grad_y(static_cast<const T*>(p.grad_y.data)),
-        ln_weight(static_cast<const Acc*>(p.ln_weight.data)),
-        ln_bias(static_cast<const Acc*>(p.ln_bias.data)),
-        grid(static_cast<const Acc*>(p.grid.data)),
+        ln_weight(p.ln_weight, p.ln_weight_dtype),
+        ln_bias(p.ln_bias, p.ln_bias_dtype),
+        grid(p.grid, p.grid_dtype),
         mean(static_cast<const Acc*>(p.mean.data)),
         rstd(static_cast<const Acc*>(p.rstd.data)),
         inverse(static_cast<Acc>(p.inv_denominator)) {
@@ -158,10 +175,9 @@ struct Centres {
   VK_DEVICE float operator[](int m) const { return m < 4 ? low[m] : high[m - 4]; }
 };
 
-// A quarter of phi at all centres for u = exponent h / (2 log2 e).
+// A quarter of phi at all centres for u with e^(2 u / h) = up, in a narrow grid.
 template <class T>
-VK_DEVICE Vec<T, CENTRES> quarter_phi(float exponent, const Centres& falling) {
-  const float up = exp2_fast(at_most(exponent, WIDEST_U));
+VK_DEVICE Vec<T, CENTRES> quarter_phi_of(float up, const Centres& falling) {
   uint32_t pairs[CENTRES / 2];
   VK_UNROLL
   for (int m = 0; m < CENTRES; m += 2) {
@@ -174,7 +190,13 @@ VK_DEVICE Vec<T, CENTRES> quarter_phi(float exponent, const Centres& falling) {
   return result;
 }
 
-// The same for a grid of any width.
+// The same for u = exponent h / (2 log2 e).
+template <class T>
+VK_DEVICE Vec<T, CENTRES> quarter_phi(float exponent, const Centres& falling) {
+  return quarter_phi_of<T>(exp2_fast(at_most(exponent, WIDEST_U)), falling);
+}
+
+// And for a grid of any width.
 template <class T>
 VK_DEVICE Vec<T, CENTRES> wide_quarter_phi(float exponent, const Centres& centres) {
   Vec<T, CENTRES> result;

@@ -110,8 +110,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
       const FourNorms norms{Vec<float, 4>::load(parameters),
                             Vec<float, 4>::load(parameters + Tile::CHANNELS)};
       const int place = phi_place + ring + i * Tile::GROUPS * Tile::BLOCK_BYTES;
-      make_four<T, X>(values[i], rstd, -centre * rstd, norms, tables, narrow,
-                      [&](int c) { return reinterpret_cast<T*>(phi + (place ^ (c * 16))); });
+      make_four<T>(decays_of<X>(values[i], rstd, -centre * rstd, norms, narrow),
+                   Centres(tables + (narrow ? 0 : CENTRES)), narrow,
+                   [&](int c) { return reinterpret_cast<T*>(phi + (place ^ (c * 16))); });
     }
   };
   load(0);

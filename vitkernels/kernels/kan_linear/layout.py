@@ -1,4 +1,5 @@
-"""What every backend of kan_linear takes: matrices with dense rows, small vectors in the accumulate type."""
+"""What every backend of kan_linear takes: matrices with dense rows, small vectors, all but the
+CUDA kernels in the accumulate type."""
 
 from __future__ import annotations
 

@@ -11,6 +11,11 @@ from vitkernels.core import native
 from vitkernels.kernels.kan_linear.layout import Results, matrix, vector
 
 
+def _small(x: Tensor, vectors: tuple[Tensor, ...], cuda: bool) -> tuple[Tensor, ...]:
+    """The CUDA kernels read x's dtype too, so that no cast is launched before them."""
+    return tuple(t.contiguous() if cuda else vector(t, x) for t in vectors)
+
+
 def forward(
     y: Tensor,
     mean: Tensor | None,
@@ -29,12 +34,13 @@ def forward(
     """Fills y, and mean and rstd unless they are None. `module` and `cuda` let the tests run the CUDA kernels on the
     host."""
     module = module or native.load()
-    rows, small = matrix(x), tuple(vector(t, x) for t in (ln_weight, ln_bias, grid))
+    cuda = x.is_cuda if cuda is None else cuda
+    rows, small = matrix(x), _small(x, (ln_weight, ln_bias, grid), cuda)
     means = (None, None) if mean is None or rstd is None else (mean.view(-1), rstd.view(-1))
     tensors = native.arguments(module, y.view(-1, y.shape[-1]), *means, rows, matrix(weight), *small)
     params = (inv_denominator, eps)
     workspace = None
-    if x.is_cuda if cuda is None else cuda:
+    if cuda:
         run = module.kan_linear_forward_cuda
         size = module.kan_linear_forward_workspace_cuda(*tensors, *params)
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
@@ -75,19 +81,20 @@ def backward(
             if gradient is not None:
                 gradient.zero_()
         return
+    cuda = x.is_cuda if cuda is None else cuda
     results = Results()
     places = (
         results.matrix(grad_x),
         results.matrix(grad_weight),
-        *(results.vector(gradient, x) for gradient in gradients[2:]),
+        *(results.matrix(t) if cuda else results.vector(t, x) for t in gradients[2:]),
     )
     inputs = (
         *(matrix(grad_y), mean.view(-1), rstd.view(-1), matrix(x), matrix(weight)),
-        *(vector(t, x) for t in (ln_weight, ln_bias, grid)),
+        *_small(x, (ln_weight, ln_bias, grid), cuda),
     )
     tensors, params = native.arguments(module, *places, *inputs), (inv_denominator, eps)
     workspace = None
-    if x.is_cuda if cuda is None else cuda:
+    if cuda:
         run = module.kan_linear_backward_cuda
         size = module.kan_linear_backward_workspace_cuda(*tensors, *params)
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)

@@ -1,0 +1,133 @@
+// Copies of tiles of a matrix of 16-bit elements to shared memory by Hopper's copy engine: one thread begins
+// a copy of a whole tile, which costs the warps neither instructions nor registers nor the load-store unit.
+// Rows of a tile are 64 elements, 128 bytes, and lie as chunk_of<128>() of wgmma.h has them; what is outside
+// the matrix is zero. On the host twin a copy is done at once. Where
+// wgmma_available(), this is.
+//
+// A copy is over for those threads for which wait_arrival() of its barrier has returned; nothing else orders
+// it. Its place must be free, by a barrier of the block, before it is begun.
+#pragma once
+#include "vitkernels/launch.h"
+#include "vitkernels/wgmma.h"
+
+#if !defined(VITKERNELS_HOST_TWIN)
+#include <cuda.h>
+#endif
+
+namespace vitkernels {
+
+constexpr int COPIED_COLUMNS = 64;  // of a tile
+
+#if defined(VITKERNELS_HOST_TWIN)
+
+#define VK_GRID_CONSTANT
+
+struct MatrixMap {
+  const char* data;
+  int64_t rows, columns, row_bytes;
+  int tile_rows;
+};
+
+// Of rows `stride` elements apart, a multiple of 8 and at least `columns`; `data` is aligned to 16 bytes.
+// Tiles have up to 256 rows.
+inline MatrixMap map_matrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows) {
+  return {static_cast<const char*>(data), rows, columns, 2 * stride, tile_rows};
+}
+
+struct Arrival {
+  uint64_t unused;
+};
+inline void prepare_arrivals(Arrival*, int) {}
+inline void wait_arrival(Arrival*, int) {}
+
+template <int BYTES>
+VK_INLINE void copy_tile(char* to, const MatrixMap& map, int column, int row, Arrival*) {
+  if ((to - shared_memory()) % 1024 != 0) twin::fail("a copied tile begins at a multiple of 1024 bytes");
+  if (map.tile_rows * 128 != BYTES) twin::fail("a copied tile has the size that its map tells");
+  for (int r = 0; r < map.tile_rows; ++r) {
+    for (int c = 0; c < COPIED_COLUMNS; ++c) {
+      uint16_t element = 0;
+      if (row + r < map.rows && column + c < map.columns)
+        std::memcpy(&element, map.data + (row + r) * map.row_bytes + 2 * (column + c), 2);
+      std::memcpy(to + r * 128 + chunk_of<128>(r, c / 8) * 16 + c % 8 * 2, &element, 2);
+    }
+  }
+}
+
+#else
+
+#define VK_GRID_CONSTANT __grid_constant__
+
+using MatrixMap = CUtensorMap;
+
+inline MatrixMap map_matrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  // By way of the runtime, so that nothing links with the driver.
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                               cudaEnableDefault, &found);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    if (error != cudaSuccess) throw_cuda_error(error, "cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess || function == nullptr)
+      throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(function);
+  }();
+  MatrixMap map;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t tile[] = {COPIED_COLUMNS, static_cast<cuuint32_t>(tile_rows)}, steps[] = {1, 1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(data), sizes, strides, tile, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("cuTensorMapEncodeTiled failed: " + std::to_string(static_cast<int>(result)));
+  return map;
+}
+
+struct Arrival {
+  uint64_t state;
+};
+
+#if defined(VK_WGMMA)
+
+// By one thread, which may then begin copies; other threads may wait after a barrier of the block.
+VK_DEVICE void prepare_arrivals(Arrival* arrivals, int count) {
+  for (int i = 0; i < count; ++i)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrivals + i)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The use number `use` of the barrier, from zero on, of which no later one can have begun.
+VK_DEVICE void wait_arrival(Arrival* arrival, int use) {
+  asm volatile(
+      "{.reg .pred done; again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra "
+      "again%=;}" ::"r"(shared_address(arrival)),
+      "r"(use & 1)
+      : "memory");
+}
+
+// To `BYTES` bytes, a whole tile, at a multiple of 1024 bytes of shared memory.
+template <int BYTES>
+VK_DEVICE void copy_tile(char* to, const MatrixMap& map, int column, int row, Arrival* arrival) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrival)),
+               "n"(BYTES)
+               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+      "%3}], "
+      "[%4];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(arrival))
+      : "memory");
+}
+
+#endif  // VK_WGMMA
+#endif
+
+}  // namespace vitkernels
