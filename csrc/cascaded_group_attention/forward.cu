@@ -8,250 +8,457 @@
 // A block holds one or more windows and never leaves shared memory between x and out. One buffer Z
 // [tokens][C] carries everything: head i's share of x, its input U_i = X_i + O_(i-1), its output O_i, and
 // relu(O_i) for the projection take turns in the same columns. Heads run one after another (each needs the
-// one before); parallel are the tiles of a product, the windows of a block, and two or more blocks on an SM.
+// one before), so a small batch is bound by the latency of this chain, and so is a large one between its
+// barriers:
+//   steps     Three barriers a head: q~, k, v; the depthwise convolution; attention, whose warps leave
+//   relu(O)
+//             and the next head's U where they are needed. Queries have more warps than tiles: those of a
+//             tile share the channels of v and each repeat its logits.
+//   loads     Biases, taps and tables of all heads are in shared memory from the start, x and they by loads
+//             that are in flight together. Weights go from L2 to registers, see row_product.h.
+//   warps     16 where a block has an SM to itself; 8 otherwise, two and more blocks on an SM.
 //   rows      The products see the windows' tokens packed (2 windows of 49 are 98 rows, 7 tiles of 16, where
 //             one by one they would be 8); only the attention pads each window to whole tiles.
-//   weights   All of them pass through each block once, from L2 (18 to 390 KB): the more windows share them
-//             the better, as long as the grid still covers a large device twice. Windows are added while a
+//   weights   All of them pass through each block, from L2 (18 to 390 KB): the more windows share them the
+//             better, as long as the grid still covers a large device twice. Windows are added while a
 //             block stays below 72 KB, so that an H100 holds three and an A100 two; beyond that only where a
-//             window's share of the weights still outweighs its x and out, up to what every device has (stage
-//             3: four images of 16 tokens are 96 KB and read 97 KB of weights each).
-//   banks     A row of Z, q, k, v is a multiple of 32 bytes plus 16: ldmatrix is free of conflicts.
+//             window's share of the weights still outweighs its x and out, up to what every device has.
+//   banks     A row of q, k, v is a multiple of 32 bytes plus 16: ldmatrix is free of conflicts. Z: see Rows.
 #include "plain.h"
+#include "row_product.h"
 #include "tensor.h"
 
 namespace vitkernels::cascaded_group_attention {
 namespace {
 
 using tile_attention::Carver;
-using tile_attention::Product;
-using tile_attention::ProductTile;
 using tile_attention::TensorCores;
-using tile_attention::Weights;
+
+constexpr int MOST_THREADS = 512;
+// Tiles of a warp's sums in the projection, 16 rows and 8 columns each.
+constexpr int OUT_TILES_DOWN = 4, OUT_TILES_ACROSS = 3;
+
+// What a head reads of its biases, taps and table, as floats: [taps of stage_taps()][bias of q~, k,
+// v][table].
+struct ConstantLayout {
+  int bias, table, size;
+  int items;  // elements of a head in global memory, dead taps included
+  int first;  // byte offset of all
+  int sets;   // in shared memory: of all heads, or of one at a time where they do not fit
+  int proj_bias;
+  Divisor by_item, by_area, by_side, by_pitch;
+
+  ConstantLayout(const Problem& problem, int sets, Carver& carver) : sets(sets) {
+    const Params& p = problem.params;
+    const BiasCodes codes(p.window_h, p.window_w);
+    int largest = 0;
+    for (int i = 0; i < p.num_heads; ++i) largest = p.kernel_sizes[i] > largest ? p.kernel_sizes[i] : largest;
+    bias = (largest * largest + 1) * p.key_dim;
+    table = bias + problem.qkv_rows;
+    size = round_up(table + codes.entries, 2);
+    proj_bias = sets * size;
+    items = problem.qkv_rows + codes.entries + (p.kernel_max * p.kernel_max + 1) * p.key_dim;
+    first = carver.take<float>(proj_bias + p.channels);
+    by_item = Divisor(items);
+    by_area = Divisor(p.kernel_max * p.kernel_max);
+    by_side = Divisor(p.kernel_max);
+    by_pitch = Divisor(codes.pitch);
+  }
+};
 
 struct ForwardLayout {
-  int count;  // windows of a block
-  int rows;   // their tokens, rounded up to 16
+  int threads;
+  int count;     // windows of a block
+  int rows;      // their tokens, rounded up to 16
+  int row_bits;  // of a power of two that holds the rows
   int ld_z, ld_y, ld_q;
-  int z, y, q;                 // y: q~, k, v; later a block of columns of the projection
+  int z, y, q;                 // y: q~, k, v
   int x_offsets, out_offsets;  // of each row in the maps, -1 for none
   int y_rows;                  // of each row in y, -1 for none
-  int key_codes, table, taps;
-  ProductTile tile;
+  int key_codes;
+  int slices, slice;  // of the channels of a head, among the warps that attend to the same queries
+  Divisor by_tile, by_slice;
+  ConstantLayout constants;
   int64_t bytes;
 
-  ForwardLayout(const Problem& problem, int count, int depth) : count(count) {
+  ForwardLayout(const Problem& problem, int count, int threads, int sets)
+      : ForwardLayout(problem, count, threads, sets, Carver()) {}
+
+ private:
+  ForwardLayout(const Problem& problem, int count, int threads, int sets, Carver carver)
+      : threads(threads), count(count), constants(problem, sets, carver) {
     const Params& p = problem.params;
-    const int keys = key_rows(problem.tokens),
-              widest = p.channels > problem.qkv_rows ? p.channels : problem.qkv_rows;
+    const int keys = key_rows(problem.tokens), tiles = (problem.tokens + 15) / 16;
     rows = round_up(count * problem.tokens, 16);
-    tile = ProductTile::choose(rows, THREADS / 32, widest, depth);
-    ld_z = leading_dimension<half_t>(p.channels);
+    row_bits = 4;
+    while (1 << row_bits < rows) ++row_bits;
+    ld_z = Rows<half_t>::leading_dimension(p.channels);
     ld_y = leading_dimension<half_t>(problem.qkv_rows);
     ld_q = leading_dimension<half_t>(p.key_dim);
-    const int y_elements = count * keys * ld_y, out_elements = rows * (tile.columns() + 8);
-    Carver carver;
+    const int parts = problem.value_dim / 16, wanted = threads / 32 / (count * tiles);
+    slice = wanted <= 1 ? problem.value_dim : (parts + wanted - 1) / wanted * 16;
+    slices = (problem.value_dim + slice - 1) / slice;
+    by_tile = Divisor(tiles);
+    by_slice = Divisor(slices);
     x_offsets = carver.take<int64_t>(rows);
     out_offsets = carver.take<int64_t>(rows);
     y_rows = carver.take<int>(rows);
     key_codes = carver.take<int>(keys);
-    table = carver.take<float>(BiasCodes(p.window_h, p.window_w).entries);
-    taps = carver.take<float>((MAX_KERNEL * MAX_KERNEL + 1) * p.key_dim);
     z = carver.take<half_t>(static_cast<int64_t>(rows) * ld_z);
-    y = carver.take<half_t>(y_elements > out_elements ? y_elements : out_elements);
+    y = carver.take<half_t>(count * keys * ld_y);
     q = carver.take<half_t>(count * keys * ld_q);
-    tile.buffers = carver.take<half_t>(2 * tile.elements);
     bytes = carver.used();
   }
 };
 
-// One warp: 16 queries of a window against its keys, to Z.
-template <class T, int KEYS>
-VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, const T* v, int ld_y, T* out,
-                      int ld_out, const int* key_codes, const float* table, int first_query) {
+// The constants of `heads` heads from `first_head` on, and the projection's bias with those of head 0.
+// Several loads of a thread are in flight together.
+template <class T>
+VK_DEVICE void stage_constants(float* constants, const Problem& problem, const ConstantLayout& layout,
+                               int first_head, int heads) {
+  constexpr int IN_FLIGHT = 4;
+  const Params& params = problem.params;
+  const BiasCodes codes(params.window_h, params.window_w);
+  const int k = params.key_dim, side = params.kernel_max;
+  const int of_heads = heads * layout.items, all = of_heads + (first_head == 0 ? params.channels : 0);
+  VK_NO_UNROLL
+  for (int first = thread_x(); first < all; first += IN_FLIGHT * block_dim_x()) {
+    const char* sources[IN_FLIGHT];
+    int targets[IN_FLIGHT];
+    bool wide[IN_FLIGHT], scaled[IN_FLIGHT];
+    VK_UNROLL
+    for (int u = 0; u < IN_FLIGHT; ++u) {
+      const int i = first + u * block_dim_x();
+      const int slot = layout.by_item.divide(i), head = first_head + slot;
+      int item = i - slot * layout.items;
+      const View* view;
+      int64_t index;
+      targets[u] = slot * layout.size;
+      scaled[u] = false;
+      if (i >= of_heads) {
+        view = &params.proj_bias;
+        index = (i - of_heads) * view->stride[0];
+        targets[u] = layout.proj_bias + i - of_heads;
+      } else if (item < problem.qkv_rows) {
+        view = &params.qkv_bias;
+        index = head * view->stride[0] + item * view->stride[1];
+        targets[u] += layout.bias + item;
+      } else if ((item -= problem.qkv_rows) < codes.entries) {
+        const int y = layout.by_pitch.divide(item), dy = y - (params.window_h - 1),
+                  dx = item - y * codes.pitch - (params.window_w - 1);
+        view = &params.attn_bias;
+        index = head * view->stride[0] +
+                ((dy < 0 ? -dy : dy) * params.window_w + (dx < 0 ? -dx : dx)) * view->stride[1];
+        targets[u] += layout.table + item;
+        scaled[u] = true;
+      } else if ((item -= codes.entries) < k) {
+        const int size = params.kernel_sizes[head];
+        view = &params.dw_bias;
+        index = head * view->stride[0] + item * view->stride[1];
+        targets[u] += size * size * k + item;
+      } else {
+        item -= k;
+        const int size = params.kernel_sizes[head], dead = (side - size) / 2;
+        const int channel = layout.by_area.divide(item), tap = item - channel * side * side;
+        const int y = layout.by_side.divide(tap), x = tap - y * side;
+        view = &params.dw_weight;
+        index =
+            head * view->stride[0] + channel * view->stride[1] + y * view->stride[2] + x * view->stride[3];
+        const bool alive = y >= dead && y < dead + size && x >= dead && x < dead + size;
+        targets[u] = alive ? targets[u] + ((y - dead) * size + x - dead) * k + channel : -1;
+      }
+      if (i >= all) targets[u] = -1;
+      wide[u] = scaled[u] ? problem.wide_table : problem.wide_weights;
+      sources[u] =
+          static_cast<const char*>(view->data) + index * static_cast<int64_t>(wide[u] ? 4 : sizeof(T));
+    }
+    float wides[IN_FLIGHT];
+    T narrows[IN_FLIGHT];
+    VK_UNROLL
+    for (int u = 0; u < IN_FLIGHT; ++u) {
+      wides[u] = 0.0f;
+      narrows[u] = from_float<T>(0.0f);
+      if (targets[u] >= 0 && wide[u]) wides[u] = *reinterpret_cast<const float*>(sources[u]);
+      if (targets[u] >= 0 && !wide[u]) narrows[u] = *reinterpret_cast<const T*>(sources[u]);
+    }
+    VK_UNROLL
+    for (int u = 0; u < IN_FLIGHT; ++u) {
+      const float value = wide[u] ? wides[u] : to_float(narrows[u]);
+      if (targets[u] >= 0) constants[targets[u]] = value * (scaled[u] ? Exponential<T>::unit : 1.0f);
+    }
+  }
+}
+
+// How the threads of a block share a map: each has a row of its own and every `step`-th chunk of 8 channels
+// from `chunk` on. Neighbours of a warp are neighbours in memory: along the tokens, or along the channels
+// where those are dense.
+struct Share {
+  int row, chunk, step;
+
+  VK_DEVICE Share(int row_bits, bool channels_dense) {
+    const int low = channels_dense && (4 << row_bits) <= block_dim_x() ? 2 : 0;
+    row = (thread_x() >> low) & ((1 << row_bits) - 1);
+    chunk = (thread_x() & ((1 << low) - 1)) + ((thread_x() >> (low + row_bits)) << low);
+    step = block_dim_x() >> row_bits;
+  }
+};
+
+// x of a row to z; zeros where there is no token. A thread's loads are in flight together, three chunks of
+// them.
+template <class T>
+VK_DEVICE void load_row(const Rows<T>& z, const View& x, const Share& share, int64_t offset, int channels) {
+  constexpr int IN_FLIGHT = 3;
+  const auto x_channels = Channels::of<T>(x);
+  const int chunks = channels / 8;
+  const T* source = static_cast<const T*>(x.data) + (offset < 0 ? 0 : offset);
+  if (x_channels.vectorized) {
+    VK_NO_UNROLL
+    for (int chunk = share.chunk; chunk < chunks; chunk += share.step)
+      cp_async16(z.at(share.row, 8 * chunk), source + 8 * chunk, offset >= 0);
+    return;
+  }
+  VK_NO_UNROLL
+  for (int chunk = share.chunk; chunk < chunks; chunk += IN_FLIGHT * share.step) {
+    Vec<T, 8> values[IN_FLIGHT];
+    VK_UNROLL
+    for (int u = 0; u < IN_FLIGHT; ++u) {
+      const int channel = 8 * (chunk + u * share.step);
+      VK_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        values[u][e] = from_float<T>(0.0f);
+        if (offset >= 0 && channel < channels) values[u][e] = source[(channel + e) * x_channels.stride];
+      }
+    }
+    VK_UNROLL
+    for (int u = 0; u < IN_FLIGHT; ++u) {
+      const int channel = 8 * (chunk + u * share.step);
+      if (channel < channels) values[u].store(z.at(share.row, channel));
+    }
+  }
+}
+
+// One warp: 16 queries of a window against its keys, the channels of v from `first` to `last`.
+// output(query, channel, two neighbouring channels of O).
+template <class T, int KEYS, class Output>
+VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, const T* v, int ld_y,
+                      const int* key_codes, const float* table, int first_query, int first, int last,
+                      Output output) {
   using Engine = TensorCores<T, KEYS>;
   const int row = first_query + lane_id() / 4, column = lane_id() % 4 * 2, tokens = problem.tokens;
   float p[KEYS / 8][4], factor[2];
   softmax<T, KEYS>(p, factor, problem, q, ld_q, k, ld_y, key_codes, table, first_query);
   VK_NO_UNROLL
-  for (int channel = 0; channel < problem.value_dim; channel += 32) {
-    const int blocks = problem.value_dim - channel < 32 ? 2 : 4;
+  for (int channel = first; channel < last; channel += 32) {
+    const int blocks = last - channel < 32 ? 2 : 4;
     float sums[4][4];
     tile_attention::clear(sums);
     Engine::multiply_registers(sums, p, static_cast<T*>(nullptr), v + channel, ld_y, blocks, {0, tokens});
     VK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if (j >= blocks) break;
+    for (int r = 0; r < 2; ++r) {
+      if (row + 8 * r >= tokens) continue;
       VK_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        if (row + 8 * r >= tokens) continue;
-        Vec<T, 2>{{from_float<T>(sums[j][2 * r] * factor[r]), from_float<T>(sums[j][2 * r + 1] * factor[r])}}
-            .store(out + (row + 8 * r) * ld_out + channel + 8 * j + column);
+      for (int j = 0; j < 4; ++j) {
+        if (j >= blocks) break;
+        output(row + 8 * r, channel + 8 * j + column,
+               Vec<T, 2>{{from_float<T>(sums[j][2 * r] * factor[r]),
+                          from_float<T>(sums[j][2 * r + 1] * factor[r])}});
       }
     }
   }
 }
 
-// Two blocks on an SM leave 128 registers a thread. The 72 logits of a thread in the largest windows do not
-// fit in there beside the rest, and such windows fill the shared memory of an SM sooner anyway.
+// Channels of a map whose stride is less than 2^31 bytes: one multiplication each.
+struct Steps {
+  int stride;
+
+  VK_DEVICE explicit Steps(const View& map) : stride(static_cast<int>(map.stride[1])) {}
+  template <class T>
+  VK_DEVICE T* to(T* first, int channel) const {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(first) +
+                                static_cast<int64_t>(channel) * (stride * static_cast<int>(sizeof(T))));
+  }
+};
+
+// Sums of the projection with their bias, rounded, after x where that is asked for, to out. Lanes are
+// neighbours along the tokens or four along the channels.
+template <class T, int WIDTH, int M, int N>
+VK_DEVICE void write_out(const Params& params, const float (&sums)[M][N][4], int row, int column, int rows,
+                         const float* bias, const int64_t* x_offsets, const int64_t* out_offsets) {
+  constexpr int PIECES = 2 / WIDTH;
+  using Piece = Vec<T, WIDTH>;
+  const int g = lane_id() / 4, channel = column + lane_id() % 4 * 2;
+  const Steps x_steps(params.x), out_steps(params.out);
+  const T* x = x_steps.to(static_cast<const T*>(params.x.data), channel);
+  T* out = out_steps.to(static_cast<T*>(params.out.data), channel);
+  VK_UNROLL
+  for (int m = 0; m < M; ++m) {
+    if (row + 16 * m >= rows) break;
+    VK_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int here = row + 16 * m + 8 * r + g;
+      const int64_t to = out_offsets[here], from = x_offsets[here];
+      if (to < 0) continue;
+      Piece inputs[N][PIECES];
+      VK_UNROLL
+      for (int j = 0; j < N; ++j) {
+        VK_UNROLL
+        for (int c = 0; c < PIECES; ++c) {
+          if (params.residual && column + 8 * j < params.channels)
+            inputs[j][c] = Piece::load(x_steps.to(x + from, 8 * j + c));
+        }
+      }
+      VK_UNROLL
+      for (int j = 0; j < N; ++j) {
+        if (column + 8 * j >= params.channels) break;
+        VK_UNROLL
+        for (int c = 0; c < PIECES; ++c) {
+          Piece values;
+          VK_UNROLL
+          for (int e = 0; e < WIDTH; ++e) {
+            values[e] = from_float<T>(sums[m][j][2 * r + c + e] + bias[channel + 8 * j + c + e]);
+            if (params.residual) values[e] = from_float<T>(to_float(inputs[j][c][e]) + to_float(values[e]));
+          }
+          values.store(out_steps.to(out + to, 8 * j + c));
+        }
+      }
+    }
+  }
+}
+
+// 128 registers a thread: two blocks of 8 warps on an SM, or one of 16. The 72 logits of a thread in the
+// largest windows do not fit in there beside the rest, and such windows fill the shared memory of an SM
+// sooner anyway.
 template <class T, int KEYS>
-VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, (KEYS > 64 ? 1 : 2))
+VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
     forward_tensor_kernel(Problem problem, ForwardLayout layout) {
   const Params& params = problem.params;
   char* shared = shared_memory();
-  T *z = reinterpret_cast<T*>(shared + layout.z), *y = reinterpret_cast<T*>(shared + layout.y),
-    *q = reinterpret_cast<T*>(shared + layout.q);
+  T *y = reinterpret_cast<T*>(shared + layout.y), *q = reinterpret_cast<T*>(shared + layout.q);
+  const Rows<T> z{reinterpret_cast<T*>(shared + layout.z), layout.ld_z};
   auto* x_offsets = reinterpret_cast<int64_t*>(shared + layout.x_offsets);
   auto* out_offsets = reinterpret_cast<int64_t*>(shared + layout.out_offsets);
   auto* y_rows = reinterpret_cast<int*>(shared + layout.y_rows);
   auto* key_codes = reinterpret_cast<int*>(shared + layout.key_codes);
-  auto* table = reinterpret_cast<float*>(shared + layout.table);
-  auto* taps = reinterpret_cast<float*>(shared + layout.taps);
-  Product<T> product(layout.tile, shared);
+  auto* constants = reinterpret_cast<float*>(shared + layout.constants.first);
 
   const int tokens = problem.tokens, d = problem.value_dim, k = params.key_dim, used = layout.count * tokens;
-  const int64_t first_window = static_cast<int64_t>(block_x()) * layout.count;
+  const int first_window = block_x() * layout.count;
   const BiasCodes codes(params.window_h, params.window_w);
-  const auto qkv_weights = [&](int head) {
-    const View& view = params.qkv_weight;
-    const int64_t skipped =
-        head * view.stride[0] * static_cast<int64_t>(problem.wide_weights ? 4 : sizeof(T));
-    return Weights{static_cast<const char*>(view.data) + skipped,
-                   view.stride[1],
-                   view.stride[2],
-                   problem.qkv_rows,
-                   d,
-                   problem.wide_weights};
-  };
-  const Weights proj_weights{
-      params.proj_weight.data, params.proj_weight.stride[0], params.proj_weight.stride[1], params.channels,
-      params.channels,         problem.wide_weights};
-
-  product.template start<true>(qkv_weights(0));
-  for (int row = thread_x(); row < layout.rows; row += block_dim_x()) {
-    const int window = row / tokens, token = row - window * tokens;
-    const bool real = row < used;
-    x_offsets[row] = real ? problem.offset(params.x, first_window + window, token) : -1;
-    out_offsets[row] = real ? problem.offset(params.out, first_window + window, token) : -1;
-    y_rows[row] = real ? window * KEYS + token : -1;
+  {
+    const Share share(layout.row_bits, params.x.stride[1] == 1);
+    if (share.row < layout.rows) {
+      const int window = problem.by_tokens.divide(share.row), token = share.row - window * tokens;
+      const bool real = share.row < used;
+      const int64_t offset = real ? problem.offset(params.x, first_window + window, token) : -1;
+      load_row(z, params.x, share, offset, params.channels);
+      if (share.chunk == 0) {
+        x_offsets[share.row] = offset;
+        out_offsets[share.row] = real ? problem.offset(params.out, first_window + window, token) : -1;
+        y_rows[share.row] = real ? window * KEYS + token : -1;
+      }
+    }
+    cp_async_commit();
   }
   for (int slot = thread_x(); slot < KEYS; slot += block_dim_x())
-    key_codes[slot] = slot < tokens ? codes.code(slot) : INVALID;
-  for (int i = thread_x(); i < layout.count * (KEYS - tokens) * layout.ld_y / 8; i += block_dim_x()) {
-    const int row = i * 8 / layout.ld_y, column = i * 8 % layout.ld_y;
-    zeros<T>().store(y + (row / (KEYS - tokens) * KEYS + tokens + row % (KEYS - tokens)) * layout.ld_y +
-                     column);
+    key_codes[slot] =
+        slot < tokens ? slot + problem.by_window_w.divide(slot) * (params.window_w - 1) : INVALID;
+  for (int window = 0; window < layout.count; ++window) {
+    T* padding = y + (window * KEYS + tokens) * layout.ld_y;
+    for (int i = thread_x(); i < (KEYS - tokens) * layout.ld_y / 8; i += block_dim_x())
+      zeros<T>().store(padding + 8 * i);
   }
-  sync_block();
+  cp_async_wait<0>();
 
-  const auto x_channels = Channels::of<T>(params.x);
-  const Walk x_walk(layout.rows, params.channels, params.x);
-  VK_NO_UNROLL
-  for (int i = thread_x(); i < x_walk.visits(); i += block_dim_x()) {
-    const int row = x_walk.row(i), channel = x_walk.channel(i);
-    const int64_t offset = x_offsets[row];
-    const T* source =
-        static_cast<const T*>(params.x.data) + (offset < 0 ? 0 : offset) + channel * x_channels.stride;
-    T* target = z + row * layout.ld_z + channel;
-    if (x_channels.vectorized) {
-      cp_async16(target, source, offset >= 0);
-    } else {
-      (offset < 0 ? zeros<T>() : x_channels.load(source)).store(target);
-    }
-  }
-  cp_async_commit();
-
+  const int tiles = (tokens + 15) / 16;
   VK_NO_UNROLL
   for (int head = 0; head < params.num_heads; ++head) {
-    const View& bias = params.qkv_bias;
-    product.template run<true>(
-        z + head * d, layout.ld_z, layout.rows, qkv_weights(head),
-        [&](int row, int n, int offset, float first, float second) {
-          if (y_rows[row] < 0) return;
-          const int column = n + offset;
-          const int64_t at = head * bias.stride[0] + column * bias.stride[1];
-          first += read<T>(bias, problem.wide_weights, at);
-          second += read<T>(bias, problem.wide_weights, at + bias.stride[1]);
-          Vec<T, 2>{{from_float<T>(first), from_float<T>(second)}}.store(y + y_rows[row] * layout.ld_y +
-                                                                         column);
-        },
-        [](int, int) {});
-    // The next weights travel during the rest of this head.
-    product.template start<true>(head + 1 < params.num_heads ? qkv_weights(head + 1) : proj_weights);
-    codes.stage<T>(table, problem, head);
-    stage_taps<T>(taps, problem, head, false);
-    sync_block();
-    convolve(y, layout.ld_y, q, layout.ld_q, taps, problem, head, layout.count, KEYS);
-    sync_block();
-
-    const int query_tiles = (tokens + 15) / 16;
-    VK_NO_UNROLL
-    for (int task = warp_id(); task < layout.count * query_tiles; task += block_dim_x() / 32) {
-      const int window = task / query_tiles, tile = task % query_tiles;
-      const T* rows = y + window * KEYS * layout.ld_y;
-      attend<T, KEYS>(problem, q + window * KEYS * layout.ld_q, layout.ld_q, rows + k, rows + 2 * k,
-                      layout.ld_y, z + window * tokens * layout.ld_z + head * d, layout.ld_z, key_codes,
-                      table, 16 * tile);
+    if (head == 0 || layout.constants.sets == 1) {
+      if (head > 0) sync_block();
+      stage_constants<T>(constants, problem, layout.constants, head, layout.constants.sets);
     }
+    sync_block();
+    const float* set = constants + (layout.constants.sets == 1 ? 0 : head) * layout.constants.size;
+    const View& weight = params.qkv_weight;
+    const DenseWeights<T> weights{static_cast<const T*>(weight.data) + head * weight.stride[0],
+                                  weight.stride[1], problem.qkv_rows, d};
+    multiply_rows<T, 2, 2, 3>(
+        z, head * d, layout.rows, weights, [&](int row, int column, float (&sums)[2][2][4]) {
+          const float* bias = set + layout.constants.bias;
+          const int g = lane_id() / 4, t = lane_id() % 4;
+          VK_UNROLL
+          for (int r = 0; r < 4; ++r) {
+            const int here = row + 8 * r + g;
+            const int target = here < layout.rows ? y_rows[here] : -1;
+            if (target < 0) continue;
+            VK_UNROLL
+            for (int j = 0; j < 2; ++j) {
+              const int channel = column + 8 * j + 2 * t;  // qkv_rows are a multiple of 16
+              const auto b = Vec<float, 2>::load(bias + channel);
+              Vec<T, 2>{{from_float<T>(sums[r / 2][j][r % 2 * 2] + b[0]),
+                         from_float<T>(sums[r / 2][j][r % 2 * 2 + 1] + b[1])}}
+                  .store(y + target * layout.ld_y + channel);
+            }
+          }
+        });
+    sync_block();
+    convolve(y, layout.ld_y, q, layout.ld_q, set, problem, head, layout.count, KEYS);
     sync_block();
 
     const auto head_channels = Channels::of_heads<T>(params.heads);
     VK_NO_UNROLL
-    for (int i = thread_x(); i < used * (d / 8); i += block_dim_x()) {
-      const int row = i / (d / 8), channel = head * d + i % (d / 8) * 8;
-      T* here = z + row * layout.ld_z + channel;
-      auto output = Vec<T, 8>::load(here);
-      const int64_t window = first_window + row / tokens;
-      if (present(params.heads) && window < problem.windows)
-        head_channels.store(static_cast<T*>(params.heads.data) +
-                                Problem::heads_offset(params.heads, window, row % tokens) +
-                                channel * head_channels.stride,
-                            output);
-      if (head + 1 < params.num_heads) {
-        auto next = Vec<T, 8>::load(here + d);
-        VK_UNROLL
-        for (int e = 0; e < 8; ++e) next[e] = from_float<T>(to_float(output[e]) + to_float(next[e]));
-        next.store(here + d);
-      }
-      VK_UNROLL
-      for (int e = 0; e < 8; ++e) output[e] = from_float<T>(relu(to_float(output[e])));
-      output.store(here);
+    for (int task = warp_id(); task < layout.count * tiles * layout.slices; task += block_dim_x() / 32) {
+      const int all_tiles = layout.by_slice.divide(task), slice = task - all_tiles * layout.slices;
+      const int window = layout.by_tile.divide(all_tiles), tile = all_tiles - window * tiles;
+      const T* rows = y + window * KEYS * layout.ld_y;
+      const int first = slice * layout.slice, last = first + layout.slice < d ? first + layout.slice : d;
+      const bool keeps = present(params.heads) && first_window + window < problem.windows;
+      attend<T, KEYS>(
+          problem, q + window * KEYS * layout.ld_q, layout.ld_q, rows + k, rows + 2 * k, layout.ld_y,
+          key_codes, set + layout.constants.table, 16 * tile, first, last,
+          [&](int query, int channel, const Vec<T, 2>& output) {
+            channel += head * d;
+            T* here = z.at(window * tokens + query, channel);
+            if (keeps) {
+              T* target = static_cast<T*>(params.heads.data) +
+                          Problem::heads_offset(params.heads, first_window + window, query) +
+                          channel * head_channels.stride;
+              if (head_channels.vectorized) {
+                output.store(target);
+              } else {
+                target[0] = output[0];
+                target[head_channels.stride] = output[1];
+              }
+            }
+            if (head + 1 < params.num_heads) {
+              T* there = z.at(window * tokens + query, channel + d);
+              auto next = Vec<T, 2>::load(there);
+              VK_UNROLL
+              for (int e = 0; e < 2; ++e) next[e] = from_float<T>(to_float(output[e]) + to_float(next[e]));
+              next.store(there);
+            }
+            Vec<T, 2>{{from_float<T>(relu(to_float(output[0]))), from_float<T>(relu(to_float(output[1])))}}
+                .store(here);
+          });
     }
   }
 
-  const int ld_out = layout.tile.columns() + 8;
-  const auto out_channels = Channels::of<T>(params.out);
-  const View& bias = params.proj_bias;
-  product.template run<true>(
-      z, layout.ld_z, layout.rows, proj_weights,
-      [&](int row, int n, int column, float first, float second) {
-        first += read<T>(bias, problem.wide_weights, (n + column) * bias.stride[0]);
-        second += read<T>(bias, problem.wide_weights, (n + column + 1) * bias.stride[0]);
-        Vec<T, 2>{{from_float<T>(first), from_float<T>(second)}}.store(y + row * ld_out + column);
-      },
-      [&](int first_column, int columns) {
-        sync_block();
-        const Walk walk(layout.rows, columns, params.out);
-        VK_NO_UNROLL
-        for (int i = thread_x(); i < walk.visits(); i += block_dim_x()) {
-          const int row = walk.row(i), channel = walk.channel(i);
-          if (out_offsets[row] < 0) continue;
-          auto values = Vec<T, 8>::load(y + row * ld_out + channel);
-          if (params.residual) {
-            const auto x = x_channels.load(static_cast<const T*>(params.x.data) + x_offsets[row] +
-                                           (first_column + channel) * x_channels.stride);
-            VK_UNROLL
-            for (int e = 0; e < 8; ++e) values[e] = from_float<T>(to_float(x[e]) + to_float(values[e]));
-          }
-          out_channels.store(static_cast<T*>(params.out.data) + out_offsets[row] +
-                                 (first_column + channel) * out_channels.stride,
-                             values);
+  sync_block();
+  const DenseWeights<T> weights{static_cast<const T*>(params.proj_weight.data), params.proj_weight.stride[0],
+                                params.channels, params.channels};
+  multiply_rows<T, OUT_TILES_DOWN, OUT_TILES_ACROSS, 2>(
+      z, 0, layout.rows, weights,
+      [&](int row, int column, float (&sums)[OUT_TILES_DOWN][OUT_TILES_ACROSS][4]) {
+        const float* bias = constants + layout.constants.proj_bias;
+        if (Channels::of<T>(params.x).vectorized && Channels::of<T>(params.out).vectorized) {
+          write_out<T, 2>(params, sums, row, column, layout.rows, bias, x_offsets, out_offsets);
+        } else {
+          write_out<T, 1>(params, sums, row, column, layout.rows, bias, x_offsets, out_offsets);
         }
       });
 }
 
-// The windows of a block, 0 when not even one fits, and the depth of the tiles of weights.
-int fitting_windows(const Problem& problem, int* depth) {
+// The windows of a block, 0 when not even one fits, and whether it has the constants of all heads at once.
+int fitting_windows(const Problem& problem, int* sets) {
   constexpr int64_t COMFORTABLE = 72 * 1024;
   const int64_t spread = problem.windows / (2 * 132), channels = problem.params.channels;
   const int64_t weights = channels * (channels + problem.qkv_rows),
@@ -260,32 +467,93 @@ int fitting_windows(const Problem& problem, int* depth) {
   for (int count = 1; count == 1 || (count <= spread && count * problem.tokens <= 128); ++count) {
     const bool heavy = count == 1 || weights / (count - 1) > activations;
     const int64_t limit = heavy ? tile_attention::SHARED_LIMIT : COMFORTABLE;
-    const int deepest = ForwardLayout(problem, count, 64).bytes <= limit ? 64 : 32;
-    if (ForwardLayout(problem, count, deepest).bytes > limit) break;
+    const int heads = problem.params.num_heads;
+    const int most = ForwardLayout(problem, count, THREADS, heads).bytes <= limit ? heads : 1;
+    if (ForwardLayout(problem, count, THREADS, most).bytes > limit) break;
     best = count;
-    *depth = deepest;
+    *sets = most;
   }
   return best;
 }
 
+// Weights that are wider than T, or lie otherwise than DenseWeights wants them, are brought into shape in the
+// workspace before.
+bool shaped(const View& weight, int rows_at) {
+  const int64_t* stride = weight.stride + rows_at;
+  return stride[1] == 1 && stride[0] % 8 == 0 && (rows_at == 0 || weight.stride[0] % 8 == 0) &&
+         reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
+}
+
+constexpr int SHAPED_AT_ONCE = 1024;
+
 template <class T>
-bool forward_tensor(const Problem& problem, Stream stream) {
-  if (!suits_tensor_cores(problem.params)) return false;
-  int depth = 0;
-  const int count = fitting_windows(problem, &depth);
+VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
+    shape_weights_kernel(Problem problem, T* target, int64_t of_heads, int64_t all) {
+  const Params& params = problem.params;
+  const View &qkv = params.qkv_weight, &proj = params.proj_weight;
+  const int d = problem.value_dim, channels = params.channels;
+  const int64_t first = static_cast<int64_t>(block_x()) * SHAPED_AT_ONCE;
+  for (int64_t i = first + thread_x(); i < first + SHAPED_AT_ONCE && i < all; i += THREADS) {
+    if (i < of_heads) {
+      const int row = static_cast<int>(i / d), column = static_cast<int>(i % d);
+      const int head = row / problem.qkv_rows;
+      target[i] = from_float<T>(read<T>(
+          qkv, problem.wide_weights,
+          head * qkv.stride[0] + (row - head * problem.qkv_rows) * qkv.stride[1] + column * qkv.stride[2]));
+    } else {
+      const int64_t row = (i - of_heads) / channels, column = (i - of_heads) % channels;
+      target[i] =
+          from_float<T>(read<T>(proj, problem.wide_weights, row * proj.stride[0] + column * proj.stride[1]));
+    }
+  }
+}
+
+// Makes the weights fit for the tensor-core kernel; the bytes of workspace that this lacks, else 0.
+template <class T>
+int64_t shape_weights(Problem* problem, Stream stream) {
+  Params& params = problem->params;
+  if (!problem->wide_weights && shaped(params.qkv_weight, 1) && shaped(params.proj_weight, 0)) return 0;
+  const int64_t channels = params.channels, of_heads = channels * problem->qkv_rows,
+                all = of_heads + channels * channels;
+  if (params.workspace == nullptr) return all * static_cast<int64_t>(sizeof(T));
+  auto* target = static_cast<T*>(params.workspace);
+  launch(shape_weights_kernel<T>, Dim3{(all + SHAPED_AT_ONCE - 1) / SHAPED_AT_ONCE}, THREADS, 0, stream,
+         *problem, target, of_heads, all);
+  params.qkv_weight =
+      View{target, {static_cast<int64_t>(problem->qkv_rows) * problem->value_dim, problem->value_dim, 1}};
+  params.proj_weight = View{target + of_heads, {channels, 1}};
+  return 0;
+}
+
+template <class T, int KEYS>
+void launch_forward(const Problem& problem, const ForwardLayout& layout, Stream stream) {
+  launch(forward_tensor_kernel<T, KEYS>, Dim3{(problem.windows + layout.count - 1) / layout.count},
+         layout.threads, static_cast<size_t>(layout.bytes), stream, problem, layout);
+}
+
+// Whether it could; *lacking is the workspace without which it has done nothing.
+template <class T>
+bool forward_tensor(Problem problem, Stream stream, int64_t* lacking) {
+  const auto steps = [](const View& map) { return map.stride[1] < 0x40000000; };
+  if (!suits_tensor_cores(problem.params) || !steps(problem.params.x) || !steps(problem.params.out))
+    return false;
+  int sets = 0;
+  const int count = fitting_windows(problem, &sets), keys = key_rows(problem.tokens);
   if (count == 0) return false;
-  const ForwardLayout layout(problem, count, depth);
-  const Dim3 grid{(problem.windows + count - 1) / count};
-  const auto bytes = static_cast<size_t>(layout.bytes);
-  switch (key_rows(problem.tokens)) {
+  *lacking = shape_weights<T>(&problem, stream);
+  if (*lacking > 0) return true;
+  // A block that has an SM to itself takes all the warps that its registers allow.
+  const bool alone = (problem.windows + count - 1) / count <= multiprocessors();
+  const ForwardLayout layout(problem, count, alone && keys <= 64 ? MOST_THREADS : THREADS, sets);
+  switch (keys) {
     case 16:
-      launch(forward_tensor_kernel<T, 16>, grid, THREADS, bytes, stream, problem, layout);
+      launch_forward<T, 16>(problem, layout, stream);
       break;
     case 64:
-      launch(forward_tensor_kernel<T, 64>, grid, THREADS, bytes, stream, problem, layout);
+      launch_forward<T, 64>(problem, layout, stream);
       break;
     default:
-      launch(forward_tensor_kernel<T, MAX_TOKENS>, grid, THREADS, bytes, stream, problem, layout);
+      launch_forward<T, MAX_TOKENS>(problem, layout, stream);
   }
   return true;
 }
@@ -297,7 +565,8 @@ int64_t forward_cuda(const Params& params, Stream stream) {
   return with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      if (forward_tensor<T>(problem, stream)) return int64_t{0};
+      int64_t lacking = 0;
+      if (forward_tensor<T>(problem, stream, &lacking)) return lacking;
     }
     return forward_plain<T>(problem, stream);
   });

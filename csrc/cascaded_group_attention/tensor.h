@@ -82,13 +82,15 @@ VK_DEVICE void stage_taps(float* taps, const Problem& problem, int head, bool re
 template <class T, int HALF>
 VK_DEVICE void convolve(const T* in, int ld_in, T* out, int ld_out, const float* taps, const Problem& problem,
                         int count, int pitch) {
-  constexpr int SIZE = 2 * HALF + 1, RUN = 4;
+  constexpr int SIZE = 2 * HALF + 1, RUN = CONVOLVED_RUN;
   const int window_h = problem.params.window_h, window_w = problem.params.window_w;
   const int channels = problem.params.key_dim, pairs = channels / 2, runs = (window_w + RUN - 1) / RUN;
   VK_NO_UNROLL
   for (int task = thread_x(); task < count * window_h * runs * pairs; task += block_dim_x()) {
-    const int channel = task % pairs * 2, line = task / pairs, x0 = line % runs * RUN;
-    const int y = line / runs % window_h, first_row = line / runs / window_h * pitch;
+    const int line = problem.by_channel_pair.divide(task), channel = (task - line * pairs) * 2;
+    const int all_y = problem.by_run.divide(line), x0 = (line - all_y * runs) * RUN;
+    const int window = problem.by_window_h.divide(all_y), y = all_y - window * window_h;
+    const int first_row = window * pitch;
     float sums[RUN][2];
     const auto bias = Vec<float, 2>::load(taps + SIZE * SIZE * channels + channel);
     VK_UNROLL
@@ -160,8 +162,8 @@ VK_DEVICE void softmax(float (&p)[KEYS / 8][4], float (&factor)[2], const Proble
   tile_attention::TensorCores<T, KEYS>::multiply_rows(p, q + first_query * ld_q, ld_q, k, ld_k,
                                                       problem.params.key_dim, {0, tokens});
   const float scale = static_cast<float>(problem.params.scale * Exp::unit);
-  const float* entries[2] = {table + codes.center + codes.code(row < tokens ? row : 0),
-                             table + codes.center + codes.code(row + 8 < tokens ? row + 8 : 0)};
+  const float* entries[2] = {table + codes.center + key_codes[row < tokens ? row : 0],
+                             table + codes.center + key_codes[row + 8 < tokens ? row + 8 : 0]};
   float row_max[2] = {NOTHING, NOTHING}, row_sum[2] = {0.0f, 0.0f};
   VK_UNROLL
   for (int j = 0; j < KEYS / 8; ++j) {

@@ -43,7 +43,7 @@ def forward(
         module.cascaded_group_attention_forward_cpu(*native.place(x), *tensors, *params)
         return
     lacking = module.cascaded_group_attention_forward_cuda(*native.place(x), 0, *tensors, *params)
-    if lacking:  # a window too large for shared memory; the first call did nothing
+    if lacking:  # a window too large for shared memory, or weights to convert; the first call did nothing
         workspace = torch.empty(lacking, dtype=torch.uint8, device=x.device)
         place = native.place(x)
         module.cascaded_group_attention_forward_cuda(*place, workspace.data_ptr(), *tensors, *params)
