@@ -6,6 +6,17 @@ namespace {
 
 constexpr int LIST_WARPS = 8, LIST_THREADS = 32 * LIST_WARPS;
 
+template <class Offset>
+VK_DEVICE void write_entry(int* entry, const StepLists& lists, int head, Offset offset) {
+  VK_NO_UNROLL
+  for (int w = 0; w < lists.warpgroups; ++w, entry += lists.record()) {
+    entry[0] = head;
+    VK_NO_UNROLL
+    for (int i = 1, unit = w; i < lists.record(); ++i, unit += lists.warpgroups)
+      entry[i] = unit < lists.units() ? offset(unit) : -1;
+  }
+}
+
 // A block of threads has a group.
 VK_KERNEL void VK_LAUNCH_BOUNDS(LIST_THREADS, 1) list_kernel(StepLists lists) {
   int* table = reinterpret_cast<int*>(shared_memory());  // [columns][slots]: the stored block, or -1
@@ -24,7 +35,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(LIST_THREADS, 1) list_kernel(StepLists lists) {
   }
   sync_block();
 
-  int* const entries = lists.entries + static_cast<int64_t>(block_x()) * lists.ints();
+  int* const list = lists.entries + static_cast<int64_t>(block_x()) * lists.ints();
+  int* const entries = list + LIST_HEAD;
   int count = 0;  // of columns so far in which the group stores something
   VK_NO_UNROLL
   for (int first = 0; first < lists.columns; first += LIST_THREADS) {
@@ -52,18 +64,27 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(LIST_THREADS, 1) list_kernel(StepLists lists) {
       int* entry = entries + (count + rank - 1) * lists.steps_of_block * lists.entry();
       VK_NO_UNROLL
       for (int step = 0; step < lists.steps_of_block; ++step, entry += lists.entry()) {
-        entry[0] = (column * lists.steps_of_block + step) << MASK_BITS | mask;
-        VK_NO_UNROLL
-        for (int slot = 0; slot < lists.slots; ++slot) {
+        const int head = (column * lists.steps_of_block + step) << MASK_BITS | mask;
+        write_entry(entry, lists, head, [&](int unit) {
+          const int slot = unit / lists.units_of_slot;
           const int inside = (block_x() * lists.slots + slot) % lists.slots_of_row;
-          entry[1 + slot] = row[slot] * lists.block + inside * lists.slot_stride + step * lists.step_stride;
-        }
+          return row[slot] < 0
+                     ? -1
+                     : row[slot] * lists.block + inside * lists.slot_stride +
+                           unit % lists.units_of_slot * lists.unit_stride + step * lists.step_stride;
+        });
       }
     }
     count += all;
     sync_block();  // the totals have been read
   }
-  if (thread_x() == 0) entries[count * lists.steps_of_block * lists.entry()] = 0;
+  if (thread_x() != 0) return;
+  count *= lists.steps_of_block;
+  VK_NO_UNROLL
+  for (; count % lists.steps_of_stage != 0; ++count)
+    write_entry(entries + count * lists.entry(), lists, lists.columns * lists.steps_of_block << MASK_BITS,
+                [](int) { return -1; });
+  list[0] = count;
 }
 
 }  // namespace

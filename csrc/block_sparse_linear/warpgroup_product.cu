@@ -73,8 +73,12 @@ struct TilePlan {
     const int width = out == 32 ? 32 : 64;
     lists.slots = chosen.outputs / width;
     lists.slots_of_row = out / width;
+    lists.units_of_slot = width / 32;
+    lists.warpgroups = tile == Tile::small ? 1 : 3;
+    lists.steps_of_stage = stage_steps(lists.warpgroups);
     lists.block = depth * out / 8;
     lists.slot_stride = (by_rows ? width * depth : width) / 8;
+    lists.unit_stride = (by_rows ? 32 * depth : 16 * out) / 8;
     lists.step_stride = (by_rows ? STEP_DEPTH : STEP_DEPTH * out) / 8;
   }
 
@@ -110,7 +114,8 @@ int64_t product_workspace(const Params& params, bool transposed) {
 template <class T>
 bool warpgroup_product(const Params& params, Problem<T> p, bool by_rows, void* workspace, Stream stream) {
   TilePlan plan(params, by_rows);
-  if (!plan.possible || p.x_row > INT_MAX || !p.x_vectors || !p.weight_vectors || !wgmma_available())
+  if (!plan.possible || p.x_row > INT_MAX || p.tokens * p.x_row / 8 > INT_MAX || !p.x_vectors ||
+      !p.weight_vectors || !wgmma_available())
     return false;
   StepLists& lists = plan.lists;
   lists.entries = static_cast<int*>(workspace);

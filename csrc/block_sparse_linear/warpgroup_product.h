@@ -4,10 +4,11 @@
 // A block of threads computes tiles of TOKENS tokens x OUTPUTS outputs, one after another for one group of
 // outputs. A warpgroup has 64 of the tokens and all of the outputs: all multiply with the same stored blocks,
 // so that rows of different population unbalance nothing. A tile goes through the group's list
-// (step_lists.h), 32 features a step: x comes to registers once a step (ldmatrix), and each block that exists
-// is two products of N columns. Copies run STAGES - 2 steps ahead, over the end of a tile into the next one,
-// whose first steps arrive while this one is stored. A step's products run while the warpgroup passes the
-// next step's barrier.
+// (step_lists.h), a stage of one or two steps of 32 features at a time: x comes to registers once a step
+// (ldmatrix), and each block that exists is two products of N columns. Copies run STAGES - 1 stages ahead,
+// over the end of a tile into the next one, whose first stages arrive while this one is stored. All warps
+// copy, so that none is late for its warpgroup's products; what does not change from stage to stage is kept:
+// where the thread's two tokens and its chunk of a block begin.
 //
 // Floor: 2 N nnz bh bw FLOPs at the matrix rate. L2 hands out (TOKENS + density * OUTPUTS) * 64 bytes a step,
 // that is TOKENS * OUTPUTS * density / (TOKENS + density * OUTPUTS) FLOPs a byte: 85 at density 0.6 with 192
@@ -21,13 +22,25 @@
 
 namespace vitkernels::block_sparse_linear {
 
+// Where three warpgroups share a block's shared memory, a barrier serves two steps.
+VK_HOST_DEVICE constexpr int stage_steps(int warpgroups) {
+  return warpgroups == 1 ? 1 : 2;
+}
+
 template <bool BY_ROWS_, int N_, int SLOTS_, int WARPGROUPS_>
 struct WarpgroupShape {
   static constexpr bool BY_ROWS = BY_ROWS_;
   static constexpr int N = N_, SLOTS = SLOTS_, WARPGROUPS = WARPGROUPS_, THREADS = 128 * WARPGROUPS;
-  static constexpr int TOKENS = 64 * WARPGROUPS, OUTPUTS = N * SLOTS, STAGES = WARPGROUPS == 1 ? 5 : 6;
+  static constexpr int TOKENS = 64 * WARPGROUPS, OUTPUTS = N * SLOTS;
+  static constexpr int STEPS = stage_steps(WARPGROUPS), STAGES = WARPGROUPS == 1 ? 5 : 3;
+  // Weights are copied by units of 2 KB, a row of 16 bytes for each thread of a warpgroup: 32 outputs, or of
+  // 64 outputs 16 features.
+  static constexpr int UNITS = OUTPUTS / 32, UNIT = 32 * STEP_DEPTH;
+  // In ints, of the list.
+  static constexpr int RECORD = record_ints(UNITS, WARPGROUPS), ENTRY = WARPGROUPS * RECORD;
   // In elements. A slot's weights are [N][32], or [32][N] where rows are summed over.
-  static constexpr int X = TOKENS * STEP_DEPTH, SLOT = N * STEP_DEPTH, STAGE = X + OUTPUTS * STEP_DEPTH;
+  static constexpr int X = TOKENS * STEP_DEPTH, SLOT = N * STEP_DEPTH, STEP = X + OUTPUTS * STEP_DEPTH,
+                       STAGE = STEPS * STEP;
   static constexpr int ROW_BYTES = BY_ROWS ? 2 * STEP_DEPTH : 2 * N;  // of the weights in shared memory
   static constexpr int SCRATCH_COLUMNS = 64, SCRATCH = 16 * (SCRATCH_COLUMNS + 8);  // of a warp
   // Bytes, one after the other: the stages, the warps' scratch, the bias in float, the list.
@@ -36,71 +49,90 @@ struct WarpgroupShape {
 #if defined(VK_WGMMA)
   using Weights = Operand<ROW_BYTES, BY_ROWS ? Major::FEATURES_SIDE_BY_SIDE : Major::BY_FEATURES>;
 #endif
-  static_assert(SLOTS <= MASK_BITS && FIXED + 4 * (MOST_STEPS + 1) * (1 + SLOTS) <= MAX_SHARED_BYTES);
+  static_assert(SLOTS <= MASK_BITS &&
+                FIXED + 4 * (LIST_HEAD + (MOST_STEPS + STEPS - 1) * ENTRY) <= MAX_SHARED_BYTES);
 };
 
 #if defined(VK_WGMMA)
 
-// Copies what steps take, one after another, through all tiles of the block of threads. A thread has 16 bytes
-// of each of two tokens, and of the weights the same 16 bytes or two of every slot that falls to its
-// warpgroup. It keeps little, the sums leaving few registers; places follow from the thread's number.
+// Copies what stages take, one after another, through all tiles of the block of threads. A thread has, of
+// each step, 16 bytes of each of two tokens, and of the weights 16 bytes of each unit that falls to its
+// warpgroup. Offsets are 32 bits and in 16 bytes, the sums leaving few registers.
 template <class S, class T>
-class StepLoader {
+class StageLoader {
  public:
-  VK_DEVICE StepLoader(const int* list, int tile) : entry_(list), tile_(tile) {}
+  VK_DEVICE StageLoader(const int* first, const int* end, int tile) : entry_(first), end_(end), tile_(tile) {}
 
-  // Asks for the next step; a group is committed in any case.
-  VK_DEVICE void load(const Problem<T>& p, const int* list, T* stage) {
-    int head = entry_[0];
-    if (head == 0) {
+  // Asks for the next stage; a group is committed in any case.
+  VK_DEVICE void load(const Problem<T>& p, const int* first, T* stage) {
+    if (entry_ == end_) {
       tile_ += p.tiles;
-      entry_ = list;
-      head = entry_[0];
+      entry_ = first;
     }
-    int thread = thread_x();
-    forget(thread);
-    const int tokens = static_cast<int>(p.tokens), token = tile_ * S::TOKENS;
-    if (head != 0 && token < tokens) {
-      const int place = (head >> MASK_BITS) * STEP_DEPTH, left = p.taken - place, column = thread % 4 * 8;
-      T* to = stage + exchanged<64>(thread) * 8;
+    if (entry_ != end_ && tile_ * S::TOKENS < static_cast<int>(p.tokens)) {
+      const unsigned thread = thread_x(), in_unit = thread % 128;
+      const int column = thread % 4 * 8;
+      const int* own = entry_ + thread / 128 * S::RECORD;
+      // Where this thread's chunks begin, of its tokens and of a unit. Behind the last token that one is read
+      // again: what becomes of it is not stored.
+      // The compiler shall not take the addresses apart: a chunk's is then one instruction.
+      const T *tokens[2], *values;
       VK_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const int own = token + thread / 4 + i * X_ROWS;
-        cp_async16(to + i * X_ROWS * STEP_DEPTH,
-                   p.x + (int64_t{own} * static_cast<int>(p.x_row) + (place + column)),
-                   column < left && own < tokens);
+        const int token = tile_ * S::TOKENS + static_cast<int>(thread / 4) + i * X_ROWS;
+        const int last = static_cast<int>(p.tokens) - 1;
+        const int place = (token < last ? token : last) * static_cast<int>(p.x_row >> 3) + column / 8;
+        tokens[i] = p.x + int64_t{place} * 8;
+        forget(tokens[i]);
       }
-      const int in_group = thread % 128, row = in_group / CHUNKS, width = S::BY_ROWS ? p.depth : p.out;
-      const int inside = row * width + in_group % CHUNKS * 8;
-      T* weights = stage + S::X + exchanged<S::ROW_BYTES>(in_group) * 8 + thread / 128 * S::SLOT;
+      const int width = (S::BY_ROWS ? p.depth : p.out) >> 3;
+      values = p.values +
+               int64_t{static_cast<int>(in_unit / CHUNKS) * width + static_cast<int>(in_unit % CHUNKS)} * 8;
+      forget(values);
+      T* const x = stage + exchanged<64>(thread) * 8;
+      T* const weights = stage + S::X + exchanged<S::ROW_BYTES>(thread) * 8;
       VK_UNROLL
-      for (int i = 0; i < (S::SLOTS + S::WARPGROUPS - 1) / S::WARPGROUPS; ++i) {
-        const int slot = thread / 128 + i * S::WARPGROUPS;
-        if ((head >> slot & 1) == 0 || slot >= S::SLOTS) continue;
-        const T* from = p.values + (static_cast<int64_t>(entry_[1 + slot]) * 8 + inside);
+      for (int step = 0; step < S::STEPS; ++step) {
+        int record[S::RECORD];
         VK_UNROLL
-        for (int pass = 0; pass < S::N / 32; ++pass)
-          cp_async16(weights + i * S::WARPGROUPS * S::SLOT + pass * PASS_ROWS * CHUNKS * 8,
-                     from + pass * PASS_ROWS * width, (S::BY_ROWS ? column : row + pass * PASS_ROWS) < left);
+        for (int i = 0; i < S::RECORD; i += 4) {
+          const auto part = Vec<int, 4>::load(own + step * S::ENTRY + i);
+          VK_UNROLL
+          for (int j = 0; j < 4; ++j) record[i + j] = part[j];
+        }
+        const int place = record[0] >> MASK_BITS, left = p.taken - place * STEP_DEPTH;
+        VK_UNROLL
+        for (int i = 0; i < 2; ++i)
+          cp_async16(x + step * S::STEP + i * X_ROWS * STEP_DEPTH, tokens[i] + int64_t{place} * STEP_DEPTH,
+                     column < left);
+        VK_UNROLL
+        for (int i = 0; i < (S::UNITS + S::WARPGROUPS - 1) / S::WARPGROUPS; ++i) {
+          if (record[1 + i] < 0) continue;
+          // Of the step's features the first one of the unit's, and this thread's.
+          const int first = UNIT_ROWS == 16 ? (thread / 128 + i * S::WARPGROUPS) % 2 * 16 : 0;
+          const int row = first + static_cast<int>(in_unit / CHUNKS);
+          cp_async16(weights + step * S::STEP + i * S::WARPGROUPS * S::UNIT,
+                     values + int64_t{record[1 + i]} * 8, (S::BY_ROWS ? column : row) < left);
+        }
       }
-      entry_ += 1 + S::SLOTS;
+      entry_ += S::STEPS * S::ENTRY;
     }
     cp_async_commit();
   }
 
  private:
   static constexpr int X_ROWS = S::THREADS / 4;
-  // Of the weights: a row's chunks, the rows that a warpgroup copies in one go.
-  static constexpr int CHUNKS = S::ROW_BYTES / 16, PASS_ROWS = 128 / CHUNKS;
+  static constexpr int CHUNKS = S::ROW_BYTES / 16;  // of a row of the weights
+  static constexpr int UNIT_ROWS = 128 / CHUNKS;
   static_assert(!S::BY_ROWS || CHUNKS == 4);
 
   // Where the chunk lies that is number i in a matrix with rows of BYTES.
   template <int BYTES>
-  static VK_DEVICE int exchanged(int i) {
+  static VK_DEVICE int exchanged(unsigned i) {
     return i / (BYTES / 16) * (BYTES / 16) + chunk_of<BYTES>(i / (BYTES / 16), i % (BYTES / 16));
   }
 
-  const int* entry_;
+  const int *entry_, *end_;
   int tile_;
 };
 
@@ -182,15 +214,17 @@ VK_DEVICE void warpgroup_product(const Problem<T>& p, const int* entries, int in
     bias[i] = p.bias != nullptr && first_output + i < p.given ? to_float(p.bias[first_output + i]) : 0.0f;
   sync_block();
 
-  StepLoader<S, T> loader(list, block_y());
+  const int *const first = list + LIST_HEAD, *const end = first + list[0] * S::ENTRY;
+  StageLoader<S, T> loader(first, end, block_y());
   VK_NO_UNROLL
-  for (int step = 0; step < STAGES - 2; ++step) loader.load(p, list, stages + step * S::STAGE);
+  for (int stage = 0; stage < STAGES - 1; ++stage) loader.load(p, first, stages + stage * S::STAGE);
   // Of the warp's x, the place of this lane's row in the first 16 features; the others are two chunks on.
   const int row = warp_id() * 16 + lane_id() % 16, chunk = lane_id() / 16;
   const int x_first = row * STEP_DEPTH + chunk_of<64>(row, chunk) * 8;
-  const typename S::Weights weights(stages + S::X, 2 * S::SLOT);  // of the first stage
 
-  int place = 0;  // of this step's stage
+  const typename S::Weights first_weights(stages + S::X, 2 * S::SLOT);
+  typename S::Weights weights = first_weights;  // of this stage
+  int place = 0;
   VK_NO_UNROLL
   for (int tile = block_y(); tile * S::TOKENS < static_cast<int>(p.tokens); tile += p.tiles) {
     float sums[S::SLOTS][S::N / 2];
@@ -201,26 +235,36 @@ VK_DEVICE void warpgroup_product(const Problem<T>& p, const int* entries, int in
       hold(slot);
     }
     VK_NO_UNROLL
-    for (const int* entry = list;; entry += 1 + S::SLOTS) {
-      const int mask = entry[0] & ((1 << MASK_BITS) - 1);
-      if (mask == 0) break;
-      cp_async_wait<STAGES - 3>();
+    for (const int* entry = first; entry != end; entry += S::STEPS * S::ENTRY) {
+      cp_async_wait<STAGES - 2>();
       fence_async_proxy();
-      // The stage is there for all, and for all the products of the step before the last are done.
-      sync_block();
-      // The last step's, all of them: how many groups a step makes of its products depends on its mask, so
-      // that a number of groups to leave in flight would not say which. They read x from registers until they
-      // are done.
+      // The products of the stage before, all of them: how many groups a stage makes of its products depends
+      // on its masks, so that a number of groups to leave in flight would not say which.
       wgmma_wait<0>();
-      uint32_t x[2][4];
-      ldmatrix_x4(x[0], stages + place + x_first);
-      ldmatrix_x4(x[1], stages + place + (x_first ^ 16));
-      wgmma_fence();
-      multiply_blocks<S, T>(sums, x, weights.advance(2 * place), mask);
-      wgmma_commit();
-      loader.load(p, list,
-                  stages + (place >= 2 * S::STAGE ? place - 2 * S::STAGE : place + (STAGES - 2) * S::STAGE));
-      place = place == (STAGES - 1) * S::STAGE ? 0 : place + S::STAGE;
+      // The stage is there for all, and all are done with the one before, with its products and with reading
+      // x: the copies that this stage asks for below may overwrite it.
+      sync_block();
+      // The copies are asked for while the first step's products run. The second step waits for those, which
+      // costs little: warpgroups need not meet there, and the products of the others run meanwhile. Without
+      // it the compiler finds no registers for two steps' x.
+      VK_UNROLL
+      for (int step = 0; step < S::STEPS; ++step) {
+        if (step > 0) wgmma_wait<0>();
+        uint32_t x[2][4];
+        ldmatrix_x4(x[0], stages + place + x_first + step * S::STEP);
+        ldmatrix_x4(x[1], stages + place + (x_first ^ 16) + step * S::STEP);
+        wgmma_fence();
+        multiply_blocks<S, T>(sums, x, weights.advance(2 * step * S::STEP), entry[step * S::ENTRY]);
+        wgmma_commit();
+        if (step == 0)
+          loader.load(p, first, stages + (place == 0 ? (STAGES - 1) * S::STAGE : place - S::STAGE));
+      }
+      place += S::STAGE;
+      weights = weights.advance(2 * S::STAGE);
+      if (place == S::STAGE * STAGES) {
+        place = 0;
+        weights = first_weights;
+      }
     }
     wgmma_wait<0>();
     VK_UNROLL

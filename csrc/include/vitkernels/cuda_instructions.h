@@ -42,6 +42,10 @@ VK_DEVICE char* shared_memory() {
 VK_DEVICE void forget(int& x) {
   asm volatile("" : "+r"(x));
 }
+template <class T>
+VK_DEVICE void forget(T*& x) {
+  asm volatile("" : "+l"(x));
+}
 
 VK_DEVICE void sync_block() {
   __syncthreads();

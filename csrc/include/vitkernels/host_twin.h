@@ -183,6 +183,8 @@ VK_UNWATCHED inline char* shared_memory() {
 }
 
 inline void forget(int&) {}
+template <class T>
+void forget(T*&) {}
 
 // Inline for sure: what a kernel calls is known by where it calls it.
 #define VK_INLINE __attribute__((always_inline)) inline
