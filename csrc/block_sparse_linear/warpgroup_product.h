@@ -7,8 +7,7 @@
 // (step_lists.h), a stage of one or two steps of 32 features at a time: x comes to registers once a step
 // (ldmatrix), and each block that exists is two products of N columns. Copies run STAGES - 1 stages ahead,
 // over the end of a tile into the next one, whose first stages arrive while this one is stored. All warps
-// copy, so that none is late for its warpgroup's products; what does not change from stage to stage is kept:
-// where the thread's two tokens and its chunk of a block begin.
+// copy, so that none is late for its warpgroup's products.
 //
 // Floor: 2 N nnz bh bw FLOPs at the matrix rate. L2 hands out (TOKENS + density * OUTPUTS) * 64 bytes a step,
 // that is TOKENS * OUTPUTS * density / (TOKENS + density * OUTPUTS) FLOPs a byte: 85 at density 0.6 with 192
@@ -32,7 +31,7 @@ struct WarpgroupShape {
   static constexpr bool BY_ROWS = BY_ROWS_;
   static constexpr int N = N_, SLOTS = SLOTS_, WARPGROUPS = WARPGROUPS_, THREADS = 128 * WARPGROUPS;
   static constexpr int TOKENS = 64 * WARPGROUPS, OUTPUTS = N * SLOTS;
-  static constexpr int STEPS = stage_steps(WARPGROUPS), STAGES = WARPGROUPS == 1 ? 5 : 3;
+  static constexpr int STEPS = stage_steps(WARPGROUPS), STAGES = WARPGROUPS == 1 ? 5 : 6 / STEPS;
   // Weights are copied by units of 2 KB, a row of 16 bytes for each thread of a warpgroup: 32 outputs, or of
   // 64 outputs 16 features.
   static constexpr int UNITS = OUTPUTS / 32, UNIT = 32 * STEP_DEPTH;
@@ -57,7 +56,7 @@ struct WarpgroupShape {
 
 // Copies what stages take, one after another, through all tiles of the block of threads. A thread has, of
 // each step, 16 bytes of each of two tokens, and of the weights 16 bytes of each unit that falls to its
-// warpgroup. Offsets are 32 bits and in 16 bytes, the sums leaving few registers.
+// warpgroup. It keeps nothing but its place in the list, the sums leaving few registers.
 template <class S, class T>
 class StageLoader {
  public:
@@ -151,6 +150,18 @@ VK_DEVICE void multiply_blocks(float (&sums)[S::SLOTS][S::N / 2], const uint32_t
   }
 }
 
+// One branch for all of them, whose chains of operations then run side by side.
+template <class T, int COUNT>
+VK_DEVICE void activate_all(float (&values)[COUNT], Activation activation) {
+  if (activation == Activation::gelu) {
+    VK_UNROLL
+    for (float& value : values) value = activate<T>(value, Activation::gelu);
+  } else if (activation == Activation::relu) {
+    VK_UNROLL
+    for (float& value : values) value = activate<T>(value, Activation::relu);
+  }
+}
+
 // The warp's 16 tokens to rows of y, or to `before` where not `after` the activation, 64 columns at a time
 // through shared memory, so that 16 bytes go out at a time.
 template <class S, class T>
@@ -159,8 +170,7 @@ VK_DEVICE void store_tokens(const float (&sums)[S::SLOTS][S::N / 2], const Probl
   constexpr int LD = S::SCRATCH_COLUMNS + 8;
   int thread = thread_x();
   forget(thread);
-  const int lane = thread % 32, g = lane / 4, t = lane % 4, row = lane / 8, column = lane % 8 * 8;
-  const int first_token = tile * S::TOKENS + thread / 32 * 16, first_output = block_x() * S::OUTPUTS;
+  const int g = thread % 32 / 4, t = thread % 4;
   T* const scratch = reinterpret_cast<T*>(shared_memory() + S::RING) + thread / 32 * S::SCRATCH;
   const float* bias = reinterpret_cast<const float*>(shared_memory() + S::RING + S::SCRATCHES);
   const Activation activation = after ? p.activation : Activation::none;
@@ -170,30 +180,40 @@ VK_DEVICE void store_tokens(const float (&sums)[S::SLOTS][S::N / 2], const Probl
   VK_UNROLL
   for (int part = 0; part < S::OUTPUTS; part += S::SCRATCH_COLUMNS) {
     VK_UNROLL
-    for (int c = part; c < part + S::SCRATCH_COLUMNS; c += 8) {
-      const float* own = sums[c / S::N] + c % S::N / 2;
-      const auto added = Vec<float, 2>::load(bias + c + 2 * t);
+    for (int c = part; c < part + S::SCRATCH_COLUMNS; c += 16) {
+      float values[8];  // of 8 columns and the next 8; for each rows g and g + 8, two values side by side
       VK_UNROLL
-      for (int half = 0; half < 2; ++half)
-        Vec<T, 2>{{from_float<T>(activate<T>(own[2 * half] + added[0], activation)),
-                   from_float<T>(activate<T>(own[2 * half + 1] + added[1], activation))}}
-            .store(scratch + (g + 8 * half) * LD + c - part + 2 * t);
+      for (int i = 0; i < 2; ++i) {
+        const auto added = Vec<float, 2>::load(bias + c + 8 * i + 2 * t);
+        VK_UNROLL
+        for (int j = 0; j < 4; ++j)
+          values[4 * i + j] = sums[c / S::N][c % S::N / 2 + 4 * i + j] + added[j % 2];
+      }
+      activate_all<T>(values, activation);
+      VK_UNROLL
+      for (int i = 0; i < 4; ++i)
+        Vec<T, 2>{{from_float<T>(values[2 * i]), from_float<T>(values[2 * i + 1])}}.store(
+            scratch + (g + i % 2 * 8) * LD + c - part + i / 2 * 8 + 2 * t);
     }
     sync_warp();
-    const int count = p.given - first_output - part - column;
-    VK_NO_UNROLL
-    for (int i = 0; i < 16; i += 4) {
-      const int token = first_token + row + i;
-      if (token >= p.tokens || count <= 0) continue;
-      const auto values = Vec<T, 8>::load(scratch + (row + i) * LD + column);
-      T* to = y + int64_t{token} * y_row + first_output + part + column;
-      if (vectors) {
-        values.store(to);
-        continue;
-      }
+    // Found anew for each part, there being no registers to keep addresses in.
+    int lane = thread;
+    forget(lane);
+    const int row = lane % 32 / 8, column = lane % 8 * 8, token = tile * S::TOKENS + lane / 32 * 16 + row;
+    const int tokens = static_cast<int>(p.tokens) - token, output = block_x() * S::OUTPUTS + part + column;
+    const int count = p.given - output;
+    const T* from = scratch + row * LD + column;
+    T* to = y + int64_t{token} * y_row + output;
+    if (vectors) {
       VK_UNROLL
-      for (int e = 0; e < 8; ++e)
-        if (e < count) to[e] = values[e];
+      for (int i = 0; i < 16; i += 4, to += 4 * y_row)
+        if (i < tokens && count > 0) Vec<T, 8>::load(from + i * LD).store(to);
+    } else {
+      VK_NO_UNROLL
+      for (int i = 0; i < 16 && i < tokens; i += 4) {
+        VK_NO_UNROLL
+        for (int e = 0; e < 8 && e < count; ++e) to[i * y_row + e] = from[i * LD + e];
+      }
     }
     sync_warp();
   }
