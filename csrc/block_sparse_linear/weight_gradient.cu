@@ -34,8 +34,8 @@ struct Config {
   static constexpr int STAGE = PIECES * ELEMENTS;
   static constexpr size_t SHARED = sizeof(T) * STAGE * 2;
 
-  // Where a chunk of a token of a piece lies. At 16 bits rows are 64 bytes: turning the chunks lets ldmatrix
-  // find eight rows in eight different banks.
+  // Where a chunk of a token of a piece lies, eight tokens on in the same place of a later row. At 16 bits
+  // rows are 64 bytes: turning the chunks lets ldmatrix find eight rows in eight different banks.
   static VK_DEVICE int place(int token, int chunk) {
     return token * PIECE + (sizeof(T) == 2 ? chunk ^ (token >> 1 & 3) : chunk) * WIDTH<T>;
   }
@@ -105,15 +105,23 @@ VK_DEVICE void find_blocks(int* found, const Problem<T>& p, int row, int end, in
 template <class T>
 VK_DEVICE void load_piece(T* piece, const Side<T>& side, int first, int count, int64_t begin, int64_t end) {
   using C = Config<T>;
-  const int chunk = lane_id() % C::CHUNKS, column = chunk * WIDTH<T>;
+  constexpr int ROWS = 32 / C::CHUNKS;  // at a time
+  const int chunk = lane_id() % C::CHUNKS, row = lane_id() / C::CHUNKS, column = chunk * WIDTH<T>;
   if (column >= (side.block + 15) / 16 * 16) return;
-  VK_UNROLL
-  for (int row = lane_id() / C::CHUNKS; row < C::TOKENS; row += 32 / C::CHUNKS) {
-    const int64_t token = begin + row;
-    const int here = token < end ? count - column : 0;
-    T* to = piece + C::place(row, chunk);
-    const T* from = here > 0 ? side.data + token * side.row + first + column : side.data;
-    load_chunk(to, from, here, side.vectors);
+  T* to = piece + C::place(row, chunk);
+  const T* from = side.data + (begin + row) * side.row + (first + column);
+  const int tokens = end - begin < C::TOKENS ? static_cast<int>(end - begin) : C::TOKENS;
+  if (side.vectors) {
+    const int valid = column < count ? tokens - row : 0;
+    VK_UNROLL
+    for (int i = 0; i < C::TOKENS; i += ROWS, from += ROWS * side.row)
+      cp_async16(to + i * PIECE, from, i < valid);
+    return;
+  }
+  VK_NO_UNROLL
+  for (int i = 0; i < C::TOKENS; i += ROWS) {
+    const int here = row + i < tokens ? count - column : 0;
+    load_chunk(to + i * PIECE, here > 0 ? from + i * side.row : side.data, here, false);
   }
 }
 
