@@ -42,11 +42,11 @@ constexpr int OUT_TILES_DOWN = 4, OUT_TILES_ACROSS = 3;
 // v][table].
 struct ConstantLayout {
   int bias, table, size;
-  int items;  // elements of a head in global memory, dead taps included
+  int most;   // elements of one kind, rows of taps being one
   int first;  // byte offset of all
   int sets;   // in shared memory: of all heads, or of one at a time where they do not fit
   int proj_bias;
-  Divisor by_item, by_area, by_side, by_pitch;
+  Divisor by_side, by_key_dim, by_entries, by_pitch, by_qkv_row;
 
   ConstantLayout(const Problem& problem, int sets, Carver& carver) : sets(sets) {
     const Params& p = problem.params;
@@ -57,12 +57,15 @@ struct ConstantLayout {
     table = bias + problem.qkv_rows;
     size = round_up(table + codes.entries, 2);
     proj_bias = sets * size;
-    items = problem.qkv_rows + codes.entries + (p.kernel_max * p.kernel_max + 1) * p.key_dim;
     first = carver.take<float>(proj_bias + p.channels);
-    by_item = Divisor(items);
-    by_area = Divisor(p.kernel_max * p.kernel_max);
     by_side = Divisor(p.kernel_max);
+    by_key_dim = Divisor(p.key_dim);
+    by_entries = Divisor(codes.entries);
     by_pitch = Divisor(codes.pitch);
+    by_qkv_row = Divisor(problem.qkv_rows);
+    const int rows = p.key_dim * p.kernel_max;
+    most = rows > codes.entries ? rows : codes.entries;
+    most = sets * (most > problem.qkv_rows ? most : problem.qkv_rows);
   }
 };
 
@@ -111,81 +114,76 @@ struct ForwardLayout {
   }
 };
 
-// The constants of `heads` heads from `first_head` on, and the projection's bias with those of head 0.
-// Several loads of a thread are in flight together.
+// An element that is on its way: what has been loaded is converted only when it is needed.
+template <class T>
+struct Constant {
+  float wide;
+  T narrow;
+
+  VK_DEVICE void load(const View& view, bool is_wide, int64_t index) {
+    if (is_wide) {
+      wide = static_cast<const float*>(view.data)[index];
+    } else {
+      narrow = static_cast<const T*>(view.data)[index];
+    }
+  }
+  VK_DEVICE float value(bool is_wide) const { return is_wide ? wide : to_float(narrow); }
+};
+
+// The constants of `heads` heads from `first_head` on, and the projection's bias with those of head 0. A
+// thread has one element of each kind, and a row of taps, in flight together.
 template <class T>
 VK_DEVICE void stage_constants(float* constants, const Problem& problem, const ConstantLayout& layout,
                                int first_head, int heads) {
-  constexpr int IN_FLIGHT = 4;
   const Params& params = problem.params;
   const BiasCodes codes(params.window_h, params.window_w);
-  const int k = params.key_dim, side = params.kernel_max;
-  const int of_heads = heads * layout.items, all = of_heads + (first_head == 0 ? params.channels : 0);
+  const int k = params.key_dim, channels = first_head == 0 ? params.channels : 0;
+  const bool wide = problem.wide_weights, wide_table = problem.wide_table;
   VK_NO_UNROLL
-  for (int first = thread_x(); first < all; first += IN_FLIGHT * block_dim_x()) {
-    const char* sources[IN_FLIGHT];
-    int targets[IN_FLIGHT];
-    bool wide[IN_FLIGHT], scaled[IN_FLIGHT];
-    VK_UNROLL
-    for (int u = 0; u < IN_FLIGHT; ++u) {
-      const int i = first + u * block_dim_x();
-      const int slot = layout.by_item.divide(i), head = first_head + slot;
-      int item = i - slot * layout.items;
-      const View* view;
-      int64_t index;
-      targets[u] = slot * layout.size;
-      scaled[u] = false;
-      if (i >= of_heads) {
-        view = &params.proj_bias;
-        index = (i - of_heads) * view->stride[0];
-        targets[u] = layout.proj_bias + i - of_heads;
-      } else if (item < problem.qkv_rows) {
-        view = &params.qkv_bias;
-        index = head * view->stride[0] + item * view->stride[1];
-        targets[u] += layout.bias + item;
-      } else if ((item -= problem.qkv_rows) < codes.entries) {
-        const int y = layout.by_pitch.divide(item), dy = y - (params.window_h - 1),
-                  dx = item - y * codes.pitch - (params.window_w - 1);
-        view = &params.attn_bias;
-        index = head * view->stride[0] +
-                ((dy < 0 ? -dy : dy) * params.window_w + (dx < 0 ? -dx : dx)) * view->stride[1];
-        targets[u] += layout.table + item;
-        scaled[u] = true;
-      } else if ((item -= codes.entries) < k) {
-        const int size = params.kernel_sizes[head];
-        view = &params.dw_bias;
-        index = head * view->stride[0] + item * view->stride[1];
-        targets[u] += size * size * k + item;
-      } else {
-        item -= k;
-        const int size = params.kernel_sizes[head], dead = (side - size) / 2;
-        const int channel = layout.by_area.divide(item), tap = item - channel * side * side;
-        const int y = layout.by_side.divide(tap), x = tap - y * side;
-        view = &params.dw_weight;
-        index =
-            head * view->stride[0] + channel * view->stride[1] + y * view->stride[2] + x * view->stride[3];
-        const bool alive = y >= dead && y < dead + size && x >= dead && x < dead + size;
-        targets[u] = alive ? targets[u] + ((y - dead) * size + x - dead) * k + channel : -1;
-      }
-      if (i >= all) targets[u] = -1;
-      wide[u] = scaled[u] ? problem.wide_table : problem.wide_weights;
-      sources[u] =
-          static_cast<const char*>(view->data) + index * static_cast<int64_t>(wide[u] ? 4 : sizeof(T));
+  for (int i = thread_x(); i < layout.most || i < channels; i += block_dim_x()) {
+    Constant<T> taps[MAX_KERNEL], tap_bias, entry, bias, proj_bias;
+    const int channel_slot = layout.by_side.divide(i), tap_slot = layout.by_key_dim.divide(channel_slot);
+    const int channel = channel_slot - tap_slot * k, tap_head = first_head + tap_slot;
+    const int size = tap_slot < heads ? params.kernel_sizes[tap_head] : 0;
+    const int tap_row = i - channel_slot * layout.by_side.value() - (layout.by_side.value() - size) / 2;
+    const bool has_taps = tap_row >= 0 && tap_row < size;
+    if (has_taps) {
+      const View& view = params.dw_weight;
+      const int dead = (layout.by_side.value() - size) / 2;
+      const int64_t first = tap_head * view.stride[0] + channel * view.stride[1] +
+                            (dead + tap_row) * view.stride[2] + dead * view.stride[3];
+      VK_UNROLL
+      for (int x = 0; x < MAX_KERNEL; ++x)
+        if (x < size) taps[x].load(view, wide, first + x * view.stride[3]);
+      if (tap_row == 0)
+        tap_bias.load(params.dw_bias, wide,
+                      tap_head * params.dw_bias.stride[0] + channel * params.dw_bias.stride[1]);
     }
-    float wides[IN_FLIGHT];
-    T narrows[IN_FLIGHT];
-    VK_UNROLL
-    for (int u = 0; u < IN_FLIGHT; ++u) {
-      wides[u] = 0.0f;
-      narrows[u] = from_float<T>(0.0f);
-      if (targets[u] >= 0 && wide[u]) wides[u] = *reinterpret_cast<const float*>(sources[u]);
-      if (targets[u] >= 0 && !wide[u]) narrows[u] = *reinterpret_cast<const T*>(sources[u]);
+    const int entry_slot = layout.by_entries.divide(i), e = i - entry_slot * codes.entries;
+    if (entry_slot < heads) {
+      const View& view = params.attn_bias;
+      const int y = layout.by_pitch.divide(e), dy = y - (params.window_h - 1),
+                dx = e - y * codes.pitch - (params.window_w - 1);
+      const int index = (dy < 0 ? -dy : dy) * params.window_w + (dx < 0 ? -dx : dx);
+      entry.load(view, wide_table, (first_head + entry_slot) * view.stride[0] + index * view.stride[1]);
     }
-    VK_UNROLL
-    for (int u = 0; u < IN_FLIGHT; ++u) {
-      const float value = wide[u] ? wides[u] : to_float(narrows[u]);
-      if (targets[u] >= 0) constants[targets[u]] = value * (scaled[u] ? Exponential<T>::unit : 1.0f);
+    const int bias_slot = layout.by_qkv_row.divide(i), n = i - bias_slot * problem.qkv_rows;
+    if (bias_slot < heads)
+      bias.load(params.qkv_bias, wide,
+                (first_head + bias_slot) * params.qkv_bias.stride[0] + n * params.qkv_bias.stride[1]);
+    if (i < channels) proj_bias.load(params.proj_bias, wide, i * params.proj_bias.stride[0]);
+
+    if (has_taps) {
+      float* target = constants + tap_slot * layout.size + channel;
+      VK_UNROLL
+      for (int x = 0; x < MAX_KERNEL; ++x)
+        if (x < size) target[(tap_row * size + x) * k] = taps[x].value(wide);
+      if (tap_row == 0) target[size * size * k] = tap_bias.value(wide);
     }
+    if (entry_slot < heads)
+      constants[entry_slot * layout.size + layout.table + e] = entry.value(wide_table) * Exponential<T>::unit;
+    if (bias_slot < heads) constants[bias_slot * layout.size + layout.bias + n] = bias.value(wide);
+    if (i < channels) constants[layout.proj_bias + i] = proj_bias.value(wide);
   }
 }
 
@@ -203,11 +201,11 @@ struct Share {
   }
 };
 
-// x of a row to z; zeros where there is no token. A thread's loads are in flight together, three chunks of
+// x of a row to z; zeros where there is no token. A thread's loads are in flight together, five chunks of
 // them.
 template <class T>
 VK_DEVICE void load_row(const Rows<T>& z, const View& x, const Share& share, int64_t offset, int channels) {
-  constexpr int IN_FLIGHT = 3;
+  constexpr int IN_FLIGHT = 5;
   const auto x_channels = Channels::of<T>(x);
   const int chunks = channels / 8;
   const T* source = static_cast<const T*>(x.data) + (offset < 0 ? 0 : offset);
