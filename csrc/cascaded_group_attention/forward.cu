@@ -74,13 +74,14 @@ struct ForwardLayout {
   int count;     // windows of a block
   int rows;      // their tokens, rounded up to 16
   int row_bits;  // of a power of two that holds the rows
+  int blocks;    // of 32 channels of a head in z
   int ld_z, ld_y, ld_q;
   int z, y, q;                 // y: q~, k, v
   int x_offsets, out_offsets;  // of each row in the maps, -1 for none
   int y_rows;                  // of each row in y, -1 for none
   int key_codes;
   int slices, slice;  // of the channels of a head, among the warps that attend to the same queries
-  Divisor by_tile, by_slice;
+  Divisor by_tile, by_slice, by_blocks, by_chunk;
   ConstantLayout constants;
   int64_t bytes;
 
@@ -95,11 +96,15 @@ struct ForwardLayout {
     rows = round_up(count * problem.tokens, 16);
     row_bits = 4;
     while (1 << row_bits < rows) ++row_bits;
-    ld_z = Rows<half_t>::leading_dimension(p.channels);
+    blocks = (problem.value_dim + 31) / 32;
+    by_blocks = Divisor(blocks);
+    by_chunk = Divisor(4 * blocks);
+    ld_z = Rows<half_t>::leading_dimension(p.num_heads * blocks);
     ld_y = leading_dimension<half_t>(problem.qkv_rows);
     ld_q = leading_dimension<half_t>(p.key_dim);
     const int parts = problem.value_dim / 16, wanted = threads / 32 / (count * tiles);
-    slice = wanted <= 1 ? problem.value_dim : (parts + wanted - 1) / wanted * 16;
+    const int share = wanted < 1 ? parts : (parts + wanted - 1) / wanted;
+    slice = share == 1 ? 16 : round_up(16 * share, 32);
     slices = (problem.value_dim + slice - 1) / slice;
     by_tile = Divisor(tiles);
     by_slice = Divisor(slices);
@@ -188,55 +193,53 @@ VK_DEVICE void stage_constants(float* constants, const Problem& problem, const C
 }
 
 // How the threads of a block share a map: each has a row of its own and every `step`-th chunk of 8 channels
-// from `chunk` on. Neighbours of a warp are neighbours in memory: along the tokens, or along the channels
-// where those are dense.
+// from `chunk` on, neighbours four chunks of eight rows where there are enough of them: whole sectors of a
+// map whose channels are dense, half ones of one whose tokens are, and no conflicts between banks.
 struct Share {
   int row, chunk, step;
 
-  VK_DEVICE Share(int row_bits, bool channels_dense) {
-    const int low = channels_dense && (4 << row_bits) <= block_dim_x() ? 2 : 0;
+  VK_DEVICE explicit Share(int row_bits) {
+    const int low = (4 << row_bits) <= block_dim_x() ? 2 : (2 << row_bits) <= block_dim_x() ? 1 : 0;
     row = (thread_x() >> low) & ((1 << row_bits) - 1);
     chunk = (thread_x() & ((1 << low) - 1)) + ((thread_x() >> (low + row_bits)) << low);
     step = block_dim_x() >> row_bits;
   }
 };
 
-// x of a row to z; zeros where there is no token. A thread's loads are in flight together, five chunks of
-// them.
+// x of a row to z; zeros where there is no token or no channel. A thread's loads are in flight together, five
+// chunks of them.
 template <class T>
-VK_DEVICE void load_row(const Rows<T>& z, const View& x, const Share& share, int64_t offset, int channels) {
+VK_DEVICE void load_row(const Rows<T>& z, const View& x, const Share& share, int64_t offset, int chunks,
+                        const Divisor& by_chunk) {
   constexpr int IN_FLIGHT = 5;
   const auto x_channels = Channels::of<T>(x);
-  const int chunks = channels / 8;
   const T* source = static_cast<const T*>(x.data) + (offset < 0 ? 0 : offset);
-  if (x_channels.vectorized) {
-    VK_NO_UNROLL
-    for (int chunk = share.chunk; chunk < chunks; chunk += share.step)
-      cp_async16(z.at(share.row, 8 * chunk), source + 8 * chunk, offset >= 0);
-    return;
-  }
   VK_NO_UNROLL
   for (int chunk = share.chunk; chunk < chunks; chunk += IN_FLIGHT * share.step) {
     Vec<T, 8> values[IN_FLIGHT];
     VK_UNROLL
     for (int u = 0; u < IN_FLIGHT; ++u) {
-      const int channel = 8 * (chunk + u * share.step);
-      VK_UNROLL
-      for (int e = 0; e < 8; ++e) {
-        values[u][e] = from_float<T>(0.0f);
-        if (offset >= 0 && channel < channels) values[u][e] = source[(channel + e) * x_channels.stride];
-      }
+      const int here = chunk + u * share.step, head = by_chunk.divide(here);
+      const int within = 8 * (here - head * by_chunk.value());
+      const bool exists = offset >= 0 && here < chunks && within < z.depth;
+      const T* first = source + (head * z.depth + within) * x_channels.stride;
+      values[u] = zeros<T>();
+      if (exists) values[u] = x_channels.load(first);
     }
     VK_UNROLL
     for (int u = 0; u < IN_FLIGHT; ++u) {
-      const int channel = 8 * (chunk + u * share.step);
-      if (channel < channels) values[u].store(z.at(share.row, channel));
+      const int here = chunk + u * share.step;
+      if (here >= chunks) break;
+      VK_UNROLL
+      for (int q = 0; q < 4; ++q)
+        Vec<T, 2>{{values[u][2 * q], values[u][2 * q + 1]}}.store(z.quarter(share.row, here / 4, q) +
+                                                                  here % 4 * 2);
     }
   }
 }
 
 // One warp: 16 queries of a window against its keys, the channels of v from `first` to `last`.
-// output(query, channel, two neighbouring channels of O).
+// output(query, channel, pairs of O): of channels channel + 8j and the next of two or four j.
 template <class T, int KEYS, class Output>
 VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, const T* v, int ld_y,
                       const int* key_codes, const float* table, int first_query, int first, int last,
@@ -251,15 +254,20 @@ VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, 
     float sums[4][4];
     tile_attention::clear(sums);
     Engine::multiply_registers(sums, p, static_cast<T*>(nullptr), v + channel, ld_y, blocks, {0, tokens});
+    const auto hand_over = [&](auto tiles, int r) {
+      constexpr int TILES = decltype(tiles)::value;
+      Vec<T, 2 * TILES> values;
+      VK_UNROLL
+      for (int i = 0; i < 2 * TILES; ++i) values[i] = from_float<T>(sums[i / 2][2 * r + i % 2] * factor[r]);
+      output(row + 8 * r, channel + column, values);
+    };
     VK_UNROLL
     for (int r = 0; r < 2; ++r) {
       if (row + 8 * r >= tokens) continue;
-      VK_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if (j >= blocks) break;
-        output(row + 8 * r, channel + 8 * j + column,
-               Vec<T, 2>{{from_float<T>(sums[j][2 * r] * factor[r]),
-                          from_float<T>(sums[j][2 * r + 1] * factor[r])}});
+      if (blocks == 4) {
+        hand_over(std::integral_constant<int, 4>{}, r);
+      } else {
+        hand_over(std::integral_constant<int, 2>{}, r);
       }
     }
   }
@@ -332,7 +340,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
   const Params& params = problem.params;
   char* shared = shared_memory();
   T *y = reinterpret_cast<T*>(shared + layout.y), *q = reinterpret_cast<T*>(shared + layout.q);
-  const Rows<T> z{reinterpret_cast<T*>(shared + layout.z), layout.ld_z};
+  const Rows<T> z{reinterpret_cast<T*>(shared + layout.z), layout.ld_z, problem.value_dim, layout.blocks};
   auto* x_offsets = reinterpret_cast<int64_t*>(shared + layout.x_offsets);
   auto* out_offsets = reinterpret_cast<int64_t*>(shared + layout.out_offsets);
   auto* y_rows = reinterpret_cast<int*>(shared + layout.y_rows);
@@ -343,19 +351,18 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
   const int first_window = block_x() * layout.count;
   const BiasCodes codes(params.window_h, params.window_w);
   {
-    const Share share(layout.row_bits, params.x.stride[1] == 1);
+    const Share share(layout.row_bits);
     if (share.row < layout.rows) {
       const int window = problem.by_tokens.divide(share.row), token = share.row - window * tokens;
       const bool real = share.row < used;
       const int64_t offset = real ? problem.offset(params.x, first_window + window, token) : -1;
-      load_row(z, params.x, share, offset, params.channels);
+      load_row(z, params.x, share, offset, 4 * layout.blocks * params.num_heads, layout.by_chunk);
       if (share.chunk == 0) {
         x_offsets[share.row] = offset;
         out_offsets[share.row] = real ? problem.offset(params.out, first_window + window, token) : -1;
         y_rows[share.row] = real ? window * KEYS + token : -1;
       }
     }
-    cp_async_commit();
   }
   for (int slot = thread_x(); slot < KEYS; slot += block_dim_x())
     key_codes[slot] =
@@ -365,7 +372,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
     for (int i = thread_x(); i < (KEYS - tokens) * layout.ld_y / 8; i += block_dim_x())
       zeros<T>().store(padding + 8 * i);
   }
-  cp_async_wait<0>();
 
   const int tiles = (tokens + 15) / 16;
   VK_NO_UNROLL
@@ -380,7 +386,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
     const DenseWeights<T> weights{static_cast<const T*>(weight.data) + head * weight.stride[0],
                                   weight.stride[1], problem.qkv_rows, d};
     multiply_rows<T, 2, 2, 3>(
-        z, head * d, layout.rows, weights, [&](int row, int column, float (&sums)[2][2][4]) {
+        z, head, layout.by_blocks, layout.rows, weights, [&](int row, int column, float (&sums)[2][2][4]) {
           const float* bias = set + layout.constants.bias;
           const int g = lane_id() / 4, t = lane_id() % 4;
           VK_UNROLL
@@ -410,33 +416,39 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
       const T* rows = y + window * KEYS * layout.ld_y;
       const int first = slice * layout.slice, last = first + layout.slice < d ? first + layout.slice : d;
       const bool keeps = present(params.heads) && first_window + window < problem.windows;
-      attend<T, KEYS>(
-          problem, q + window * KEYS * layout.ld_q, layout.ld_q, rows + k, rows + 2 * k, layout.ld_y,
-          key_codes, set + layout.constants.table, 16 * tile, first, last,
-          [&](int query, int channel, const Vec<T, 2>& output) {
-            channel += head * d;
-            T* here = z.at(window * tokens + query, channel);
-            if (keeps) {
-              T* target = static_cast<T*>(params.heads.data) +
-                          Problem::heads_offset(params.heads, first_window + window, query) +
-                          channel * head_channels.stride;
-              if (head_channels.vectorized) {
-                output.store(target);
-              } else {
-                target[0] = output[0];
-                target[head_channels.stride] = output[1];
-              }
-            }
-            if (head + 1 < params.num_heads) {
-              T* there = z.at(window * tokens + query, channel + d);
-              auto next = Vec<T, 2>::load(there);
-              VK_UNROLL
-              for (int e = 0; e < 2; ++e) next[e] = from_float<T>(to_float(output[e]) + to_float(next[e]));
-              next.store(there);
-            }
-            Vec<T, 2>{{from_float<T>(relu(to_float(output[0]))), from_float<T>(relu(to_float(output[1])))}}
-                .store(here);
-          });
+      attend<T, KEYS>(problem, q + window * KEYS * layout.ld_q, layout.ld_q, rows + k, rows + 2 * k,
+                      layout.ld_y, key_codes, set + layout.constants.table, 16 * tile, first, last,
+                      [&](int query, int channel, auto output) {
+                        constexpr int VALUES = sizeof(output) / sizeof(T);
+                        T* here = z.quarter(window * tokens + query, head * layout.blocks + channel / 32,
+                                            channel % 8 / 2) +
+                                  channel % 32 / 8 * 2;
+                        if (keeps) {
+                          T* target = static_cast<T*>(params.heads.data) +
+                                      Problem::heads_offset(params.heads, first_window + window, query) +
+                                      (head * d + channel) * head_channels.stride;
+                          VK_UNROLL
+                          for (int i = 0; i < VALUES; i += 2) {
+                            T* pair = target + 4 * i * head_channels.stride;
+                            if (head_channels.vectorized) {
+                              Vec<T, 2>{{output[i], output[i + 1]}}.store(pair);
+                            } else {
+                              pair[0] = output[i];
+                              pair[head_channels.stride] = output[i + 1];
+                            }
+                          }
+                        }
+                        if (head + 1 < params.num_heads) {
+                          auto next = Vec<T, VALUES>::load(here + 32 * layout.blocks);
+                          VK_UNROLL
+                          for (int i = 0; i < VALUES; ++i)
+                            next[i] = from_float<T>(to_float(output[i]) + to_float(next[i]));
+                          next.store(here + 32 * layout.blocks);
+                        }
+                        VK_UNROLL
+                        for (int i = 0; i < VALUES; ++i) output[i] = from_float<T>(relu(to_float(output[i])));
+                        output.store(here);
+                      });
     }
   }
 
@@ -444,7 +456,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
   const DenseWeights<T> weights{static_cast<const T*>(params.proj_weight.data), params.proj_weight.stride[0],
                                 params.channels, params.channels};
   multiply_rows<T, OUT_TILES_DOWN, OUT_TILES_ACROSS, 2>(
-      z, 0, layout.rows, weights,
+      z, 0, layout.by_blocks, layout.rows, weights,
       [&](int row, int column, float (&sums)[OUT_TILES_DOWN][OUT_TILES_ACROSS][4]) {
         const float* bias = constants + layout.constants.proj_bias;
         if (Channels::of<T>(params.x).vectorized && Channels::of<T>(params.out).vectorized) {

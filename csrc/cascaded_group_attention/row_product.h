@@ -2,10 +2,9 @@
 // into registers: out[m][n] = sum_k rows[m][k] w[n][k].
 //
 // Made for latency: a weight passes through no shared memory and waits for no barrier, blocks of it are in
-// flight per warp while an earlier one is multiplied. An mma may number the values of k as it likes, as
-// long as both sides agree. So lane t of four takes the eight values 8t .. 8t + 7 of a block of 32, 16 bytes
-// of either side: the left operands of two mma are two 16-byte loads, and so is the right one, whose sectors
-// are read whole.
+// flight per warp while an earlier one is multiplied. An mma may number the values of k as it likes, as long
+// as both sides agree. So lane t of four takes the eight values 8t .. 8t + 7 of a block of 32 of the weight,
+// whose sectors are read whole, and the rows lie so in shared memory that ldmatrix hands it the same.
 #pragma once
 #include "problem.h"
 
@@ -20,29 +19,30 @@ struct DenseWeights {
   int rows, columns;
 };
 
-// Rows of channels in shared memory. A pitch of 64 bytes modulo 128, and chunks of 16 bytes that trade places
-// within their 64 by the row: eight lanes meet no bank twice, be they two rows of four chunks (the operands
-// here), eight rows of one chunk, or eight rows of four channels (sums of an mma).
+// Rows of channels in shared memory, in blocks of 32: `parts` of `depth` channels (a multiple of 16), each
+// with `blocks` of its own. Quarter q of a block, 16 bytes, holds the channels 8i + 2q and 8i + 2q + 1 of
+// every i: as the right operand wants them, and as a lane's sums of four tiles lie. A pitch of 64 bytes
+// modulo 128 and quarters that trade places by the row: eight lanes meet no bank twice, be they eight rows of
+// a quarter (ldmatrix) or two rows of four (sums).
 template <class T>
 struct Rows {
   T* data;
-  int ld;
+  int ld, depth, blocks;
 
-  static VK_HOST_DEVICE int leading_dimension(int channels) {
-    const int padded = round_up(channels, 32);
-    return padded % 64 == 0 ? padded + 32 : padded;
-  }
-  VK_DEVICE T* at(int row, int channel) const {
-    return data + row * ld + ((channel >> 3) ^ ((row >> 1) & 3)) * 8 + (channel & 7);
+  static VK_HOST_DEVICE int leading_dimension(int all_blocks) { return 32 * (all_blocks | 1); }
+  VK_DEVICE T* quarter(int row, int block, int q) const {
+    return data + row * ld + 32 * block + (q ^ ((row >> 1) & 3)) * 8;
   }
 };
 
 // A warp makes 16 M rows by 8 N columns at a time: finish(row, column, sums) with the first of each and the
-// sums as mma_m16n8k16 leaves them; rows beyond `rows`, a multiple of 16, and columns beyond w.rows are none.
+// sums as mma_m16n8k16 leaves them; rows beyond `row_count`, a multiple of 16, and columns beyond w.rows are
+// none. The columns of w are those of the parts from `first_part` on.
 template <class T, int M, int N, int AHEAD, class Finish>
-VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_channel, int row_count, const DenseWeights<T>& w,
-                             Finish finish) {
-  const int g = lane_id() / 4, t = lane_id() % 4, depth = w.columns;
+VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_part, const Divisor& by_blocks, int row_count,
+                             const DenseWeights<T>& w, Finish finish) {
+  const int g = lane_id() / 4, t = lane_id() % 4, padding = 32 * rows.blocks - rows.depth;
+  const int blocks = padding == 0 ? w.columns / 32 : w.columns / rows.depth * rows.blocks;
   const int64_t step = w.row_stride * 8 * static_cast<int64_t>(sizeof(T));
   int row = 0, column = warp_id() * 8 * N;
   VK_NO_UNROLL
@@ -54,51 +54,44 @@ VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_channel, int row_cou
     }
     if (row >= row_count) return;
     const auto* source = reinterpret_cast<const char*>(w.data + (column + g) * w.row_stride + 8 * t);
-    const T* left = rows.data + (row + g) * rows.ld;
-    const int turn = ((row + g) >> 1) & 3, chunk = first_channel / 8 + t;
+    const T* left = rows.quarter(row + (lane_id() & 15), first_part * rows.blocks, lane_id() >> 4);
+    const T* right_half =
+        rows.quarter(row + (lane_id() & 15), first_part * rows.blocks, 2 + (lane_id() >> 4));
     Vec<uint32_t, 4> right[AHEAD][N];
-    const auto fetch = [&](Vec<uint32_t, 4>(&to)[N], int k) {
+    const auto fetch = [&](Vec<uint32_t, 4>(&to)[N], int block) {
+      const int part = by_blocks.divide(block), k = 32 * block - part * padding;
+      const bool exists = block < blocks && k + 8 * t < (part + 1) * rows.depth;
       VK_UNROLL
       for (int j = 0; j < N; ++j) {
         to[j] = Vec<uint32_t, 4>{{0, 0, 0, 0}};
-        if (k + 8 * t < depth && column + 8 * j < w.rows)
+        if (exists && column + 8 * j < w.rows)
           to[j] = Vec<uint32_t, 4>::load(
               reinterpret_cast<const uint32_t*>(source + j * step + k * static_cast<int>(sizeof(T))));
       }
     };
     VK_UNROLL
-    for (int s = 0; s < AHEAD; ++s) fetch(right[s], 32 * s);
+    for (int s = 0; s < AHEAD; ++s) fetch(right[s], s);
     float sums[M][N][4];
     VK_UNROLL
     for (int m = 0; m < M; ++m) tile_attention::clear(sums[m]);
     VK_NO_UNROLL
-    for (int k0 = 0; k0 < depth; k0 += 32 * AHEAD) {
+    for (int first = 0; first < blocks; first += AHEAD) {
       VK_UNROLL
       for (int s = 0; s < AHEAD; ++s) {
-        const int k = k0 + 32 * s;
-        if (k >= depth) break;
-        const int place = ((chunk + k / 8) ^ turn) * 8;
+        const int block = first + s;
+        if (block >= blocks) break;
         VK_UNROLL
         for (int m = 0; m < M; ++m) {
           if (row + 16 * m >= row_count) break;
-          Vec<uint32_t, 4> low{{0, 0, 0, 0}}, high{{0, 0, 0, 0}};
-          if (k + 8 * t < depth) {
-            low = Vec<uint32_t, 4>::load(reinterpret_cast<const uint32_t*>(left + 16 * m * rows.ld + place));
-            high = Vec<uint32_t, 4>::load(
-                reinterpret_cast<const uint32_t*>(left + (16 * m + 8) * rows.ld + place));
-          }
+          uint32_t low[4], high[4];
+          ldmatrix_x4(low, left + 16 * m * rows.ld + 32 * block);
+          ldmatrix_x4(high, right_half + 16 * m * rows.ld + 32 * block);
           VK_UNROLL
-          for (int j = 0; j < N; ++j) {
-            const auto& b = right[s][j];
-            mma_m16n8k16<T>(sums[m][j], {low[0], high[0], low[1], high[1]}, {b[0], b[1]});
-          }
+          for (int j = 0; j < N; ++j) mma_m16n8k16<T>(sums[m][j], low, {right[s][j][0], right[s][j][1]});
           VK_UNROLL
-          for (int j = 0; j < N; ++j) {
-            const auto& b = right[s][j];
-            mma_m16n8k16<T>(sums[m][j], {low[2], high[2], low[3], high[3]}, {b[2], b[3]});
-          }
+          for (int j = 0; j < N; ++j) mma_m16n8k16<T>(sums[m][j], high, {right[s][j][2], right[s][j][3]});
         }
-        fetch(right[s], k + 32 * AHEAD);
+        fetch(right[s], block + AHEAD);
       }
     }
     finish(row, column, sums);
