@@ -40,7 +40,7 @@ VK_DEVICE double erf_(double x) {
 // with m = |z|. The logarithm of Phi(-m) is nearly a parabola; from 6 on m Phi(-m) stays at its 6e-9 there.
 // inf and NaN go the way they go with erf.
 VK_DEVICE float gelu_for_half(float z) {
-  const float size = larger(z, -z), m = -larger(-size, -6.0f);
+  const float size = fabsf(z), m = -larger(-size, -6.0f);
   float log2_phi = -1.8349284e-06f;
   log2_phi = log2_phi * m + 6.1601615e-05f;
   log2_phi = log2_phi * m - 0.00093054271f;
