@@ -1,16 +1,18 @@
-// local memory: up to 64 bytes: three blocks of an SM leave a thread 168 registers, and the kernels of the
-// keys and values spill one of them between tiles on sm_90, fourteen on sm_80. On an H200 two blocks without
-// a spill had 12 % of the SM's warps, and the backward took 1.2 times as long.
 #include "map.h"
 
 namespace vitkernels::attention_with_size {
 
-int64_t backward_workspace_cuda(const Params&) {
-  return 0;
+int64_t backward_workspace_cuda(const Params& params) {
+  const tile_attention::Problem problem = make_problem(params);
+  return with_dtype(params.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return tile_attention::query_rows_workspace<T>(problem, SizeMap<T>(params));
+  });
 }
 
 void backward_cuda(const Params& params, Stream stream) {
-  const tile_attention::Problem problem = make_problem(params);
+  tile_attention::Problem problem = make_problem(params);
+  problem.query_rows = params.workspace;
   with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     tile_attention::backward<T>(problem, SizeMap<T>(params), stream);

@@ -5,10 +5,10 @@
 namespace vitkernels::neighborhood_attention {
 
 int64_t backward_workspace_cuda(const Params& params) {
-  if (!params.grad_rpb) return 0;
   return with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    return tile_attention::table_workspace<T>(make_problem(params), NeighborhoodMap<T>(params));
+    return tile_attention::table_workspace<T>(make_problem(params), NeighborhoodMap<T>(params),
+                                              params.grad_rpb);
   });
 }
 

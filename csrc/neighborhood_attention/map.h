@@ -29,6 +29,8 @@ struct NeighborhoodMap {
   static constexpr bool SCATTERED = true;
 
   Axis y, x;
+  Divisor width;
+  int height = 0;
   int x_bits = 0, field_bits = 2;
   uint32_t guards = 0;
   Tiling small, large;  // of 16 and of 64 slots
@@ -38,6 +40,8 @@ struct NeighborhoodMap {
   explicit NeighborhoodMap(const Params& params)
       : y(params.height, params.kernel_h, params.dilation_h, params.causal_h),
         x(params.width, params.kernel_w, params.dilation_w, params.causal_w),
+        width(params.width),
+        height(params.height),
         x_bits(bit_length(params.width - 1)),
         field_bits(bit_length(x.longest() - 1) + 2),
         guards(uint32_t{1} << 31 | uint32_t{1} << (field_bits - 1)),
@@ -50,10 +54,13 @@ struct NeighborhoodMap {
   VK_HOST_DEVICE int groups() const { return y.dilation.value() * x.dilation.value(); }
   VK_HOST_DEVICE int query_tiles(int rows) const { return groups() * tiling(rows).per_group(); }
   VK_HOST_DEVICE int key_tiles(int rows) const { return query_tiles(rows); }
-  int most_key_tiles(int rows) const {
-    const auto longest = [](const Axis& axis, int size) {
-      const int keys = size + axis.kernel - 1;
-      return keys < axis.longest() ? keys : axis.longest();
+  int most_key_tiles(int rows) const { return most_tiles(rows, 1); }
+  // A border's keys are met by the queries of whole windows on their other side, too.
+  int most_query_tiles(int rows) const { return most_tiles(rows, 2); }
+  int most_tiles(int rows, int windows) const {
+    const auto longest = [&](const Axis& axis, int size) {
+      const int met = size + windows * (axis.kernel - 1);
+      return met < axis.longest() ? met : axis.longest();
     };
     const Tiling& tiles = tiling(rows);
     return (longest(y, tiles.height) * longest(x, tiles.width.value()) + rows - 1) / rows;
@@ -89,6 +96,15 @@ struct NeighborhoodMap {
            (place.group_x + number_x * x.dilation.value());
   }
 
+  VK_HOST_DEVICE int query_count() const { return height * width.value(); }
+  VK_DEVICE int query_at(int number) const {
+    const int token_y = width.divide(number);
+    return token_y << x_bits | (number - token_y * width.value());
+  }
+  VK_DEVICE int query_number(int token) const {
+    const int token_y = token >> x_bits;
+    return token_y * width.value() + token - (token_y << x_bits);
+  }
   VK_DEVICE int query(int rows, int tile, int slot) const {
     const Place p = place(rows, tile);
     const Divisor& width = tiling(rows).width;

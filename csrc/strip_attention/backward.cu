@@ -4,11 +4,17 @@
 namespace vitkernels::strip_attention {
 
 int64_t backward_workspace_cuda(const Params& params) {
-  return rank_one::applies(params) ? rank_one::backward_workspace(params) : 0;
+  const tile_attention::Problem problem = make_problem(params);
+  if (rank_one::applies(params)) return rank_one::backward_workspace(params);
+  return with_dtype(params.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return tile_attention::query_rows_workspace<T>(problem, StripMap<T>(params));
+  });
 }
 
 void backward_cuda(const Params& params, Stream stream) {
-  const tile_attention::Problem problem = make_problem(params);
+  tile_attention::Problem problem = make_problem(params);
+  problem.query_rows = params.workspace;
   if (rank_one::applies(params)) return rank_one::backward(params, stream);
   with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -47,6 +47,7 @@ struct StripMap {
   VK_DEVICE tile_attention::Run key_run(int rows, int, int i) const {
     return tile_attention::Run::of(keys, rows, i);
   }
+  VK_HOST_DEVICE int query_count() const { return queries; }
   VK_DEVICE int query(int rows, int tile, int slot) const { return query_run(rows, tile).token(slot); }
   VK_DEVICE int key(int rows, int tile, int slot) const { return key_run(rows, 0, tile).token(slot); }
   VK_DEVICE int key_of(int rows, int, int i, int slot) const { return key(rows, i, slot); }

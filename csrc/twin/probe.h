@@ -34,8 +34,8 @@ void copy_vectors_16(const uint16_t* in, uint16_t* out, int width, int64_t vecto
 void copy_vectors_64(const double* in, double* out, int width, int64_t vectors);
 // Copies [steps, 512] floats through a two-stage pipeline; `flaw`: 0 none, 1 reads before the wait, 2 waits
 // for one group too few, 3 refills a stage before everyone has read it. Rows at or beyond `valid` arrive as
-// zeros.
-void pipeline(const float* in, float* out, int steps, int valid, int flaw);
+// zeros. `bytes` of a copy: 16 or 8.
+void pipeline(const float* in, float* out, int steps, int valid, int flaw, int bytes);
 
 // probe_tile.cu. a [16, 16], b [16, 8], c and d [16, 8] row-major; `from`: 0 registers filled by hand, 1
 // through ldmatrix with b stored by columns, 2 through ldmatrix_trans with a stored by columns.

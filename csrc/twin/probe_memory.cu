@@ -41,13 +41,20 @@ VK_KERNEL void copy_vectors_kernel(const T* in, T* out, int64_t vectors) {
 
 constexpr int THREADS = 128;  // 16 bytes each: a row of 512 floats
 
-VK_KERNEL void pipeline_kernel(const float* in, float* out, int steps, int valid, int flaw) {
+VK_KERNEL void pipeline_kernel(const float* in, float* out, int steps, int valid, int flaw, int bytes) {
   float* stages[2] = {reinterpret_cast<float*>(shared_memory()),
                       reinterpret_cast<float*>(shared_memory()) + 4 * THREADS};
   const int mine = 4 * thread_x(), other = 4 * ((thread_x() + 40) % THREADS);
   const auto fetch = [&](int step) {
-    if (step < steps)
-      cp_async16(stages[step % 2] + mine, in + static_cast<int64_t>(step) * 4 * THREADS + mine, step < valid);
+    if (step < steps) {
+      float* const to = stages[step % 2] + mine;
+      const float* const from = in + static_cast<int64_t>(step) * 4 * THREADS + mine;
+      if (bytes == 16) {
+        cp_async16(to, from, step < valid);
+      } else {
+        for (int i = 0; i < 4; i += 2) cp_async8(to + i, from + i, step < valid);
+      }
+    }
     cp_async_commit();
   };
   fetch(0);
@@ -93,8 +100,8 @@ void copy_vectors_64(const double* in, double* out, int width, int64_t vectors) 
   launch(width == 1 ? copy_vectors_kernel<double, 1> : copy_vectors_kernel<double, 2>, {}, 64, 0, nullptr, in,
          out, vectors);
 }
-void pipeline(const float* in, float* out, int steps, int valid, int flaw) {
-  launch(pipeline_kernel, {}, THREADS, 2 * THREADS * 16, nullptr, in, out, steps, valid, flaw);
+void pipeline(const float* in, float* out, int steps, int valid, int flaw, int bytes) {
+  launch(pipeline_kernel, {}, THREADS, 2 * THREADS * 16, nullptr, in, out, steps, valid, flaw, bytes);
 }
 
 }  // namespace vitkernels::probe

@@ -80,6 +80,7 @@ class SharedMemory {
 struct Copy {
   void* target;
   const void* source;
+  int bytes;
   bool valid;
   int group;
 };
@@ -384,16 +385,17 @@ void check_shared(const void* pointer, size_t bytes, const char* what) {
 }
 
 // The device may write the target any time from here to the wait, so what it held is lost at once.
-void copy_async(void* smem, const void* gmem, bool valid) {
-  check_aligned(smem, 16, "the target of cp_async16");
-  check_shared(smem, 16, "the target of cp_async16");
-  if (valid) check_aligned(gmem, 16, "the source of cp_async16");
+void copy_async(void* smem, const void* gmem, int bytes, bool valid) {
+  const std::string name = "cp_async" + std::to_string(bytes);
+  check_aligned(smem, bytes, ("the target of " + name).c_str());
+  check_shared(smem, bytes, ("the target of " + name).c_str());
+  if (valid) check_aligned(gmem, bytes, ("the source of " + name).c_str());
   Thread& self = scheduler().current();
   const void* code = __builtin_return_address(0);
-  if (valid) watch::note(self.position.thread, gmem, 16, watch::Access::read, code);
-  watch::note(self.position.thread, smem, 16, watch::Access::copy_issued, code);
-  std::memset(smem, POISON, 16);
-  self.copies.push_back({smem, gmem, valid, self.open_group});
+  if (valid) watch::note(self.position.thread, gmem, bytes, watch::Access::read, code);
+  watch::note(self.position.thread, smem, bytes, watch::Access::copy_issued, code);
+  std::memset(smem, POISON, bytes);
+  self.copies.push_back({smem, gmem, bytes, valid, self.open_group});
 }
 
 void commit_copies() {
@@ -406,11 +408,11 @@ void wait_copies(int in_flight) {
   const int finished = self.open_group - in_flight;
   const auto lands = [&](const Copy& copy) {
     if (copy.group >= finished) return false;
-    watch::note(self.position.thread, copy.target, 16, watch::Access::copy_landed, code);
+    watch::note(self.position.thread, copy.target, copy.bytes, watch::Access::copy_landed, code);
     if (copy.valid) {
-      std::memcpy(copy.target, copy.source, 16);
+      std::memcpy(copy.target, copy.source, copy.bytes);
     } else {
-      std::memset(copy.target, 0, 16);
+      std::memset(copy.target, 0, copy.bytes);
     }
     return true;
   };

@@ -3,10 +3,10 @@
 namespace vitkernels::window_attention {
 
 int64_t backward_workspace_cuda(const Params& params) {
-  if (!params.grad_bias_table) return 0;
   return with_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    return tile_attention::table_workspace<T>(make_problem(params), WindowMap<T>(params));
+    return tile_attention::table_workspace<T>(make_problem(params), WindowMap<T>(params),
+                                              params.grad_bias_table);
   });
 }
 

@@ -22,7 +22,7 @@ def exchange(module, *, in_block, missing=0):
 def pipeline(module, flaw=0):
     x = np.zeros(5 * 512 + 4, np.float32)
     out = np.zeros_like(x)
-    module.pipeline(-(-x.ctypes.data // 16) * 16, -(-out.ctypes.data // 16) * 16, 5, 5, flaw)
+    module.pipeline(-(-x.ctypes.data // 16) * 16, -(-out.ctypes.data // 16) * 16, 5, 5, flaw, 16)
 
 
 def load_matrices(module):

@@ -18,35 +18,38 @@ def aligned(shape, dtype, offset_bytes=0):
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def run_pipeline(module, seed, *, steps=5, valid=5, flaw=0):
+def run_pipeline(module, seed, *, steps=5, valid=5, flaw=0, size=16):
     x = aligned((steps, ROW), np.float32)
     x[:] = np.random.default_rng(seed).standard_normal(x.shape)
     out = np.zeros_like(x)
     module.set_seed(seed)
-    module.pipeline(x.ctypes.data, out.ctypes.data, steps, valid, flaw)
+    module.pipeline(x.ctypes.data, out.ctypes.data, steps, valid, flaw, size)
     return x, out
 
 
-def test_pipeline_of_asynchronous_copies(module):
+@pytest.mark.parametrize("size", [16, 8])
+def test_pipeline_of_asynchronous_copies(module, size):
     for seed in range(max(32, len(SEEDS))):
-        x, out = run_pipeline(module, seed)
+        x, out = run_pipeline(module, seed, size=size)
         np.testing.assert_array_equal(out, x)
 
 
-def test_invalid_copies_are_zeros_and_never_read(module):
+@pytest.mark.parametrize("size", [16, 8])
+def test_invalid_copies_are_zeros_and_never_read(module, size):
     for seed in SEEDS:
         x = aligned((2, ROW), np.float32) + 1
         out = np.full((5, ROW), np.nan, np.float32)
         module.set_seed(seed)
-        module.pipeline(x.ctypes.data, out.ctypes.data, 5, 2, 0)  # three of the five rows do not exist
+        module.pipeline(x.ctypes.data, out.ctypes.data, 5, 2, 0, size)  # three of the five rows do not exist
         np.testing.assert_array_equal(out[:2], x)
         np.testing.assert_array_equal(out[2:], 0)
 
 
+@pytest.mark.parametrize("size", [16, 8])
 @pytest.mark.parametrize("flaw", [1, 2], ids=["no_wait", "one_group_too_few"])
-def test_read_before_the_wait_is_nan(unwatched, flaw):
+def test_read_before_the_wait_is_nan(unwatched, flaw, size):
     for seed in SEEDS:
-        _, out = run_pipeline(unwatched, seed, flaw=flaw)
+        _, out = run_pipeline(unwatched, seed, flaw=flaw, size=size)
         assert np.isnan(out).any()
 
 
@@ -58,7 +61,7 @@ def test_refill_of_a_stage_still_read_shows(unwatched):
 def test_misaligned_copy_is_an_error(module):
     x, out = aligned((1, ROW), np.float32, offset_bytes=4), np.zeros((1, ROW), np.float32)
     with pytest.raises(RuntimeError, match=r"source of cp_async16 needs .* 16 bytes; it is 4 past"):
-        module.pipeline(x.ctypes.data, out.ctypes.data, 1, 1, 0)
+        module.pipeline(x.ctypes.data, out.ctypes.data, 1, 1, 0, 16)
 
 
 def test_unwritten_shared_memory_is_nan_in_every_block(module):
@@ -110,7 +113,7 @@ def test_sanitizers_pass_clean_kernels(sanitized):
         "at = -(-ctypes.addressof(x) // 16) * 16\n"
         "for seed in range(8):\n"
         "    twin.set_seed(seed)\n"
-        "    twin.pipeline(at, ctypes.addressof(out), 5, 5, 0)\n"
+        "    twin.pipeline(at, ctypes.addressof(out), 5, 5, 0, 16)\n"
         "    twin.exchange_in_block(at, ctypes.addressof(out), 4, 96, 0)\n"
         "    try: twin.diverge(ctypes.addressof(out), 64, 0)\n"
         "    except RuntimeError as error: assert 'diverged' in str(error)\n"

@@ -237,6 +237,12 @@ VK_DEVICE void cp_async16(void* smem, const void* gmem, bool valid = true) {
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// The same of 8 bytes, through L1.
+VK_DEVICE void cp_async8(void* smem, const void* gmem, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(smem)), "l"(gmem),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
 VK_DEVICE void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -59,7 +59,7 @@ constexpr char SYNC_WARP[] = "sync_warp";  // the one that orders memory
 void collective(const char* name, CollectiveBody body, void* mine);
 void wait_block();
 
-void copy_async(void* smem, const void* gmem, bool valid);
+void copy_async(void* smem, const void* gmem, int bytes, bool valid);
 void commit_copies();
 void wait_copies(int in_flight);
 
@@ -293,7 +293,10 @@ VK_INLINE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
 }
 
 VK_INLINE void cp_async16(void* smem, const void* gmem, bool valid = true) {
-  twin::copy_async(smem, gmem, valid);
+  twin::copy_async(smem, gmem, 16, valid);
+}
+VK_INLINE void cp_async8(void* smem, const void* gmem, bool valid = true) {
+  twin::copy_async(smem, gmem, 8, valid);
 }
 inline void cp_async_commit() {
   twin::commit_copies();

@@ -5,6 +5,7 @@
 // (tile_attention_engine.h): TensorCores for half_t and bfloat16_t, Plain for float and double.
 //
 // An operator supplies a Map, passed to the kernels by value. It says WHICH tokens meet:
+//   query_count()                                         of a batch entry and head
 //   query_tiles(rows), query(rows, tile, slot)            tiles of queries; a token, or -1 for none
 //   key_tiles_of(rows, tile), key_of(rows, tile, i, slot)       the key tiles that a query tile meets
 //   key_tiles(rows), key(rows, tile, slot)                tiles of keys (backward)
@@ -70,6 +71,7 @@ struct Problem {
   View grad_out, grad_lse;            // backward, each may be absent
   View grad_q, grad_k, grad_v;        // backward, each may be absent
   void* gradient_partials = nullptr;  // Acc [chunks, tiles, heads, gradient_elements], may be absent
+  void* query_rows = nullptr;         // query_rows_workspace() bytes
 
   // A pass of the backward whose owner is not Owner::both: the channels of its gradient. Set by the core.
   int first_column = 0;
@@ -173,7 +175,7 @@ constexpr bool RUNS = false;
 template <class Map>
 constexpr bool RUNS<Map, std::void_t<decltype(&Map::key_run)>> = true;
 
-// The most key tiles that any query tile meets.
+// The most key tiles that any query tile meets, and the other way round; all, where a map does not say.
 template <class Map>
 auto most_key_tiles(const Map& map, int rows, int) -> decltype(map.most_key_tiles(rows)) {
   return map.most_key_tiles(rows);
@@ -181,6 +183,33 @@ auto most_key_tiles(const Map& map, int rows, int) -> decltype(map.most_key_tile
 template <class Map>
 int most_key_tiles(const Map& map, int rows, ...) {
   return map.key_tiles(rows);
+}
+template <class Map>
+auto most_query_tiles(const Map& map, int rows, int) -> decltype(map.most_query_tiles(rows)) {
+  return map.most_query_tiles(rows);
+}
+template <class Map>
+int most_query_tiles(const Map& map, int rows, ...) {
+  return map.query_tiles(rows);
+}
+
+// The queries of a batch entry and head in one row: query_count() of them, with
+//   query_at(number), query_number(token)                 where tokens are no such numbers themselves
+template <class Map>
+VK_DEVICE auto query_at(const Map& map, int number, int) -> decltype(map.query_at(number)) {
+  return map.query_at(number);
+}
+template <class Map>
+VK_DEVICE int query_at(const Map&, int number, ...) {
+  return number;
+}
+template <class Map>
+VK_DEVICE auto query_number(const Map& map, int token, int) -> decltype(map.query_number(token)) {
+  return map.query_number(token);
+}
+template <class Map>
+VK_DEVICE int query_number(const Map&, int token, ...) {
+  return token;
 }
 
 // Whether query tile i meets key tile i and no other, for all i, and no key tile meets two query tiles. The

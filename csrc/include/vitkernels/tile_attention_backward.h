@@ -4,11 +4,13 @@
 // grad_k, grad_v, once each; 2 N M (3 d + 2 dv) FLOPs; N M exponentials (P is recomputed from lse). Small
 // windows are bound by the bytes.
 //
-// One kernel in four roles. With P = exp(logits - lse), G = grad_out v^T,
-// delta = sum(grad_out * out) and D = P * (G - delta + grad_lse), the gradient of the logits,
+// Here for float and double, for half precision with more than 64 channels and for its tiles of 16 rows; the
+// rest is in tile_attention_gradients.h and tile_attention_together.h. One kernel in four roles. With P =
+// exp(logits - lse), G = grad_out v^T, delta = sum(grad_out * out) and D = P * (G - delta + grad_lse), the
+// gradient of the logits,
 //   Owner::queries  a query tile against its key tiles: grad_q = scale D k, the operator's sums over D
-//   Owner::keys     a key tile against its query tiles: grad_k = scale D^T q, grad_v = P^T grad_out
-//   Owner::values   grad_v alone, where the registers do not hold the sums of both
+//   Owner::keys     a key tile against its query tiles: grad_k = scale D^T q
+//   Owner::values   the same: grad_v = P^T grad_out; the registers do not hold the sums of both
 //   Owner::both     a query tile and the key tile that it alone meets (disjoint()): everything, every tensor
 //                   read once.
 // In the last, whole rows of P are at hand, so delta = sum(P * G): out is not read, and its
@@ -16,32 +18,10 @@
 #pragma once
 #include <cmath>
 
-#include "vitkernels/tile_attention_layout.h"
+#include "vitkernels/tile_attention_gradients.h"
+#include "vitkernels/tile_attention_together.h"
 
 namespace vitkernels::tile_attention {
-
-enum class Owner { queries, keys, values, both };
-
-// D of one tile in shared memory as an operator's gradient() sees it.
-template <class Acc, class KeyCode>
-struct GradientTile {
-  const Acc* values;  // [rows][ld], zero where a slot has no token
-  int ld;
-  int rows;
-  const int* query_codes;
-  const KeyCode* key_codes;  // no_key() where a slot has none
-  int query_tile;            // the tiles' numbers as in query() and key_of()
-  int key_tile;
-  int thread;  // of `threads`
-  int threads;
-};
-
-// With more than 64 columns the sums of grad_k and of grad_v do not fit the registers together.
-template <int COLUMNS>
-constexpr bool VALUES_APART = COLUMNS > 64;
-
-template <Owner OWNER>
-constexpr bool KEY_SIDE = OWNER == Owner::keys || OWNER == Owner::values;
 
 // Blocks of an SM that the registers must allow: latency is hidden by other blocks. A map of little geometry
 // may say `static constexpr bool FEW_REGISTERS = true`: its kernels fit three where others would spill.
@@ -56,7 +36,7 @@ constexpr int BACKWARD_MIN_BLOCKS = std::is_floating_point_v<typename Engine::T>
                                     : OWNER == Owner::both || FEW_REGISTERS<Map> ? 3
                                                                                  : 2;
 
-template <class Engine, Owner OWNER, int COLUMNS, class Map>
+template <class Engine, Owner OWNER, class Map>
 VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNER, Map>))
     backward_kernel(Problem problem, BackwardLayout<Engine> layout, Map map) {
   using T = typename Engine::T;
@@ -66,7 +46,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   using Layout = BackwardLayout<Engine>;
   constexpr int ROWS = Engine::ROWS, KEY_BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
   constexpr bool WITH_D = OWNER != Owner::values, WITH_OUT = WITH_D && OWNER != Owner::both;
-  constexpr bool TWO_SUMS = OWNER == Owner::keys && !VALUES_APART<COLUMNS>;
   constexpr int LD_PAIR = Layout::LD_PAIR, LD_GRADIENT = Layout::LD_GRADIENT;
 
   const Group<ROWS> group;
@@ -124,11 +103,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       return offset<Acc>(view, batch, item.head)[typename PositionsOf<Map>::type(view, map)(token)];
     };
     // What survives from tile to tile; Owner::both has one tile and keeps nothing.
-    constexpr int KEPT = OWNER == Owner::both ? 1 : COLUMNS / 8;
-    // grad_q; or grad_k, and perhaps grad_v; or grad_v
-    Acc first[KEPT][4], second[TWO_SUMS ? KEPT : 1][4];
+    constexpr int KEPT = OWNER == Owner::both ? 1 : MAX_COLUMNS / 8;
+    Acc first[KEPT][4];  // grad_q, grad_k or grad_v
     clear(first);
-    clear(second);
 
     for (int i = 0; i < meetings; ++i) {
       forget(tile);
@@ -276,9 +253,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       } else if constexpr (OWNER == Owner::keys) {
         Engine::template multiply<true>(first, shared.d + row0, LD_PAIR, shared.q + first_column, ld_head,
                                         column_blocks, seen_by);
-        if constexpr (TWO_SUMS)
-          Engine::template multiply<true>(second, shared.p + row0, LD_PAIR, shared.grad_out, ld_value,
-                                          value_depth / 8, seen_by);
       } else if constexpr (OWNER == Owner::values) {
         Engine::template multiply<true>(first, shared.p + row0, LD_PAIR, shared.grad_out + first_column,
                                         ld_value, column_blocks, seen_by);
@@ -318,8 +292,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       write_sums(shared.q + row0 * ld_head, ld_head, first, column_blocks, scale, scale);
     } else if constexpr (OWNER == Owner::keys) {
       write_sums(shared.k + row0 * ld_head, ld_head, first, column_blocks, scale, scale);
-      if constexpr (TWO_SUMS)
-        write_sums(shared.v + row0 * ld_value, ld_value, second, value_depth / 8, Acc(1), Acc(1));
     } else if constexpr (OWNER == Owner::values) {
       write_sums(shared.v + row0 * ld_value, ld_value, first, column_blocks, Acc(1), Acc(1));
     }
@@ -331,7 +303,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
       store_tile(matrix(problem.grad_q, problem.columns), shared.q, ld_head, group, query_token);
     if ((OWNER == Owner::keys || OWNER == Owner::both) && present(problem.grad_k))
       store_tile(matrix(problem.grad_k, problem.columns), shared.k, ld_head, group, key_token);
-    if ((TWO_SUMS || OWNER == Owner::values || OWNER == Owner::both) && present(problem.grad_v))
+    if ((OWNER == Owner::values || OWNER == Owner::both) && present(problem.grad_v))
       store_tile(matrix(problem.grad_v, OWNER == Owner::values ? problem.columns : problem.value_dim),
                  shared.v, ld_value, group, key_token);
     group.sync();  // before the next batch entry overwrites the tiles
@@ -347,54 +319,46 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
   }
 }
 
-template <class Engine, Owner OWNER, int COLUMNS, class Map>
+template <class Engine, Owner OWNER, class Map>
 void backward_with(Problem problem, const Map& map, Stream stream) {
   constexpr int ROWS = Engine::ROWS;
   split(&problem, KEY_SIDE<OWNER> ? map.key_tiles(ROWS) : map.query_tiles(ROWS), ROWS);
   if (KEY_SIDE<OWNER>) problem.gradient_partials = nullptr;
   const BackwardLayout<Engine> layout(problem, map, problem.gradient_partials != nullptr);
-  launch_items<ROWS>(backward_kernel<Engine, OWNER, COLUMNS, Map>, problem, layout, map, stream);
+  launch_items<ROWS>(backward_kernel<Engine, OWNER, Map>, problem, layout, map, stream);
 }
 
 // A gradient wider than the registers takes several passes, each with its own columns. The operator's sums
 // are left by the first.
-template <class Engine, Owner OWNER, int COLUMNS, class Map>
+template <class Engine, Owner OWNER, class Map>
 void backward_passes(const Problem& problem, View Problem::* gradient, int width, const Map& map,
                      Stream stream) {
   const bool wanted = present(problem.*gradient);
-  for (int column = 0; column < (wanted ? width : 1); column += COLUMNS) {
+  for (int column = 0; column < (wanted ? width : 1); column += MAX_COLUMNS) {
     Problem pass = problem;
     pass.first_column = column;
-    pass.columns = width - column < COLUMNS ? width - column : COLUMNS;
+    pass.columns = width - column < MAX_COLUMNS ? width - column : MAX_COLUMNS;
     View& target = pass.*gradient;
     if (wanted) target.data = static_cast<typename Engine::T*>(target.data) + column * target.stride[3];
     if (column > 0) pass.gradient_partials = nullptr;
-    backward_with<Engine, OWNER, COLUMNS>(pass, map, stream);
+    backward_with<Engine, OWNER>(pass, map, stream);
   }
 }
 
-template <class Engine, int COLUMNS, class Map>
+template <class Engine, class Map>
 void backward_apart(const Problem& problem, const Map& map, Stream stream) {
-  const int head_dim = problem.head_dim;
   if (present(problem.grad_q) || problem.gradient_partials != nullptr)
-    backward_passes<Engine, Owner::queries, COLUMNS>(problem, &Problem::grad_q, head_dim, map, stream);
-  if constexpr (VALUES_APART<COLUMNS>) {
-    if (present(problem.grad_k))
-      backward_passes<Engine, Owner::keys, COLUMNS>(problem, &Problem::grad_k, head_dim, map, stream);
-    if (present(problem.grad_v))
-      backward_passes<Engine, Owner::values, COLUMNS>(problem, &Problem::grad_v, problem.value_dim, map,
-                                                      stream);
-  } else if (present(problem.grad_k) || present(problem.grad_v)) {
-    Problem pass = problem;
-    pass.columns = head_dim;
-    backward_with<Engine, Owner::keys, COLUMNS>(pass, map, stream);
-  }
+    backward_passes<Engine, Owner::queries>(problem, &Problem::grad_q, problem.head_dim, map, stream);
+  if (present(problem.grad_k))
+    backward_passes<Engine, Owner::keys>(problem, &Problem::grad_k, problem.head_dim, map, stream);
+  if (present(problem.grad_v))
+    backward_passes<Engine, Owner::values>(problem, &Problem::grad_v, problem.value_dim, map, stream);
 }
 
 template <class Engine, class Map>
 void backward_together(Problem problem, const Map& map, Stream stream) {
   problem.columns = problem.head_dim;
-  backward_with<Engine, Owner::both, MAX_COLUMNS>(problem, map, stream);
+  backward_with<Engine, Owner::both>(problem, map, stream);
 }
 
 // The rows of backward()'s tiles, a function of the sizes only; see forward_rows().
@@ -407,11 +371,29 @@ int backward_rows(const Problem& problem, const Map& map) {
   return BackwardLayout<Engine<T, 64>>(problem, map, true).bytes > SHARED_LIMIT ? 16 : 64;
 }
 
+// The channels, 32 or 64, of the kernels that are made for them (tile_attention_gradients.h,
+// tile_attention_together.h) where these run; or 0.
+template <class T, class Map>
+int streamed_width(const Problem& problem, const Map& map) {
+  const int widest = problem.head_dim > problem.value_dim ? problem.head_dim : problem.value_dim;
+  if (std::is_floating_point_v<T> || widest > 64 || backward_rows<T>(problem, map) != 64) return 0;
+  return widest <= 32 ? 32 : 64;
+}
+
+// Bytes of Problem::query_rows.
+template <class T, class Map>
+int64_t query_rows_workspace(const Problem& problem, const Map& map) {
+  if (streamed_width<T>(problem, map) == 0 || disjoint(map, 64, 0)) return 0;
+  return static_cast<int64_t>(problem.batch) * problem.heads * map.query_count() *
+         static_cast<int64_t>(sizeof(QueryRow));
+}
+
 // Sums of the operator's gradient() that backward() leaves in gradient_partials: [partials, heads, elements].
 template <class T, class Map>
 int64_t backward_partials(Problem problem, const Map& map) {
   const int rows = backward_rows<T>(problem, map);
-  split(&problem, map.query_tiles(rows), rows);
+  const bool streams = streamed_width<T>(problem, map) > 0;
+  split(&problem, map.query_tiles(rows), rows, streams ? stream_items(map, rows) : 0);
   return problem.chunks * problem.tiles;
 }
 
@@ -423,15 +405,21 @@ void backward(const Problem& problem, const Map& map, Stream stream) {
   const bool together = disjoint(map, rows, 0);
   if constexpr (!std::is_same_v<T, double>) {
     if (rows == 64) {
-      if (together) return backward_together<Engine<T, 64>>(problem, map, stream);
       if constexpr (!PLAIN) {
-        if (problem.head_dim <= 64 && problem.value_dim <= 64)
-          return backward_apart<Engine<T, 64>, 64>(problem, map, stream);
+        const auto made_for = [&](auto width) {
+          constexpr int WIDTH = decltype(width)::value;
+          together ? together_with<Engine<T, 64>, WIDTH>(problem, map, stream)
+                   : stream_gradients<Engine<T, 64>, WIDTH>(problem, map, stream);
+        };
+        const int width = streamed_width<T>(problem, map);
+        if (width == 32) return made_for(std::integral_constant<int, 32>());
+        if (width == 64) return made_for(std::integral_constant<int, 64>());
       }
-      return backward_apart<Engine<T, 64>, MAX_COLUMNS>(problem, map, stream);
+      if (together) return backward_together<Engine<T, 64>>(problem, map, stream);
+      return backward_apart<Engine<T, 64>>(problem, map, stream);
     }
   }
-  if (!together) return backward_apart<Engine<T, 16>, MAX_COLUMNS>(problem, map, stream);
+  if (!together) return backward_apart<Engine<T, 16>>(problem, map, stream);
   backward_together<Engine<T, 16>>(problem, map, stream);
 }
 

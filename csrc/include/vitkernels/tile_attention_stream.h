@@ -104,7 +104,7 @@ VK_DEVICE void each_of(std::integer_sequence<int, NUMBERS...>, const Visit& visi
 
 template <class Engine, int HEAD, int COLUMNS, class Map>
 VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (STREAM_MIN_BLOCKS<Engine, HEAD>))
-    stream_kernel(Problem problem, StreamLayout<Engine, HEAD, COLUMNS> layout, Map map) {
+    forward_stream_kernel(Problem problem, StreamLayout<Engine, HEAD, COLUMNS> layout, Map map) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   using Exp = Exponential<T>;
@@ -407,7 +407,7 @@ int64_t stream_items(const Map& map, int rows) {
 template <class Engine, int HEAD, int COLUMNS, class Map>
 void stream_with(Problem problem, const Map& map, Stream stream) {
   split(&problem, map.query_tiles(Engine::ROWS), Engine::ROWS, stream_items(map, Engine::ROWS));
-  launch_items<Engine::ROWS>(stream_kernel<Engine, HEAD, COLUMNS, Map>, problem,
+  launch_items<Engine::ROWS>(forward_stream_kernel<Engine, HEAD, COLUMNS, Map>, problem,
                              StreamLayout<Engine, HEAD, COLUMNS>(problem, map), map, stream);
 }
 

@@ -49,11 +49,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(REDUCE_THREADS, 1)
   }
 }
 
-// Bytes that backward_with_table() needs for its partial sums.
+// Bytes that backward_with_table() needs: the rows of the queries, and partial sums behind them.
 template <class T, class Map>
-int64_t table_workspace(const Problem& problem, const Map& map) {
-  return backward_partials<T>(problem, map) * problem.heads * map.gradient_elements() *
-         static_cast<int64_t>(sizeof(accumulate_t<T>));
+int64_t table_workspace(const Problem& problem, const Map& map, const View& grad_table) {
+  const int64_t rows = query_rows_workspace<T>(problem, map);
+  if (!present(grad_table)) return rows;
+  return rows + backward_partials<T>(problem, map) * problem.heads * map.gradient_elements() *
+                    static_cast<int64_t>(sizeof(accumulate_t<T>));
 }
 
 // backward(), and the gradient of the table unless grad_table is absent.
@@ -61,11 +63,14 @@ template <class T, class Map>
 void backward_with_table(Problem problem, const Map& map, const View& grad_table, void* workspace,
                          Stream stream) {
   using Acc = accumulate_t<T>;
-  problem.gradient_partials = present(grad_table) ? workspace : nullptr;
+  Acc* const partials =
+      reinterpret_cast<Acc*>(static_cast<char*>(workspace) + query_rows_workspace<T>(problem, map));
+  problem.query_rows = workspace;
+  problem.gradient_partials = present(grad_table) ? partials : nullptr;
   backward<T>(problem, map, stream);
   if (!present(grad_table)) return;
   launch(reduce_table_kernel<T, Map>, Dim3{static_cast<int64_t>(problem.heads) * map.table_entries()},
-         REDUCE_THREADS, REDUCE_THREADS / 32 * sizeof(Acc), stream, static_cast<const Acc*>(workspace),
+         REDUCE_THREADS, REDUCE_THREADS / 32 * sizeof(Acc), stream, static_cast<const Acc*>(partials),
          backward_partials<T>(problem, map), grad_table, map, static_cast<int64_t>(problem.heads));
 }
 
