@@ -24,9 +24,6 @@ struct Tile {
   static constexpr int Y_LD = OUTPUTS + 8;  // results on their way out; keeps banks apart
   static_assert(RING_BYTES >= 2 * ROWS * Y_LD);
 
-  // Registers for the centres beside the sums.
-  static constexpr bool HOLDS_CENTRES = GROUPS == 2 || OUTPUTS == 128;
-
   static constexpr size_t SHARED_BYTES =
       RING_BYTES + sizeof(float) * 2 * (CENTRES + HOPPER_CHANNELS) + sizeof(Arrival) * WEIGHT_STAGES;
 };
@@ -48,8 +45,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   const auto fetch = [&](int stage) {
     if (stage >= stages || thread_x() != 0) return;
     const int place = stage % Tile::WEIGHT_STAGES;
-    copy_tile<Tile::WEIGHT_BYTES>(weight + place * Tile::WEIGHT_BYTES, weight_map, stage * SLICE * CENTRES,
-                                  first_output, arrivals + place);
+    expect_arrival(arrivals + place, Tile::WEIGHT_BYTES);
+    copy_tile(weight + place * Tile::WEIGHT_BYTES, weight_map, stage * SLICE * CENTRES, first_output,
+              arrivals + place);
   };
   if (thread_x() == 0) prepare_arrivals(arrivals, Tile::WEIGHT_STAGES);
   fetch(0);
@@ -72,6 +70,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   const float rstd = p.rstd[row], centre = -p.mean[row] * rstd;
   const int phi_place = r * STAGE_BYTES + chunk_of<STAGE_BYTES>(r, half) * 16;
   const float* const centres = tables + (narrow ? 0 : CENTRES);
+  constexpr bool HOLDS_CENTRES = Tile::GROUPS == 2 || OUTPUTS == 128;  // in registers, beside the sums
   const Centres held(centres);
   // What Phi of the thread's channels is made of, in steps that wait for nothing: x is read three stages
   // before its product, normed two and made Phi of one before.
@@ -83,7 +82,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   };
   const auto make_phi = [&](int ring, const Vec<float, 4>& decays) {
     // Tiles begin at multiples of 1024 bytes, so that chunks are exchanged by an exclusive or of the whole.
-    make_four<T>(decays, Tile::HOLDS_CENTRES ? held : Centres(centres), narrow,
+    make_four<T>(decays, HOLDS_CENTRES ? held : Centres(centres), narrow,
                  [&](int c) { return reinterpret_cast<T*>(phi + ((phi_place + ring) ^ (c * 16))); });
   };
   // Of stages beyond the last, the last is read once more, so that no load is conditional.

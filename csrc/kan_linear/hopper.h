@@ -87,7 +87,7 @@ void launch_hopper_forward(const Problem<X, T>& p, T* y, int64_t y_row, Stream s
 constexpr int U_ROWS = 192;
 template <class X, class T>
 bool fits_hopper_gradient(const Problem<X, T>& p) {
-  return fits_hopper(p) && p.outputs % 8 == 0 && p.grad_row <= HOPPER_ROW &&
+  return fits_hopper(p) && p.outputs % 8 == 0 && p.grad_row <= HOPPER_ROW && p.grad_row >= p.outputs &&
          aligned(p.grad_y, p.grad_row, sizeof(T), 16);
 }
 template <class X, class T>

@@ -142,8 +142,8 @@ VK_DEVICE Acc tanh_of(Acc distance, Acc e) {
 
 // For eight grid points and 16-bit weights. With r = e^(2 (u - g) / h) and q = 1 / (1 + r), phi = 4 (q -
 // q^2); the four is left to whoever has the sums of products. r is e^(2 u / h) e^(-2 g / h), so that one
-// exponential serves a whole channel, and two neighbours share a reciprocal. What is lost to cancellation,
-// far from a centre, 1 - tanh^2 loses too.
+// exponential serves a whole channel, and two neighbours can share a reciprocal. What is lost to
+// cancellation, far from a centre, 1 - tanh^2 loses too.
 constexpr int CENTRES = 8;
 // Exponents of two. No 1 + r overflows; where the product of two does, or its reciprocal vanishes, so do both
 // of phi, to 2^-30; and so they do where u is beyond its bound.
@@ -175,6 +175,10 @@ struct Centres {
   VK_DEVICE float operator[](int m) const { return m < 4 ? low[m] : high[m - 4]; }
 };
 
+// Pairs of centres, of four, whose two reciprocals are one and three products: eight cycles of the
+// special-function unit less and two instructions more each.
+constexpr int SHARED_PAIRS = 4;
+
 // A quarter of phi at all centres for u with e^(2 u / h) = up, in a narrow grid.
 template <class T>
 VK_DEVICE Vec<T, CENTRES> quarter_phi_of(float up, const Centres& falling) {
@@ -182,7 +186,10 @@ VK_DEVICE Vec<T, CENTRES> quarter_phi_of(float up, const Centres& falling) {
   VK_UNROLL
   for (int m = 0; m < CENTRES; m += 2) {
     const float first = up * falling[m] + 1.0f, second = up * falling[m + 1] + 1.0f;
-    const float both = reciprocal_fast(first * second), q = both * second, r = both * first;
+    const bool shared = m < 2 * SHARED_PAIRS;
+    const float both = shared ? reciprocal_fast(first * second) : 0.0f;
+    const float q = shared ? both * second : reciprocal_fast(first);
+    const float r = shared ? both * first : reciprocal_fast(second);
     pairs[m / 2] = pack2<T>(q - q * q, r - r * r);
   }
   Vec<T, CENTRES> result;

@@ -5,6 +5,7 @@
 // from L2, 36 bytes a cycle. The contraction after it, nine instructions an element of dPhi, is 3500 issue
 // slots of each of the four schedulers.
 #include "hopper.h"
+#include "vitkernels/matrix_copy.h"
 
 namespace vitkernels::kan_linear {
 namespace {
@@ -18,8 +19,9 @@ struct UTile {
   static constexpr int BYTES = GRAD_BYTES + COLUMNS / 64 * BLOCK_BYTES;  // of a stage
   // Between two rows of u and of its gradient: eight rows of four channels meet 32 banks.
   static constexpr int PITCH = CHANNELS + 4;
-  static constexpr size_t SHARED_BYTES =
-      STAGES * BYTES + sizeof(float) * (U_ROWS * PITCH + 2 * CENTRES + 2 * CHANNELS);
+  static constexpr size_t SHARED_BYTES = STAGES * BYTES +
+                                         sizeof(float) * (U_ROWS * PITCH + 2 * CENTRES + 2 * CHANNELS) +
+                                         sizeof(Arrival) * STAGES;
 };
 
 #if defined(VK_WGMMA)
@@ -52,7 +54,9 @@ struct Slope {
 
 template <class X, class T>
 VK_KERNEL void VK_LAUNCH_BOUNDS(UTile::THREADS, 1)
-    hopper_u_kernel(Problem<X, T> p, float* grad_u, float* partial_scale, float* partial_shift, int slices) {
+    hopper_u_kernel(Problem<X, T> p, const VK_GRID_CONSTANT MatrixMap grad_map,
+                    const VK_GRID_CONSTANT MatrixMap weight_map, float* grad_u, float* partial_scale,
+                    float* partial_shift, int slices) {
 #if defined(VK_WGMMA)
   constexpr int CHANNELS = UTile::CHANNELS, COLUMNS = UTile::COLUMNS, DEPTH = UTile::DEPTH;
   constexpr int THREADS = UTile::THREADS, PITCH = UTile::PITCH;
@@ -67,39 +71,22 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(UTile::THREADS, 1)
   const int rows = p.rows - first_row < U_ROWS ? static_cast<int>(p.rows - first_row) : U_ROWS;
   const int stages = (p.outputs + DEPTH - 1) / DEPTH;
 
-  // A thread copies one chunk of every GRAD_STEP-th row of dY and of every WEIGHT_STEP-th row of W; zeros
-  // beyond the last row, output or channel.
-  constexpr int GRAD_STEP = THREADS / 8, WEIGHT_STEP = THREADS / CHANNELS;
-  static_assert(U_ROWS % GRAD_STEP == 0 && GRAD_STEP % 8 == 0 && WEIGHT_STEP % 8 == 4);
-  const int grad_top = thread_x() / 8, grad_chunk = thread_x() % 8;
-  const int weight_top = thread_x() / CHANNELS, channel = thread_x() % CHANNELS;
-  const int grad_place = grad_top * STAGE_BYTES + chunk_of<STAGE_BYTES>(grad_top, grad_chunk) * 16;
-  const int weight_place = GRAD_BYTES + channel / 8 * BLOCK_BYTES + weight_top * STAGE_BYTES +
-                           chunk_of<STAGE_BYTES>(weight_top, channel % 8) * 16;
-  const T* grad = p.grad_y + (first_row + grad_top) * p.grad_row + grad_chunk * 8;
-  const T* weight = p.weight + weight_top * p.weight_row + (first_channel + channel) * CENTRES;
+  Arrival* const arrivals = reinterpret_cast<Arrival*>(shift + CHANNELS);
+  // Zeros beyond the last row, output or channel.
   const auto fetch = [&](int stage) {
-    if (stage >= stages) return;
-    char* const to = ring + stage % UTile::STAGES * UTile::BYTES;
-    const int left = p.outputs - stage * DEPTH;
+    if (stage >= stages || thread_x() != 0) return;
+    const int place = stage % UTile::STAGES;
+    char* const to = ring + place * UTile::BYTES;
+    expect_arrival(arrivals + place, UTile::BYTES);
+    copy_tile(to, grad_map, stage * DEPTH, static_cast<int>(first_row), arrivals + place);
     VK_UNROLL
-    for (int i = 0; i < U_ROWS; i += GRAD_STEP)
-      cp_async16(to + grad_place + i * STAGE_BYTES, grad + i * p.grad_row,
-                 grad_top + i < rows && grad_chunk * 8 < left);
-    grad += DEPTH;
-    VK_UNROLL
-    for (int i = 0; i < DEPTH; i += WEIGHT_STEP) {
-      // Four rows on, chunks are exchanged by another four.
-      const int place = (weight_place ^ i / WEIGHT_STEP % 2 * 64) + i * STAGE_BYTES;
-      if (i + WEIGHT_STEP <= DEPTH || weight_top + i < DEPTH)
-        cp_async16(to + place, weight + i * p.weight_row, weight_top + i < left && channel < channels);
-    }
-    weight += DEPTH * p.weight_row;
+    for (int i = 0; i < COLUMNS / 64; ++i)
+      copy_tile(to + GRAD_BYTES + i * BLOCK_BYTES, weight_map, first_channel * CENTRES + 64 * i,
+                stage * DEPTH, arrivals + place);
   };
-  fetch(0);
-  cp_async_commit();
-  fetch(1);
-  cp_async_commit();
+  if (thread_x() == 0) prepare_arrivals(arrivals, UTile::STAGES);
+  VK_UNROLL
+  for (int stage = 0; stage < UTile::STAGES; ++stage) fetch(stage);
 
   const Slope slope{tables, prepare_centres(tables, p)};
   if (thread_x() < CHANNELS) {
@@ -132,11 +119,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(UTile::THREADS, 1)
   hold(sums);
   VK_NO_UNROLL
   for (int stage = 0; stage < stages; ++stage) {
-    // The product of the stage before frees the place of the one after next.
-    wgmma_wait<0>();
-    cp_async_wait<1>();
-    fence_async_proxy();
-    sync_block();
+    wait_arrival(arrivals + stage % UTile::STAGES, stage / UTile::STAGES);
     char* const place = ring + stage % UTile::STAGES * UTile::BYTES;
     const Operand<STAGE_BYTES, Major::FEATURES_SIDE_BY_SIDE> left(place + warp_id() / 4 * 64 * STAGE_BYTES);
     const Operand<STAGE_BYTES, Major::BY_FEATURES> right(place + GRAD_BYTES, BLOCK_BYTES);
@@ -145,8 +128,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(UTile::THREADS, 1)
     for (int k = 0; k < DEPTH; k += 16)
       wgmma<T, COLUMNS>(sums, left.advance(2 * k), right.advance(k * STAGE_BYTES));
     wgmma_commit();
-    fetch(stage + 2);
-    cp_async_commit();
+    // While this product runs: of every warpgroup the one before is done, its place is free.
+    wgmma_wait<1>();
+    sync_block();
+    if (stage > 0) fetch(stage - 1 + UTile::STAGES);
   }
   wgmma_wait<0>();
   hold(sums);
@@ -216,7 +201,9 @@ template <class X, class T>
 void launch_hopper_u(const Problem<X, T>& p, float* grad_u, float* scale, float* shift, Stream stream) {
   const int slices = (p.channels + UTile::CHANNELS - 1) / UTile::CHANNELS;
   launch(hopper_u_kernel<X, T>, Dim3{(p.rows + U_ROWS - 1) / U_ROWS * slices}, UTile::THREADS,
-         UTile::SHARED_BYTES, stream, p, grad_u, scale, shift, slices);
+         UTile::SHARED_BYTES, stream, p, map_matrix(p.grad_y, p.rows, p.outputs, p.grad_row, U_ROWS),
+         map_matrix(p.weight, p.outputs, p.depth(), p.weight_row, UTile::DEPTH), grad_u, scale, shift,
+         slices);
 }
 
 template void launch_hopper_u(const Problem<half_t, half_t>&, float*, float*, float*, Stream);

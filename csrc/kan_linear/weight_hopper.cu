@@ -7,6 +7,7 @@
 // and 32 channels 1000 slots and 16 bytes. Blocks split the rows so that they fill the GPU once, and their
 // partial sums are added in order.
 #include "hopper.h"
+#include "vitkernels/matrix_copy.h"
 
 namespace vitkernels::kan_linear {
 namespace {
@@ -25,7 +26,8 @@ struct WeightTile {
   static constexpr int PHI_STAGES = 3, GRAD_STAGES = 4;   // as in the forward
   static constexpr int PHI_BYTES = COLUMNS / 64 * BLOCK_BYTES, GRAD_BYTES = OUTPUTS / 64 * BLOCK_BYTES;
   static constexpr int RING_BYTES = PHI_STAGES * PHI_BYTES + GRAD_STAGES * GRAD_BYTES;
-  static constexpr size_t SHARED_BYTES = RING_BYTES + sizeof(float) * 2 * (CENTRES + CHANNELS);
+  static constexpr size_t SHARED_BYTES =
+      RING_BYTES + sizeof(float) * 2 * (CENTRES + CHANNELS) + sizeof(Arrival) * GRAD_STAGES;
 
   static int64_t tiles(int channels, int outputs) {
     return static_cast<int64_t>((channels + CHANNELS - 1) / CHANNELS) * ((outputs + OUTPUTS - 1) / OUTPUTS);
@@ -40,8 +42,8 @@ auto with_weight_tile(int outputs, const Run& run) {
 
 template <class X, class T, class R, class Tile>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
-    hopper_weight_kernel(Problem<X, T> p, R* result, int64_t result_row, int64_t result_share,
-                         int64_t share) {
+    hopper_weight_kernel(Problem<X, T> p, const VK_GRID_CONSTANT MatrixMap grad_map, R* result,
+                         int64_t result_row, int64_t result_share, int64_t share) {
 #if defined(VK_WGMMA)
   constexpr int COLUMNS = Tile::COLUMNS, ROWS = Tile::ROWS;
   char* const phi = shared_memory();
@@ -51,30 +53,26 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   const int slices = (p.channels + Tile::CHANNELS - 1) / Tile::CHANNELS;
   const int first_output = block_x() / slices * Tile::OUTPUTS;
   const int first_channel = block_x() % slices * Tile::CHANNELS;
-  const int channels = p.channels - first_channel, outputs = p.outputs - first_output;
+  const int channels = p.channels - first_channel;
   const int64_t begin = block_y() * share;
   const int rows = static_cast<int>(p.rows - begin < share ? p.rows - begin : share);
   const int stages = (rows + ROWS - 1) / ROWS;
 
-  // A thread copies one chunk of every STEP-th row of dY; zeros from the last row on.
-  constexpr int CHUNKS = Tile::OUTPUTS / 8, STEP = Tile::THREADS / CHUNKS;
-  const int top = thread_x() / CHUNKS, chunk = thread_x() % CHUNKS;
-  const int grad_place =
-      chunk / 8 * Tile::BLOCK_BYTES + top * STAGE_BYTES + chunk_of<STAGE_BYTES>(top, chunk % 8) * 16;
-  const T* from = p.grad_y + (begin + top) * p.grad_row + first_output + chunk * 8;
-  const int step = STEP * static_cast<int>(p.grad_row);
-  int left = chunk * 8 < outputs ? rows - top : 0;
+  // Only the last share ends within a stage, so that rows beyond a share's last are beyond the matrix's:
+  // zeros.
+  Arrival* const arrivals = reinterpret_cast<Arrival*>(shift + Tile::CHANNELS);
   const auto fetch = [&](int stage) {
-    if (stage >= stages) return;
-    char* const to = grad + stage % Tile::GRAD_STAGES * Tile::GRAD_BYTES + grad_place;
+    if (stage >= stages || thread_x() != 0) return;
+    const int place = stage % Tile::GRAD_STAGES;
+    expect_arrival(arrivals + place, Tile::GRAD_BYTES);
     VK_UNROLL
-    for (int i = 0; i < ROWS; i += STEP, from += step) cp_async16(to + i * STAGE_BYTES, from, i < left);
-    left -= ROWS;
+    for (int i = 0; i < Tile::OUTPUTS / 64; ++i)
+      copy_tile(grad + place * Tile::GRAD_BYTES + i * Tile::BLOCK_BYTES, grad_map, first_output + 64 * i,
+                static_cast<int>(begin) + stage * ROWS, arrivals + place);
   };
+  if (thread_x() == 0) prepare_arrivals(arrivals, Tile::GRAD_STAGES);
   fetch(0);
-  cp_async_commit();
   fetch(1);
-  cp_async_commit();
 
   const bool narrow = prepare_centres(tables, p);
   if (thread_x() < Tile::CHANNELS) {
@@ -89,35 +87,41 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   constexpr int MINE = COLUMNS / 64 / Tile::GROUPS;
   const int r = thread_x() % 128 / 2, half = thread_x() % 2 * (SLICE / 2), group = warp_id() / 4;
   const int phi_place = group * Tile::BLOCK_BYTES + r * STAGE_BYTES + chunk_of<STAGE_BYTES>(r, half) * 16;
-  FourOf<X> values[MINE];
-  float rstd, centre;
+  struct Mine {
+    FourOf<X> values[MINE];
+    float rstd, mean;
+  };
   const auto load = [&](int stage) {
     int row = stage * ROWS + r;
     row = row < rows ? row : rows - 1;
     const int64_t place = begin + row;
-    rstd = p.rstd[place];
-    centre = p.mean[place];
+    Mine mine;
+    mine.rstd = p.rstd[place];
+    mine.mean = p.mean[place];
     VK_UNROLL
     for (int i = 0; i < MINE; ++i) {
       const int slice = (i * Tile::GROUPS + group) * SLICE;
-      values[i] = load_four(p.x + place * p.x_row + first_channel + (slice < channels ? slice : 0) + half);
+      mine.values[i] =
+          load_four(p.x + place * p.x_row + first_channel + (slice < channels ? slice : 0) + half);
     }
+    return mine;
   };
-  const auto make_phi = [&](int ring) {
+  const auto make_phi = [&](int ring, const Mine& mine) {
+    const float centre = -mine.mean * mine.rstd;
     VK_UNROLL
     for (int i = 0; i < MINE; ++i) {
       const float* parameters = scale + (i * Tile::GROUPS + group) * SLICE + half;
       const FourNorms norms{Vec<float, 4>::load(parameters),
                             Vec<float, 4>::load(parameters + Tile::CHANNELS)};
       const int place = phi_place + ring + i * Tile::GROUPS * Tile::BLOCK_BYTES;
-      make_four<T>(decays_of<X>(values[i], rstd, -centre * rstd, norms, narrow),
+      make_four<T>(decays_of<X>(mine.values[i], mine.rstd, centre, norms, narrow),
                    Centres(tables + (narrow ? 0 : CENTRES)), narrow,
                    [&](int c) { return reinterpret_cast<T*>(phi + (place ^ (c * 16))); });
     }
   };
-  load(0);
-  make_phi(0);
-  load(1);
+  const Mine first = load(0);
+  Mine next = load(1);  // a stage before Phi is made of it
+  make_phi(0, first);
 
   float sums[Tile::BLOCKS][COLUMNS / 2];
   VK_UNROLL
@@ -129,8 +133,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   int ring = 0;  // where Phi of the stage is
   VK_NO_UNROLL
   for (int stage = 0; stage < stages; ++stage) {
-    cp_async_wait<1>();
     fence_async_proxy();
+    wait_arrival(arrivals + stage % Tile::GRAD_STAGES, stage / Tile::GRAD_STAGES);
     // Of both warpgroups, the products up to the stage before the last are done here: their places are free.
     sync_block();
     using Features = Operand<STAGE_BYTES, Major::BY_FEATURES>;
@@ -147,10 +151,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
     wgmma_commit();
     ring = ring + Tile::PHI_BYTES == Tile::PHI_STAGES * Tile::PHI_BYTES ? 0 : ring + Tile::PHI_BYTES;
     fetch(stage + 2);
-    cp_async_commit();
     if (stage + 1 < stages) {
-      make_phi(ring);
-      load(stage + 2);
+      const Mine now = next;
+      next = load(stage + 2);
+      make_phi(ring, now);
     }
     wgmma_wait<1>();
   }
@@ -198,7 +202,9 @@ void launch_hopper_weight(const Problem<X, T>& p, const WeightShares& shares, R*
   with_weight_tile(p.outputs, [&](auto tile) {
     using Tile = decltype(tile);
     launch(hopper_weight_kernel<X, T, R, Tile>, Dim3{Tile::tiles(p.channels, p.outputs), shares.shares},
-           Tile::THREADS, Tile::SHARED_BYTES, stream, p, result, result_row, result_share, shares.share);
+           Tile::THREADS, Tile::SHARED_BYTES, stream, p,
+           map_matrix(p.grad_y, p.rows, p.outputs, p.grad_row, Tile::ROWS), result, result_row, result_share,
+           shares.share);
   });
 }
 

@@ -42,6 +42,20 @@ def test_wgmma_is_a_matrix_product(module, name, n, row_bytes, by_features, from
     torch.testing.assert_close(d.double(), a.double() @ b.double(), rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (8, 64), (20, 128)])
+def test_copied_tile_has_zeros_beyond_the_matrix(module, row, column):
+    rows, columns, tile_rows = 30, 136, 16
+    matrix = np.random.default_rng(row).integers(1, 1 << 16, (rows, columns + 8)).astype(np.uint16)
+    out = np.empty((tile_rows, 64), np.uint16)
+    module.copy_matrix_tile(
+        *(matrix.ctypes.data, out.ctypes.data, rows, columns, columns + 8, tile_rows, column, row)
+    )
+    want = np.zeros_like(out)
+    inside = matrix[row : row + tile_rows, column : min(column + 64, columns)]
+    want[: inside.shape[0], : inside.shape[1]] = inside
+    np.testing.assert_array_equal(out, want)
+
+
 @pytest.mark.parametrize("tiles", [2, 4])
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_ldmatrix_layout(module, tiles, transposed):

@@ -5,7 +5,8 @@
 // wgmma_available(), this is.
 //
 // A copy is over for those threads for which wait_arrival() of its barrier has returned; nothing else orders
-// it. Its place must be free, by a barrier of the block, before it is begun.
+// it. Before it is begun its place must be free, by a barrier of the block, and expect_arrival() must have
+// told the bytes of all copies that the use of the barrier stands for, whole tiles also at the matrix's edge.
 #pragma once
 #include "vitkernels/launch.h"
 #include "vitkernels/wgmma.h"
@@ -40,10 +41,9 @@ struct Arrival {
 inline void prepare_arrivals(Arrival*, int) {}
 inline void wait_arrival(Arrival*, int) {}
 
-template <int BYTES>
+inline void expect_arrival(Arrival*, int) {}
 VK_INLINE void copy_tile(char* to, const MatrixMap& map, int column, int row, Arrival*) {
   if ((to - shared_memory()) % 1024 != 0) twin::fail("a copied tile begins at a multiple of 1024 bytes");
-  if (map.tile_rows * 128 != BYTES) twin::fail("a copied tile has the size that its map tells");
   for (int r = 0; r < map.tile_rows; ++r) {
     for (int c = 0; c < COPIED_COLUMNS; ++c) {
       uint16_t element = 0;
@@ -113,16 +113,16 @@ VK_DEVICE void wait_arrival(Arrival* arrival, int use) {
       : "memory");
 }
 
-// To `BYTES` bytes, a whole tile, at a multiple of 1024 bytes of shared memory.
-template <int BYTES>
-VK_DEVICE void copy_tile(char* to, const MatrixMap& map, int column, int row, Arrival* arrival) {
+// By the thread that begins copies, before them: of how many bytes the barrier's next use is.
+VK_DEVICE void expect_arrival(Arrival* arrival, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrival)),
-               "n"(BYTES)
+               "r"(bytes)
                : "memory");
+}
+VK_DEVICE void copy_tile(char* to, const MatrixMap& map, int column, int row, Arrival* arrival) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
-      "%3}], "
-      "[%4];" ::"r"(shared_address(to)),
+      "%3}], [%4];" ::"r"(shared_address(to)),
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(arrival))
       : "memory");
 }
