@@ -8,7 +8,6 @@
 // it. Before it is begun its place must be free, by a barrier of the block, and expect_arrival() must have
 // told the bytes of all copies that the use of the barrier stands for, whole tiles also at the matrix's edge.
 #pragma once
-#include "vitkernels/launch.h"
 #include "vitkernels/wgmma.h"
 
 #if !defined(VITKERNELS_HOST_TWIN)
