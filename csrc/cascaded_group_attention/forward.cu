@@ -299,20 +299,24 @@ VK_DEVICE void write_out(const Params& params, const float (&sums)[M][N][4], int
   VK_UNROLL
   for (int m = 0; m < M; ++m) {
     if (row + 16 * m >= rows) break;
-    VK_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int here = row + 16 * m + 8 * r + g;
-      const int64_t to = out_offsets[here], from = x_offsets[here];
-      if (to < 0) continue;
-      Piece inputs[N][PIECES];
+    Piece inputs[2][N][PIECES];
+    if (params.residual) {
       VK_UNROLL
-      for (int j = 0; j < N; ++j) {
+      for (int r = 0; r < 2; ++r) {
+        const int64_t from = x_offsets[row + 16 * m + 8 * r + g];
+        if (from < 0) continue;
         VK_UNROLL
-        for (int c = 0; c < PIECES; ++c) {
-          if (params.residual && column + 8 * j < params.channels)
-            inputs[j][c] = Piece::load(x_steps.to(x + from, 8 * j + c));
+        for (int j = 0; j < N; ++j) {
+          if (column + 8 * j >= params.channels) break;
+          VK_UNROLL
+          for (int c = 0; c < PIECES; ++c) inputs[r][j][c] = Piece::load(x_steps.to(x + from, 8 * j + c));
         }
       }
+    }
+    VK_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int64_t to = out_offsets[row + 16 * m + 8 * r + g];
+      if (to < 0) continue;
       VK_UNROLL
       for (int j = 0; j < N; ++j) {
         if (column + 8 * j >= params.channels) break;
@@ -322,7 +326,8 @@ VK_DEVICE void write_out(const Params& params, const float (&sums)[M][N][4], int
           VK_UNROLL
           for (int e = 0; e < WIDTH; ++e) {
             values[e] = from_float<T>(sums[m][j][2 * r + c + e] + bias[channel + 8 * j + c + e]);
-            if (params.residual) values[e] = from_float<T>(to_float(inputs[j][c][e]) + to_float(values[e]));
+            if (params.residual)
+              values[e] = from_float<T>(to_float(inputs[r][j][c][e]) + to_float(values[e]));
           }
           values.store(out_steps.to(out + to, 8 * j + c));
         }
@@ -333,7 +338,7 @@ VK_DEVICE void write_out(const Params& params, const float (&sums)[M][N][4], int
 
 // 128 registers a thread: two blocks of 8 warps on an SM, or one of 16. The 72 logits of a thread in the
 // largest windows do not fit in there beside the rest, and such windows fill the shared memory of an SM
-// sooner anyway.
+// sooner anyway. On sm_90a a single register of the bfloat16 kernel of 64 keys spills, once a block.
 template <class T, int KEYS>
 VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
     forward_tensor_kernel(Problem problem, ForwardLayout layout) {
@@ -364,11 +369,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
       }
     }
   }
+  VK_NO_UNROLL
   for (int slot = thread_x(); slot < KEYS; slot += block_dim_x())
     key_codes[slot] =
         slot < tokens ? slot + problem.by_window_w.divide(slot) * (params.window_w - 1) : INVALID;
   for (int window = 0; window < layout.count; ++window) {
     T* padding = y + (window * KEYS + tokens) * layout.ld_y;
+    VK_NO_UNROLL
     for (int i = thread_x(); i < (KEYS - tokens) * layout.ld_y / 8; i += block_dim_x())
       zeros<T>().store(padding + 8 * i);
   }
@@ -386,7 +393,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
     const DenseWeights<T> weights{static_cast<const T*>(weight.data) + head * weight.stride[0],
                                   weight.stride[1], problem.qkv_rows, d};
     multiply_rows<T, 2, 2, 3>(
-        z, head, layout.by_blocks, layout.rows, weights, [&](int row, int column, float (&sums)[2][2][4]) {
+        z, head, 1, layout.by_blocks, layout.rows, weights, [&](int row, int column, float (&sums)[2][2][4]) {
           const float* bias = set + layout.constants.bias;
           const int g = lane_id() / 4, t = lane_id() % 4;
           VK_UNROLL
@@ -456,7 +463,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
   const DenseWeights<T> weights{static_cast<const T*>(params.proj_weight.data), params.proj_weight.stride[0],
                                 params.channels, params.channels};
   multiply_rows<T, OUT_TILES_DOWN, OUT_TILES_ACROSS, 2>(
-      z, 0, layout.by_blocks, layout.rows, weights,
+      z, 0, params.num_heads, layout.by_blocks, layout.rows, weights,
       [&](int row, int column, float (&sums)[OUT_TILES_DOWN][OUT_TILES_ACROSS][4]) {
         const float* bias = constants + layout.constants.proj_bias;
         if (Channels::of<T>(params.x).vectorized && Channels::of<T>(params.out).vectorized) {

@@ -37,12 +37,12 @@ struct Rows {
 
 // A warp makes 16 M rows by 8 N columns at a time: finish(row, column, sums) with the first of each and the
 // sums as mma_m16n8k16 leaves them; rows beyond `row_count`, a multiple of 16, and columns beyond w.rows are
-// none. The columns of w are those of the parts from `first_part` on.
+// none. The columns of w are those of `parts` parts from `first_part` on.
 template <class T, int M, int N, int AHEAD, class Finish>
-VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_part, const Divisor& by_blocks, int row_count,
-                             const DenseWeights<T>& w, Finish finish) {
+VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_part, int parts, const Divisor& by_blocks,
+                             int row_count, const DenseWeights<T>& w, Finish finish) {
   const int g = lane_id() / 4, t = lane_id() % 4, padding = 32 * rows.blocks - rows.depth;
-  const int blocks = padding == 0 ? w.columns / 32 : w.columns / rows.depth * rows.blocks;
+  const int blocks = parts * rows.blocks;
   const int64_t step = w.row_stride * 8 * static_cast<int64_t>(sizeof(T));
   int row = 0, column = warp_id() * 8 * N;
   VK_NO_UNROLL
@@ -55,8 +55,8 @@ VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_part, const Divisor&
     if (row >= row_count) return;
     const auto* source = reinterpret_cast<const char*>(w.data + (column + g) * w.row_stride + 8 * t);
     const T* left = rows.quarter(row + (lane_id() & 15), first_part * rows.blocks, lane_id() >> 4);
-    const T* right_half =
-        rows.quarter(row + (lane_id() & 15), first_part * rows.blocks, 2 + (lane_id() >> 4));
+    // Quarters 0 and 2, 1 and 3 trade places by this bit of the row.
+    const int half = ((row + (lane_id() & 15)) & 4) != 0 ? -16 : 16;
     Vec<uint32_t, 4> right[AHEAD][N];
     const auto fetch = [&](Vec<uint32_t, 4>(&to)[N], int block) {
       const int part = by_blocks.divide(block), k = 32 * block - part * padding;
@@ -85,7 +85,7 @@ VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_part, const Divisor&
           if (row + 16 * m >= row_count) break;
           uint32_t low[4], high[4];
           ldmatrix_x4(low, left + 16 * m * rows.ld + 32 * block);
-          ldmatrix_x4(high, right_half + 16 * m * rows.ld + 32 * block);
+          ldmatrix_x4(high, left + half + 16 * m * rows.ld + 32 * block);
           VK_UNROLL
           for (int j = 0; j < N; ++j) mma_m16n8k16<T>(sums[m][j], low, {right[s][j][0], right[s][j][1]});
           VK_UNROLL
