@@ -338,7 +338,8 @@ VK_DEVICE void write_out(const Params& params, const float (&sums)[M][N][4], int
 
 // 128 registers a thread: two blocks of 8 warps on an SM, or one of 16. The 72 logits of a thread in the
 // largest windows do not fit in there beside the rest, and such windows fill the shared memory of an SM
-// sooner anyway. On sm_90a a single register of the bfloat16 kernel of 64 keys spills, once a block.
+// sooner anyway.
+// local memory: up to 8 bytes: one register of the bfloat16 kernel of 64 keys on sm_90a, once a block.
 template <class T, int KEYS>
 VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
     forward_tensor_kernel(Problem problem, ForwardLayout layout) {
