@@ -40,8 +40,14 @@ struct SizeMap {
     return tile_attention::Run::of(keys, rows, i);
   }
   VK_HOST_DEVICE int query_count() const { return queries; }
-  VK_DEVICE int query(int rows, int tile, int slot) const { return query_run(rows, tile).token(slot); }
-  VK_DEVICE int key(int rows, int tile, int slot) const { return key_run(rows, 0, tile).token(slot); }
+  VK_DEVICE int query(int rows, int tile, int slot) const {
+    const int token = tile * rows + slot;
+    return token < queries ? token : -1;
+  }
+  VK_DEVICE int key(int rows, int tile, int slot) const {
+    const int token = tile * rows + slot;
+    return token < keys ? token : -1;
+  }
   VK_DEVICE int key_of(int rows, int, int i, int slot) const { return key(rows, i, slot); }
   VK_DEVICE int query_of(int rows, int, int i, int slot) const { return query(rows, i, slot); }
 

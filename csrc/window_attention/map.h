@@ -39,7 +39,10 @@ struct WindowMap {
   }
   VK_DEVICE tile_attention::Run key_run(int rows, int, int i) const { return query_run(rows, i); }
   VK_HOST_DEVICE int query_count() const { return tokens(); }
-  VK_DEVICE int query(int rows, int tile, int slot) const { return query_run(rows, tile).token(slot); }
+  VK_DEVICE int query(int rows, int tile, int slot) const {
+    const int token = tile * rows + slot;
+    return token < tokens() ? token : -1;
+  }
   VK_DEVICE int key(int rows, int tile, int slot) const { return query(rows, tile, slot); }
   VK_DEVICE int key_of(int rows, int, int i, int slot) const { return query(rows, i, slot); }
   VK_DEVICE int query_of(int rows, int, int i, int slot) const { return query(rows, i, slot); }

@@ -323,13 +323,15 @@ VK_HOST_DEVICE int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Numbers that are never negative are extended to 64 bits without an instruction.
+// Numbers that are never negative are extended to 64 bits without an instruction; in double, whose kernels
+// have no register to spare, the compiler does better when it is not told.
 template <class T>
 VK_HOST_DEVICE T* offset(const View& view, int batch, int head) {
+  using Number = std::conditional_t<sizeof(T) == 8, int, uint32_t>;
   T* data = static_cast<T*>(view.data);
   return data == nullptr ? data
-                         : data + static_cast<int64_t>(static_cast<uint32_t>(batch)) * view.stride[0] +
-                               static_cast<int64_t>(static_cast<uint32_t>(head)) * view.stride[1];
+                         : data + static_cast<int64_t>(static_cast<Number>(batch)) * view.stride[0] +
+                               static_cast<int64_t>(static_cast<Number>(head)) * view.stride[1];
 }
 
 // Hands out byte offsets into a group's shared memory. Layouts are made on the host and passed to the
