@@ -80,14 +80,16 @@ def check(
     tensors: Inputs,
     grad_y: torch.Tensor,
     params: tuple[float, float] = PARAMS,
+    fixed: str | None = None,
 ) -> None:
-    """Holds y and every gradient in `got` to the rule. Only those of the norm and the grid sum over rows beyond the
-    products."""
+    """Holds y and every gradient but that of `fixed` to the rule. Only those of the norm and the grid sum over rows
+    beyond the products."""
     baseline = results(reference.forward, tensors, grad_y, params)
     wide = {name: t.double() for name, t in tensors.items()}
     truth = results(reference.forward, wide, grad_y.to(tensors["weight"].dtype).double(), params)
     rows = tensors["x"][..., 0].numel()
     reduced = {"ln_weight": rows, "ln_bias": rows, "grid": rows * tensors["x"].shape[-1]}
+    assert got.keys() == truth.keys() - {fixed}
     for name in got:
         assert_close_to_truth(
             name if name == "y" else f"grad {name}",

@@ -90,7 +90,7 @@ def test_gradients_with_a_fixed_grid(rows, channels, outputs, dtype, weight_dtyp
         kernels["module"], lambda: got.update(with_a_fixed_grid(tensors, grad_y, **kernels))
     )
     assert "hopper_u_kernel" in names
-    check(got, tensors, grad_y)
+    check(got, tensors, grad_y, fixed="grid")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_gradients_with_a_fixed_grid(rows, channels, outputs, dtype, weight_dtyp
 def test_gradients_with_any_fixed_grid(grid, inverse, dtype, spread, kernels):
     tensors = {**inputs(50, 16, 24, 8, dtype, spread=spread), "grid": grid}
     grad_y, params = torch.randn(50, 24), (inverse, 1e-5)
-    check(with_a_fixed_grid(tensors, grad_y, params, **kernels), tensors, grad_y, params)
+    check(with_a_fixed_grid(tensors, grad_y, params, **kernels), tensors, grad_y, params, "grid")
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES[1:3])
