@@ -40,6 +40,8 @@ struct WindowMap {
   VK_DEVICE tile_attention::Run key_run(int rows, int, int i) const { return query_run(rows, i); }
   VK_HOST_DEVICE int query_count() const { return tokens(); }
   VK_DEVICE int query(int rows, int tile, int slot) const {
+    if constexpr (sizeof(T) == 2) return query_run(rows, tile).token(slot);
+    // What a Run holds is more than the registers of doubles do.
     const int token = tile * rows + slot;
     return token < tokens() ? token : -1;
   }
