@@ -109,12 +109,13 @@ void launch_dependent(void (*kernel)(Parameters...), Dim3 grid, int threads, siz
   throw std::runtime_error(what + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
-// Whether the current device and its driver start launches early, also in a captured graph.
-inline bool starts_early() {
-  int device = 0, major = 0, driver = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDriverGetVersion(&driver) == cudaSuccess && major >= 9 && driver >= 12030;
+// Whether a kernel may start early, also in a captured graph: only code compiled for 9.0 or later waits for
+// the launch before it, and a later device may run what was compiled from PTX for an earlier one.
+inline bool starts_early(const void* kernel) {
+  int driver = 0;
+  cudaFuncAttributes attributes = {};
+  return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 &&
+         cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
 // Streaming multiprocessors of the current device.
@@ -177,8 +178,8 @@ void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared
 template <typename... Parameters, typename... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared_bytes,
                       Stream stream, Arguments&&... arguments) {
-  launch_kernel(START_EARLY && starts_early(), kernel, grid, threads, shared_bytes, stream,
-                std::forward<Arguments>(arguments)...);
+  const bool early = START_EARLY && starts_early(reinterpret_cast<const void*>(kernel));
+  launch_kernel(early, kernel, grid, threads, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
 #endif

@@ -154,10 +154,14 @@ VK_INLINE void wgmma(float (&sums)[N / 2], Operand<A_BYTES, A_MAJOR> a, Operand<
 #else
 
 inline bool wgmma_available() {
+#if defined(VITKERNELS_BUILT_FOR_SM90A)
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          major == 9;
+#else
+  return false;  // built for other architectures: a Hopper device then runs code without these products
+#endif
 }
 
 #if defined(VK_WGMMA)
