@@ -15,11 +15,6 @@ using namespace vitkernels::VITKERNELS_ISA;
 
 namespace {
 
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
 // Vectors of channels that go along a line together: chains of multiply-adds that do not wait for each other.
 constexpr int kTogether = 4;
 

@@ -40,8 +40,8 @@ struct BackwardScratch {
   Chunks<T> chunks;
   Expansion<T> expansion;
   Sorted<T> sorted;
-  int lanes;  // of E_j side by side
-  T *moments_across, *across, *dots, *weights, *sums_of_g, *sums_of_delta, *minus_delta, *k_rows;
+  T *moments_across, *across, *dots, *weights, *sums_of_g, *sums_of_delta, *minus_delta, *sums_across,
+      *k_across, *k_dots;
   T *k, *v, *q, *q_rows, *g, *g_rows, *lse, *rest, *p, *dl, *k_sums, *grad_q, *sums, *ones, *scales;
   size_t size;
 
@@ -50,18 +50,20 @@ struct BackwardScratch {
         tiles(params.keys),
         chunks(params, tiling),
         expansion(params, true, scratch),
-        sorted(tiling.width, may_expand(params), scratch),
-        lanes(round_up_lanes<T>(kTerms)) {
+        sorted(tiling.width, may_expand(params), scratch) {
     const size_t width = tiling.width, r = params.key_dim, dv = params.value_dim;
-    const size_t used = may_expand(params) ? 1 : 0, terms = used * kMaxBins * kTerms;
+    const size_t used = may_expand(params) ? 1 : 0, terms = used * kMaxBins * kMostTerms,
+                 lanes = round_up_lanes<T>(kMostTerms);
     moments_across = scratch.take<T>(used * kMaxBins * dv * lanes);
     across = scratch.take<T>(used * width * lanes);
     dots = scratch.take<T>(used * lanes * sorted.pitch);
-    weights = scratch.take<T>(used * kTerms * sorted.pitch);
+    weights = scratch.take<T>(used * kMostTerms * sorted.pitch);
     sums_of_g = scratch.take<T>(terms * expansion.pitch);
     sums_of_delta = scratch.take<T>(terms);
     minus_delta = scratch.take<T>(used * sorted.pitch);
-    k_rows = scratch.take<T>(used * kTileKeys * expansion.pitch);
+    sums_across = scratch.take<T>(used * expansion.pitch * lanes);
+    k_across = scratch.take<T>(used * expansion.key_pitch * lanes);
+    k_dots = scratch.take<T>(used * expansion.key_pitch * lanes);
     k = scratch.take<T>(copy_size<T>(tiles.keys, params.key_dim));
     v = scratch.take<T>(copy_size<T>(tiles.keys, params.value_dim));
     q = scratch.take<T>(r * width);
@@ -108,10 +110,10 @@ void add_row_dots(T* sums, Matrix<const E> a, Matrix<const E> b, int rows, int c
 // ---- by few terms
 
 // Whether they cost less, in multiply-adds; what is no product counts by experience.
-bool pays(const Params& p, int bins) {
+bool pays(const Params& p, int bins, int terms) {
   const double n = static_cast<double>(p.queries), m = static_cast<double>(p.keys), dv = p.value_dim;
   const int chunks = static_cast<int>(Chunks<float>(p, Tiling<float>(static_cast<int>(p.queries))).count);
-  return kTerms * (n * (3 * dv + 24) + bins * m * ((1 + 2 * chunks) * dv + 32)) < n * m * (2 * dv + 24);
+  return terms * (n * (3 * dv + 24) + bins * m * ((1 + 2 * chunks) * dv + 32)) < n * m * (2 * dv + 24);
 }
 
 template <class E, class T>
@@ -120,12 +122,12 @@ bool expand_head(const Params& p, BackwardScratch<T>& w, int64_t b, int64_t h) {
   Expansion<T>& e = w.expansion;
   if (!may_expand(p) || !range_of_keys(w.k, w.tiles.keys, &lowest_k, &highest_k) ||
       !range_of_queries<E>(p, w.tiling, b, h, w.q, &lowest_x, &highest_x) ||
-      !e.place(w.k, lowest_k, highest_k, lowest_x, highest_x) || !pays(p, e.bins))
+      !e.place(w.k, lowest_k, highest_k, lowest_x, highest_x) || !pays(p, e.bins, e.terms))
     return false;
   e.read(tokens<const E>(p.v, b, h));
   for (int bin = 0; bin < e.bins; ++bin)
-    pack(w.moments_across + static_cast<ptrdiff_t>(bin) * p.value_dim * w.lanes, w.lanes, e.moment(bin), 1,
-         e.pitch, p.value_dim, kTerms, T(1));
+    pack(w.moments_across + static_cast<ptrdiff_t>(bin) * p.value_dim * e.lanes(), e.lanes(), e.moment(bin),
+         1, e.pitch, p.value_dim, e.terms, T(1));
   return true;
 }
 
@@ -153,18 +155,18 @@ Rows<T> read_sorted(const Params& p, const BackwardScratch<T>& w, int64_t b, int
 }
 
 // From E_j in w.dots: grad_q in order, w.minus_delta, and w.weights[j] = zeta phi_j.
-template <class T>
+template <int kTerms, class T>
 void differentiate(const BackwardScratch<T>& w) {
   const Expansion<T>& e = w.expansion;
   const Sorted<T>& sorted = w.sorted;
   for (int bin = 0; bin < e.bins; ++bin) {
     const T *ones = e.ones + e.first_term(bin), center = e.center[bin];
     for (int i = sorted.begin[bin]; i < sorted.begin[bin + 1]; i += kLanes<T>) {
-      const Terms<T> terms((load(sorted.x + i) - center) * e.hk);
+      const Terms<T, kTerms> phi((load(sorted.x + i) - center) * e.hk);
       Vec<T> sum = {}, sum_slope = {}, mean = {}, slope = {};
 #pragma GCC unroll 16
       for (int j = 0; j < kTerms; ++j) {
-        const Vec<T> term = terms.term(j), term_slope = terms.slope(j);
+        const Vec<T> term = phi.term(j), term_slope = phi.slope(j);
         const Vec<T> dot = load(w.dots + static_cast<ptrdiff_t>(j) * sorted.pitch + i);
         sum += term * ones[j];
         sum_slope += term_slope * ones[j];
@@ -178,7 +180,7 @@ void differentiate(const BackwardScratch<T>& w) {
       store(w.minus_delta + i, -delta);
 #pragma GCC unroll 16
       for (int j = 0; j < kTerms; ++j)
-        store(w.weights + static_cast<ptrdiff_t>(j) * sorted.pitch + i, zeta * terms.term(j));
+        store(w.weights + static_cast<ptrdiff_t>(j) * sorted.pitch + i, zeta * phi.term(j));
     }
   }
 }
@@ -189,7 +191,7 @@ void expanded_tile(const Params& p, const BackwardScratch<T>& w, int64_t b, int6
   constexpr int L = kLanes<T>;
   const Expansion<T>& e = w.expansion;
   const Sorted<T>& sorted = w.sorted;
-  const int start = w.tiling.start(tile), queries = w.tiling.lanes(tile), dv = p.value_dim;
+  const int start = w.tiling.start(tile), queries = w.tiling.lanes(tile), dv = p.value_dim, lanes = e.lanes();
   const Matrix<const E> q = tokens<const E>(p.q, b, h);
   read_numbers(w.q, q.data + start * q.token, q.token, queries, static_cast<T>(p.scale));
   sorted.sort(e, w.q, queries);
@@ -197,14 +199,14 @@ void expanded_tile(const Params& p, const BackwardScratch<T>& w, int64_t b, int6
   for (int bin = 0; bin < e.bins; ++bin) {
     const int first = sorted.begin[bin], count = sorted.begin[bin + 1] - first;
     if (count)
-      multiply<T>(w.lanes / L, {count, dv, g.at(first), g.pitch, 1,
-                                w.moments_across + static_cast<ptrdiff_t>(bin) * dv * w.lanes, w.lanes,
-                                nullptr, 0, w.across + static_cast<ptrdiff_t>(first) * w.lanes, w.lanes});
+      multiply<T>(lanes / L, {count, dv, g.at(first), g.pitch, 1,
+                              w.moments_across + static_cast<ptrdiff_t>(bin) * dv * lanes, lanes, nullptr, 0,
+                              w.across + static_cast<ptrdiff_t>(first) * lanes, lanes});
   }
   // Lanes beyond the terms, and queries beyond the last, are transposed with the others: whole blocks are
   // faster.
-  pack(w.dots, sorted.pitch, w.across, 1, w.lanes, w.lanes, round_up_lanes<T>(queries), T(1));
-  differentiate(w);
+  pack(w.dots, sorted.pitch, w.across, 1, lanes, lanes, round_up_lanes<T>(queries), T(1));
+  with_terms(e.terms, [&](auto terms) { differentiate<decltype(terms)::value>(w); });
   const Matrix<E> to = tokens<E>(p.grad_q, b, h);
   for (int i = 0; i < queries && p.grad_q; ++i)
     store_one(to.data + (start + sorted.order[i]) * to.token, w.grad_q[i] * w.scales[0]);
@@ -214,17 +216,17 @@ void expanded_tile(const Params& p, const BackwardScratch<T>& w, int64_t b, int6
     const int first = sorted.begin[bin], count = sorted.begin[bin + 1] - first;
     if (!count) continue;
     T* sums = w.sums_of_g + e.first_term(bin) * e.pitch;
-    multiply<T>(e.pitch / L, {kTerms, count, w.weights + first, sorted.pitch, 1, g.at(first), g.pitch, sums,
+    multiply<T>(e.pitch / L, {e.terms, count, w.weights + first, sorted.pitch, 1, g.at(first), g.pitch, sums,
                               e.pitch, sums, e.pitch});
-    T of_delta[kTerms + L];
-    lane_dots<T>(of_delta, 1, w.weights + first, sorted.pitch, kTerms, w.minus_delta + first, count);
-    for (int j = 0; j < kTerms; ++j) w.sums_of_delta[e.first_term(bin) + j] += of_delta[j];
+    T of_delta[kMostTerms + L];
+    lane_dots<T>(of_delta, 1, w.weights + first, sorted.pitch, e.terms, w.minus_delta + first, count);
+    for (int j = 0; j < e.terms; ++j) w.sums_of_delta[e.first_term(bin) + j] += of_delta[j];
   }
 }
 
 template <class T>
 void clear_sums(const BackwardScratch<T>& w) {
-  const int terms = w.expansion.bins * kTerms;
+  const int terms = w.expansion.bins * w.expansion.terms;
   for (int i = 0; i < terms * w.expansion.pitch; i += kLanes<T>) store(w.sums_of_g + i, Vec<T>{});
   for (int i = 0; i < terms; ++i) w.sums_of_delta[i] = 0;
 }
@@ -234,18 +236,27 @@ template <class T>
 void expanded_sums(const Params& p, const BackwardScratch<T>& w, T* grad_k, T* grad_v, ptrdiff_t v_pitch) {
   constexpr int L = kLanes<T>;
   const Expansion<T>& e = w.expansion;
-  const int keys = e.keys, pitch = e.pitch, terms = e.bins * kTerms;
+  const int keys = e.keys, pitch = e.pitch, terms = e.bins * e.terms;
   if (p.grad_v)
     multiply<T>(pitch / L,
                 {keys, terms, e.powers, 1, e.key_pitch, w.sums_of_g, pitch, nullptr, 0, grad_v, v_pitch});
   if (!p.grad_k) return;
   multiply<T>(e.key_pitch / L,
               {1, terms, w.sums_of_delta, 0, 1, e.slopes, e.key_pitch, nullptr, 0, w.k_sums, e.key_pitch});
-  for (int part = 0; part < w.tiles.count; ++part) {
-    const int key = w.tiles.start(part), count = w.tiles.size(part);
-    multiply<T>(pitch / L, {count, terms, e.slopes + key, 1, e.key_pitch, w.sums_of_g, pitch, nullptr, 0,
-                            w.k_rows, pitch});
-    add_row_dots<T, T>(w.k_sums + key, {w.k_rows, pitch, 1}, {e.values.at(key), pitch, 1}, count, pitch);
+  // <[v_m | 1], X_m> as the sum over j of what X_m takes G_j times by <G_j, v_m>
+  const int lanes = e.lanes();
+  for (int bin = 0; bin < e.bins; ++bin) {
+    pack(w.sums_across, lanes, w.sums_of_g + e.first_term(bin) * pitch, 1, pitch, pitch, e.terms, T(1));
+    multiply<T>(lanes / L, {keys, pitch, e.values.data, e.values.pitch, 1, w.sums_across, lanes, nullptr, 0,
+                            w.k_across, lanes});
+    pack(w.k_dots, e.key_pitch, w.k_across, 1, lanes, lanes, e.key_pitch, T(1));
+    const T* slopes = e.slopes + e.first_term(bin) * e.key_pitch;
+    for (int m = 0; m < e.key_pitch; m += L) {
+      Vec<T> sum = load(w.k_sums + m);
+      for (int j = 0; j < e.terms; ++j)
+        sum += load(slopes + j * e.key_pitch + m) * load(w.k_dots + j * e.key_pitch + m);
+      store(w.k_sums + m, sum);
+    }
   }
   for (int m = 0; m < keys; ++m) grad_k[m] = w.k_sums[m];
 }

@@ -130,9 +130,9 @@ struct Head {
 };
 
 // Whether few terms cost less, in multiply-adds; what is no product counts by experience.
-bool pays(const Params& p, int bins) {
+bool pays(const Params& p, int bins, int terms) {
   const double n = static_cast<double>(p.queries), m = static_cast<double>(p.keys), dv = p.value_dim;
-  return kTerms * (n * (dv + 8) + bins * m * (dv + 12)) < n * m * (dv + 14);
+  return terms * (n * (dv + 8) + bins * m * (dv + 12)) < n * m * (dv + 14);
 }
 
 template <class E, class T>
@@ -148,7 +148,7 @@ Head<T> read_head(const Params& p, ForwardScratch<T>& w, int64_t b, int64_t h) {
       Expansion<T>& e = w.expansion;
       T lowest, highest;
       if (finite && may_expand(p) && range_of_queries<E>(p, w.tiling, b, h, w.q, &lowest, &highest) &&
-          e.place(w.k, head.lowest, head.highest, lowest, highest) && pays(p, e.bins)) {
+          e.place(w.k, head.lowest, head.highest, lowest, highest) && pays(p, e.bins, e.terms)) {
         e.read(tokens<const E>(p.v, b, h));
         head.expanded = true;
         return head;
@@ -187,7 +187,7 @@ void start_softmax(const Params& p, const ForwardScratch<T>& w, const Head<T>& h
 }
 
 // The terms of a tile's queries, [term][query], and w.inverse; w.sum is the lse.
-template <class T>
+template <int kTerms, class T>
 void evaluate(const ForwardScratch<T>& w, bool wants_lse) {
   const Expansion<T>& e = w.expansion;
   const Sorted<T>& sorted = w.sorted;
@@ -195,11 +195,11 @@ void evaluate(const ForwardScratch<T>& w, bool wants_lse) {
     const T *ones = e.ones + e.first_term(bin), center = e.center[bin];
     for (int i = sorted.begin[bin]; i < sorted.begin[bin + 1]; i += kLanes<T>) {
       const Vec<T> away = load(sorted.x + i) - center;
-      const Terms<T> terms(away * e.hk);
+      const Terms<T, kTerms> phi(away * e.hk);
       Vec<T> even = {}, odd = {};
 #pragma GCC unroll 16
       for (int j = 0; j < kTerms; ++j) {
-        const Vec<T> term = terms.term(j);
+        const Vec<T> term = phi.term(j);
         store(w.p + static_cast<ptrdiff_t>(j) * sorted.pitch + i, term);
         (j % 2 ? odd : even) += term * ones[j];
       }
@@ -216,7 +216,7 @@ void expanded_tile(const Params& p, const ForwardScratch<T>& w, Matrix<E> to, Ma
   const Expansion<T>& e = w.expansion;
   const Sorted<T>& sorted = w.sorted;
   sorted.sort(e, w.q, queries);
-  evaluate(w, lse.data != nullptr);
+  with_terms(e.terms, [&](auto terms) { evaluate<decltype(terms)::value>(w, lse.data != nullptr); });
 
   T* out = w.out;
   ptrdiff_t pitch = w.pitch;
@@ -229,7 +229,7 @@ void expanded_tile(const Params& p, const ForwardScratch<T>& w, Matrix<E> to, Ma
     const int first = sorted.begin[bin], count = sorted.begin[bin + 1] - first;
     if (count)
       multiply<T>(w.pitch / kLanes<T>,
-                  {count, kTerms, w.p + first, 1, sorted.pitch, e.moment(bin), e.pitch, nullptr, 0,
+                  {count, e.terms, w.p + first, 1, sorted.pitch, e.moment(bin), e.pitch, nullptr, 0,
                    out + first * pitch, pitch, nullptr, nullptr, w.inverse + first});
   }
   for (int i = 0; i < queries && out == w.out; ++i)

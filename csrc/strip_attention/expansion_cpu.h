@@ -4,7 +4,7 @@
 // With the keys in kc +- hk and the queries of a bin in xc +- rho / hk, u = (x - xc) hk and
 // kappa = (k - kc) / hk give |u kappa| <= rho and, up to a factor of the query alone, which a softmax drops,
 //   e^(x k) = e^(xc k) e^(u kappa) = w_m sum_j phi_j(u) psi_j(kappa),
-// ten terms (series_cpu.h). So instead of N M weights there are
+// eight or ten terms (series_cpu.h). So instead of N M weights there are
 //   moments  M_j = sum_m w_m psi_j(kappa_m) [v_m | 1]       once a bin: M (dv + 1) multiply-adds a term
 //   outputs  sum_j phi_j(u) M_j, divided by its last column               N (dv + 1) a term, no exponential
 // and backward, with zeta one over that last column and g the gradient of out,
@@ -22,24 +22,25 @@ namespace VITKERNELS_ISA {
 
 constexpr int kMaxBins = 4;
 constexpr float kTame = 2;  // see tame()
+constexpr float kFar = Series<kMostTerms>::kReach;
 
 // Whether a head may be expanded at all. Few keys cost less one by one.
 VITKERNELS_INLINE bool may_expand(const Params& p) {
-  return is_outer(p) && p.dtype != DType::f64 && p.keys > kTerms;
+  return is_outer(p) && p.dtype != DType::f64 && p.keys > kMostTerms;
 }
 
 template <class T>
 struct Expansion {
   bool derived;
   int keys, channels, pitch, key_pitch;
-  T *kappa, *weight;          // [m]; [m], of the bin at hand
-  T *powers, *slopes;         // [bin][j][m]: w psi_j, forward of one bin alone; w (xc psi_j + psi_j' / hk)
-  T *copied, *moments;        // [m][c]; [bin][j][c]
-  T ones[kMaxBins * kTerms];  // the moments' last column
+  T *kappa, *weight;    // [m]; [m], of the bin at hand
+  T *powers, *slopes;   // [bin][j][m]: w psi_j, forward of one bin alone; w (xc psi_j + psi_j' / hk)
+  T *copied, *moments;  // [m][c]; [bin][j][c]
+  T ones[kMaxBins * kMostTerms];  // the moments' last column
   Rows<T> values{};
   T center[kMaxBins] = {}, top[kMaxBins] = {};  // xc, and the largest xc k, which w is relative to
   const T* k = nullptr;
-  int bins = 0;
+  int bins = 0, terms = 0;
   T low = 0, bins_per_x = 0, kc = 0, hk = 0;
 
   // `derived`: for gradients.
@@ -49,17 +50,17 @@ struct Expansion {
         channels(p.value_dim),
         pitch(round_up_lanes<T>(p.value_dim)),
         key_pitch(round_up_lanes<T>(keys)) {
-    const size_t used = may_expand(p) ? 1 : 0, of_bin = used * kTerms * key_pitch;
+    const size_t used = may_expand(p) ? 1 : 0, of_bin = used * kMostTerms * key_pitch;
     kappa = scratch.take<T>(used * key_pitch);
     weight = scratch.take<T>(used * key_pitch);
     powers = scratch.take<T>((derived ? kMaxBins : 1) * of_bin);
     slopes = scratch.take<T>(derived ? kMaxBins * of_bin : 0);
     copied = scratch.take<T>(used * keys * pitch);
-    moments = scratch.take<T>(used * kMaxBins * kTerms * pitch);
+    moments = scratch.take<T>(used * kMaxBins * kMostTerms * pitch);
   }
 
-  // From the ranges of keys and queries: the bins. False: too many, or not finite. `numbers` are the keys,
-  // zeros beyond them up to a whole vector.
+  // From the ranges of keys and queries: the bins and the terms. False: too many, or not finite. `numbers`
+  // are the keys, zeros beyond them up to a whole vector.
   bool place(const T* numbers, T lowest_k, T highest_k, T lowest_x, T highest_x) {
     const T half = (highest_x - lowest_x) / 2;
     k = numbers;
@@ -68,10 +69,11 @@ struct Expansion {
     low = lowest_x;
     const T reach = half * hk * T(1.000001);
     // A logit that is not finite fails as well.
-    if (!(hk >= T(1e-30) && half <= T(1e30) && reach < T(kReach * kMaxBins))) return false;
+    if (!(hk >= T(1e-30) && half <= T(1e30) && reach < T(kFar * kMaxBins))) return false;
     if (half > 0 && reach < T(1e-30)) return false;  // u would be no normal number
-    for (bins = static_cast<int>(reach / T(kReach)) + 1; !tame(half); ++bins)
+    for (bins = static_cast<int>(reach / T(kFar)) + 1; !tame(half); ++bins)
       if (bins == kMaxBins) return false;
+    terms = reach < bins * T(Series<kFewTerms>::kReach) ? kFewTerms : kMostTerms;
     bins_per_x = bins > 1 ? bins / (2 * half) : T(0);
     for (int bin = 0; bin < bins; ++bin) {
       center[bin] = lowest_x + half * (2 * bin + 1) / bins;
@@ -109,7 +111,8 @@ struct Expansion {
     const int bin = static_cast<int>((x - low) * bins_per_x);
     return bin < 0 ? 0 : imin(bin, bins - 1);
   }
-  ptrdiff_t first_term(int bin) const { return static_cast<ptrdiff_t>(bin) * kTerms; }
+  ptrdiff_t first_term(int bin) const { return static_cast<ptrdiff_t>(bin) * terms; }
+  int lanes() const { return round_up_lanes<T>(terms); }  // of terms side by side
   const T* moment(int bin) const { return moments + first_term(bin) * pitch; }
 
   template <class E>
@@ -123,8 +126,8 @@ struct Expansion {
       values = read_rows<E, T>(v, keys, channels, T(1), copied);
     for (int bin = 0; bin < bins; ++bin) {
       T* to = powers + (derived ? first_term(bin) * key_pitch : 0);
-      fill_powers(bin, to);
-      multiply<T>(pitch / kLanes<T>, {kTerms, keys, to, key_pitch, 1, values.data, values.pitch, nullptr, 0,
+      with_terms(terms, [&](auto count) { fill_powers<decltype(count)::value>(bin, to); });
+      multiply<T>(pitch / kLanes<T>, {terms, keys, to, key_pitch, 1, values.data, values.pitch, nullptr, 0,
                                       moments + first_term(bin) * pitch, pitch});
     }
   }
@@ -132,39 +135,66 @@ struct Expansion {
   // Less their mean, which no gradient depends on and which would cancel in all of them.
   template <class E>
   Rows<T> centered(Matrix<const E> v) const {
-    constexpr int kSums = 4;
+    constexpr int kTogether = 4;
     const Rows<T> rows = read_rows<E, T>(v, keys, channels, T(1), copied);
-    for (int c = 0; c < pitch; c += kLanes<T>) {
-      Vec<T> sum[kSums] = {};
-      int m = 0;
-      for (; m + kSums <= keys; m += kSums)
-#pragma GCC unroll 4
-        for (int i = 0; i < kSums; ++i) sum[i] += load(rows.at(m + i) + c);
-      for (; m < keys; ++m) sum[0] += load(rows.at(m) + c);
-      const Vec<T> mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / broadcast(static_cast<T>(keys));
-      for (m = 0; m < keys; ++m)
-        store(copied + static_cast<ptrdiff_t>(m) * pitch + c, load(rows.at(m) + c) - mean);
+    // Rows of one head may lie a power of two apart, where few fit in the nearest cache: read once, in order.
+    for (int c = 0; c < pitch; c += kTogether * kLanes<T>) {
+      const int vecs = imin(kTogether, (pitch - c) / kLanes<T>);
+      if (vecs == kTogether)
+        less_mean<kTogether>(rows, c);
+      else
+        for (int v = 0; v < vecs; ++v) less_mean<1>(rows, c + v * kLanes<T>);
     }
     return {copied, pitch};
   }
 
+  // The columns [c, c + V vectors) of `copied`: those of `rows` less their mean.
+  template <int V>
+  void less_mean(Rows<T> rows, int c) const {
+    constexpr int L = kLanes<T>, kSums = 2;
+    Vec<T> sum[kSums][V] = {};  // of even and of odd rows
+    T* to = copied + c;
+    int m = 0;
+    for (; m + kSums <= keys; m += kSums)
+#pragma GCC unroll 2
+      for (int i = 0; i < kSums; ++i, to += pitch) add_row<V>(rows.at(m + i) + c, to, sum[i]);
+    if (m < keys) add_row<V>(rows.at(m) + c, to, sum[0]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[0][v] = (sum[0][v] + sum[1][v]) * (T(1) / static_cast<T>(keys));
+    to = copied + c;
+    for (m = 0; m < keys; ++m, to += pitch)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(to + v * L, load(to + v * L) - sum[0][v]);
+  }
+
+  // to = from, and added to the sum
+  template <int V>
+  VITKERNELS_INLINE void add_row(const T* from, T* to, Vec<T> (&sum)[V]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> x = load(from + v * kLanes<T>);
+      store(to + v * kLanes<T>, x);
+      sum[v] += x;
+    }
+  }
+
   // to[j][m] = w_m psi_j, and their sums
+  template <int kTerms>
   void fill_powers(int bin, T* to) {
     for (int m = 0; m < key_pitch; m += kLanes<T>)
       store(weight + m, exp_softmax<T>(load(k + m) * center[bin] - top[bin]));
     for (int m = keys; m < key_pitch; ++m) weight[m] = 0;
     Vec<T> sum[kTerms] = {};
     for (int m = 0; m < key_pitch; m += kLanes<T>) {
-      const KeyTerms<T> terms(load(kappa + m));
+      const KeyTerms<T, kTerms> psi(load(kappa + m));
       const Vec<T> w = load(weight + m), per_hk = w * (1 / hk);
 #pragma GCC unroll 16
       for (int j = 0; j < kTerms; ++j) {
-        const Vec<T> power = w * terms.term(j);
+        const Vec<T> power = w * psi.term(j);
         store(to + static_cast<ptrdiff_t>(j) * key_pitch + m, power);
         sum[j] += power;
         if (derived)
-          store(slopes + (first_term(bin) + j) * key_pitch + m,
-                power * center[bin] + per_hk * terms.slope(j));
+          store(slopes + (first_term(bin) + j) * key_pitch + m, power * center[bin] + per_hk * psi.slope(j));
       }
     }
     for (int j = 0; j < kTerms; ++j) ones[first_term(bin) + j] = across<T>(sum[j]);

@@ -43,14 +43,17 @@ VITKERNELS_INLINE void read_numbers(T* to, const E* from, ptrdiff_t step, int co
 }
 
 // While a head is at hand: asks for its share of the next batch entry's rows, of all heads, to read or to
-// write them. Rows of one head lie too far apart for the processor to see that they follow each other.
+// write them. Rows of one head lie too far apart for the processor to see that they follow each other. A
+// small tensor is in the last-level cache already, where asking costs more than waiting.
 template <class E, bool kWritten = false>
 VITKERNELS_INLINE void expect_next(const Params& p, const View& view, int64_t b, int64_t h, int64_t rows) {
   constexpr int64_t kMost = 128 << 10;  // bytes: a share of the second-level cache
+  constexpr int64_t kSmall = 4 << 20;
   constexpr int line = 64 / sizeof(E);
   const int64_t channels = static_cast<int64_t>(p.heads) * p.value_dim;
-  if (!view || b + 1 == p.batch || p.heads == 1 || view.stride[1] != p.value_dim ||
-      rows * channels * static_cast<int64_t>(sizeof(E)) > kMost)
+  const int64_t bytes = rows * channels * static_cast<int64_t>(sizeof(E));  // of a batch entry
+  if (!view || b + 1 == p.batch || p.heads == 1 || view.stride[1] != p.value_dim || bytes > kMost ||
+      p.batch * bytes < kSmall)
     return;
   const Matrix<const E> all = tokens<const E>(view, b + 1, 0);
   for (int64_t i = h * rows / p.heads, end = (h + 1) * rows / p.heads; i < end; ++i)

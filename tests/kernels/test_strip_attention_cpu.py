@@ -211,6 +211,17 @@ def test_values(what: str, keys: int) -> None:
         problem.check(results)
 
 
+@pytest.mark.parametrize("spread", [1e-3, 0.3, 0.94, 0.96, 1.59, 1.61, 1.89, 1.91, 3.1])
+def test_spread_of_logits(spread: float) -> None:
+    """Logits from -spread to spread: up to the ends of what 8 and 10 terms reach, by one bin and by two."""
+    problem = Problem(150, 49, 1, 32, scale=spread)
+    for tokens in problem.inputs[:2]:
+        count = tokens.size(2)
+        for head in tokens.flatten(0, 1):
+            head[:, 0] = torch.linspace(-1, 1, count)[torch.randperm(count)]
+    problem.check()
+
+
 def test_both_ways_of_computing_a_softmax_agree() -> None:
     """One query far out sends its head, and no other, the way of single weights."""
     problem = Problem(300, 130, 1, 40, scale=0.1)

@@ -84,6 +84,12 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
+// A number that decides what is compiled, as an argument.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
 // run(E{}), E being the type of a dtype's elements.
 // launch.h has the same for the device; no template is shared with it, for the reason above.
 template <class Run>
