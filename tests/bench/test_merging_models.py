@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from timm_import import import_timm
@@ -56,21 +58,43 @@ def test_a_variant_that_forgets_the_sizes_is_wrong(monkeypatch) -> None:
     assert run(["eager", "vitkernels"])["vitkernels"].status == "wrong"
 
 
-def test_a_variant_that_merges_others_has_too_few_images_to_compare(monkeypatch) -> None:
+def test_a_variant_that_merges_others_is_wrong(monkeypatch) -> None:
     real = patched.ops.bipartite_match
 
     def backwards(metric, r, **options):
-        return real(metric if metric.dtype is torch.float64 else metric.flip(2) ** 3, r, **options)
+        return real(metric.flip(2) ** 3, r, **options)
 
     monkeypatch.setattr(patched.ops, "bipartite_match", backwards)
     row = run(["eager", "vitkernels"])["vitkernels"]
-    assert (row.status, row.median) == ("skipped", None)
-    assert "merged otherwise than float64 in 2 of 2 images" in row.reason
+    assert row.status == "wrong"
+    assert row.reason.startswith("similarity lost by the choices")
 
 
-def test_groups_are_told_by_their_first_token() -> None:
-    rows = torch.tensor([[2, 0, 2, 1, 0], [0, 1, 0, 2, 1]])
-    assert merging.canonical(rows).tolist() == [[0, 1, 0, 3, 1], [0, 1, 0, 3, 1]]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_judged_by_its_own_choices(dtype, monkeypatch) -> None:
+    """There two right programs merge most images otherwise, and otherwise than float64."""
+    judge = merging.contest(5).judge
+    model, images = small().to(dtype), torch.randn(8, 3, 48, 48).to(dtype)
+    ours = merging.contest(5).variants["vitkernels"](model)
+    assert judge(model, images)("vitkernels", ours).ok
+    assert judge(model, images)("plain-merging", merging.contest(5).variants["plain-merging"](model)).ok
+    real = patched.ops.bipartite_match
+    monkeypatch.setattr(
+        patched.ops, "bipartite_match", lambda metric, r, **options: real(metric.flip(2) ** 3, r, **options)
+    )
+    assert not judge(model, images)("vitkernels", ours).ok
+
+
+def test_what_choices_lose() -> None:
+    """Six tokens, of which the first stands apart: even 2 and 4 match odd 1 and 5 exactly, and 3 not at all."""
+    metric = torch.tensor([[[1.0, 1.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
+    for rows, loss in (
+        ([0, 1, 1, 2, 3, 3], 0.0),  # 2 to 1 and 4 to 5
+        ([0, 1, 2, 2, 3, 3], 1.0),  # 2 to 3, which points away, and 4 to 5
+        ([1, 1, 0, 2, 3, 3], math.inf),  # the class token to 1
+        ([0, 1, 1, 2, 3, 4], math.inf),  # 2 to 1 alone
+    ):
+        assert merging.lost(metric, torch.tensor([rows]), 2).tolist() == pytest.approx([loss])
 
 
 @pytest.mark.parametrize(

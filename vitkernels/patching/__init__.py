@@ -187,7 +187,7 @@ def revert(model: nn.Module) -> int:
         if isinstance(module, Patched):
             drop(module)
             module.__class__ = module.vitkernels_original  # type: ignore[assignment]
-            for name in ("vitkernels_merging", "vitkernels_source"):
+            for name in ("vitkernels_merging", "vitkernels_source", "vitkernels_steps"):
                 module.__dict__.pop(name, None)
             restored += 1
         if module.__dict__.get(_CHECKPOINTING) is refuse_checkpointing:

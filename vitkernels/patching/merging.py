@@ -30,7 +30,7 @@ class Merging:
         proportional: attention counts a token as often as it stands for one.
         restore: bring the sequence back to its length after the last block, for a model that does not read single
             tokens alone. The mean over the restored tokens is the mean weighted by the sizes.
-        trace: keep the sources of the last call.
+        trace: keep the sources of the last call, and where each block's merging took its tokens.
     """
 
     schedule: tuple[int, ...]
@@ -49,6 +49,7 @@ class MergedBlocks(Patched):
 
     vitkernels_merging: Merging | None = None
     vitkernels_source: torch.Tensor | None = None
+    vitkernels_steps: tuple[torch.Tensor, ...] = ()
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if self.vitkernels_merging is None:  # a slice of the stack
@@ -71,12 +72,14 @@ def run(stack: Any, x: torch.Tensor) -> torch.Tensor:
     """All blocks of a stack with a `Merging`."""
     merging, backend = stack.vitkernels_merging, stack.vitkernels_backend
     size = source = None
+    steps = []
     for block, r in zip(stack._modules.values(), merging.schedule, strict=True):
         x, size, plan = run_block(block, x, size, r, merging, backend)
         if plan is not None and (merging.restore or merging.trace):
             source = plan.rows if source is None else plan.rows.gather(1, source.long())
+            steps.append(plan.rows)
     if merging.trace:
-        stack.vitkernels_source = source
+        stack.vitkernels_source, stack.vitkernels_steps = source, tuple(steps)
     if merging.restore and source is not None:
         x = x.gather(1, source.long().unsqueeze(2).expand(*source.shape, x.shape[2]))
     return x
@@ -244,9 +247,21 @@ def merged_source(model: nn.Module) -> torch.Tensor:
     Raises:
         ValueError: the model traces nothing, was not called yet, or merged nothing.
     """
-    for module in model.modules():
-        if isinstance(module, MergedBlocks) and module.vitkernels_source is not None:
-            return module.vitkernels_source
+    if (stack := _traced_stack(model)) is not None:
+        return stack.vitkernels_source
     fix = "Apply with trace_source=True and r > 0, and call the model."
     fail("model", "a model that merged tokens and traced them", type(model).__name__, fix)
     raise AssertionError
+
+
+def merged_steps(model: nn.Module) -> tuple[torch.Tensor, ...]:
+    """For each block that merged in the last call of a model that traces, [batch, tokens], int32: the row that each
+    token went to."""
+    return () if (stack := _traced_stack(model)) is None else stack.vitkernels_steps
+
+
+def _traced_stack(model: nn.Module) -> Any:
+    for module in model.modules():
+        if isinstance(module, MergedBlocks) and module.vitkernels_source is not None:
+            return module
+    return None
