@@ -266,8 +266,8 @@ def networks(args: argparse.Namespace) -> int:
             }
             time.sleep(0.1)
         for i, (_, child, _) in enumerate(children):
-            if i not in compiled:  # what still compiles would disturb the others
-                child.send_signal(signal.SIGKILL)
+            if i not in compiled:  # what still compiles would disturb the others; what is ready is timed
+                child.send_signal(signal.SIGINT)
         for i, (text, child, log) in enumerate(children):
             Path(f"{turns}/{i}.turn").touch()
             try:

@@ -152,7 +152,7 @@ def run_network(
         return torch.randn(batch, *image, generator=generator)
 
     calibrate(host.model, [make_images(16)])
-    progress.total(len(settings.batches))
+    progress.total(len(settings.batches) * (len(names) + 1))
     models.run_model(
         args.model,
         host.model,

@@ -104,6 +104,28 @@ def build_variants(
     return built, failed
 
 
+def prepare(
+    row: Row,
+    step: timing.Step,
+    check: Callable[[str, Any], gate.Check],
+    built: Any,
+    steps: dict[str, timing.Step],
+    device: torch.device,
+) -> None:
+    """Compiles a variant and checks it. What may be timed joins the steps; otherwise the row says why not."""
+    try:
+        logits = check(row.provider, built)
+    except Exception as error:
+        row.status, row.reason = "skipped", f"{type(error).__name__}: {error}".splitlines()[0]
+        return
+    row.error_share = logits.share
+    if not logits.ok:
+        row.status, row.reason = "wrong", str(logits)
+        return
+    steps[row.provider] = step
+    row.peak_memory = timing.peak_memory(step, device)
+
+
 def run_model(
     name: str,
     model: nn.Module,
@@ -119,16 +141,17 @@ def run_model(
 ) -> None:
     """Inference at every batch size; ``model`` is left as it is, every variant is a copy of it.
 
-    ``ready`` is called when all is compiled and checked, before the first measurement. Appends to ``rows`` as it
-    goes, so that an interrupted run keeps what it measured.
+    ``ready`` is called when all is compiled and checked, before the first measurement. An interrupt before that ends
+    the compiling: what is ready is measured. Appends to ``rows`` as it goes, so that an interrupted run keeps what it
+    measured.
     """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model = clone(model, settings.dtype).to(settings.device)
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
     built, failed = build_variants(model, names, contest.variants)
     prepared: list[tuple[int, dict[str, Row], dict[str, timing.Step]]] = []
+    unready: list[tuple[Row, Callable[[], None]]] = []
     for batch in settings.batches:
-        progress(f"{name} batch {batch}")
         images = make_images(batch).to(settings.device, settings.dtype, memory_format=memory_format)
         blank = Row(
             subject=name,
@@ -150,21 +173,26 @@ def run_model(
             by_name[variant] = row
             if variant in failed:
                 row.status, row.reason = "skipped", failed[variant]
-                continue
-            try:
-                logits = check(variant, built[variant])
-            except Exception as error:
-                row.status, row.reason = "skipped", f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            row.error_share = logits.share
-            if not logits.ok:
-                row.status, row.reason = "wrong", str(logits)
-                continue
-            steps[variant] = partial(forward, built[variant], images)
-            row.peak_memory = timing.peak_memory(steps[variant], settings.device)
+            else:
+                step = partial(forward, built[variant], images)
+                unready.append(
+                    (row, partial(prepare, row, step, check, built[variant], steps, settings.device))
+                )
         prepared.append((batch, by_name, steps))
+    unready.sort(key=lambda item: "compile" in item[0].provider)  # the longest wait last
+    for i, (row, make_ready) in enumerate(unready):
+        progress(f"{name}: {row.provider}, batch {row.batch}")
+        try:
+            make_ready()
+        except KeyboardInterrupt:
+            if not any(steps for _, _, steps in prepared):
+                raise
+            for later, _ in unready[i:]:
+                later.status, later.reason = "skipped", "interrupted before it was compiled and checked"
+            break
     ready()
     for batch, by_name, steps in prepared:
+        progress(f"{name} batch {batch}")
         timings, uncaptured = runner.time_steps(steps, settings)
         for variant, row in by_name.items():
             if row.status != "ok":
