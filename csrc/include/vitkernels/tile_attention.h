@@ -299,6 +299,16 @@ VK_DEVICE Item get_item(const Problem& problem, int64_t index) {
   return item;
 }
 
+// An item's sums of the operator's gradient, by the threads that they belong to.
+template <class Acc>
+VK_DEVICE void store_partials(const Problem& problem, const Item& item, const Acc* sums, int elements,
+                              int thread, int threads) {
+  const int64_t tile = static_cast<int64_t>(item.chunk) * problem.tiles + item.tile;
+  Acc* partials =
+      static_cast<Acc*>(problem.gradient_partials) + (tile * problem.heads + item.head) * elements;
+  for (int e = thread; e < elements; e += threads) partials[e] = sums[e];
+}
+
 // The warps that share a tile. A group of one warp never waits for the rest of its block.
 template <int ROWS>
 struct Group {

@@ -309,14 +309,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
     group.sync();  // before the next batch entry overwrites the tiles
   }
 
-  if (want_sums) {
-    const int elements = map.gradient_elements();
-    Acc* partials =
-        static_cast<Acc*>(problem.gradient_partials) +
-        ((static_cast<int64_t>(item.chunk) * problem.tiles + item.tile) * problem.heads + item.head) *
-            elements;
-    for (int e = group.thread; e < elements; e += THREADS) partials[e] = shared.sums[e];
-  }
+  if (want_sums) store_partials(problem, item, shared.sums, map.gradient_elements(), group.thread, THREADS);
 }
 
 template <class Engine, Owner OWNER, class Map>
