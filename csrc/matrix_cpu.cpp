@@ -4,10 +4,11 @@ namespace vitkernels::VITKERNELS_ISA {
 
 template <class T, int V>
 static void multiply_columns(const Product<T>& p, int lane) {
-  const int blocks = ceil_div(p.rows, max_rows(V));
+  if (p.rows == 0) return;
+  const int blocks = ceil_div(p.rows, max_rows(V)), least = p.rows / blocks, larger = p.rows % blocks;
   int row = 0;
   for (int i = 0; i < blocks; ++i) {
-    const int rows = (p.rows - row) / (blocks - i) + ((p.rows - row) % (blocks - i) ? 1 : 0);
+    const int rows = least + (i < larger);
     multiply_rows<T, V, max_rows(V)>(p, rows, row, lane);
     row += rows;
   }
