@@ -70,6 +70,20 @@ def test_a_variant_that_merges_others_is_wrong(monkeypatch) -> None:
     assert row.reason.startswith("similarity lost by the choices")
 
 
+@pytest.mark.parametrize("blocks", ["all", "the last"])
+def test_a_variant_that_merges_fewer_is_wrong(blocks, monkeypatch) -> None:
+    real, calls = patched.ops.bipartite_match, []
+
+    def fewer(metric, r, **options):
+        calls.append(r)
+        return real(metric, r - 1 if blocks == "all" or len(calls) % 3 == 0 else r, **options)
+
+    monkeypatch.setattr(patched.ops, "bipartite_match", fewer)
+    row = run(["eager", "vitkernels"])["vitkernels"]
+    assert row.status == "wrong"
+    assert row.reason.startswith("lengths of the merged sequences")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_judged_by_its_own_choices(dtype, monkeypatch) -> None:
     """There two right programs merge most images otherwise, and otherwise than float64."""

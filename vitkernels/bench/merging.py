@@ -9,6 +9,7 @@ than those that a block should have taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,9 +119,9 @@ def rows_of(kept: Tensor, merged: Tensor, targets: Tensor, tokens: int) -> Tenso
 def contest(schedule: Any) -> Contest:
     """A network as it is, merging in plain PyTorch, and merging by this package, which traces its sources."""
 
-    def ours(model: nn.Module, backend: str | None = None) -> nn.Module:
+    def ours(model: nn.Module) -> nn.Module:
         merging = clone(model)
-        vitkernels.apply(merging, token_merging=schedule, trace_source=True, backend=backend, verbose=False)
+        vitkernels.apply(merging, token_merging=schedule, trace_source=True, verbose=False)
         return merging
 
     def theirs(model: Any) -> nn.Module:
@@ -137,12 +138,15 @@ def contest(schedule: Any) -> Contest:
             logits = models.forward(merging, images)
             return logits, torch.stack(merging.losses or [torch.zeros(len(images))])
 
-        _, baseline_losses = given(exact, traced(theirs(model), images)[1], wide)
+        _, usual = traced(theirs(model), images)
+        _, baseline_losses = given(exact, usual, wide)
 
         def check(name: str, variant: Any) -> gate.Check:
             if name in UNMERGED:
                 return unmerged(name, variant)
             logits, steps = traced(variant, images)
+            if lengths(steps) != lengths(usual):
+                return gate.Check("lengths of the merged sequences", math.inf, 0.0, math.inf, 0.0)
             truth, losses = given(exact, steps, wide)
             baseline, _ = given(model, steps, images)
             none = torch.zeros_like(losses)
@@ -170,6 +174,11 @@ def contest(schedule: Any) -> Contest:
         "vitkernels+compile": lambda model: torch.compile(ours(model), dynamic=False),
     }
     return Contest(variants, ("eager", "torch.compile", "plain-merging", "vitkernels"), judge)
+
+
+def lengths(steps: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Of the sequence before and after each step."""
+    return [(rows.shape[1], int(rows.max()) + 1) for rows in steps]
 
 
 def traced(variant: Any, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
