@@ -165,14 +165,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, FORWARD_MIN_BLOCKS)
     Acc factor[2];
     VK_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const Acc total = warp_sum<4>(row_sum[r]);
-      factor[r] = Acc(1) / total;  // a row of -inf logits gives NaN, as softmax does
-      const int token = query(lane_row + 8 * r);
-      if (lane_column == 0 && token >= 0 && present(problem.lse)) {
-        const typename PositionsOf<Map>::type position(problem.lse, map);
-        offset<Acc>(problem.lse, batch, item.head)[position(token)] =
-            (row_max[r] + Exp::log(total)) * static_cast<Acc>(1.0 / Exp::unit);
-      }
+      factor[r] = finish_row<T>(problem, map, batch, item.head, row_max[r], row_sum[r],
+                                [&] { return query(lane_row + 8 * r); });
     }
     write_sums(shared.v + group.first_row * shared.ld_value, shared.ld_value, output, value_blocks, factor[0],
                factor[1]);

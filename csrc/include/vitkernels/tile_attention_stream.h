@@ -82,6 +82,21 @@ struct StreamLayout {
   }
 };
 
+// One over the sum of a row of weights, from its lanes' parts; the first of its lanes stores the row's lse.
+template <class T, class Map, class Acc, class Token>
+VK_DEVICE Acc finish_row(const Problem& problem, const Map& map, int batch, int head, Acc row_max,
+                         Acc row_sum, Token token_of_row) {
+  using Exp = Exponential<T>;
+  const Acc total = warp_sum<4>(row_sum), factor = Acc(1) / total;  // NaN for -inf logits, as softmax gives
+  const int token = token_of_row();
+  if (lane_id() % 4 == 0 && token >= 0 && present(problem.lse)) {
+    const typename PositionsOf<Map>::type position(problem.lse, map);
+    offset<Acc>(problem.lse, batch, head)[position(token)] =
+        (row_max + Exp::log(total)) * static_cast<Acc>(1.0 / Exp::unit);
+  }
+  return factor;
+}
+
 // Blocks of an SM that the registers must allow.
 template <class Engine, int HEAD>
 constexpr int STREAM_MIN_BLOCKS = HEAD == 0 ? 3 : 4;
@@ -374,14 +389,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (STREAM_MIN_BLOCKS<Engine, HEAD>)
     Acc factor[2];
     VK_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const Acc total = warp_sum<4>(row_sum[r]);
-      factor[r] = Acc(1) / total;  // a row of -inf logits gives NaN, as softmax does
-      const int token = query(lane_row + 8 * r);
-      if (lane_column == 0 && token >= 0 && present(problem.lse)) {
-        const typename PositionsOf<Map>::type position(problem.lse, map);
-        offset<Acc>(problem.lse, batch, item.head)[position(token)] =
-            (row_max[r] + Exp::log(total)) * static_cast<Acc>(1.0 / Exp::unit);
-      }
+      factor[r] = finish_row<T>(problem, map, batch, item.head, row_max[r], row_sum[r],
+                                [&] { return query(lane_row + 8 * r); });
     }
     // Only this warp reads its queries, and has: the output goes through their place, to be written along
     // whichever dimension is dense.
