@@ -14,9 +14,9 @@ struct Loop {
   void (*run)(const Params&, int64_t begin, int64_t end, void* scratch);
 };
 
-// The criss-cross passes gather each head by rows, then cross rows, columns, and rows again; a sweep must be
-// over when the next begins. Heads lie in params.workspace, those of one map side by side.
-constexpr int kSweeps = 4;
+// The criss-cross passes cross rows, which they gather on the way, then columns, and rows again; a sweep must
+// be over when the next begins. Heads lie in params.workspace, those of one map side by side.
+constexpr int kSweeps = 3;
 
 // Whole maps of so few tokens have a backward pass of their own, which needs no saved product with v; Python
 // then allocates none.

@@ -31,7 +31,7 @@ struct Forward {
         d_pitch(round_up_lanes<T>(p.head_dim)),
         v_pitch(round_up_lanes<T>(p.value_dim)) {
     Scratch of_head(memory), of_line(scratch);
-    const size_t tokens = static_cast<size_t>(p.height) * p.width, longest = longest_line(p);
+    const size_t tokens = gathered_tokens(p), longest = longest_line(p);
     q = of_head.take<T>(tokens * d_pitch);
     k = of_head.take<T>(tokens * d_pitch);
     v = of_head.take<T>(tokens * v_pitch);
@@ -55,11 +55,7 @@ struct Forward {
   static size_t scratch_size(const Params& p) { return Forward(p, 0, 0, nullptr, nullptr).scratch_used; }
 
   void line(int sweep, int index) const {
-    if (sweep == kGather) {
-      gather_row<E>(p, p.q, batch, head, index, p.head_dim, static_cast<T>(p.scale), q, d_pitch);
-      gather_row<E>(p, p.k, batch, head, index, p.head_dim, T(1), k, d_pitch);
-      return gather_row<E>(p, p.v, batch, head, index, p.value_dim, T(1), v, v_pitch);
-    }
+    if (sweep == kRows) gather(index);
     const Line<T> line(p, index, sweep);
     const Tiling<T> tiling(line.length);
     line.read(plane<const T>(p.cum, line.vertical, batch, head), sums, tiling.count * tiling.width, true,
@@ -70,6 +66,12 @@ struct Forward {
       for (int i = 0; i < v_pitch; ++i) ones[i] = T(0.5);
       deliver_row<E>(p, p.out, batch, head, index, p.value_dim, ones, out, v_pitch);
     }
+  }
+
+  void gather(int y) const {
+    gather_row<E>(p, p.q, batch, head, y, p.head_dim, static_cast<T>(p.scale), q, d_pitch);
+    gather_row<E>(p, p.k, batch, head, y, p.head_dim, T(1), k, d_pitch);
+    gather_row<E>(p, p.v, batch, head, y, p.value_dim, T(1), v, v_pitch);
   }
 
   // One tile of queries.

@@ -38,7 +38,7 @@ struct Backward {
         decays(p.grad_log_decay_w || p.grad_log_decay_h),
         logits(decays || p.grad_q || p.grad_k) {
     Scratch of_head(memory), of_line(scratch);
-    const size_t tokens = static_cast<size_t>(p.height) * p.width, longest = longest_line(p);
+    const size_t tokens = gathered_tokens(p), longest = longest_line(p);
     T** const of_logits[] = {&q, &k, &dq, &dk};
     for (T** tensor : of_logits) *tensor = of_head.take<T>(tokens * d_pitch);
     T** const of_values[] = {&v, &g, &y1, &y2, &dy1, &dy2, &dv};
@@ -64,7 +64,7 @@ struct Backward {
   static size_t scratch_size(const Params& p) { return Backward(p, 0, 0, nullptr, nullptr).scratch_used; }
 
   void line(int sweep, int index) const {
-    if (sweep == kGather) return gather(index);
+    if (sweep == kRows) gather(index);
     const Line<T> line(p, index, sweep);
     const Tiling<T> tiling(line.length);
     const int padded = tiling.count * tiling.width;

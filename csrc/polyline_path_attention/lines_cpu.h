@@ -11,8 +11,7 @@
 namespace vitkernels::polyline_path_attention {
 namespace VITKERNELS_ISA {
 
-// Rows to gather, then rows, columns, and rows again.
-enum Sweep { kGather, kRows, kColumns, kRowsAgain };
+enum Sweep { kRows, kColumns, kRowsAgain };
 
 VITKERNELS_INLINE bool is_vertical(int sweep) {
   return sweep == kColumns;
@@ -31,6 +30,15 @@ VITKERNELS_INLINE int64_t sweep_items(const Params& p, int sweep) {
 }
 VITKERNELS_INLINE int64_t head_items(const Params& p) {
   return p.batch * p.heads;
+}
+
+// Tokens from one row of a gathered head to the next. An odd number, since the tokens of a column that lie a
+// multiple of large powers of two apart would share few sets of the caches.
+VITKERNELS_INLINE int row_step(const Params& p) {
+  return p.width | 1;
+}
+VITKERNELS_INLINE size_t gathered_tokens(const Params& p) {
+  return static_cast<size_t>(p.height) * row_step(p);
 }
 
 // Whether a head's probabilities of rows are kept from the first sweep over them for the second.
@@ -60,16 +68,19 @@ template <class T>
 struct Line {
   int index, length;
   bool vertical;
-  ptrdiff_t first, step;
+  ptrdiff_t first, step;                    // in a plane [y][x]
+  ptrdiff_t gathered_first, gathered_step;  // in a gathered head
 
   Line(const Params& p, int index, int sweep)
       : index(index),
         length(line_length(p, sweep)),
         vertical(is_vertical(sweep)),
         first(vertical ? index : static_cast<ptrdiff_t>(index) * p.width),
-        step(vertical ? p.width : 1) {}
+        step(vertical ? p.width : 1),
+        gathered_first(vertical ? index : static_cast<ptrdiff_t>(index) * row_step(p)),
+        gathered_step(vertical ? row_step(p) : 1) {}
 
-  Tokens<T> of(T* head, int pitch) const { return {head + first * pitch, step * pitch}; }
+  Tokens<T> of(T* head, int pitch) const { return {head + gathered_first * pitch, gathered_step * pitch}; }
   // One number a token of a plane [y][x], padded to `padded` elements.
   void read(const T* plane, T* to, int padded, bool repeat_last, T padding) const {
     const T* from = plane + first;
@@ -82,7 +93,7 @@ struct Line {
 template <class E, class T>
 VITKERNELS_INLINE void gather_row(const Params& p, const View& view, int64_t batch, int head, int y,
                                   int channels, T factor, T* to, int pitch) {
-  pack(to + static_cast<ptrdiff_t>(y) * p.width * pitch, pitch, token<const E>(view, batch, head, y, 0),
+  pack(to + static_cast<ptrdiff_t>(y) * row_step(p) * pitch, pitch, token<const E>(view, batch, head, y, 0),
        view.stride[2], view.stride[4], p.width, channels, factor);
 }
 template <class E, class T>
@@ -90,7 +101,7 @@ VITKERNELS_INLINE void deliver_row(const Params& p, const View& view, int64_t ba
                                    int channels, const T* factors, const T* from, int pitch) {
   if (view)
     unpack(token<E>(view, batch, head, y, 0), view.stride[2], view.stride[4],
-           from + static_cast<ptrdiff_t>(y) * p.width * pitch, pitch, p.width, channels, factors);
+           from + static_cast<ptrdiff_t>(y) * row_step(p) * pitch, pitch, p.width, channels, factors);
 }
 
 // visit(key, what the decays between it and each lane's query add up to), for queries from `lane` on.
@@ -185,8 +196,7 @@ struct Sweeps {
 #define VITKERNELS_POLYLINE_SWEEPS(name, Pass)                                                             \
   const Loop name[kSweeps] = {{Sweeps<Pass>::items<0>, Sweeps<Pass>::line_bytes, Sweeps<Pass>::lines<0>},  \
                               {Sweeps<Pass>::items<1>, Sweeps<Pass>::line_bytes, Sweeps<Pass>::lines<1>},  \
-                              {Sweeps<Pass>::items<2>, Sweeps<Pass>::line_bytes, Sweeps<Pass>::lines<2>},  \
-                              {Sweeps<Pass>::items<3>, Sweeps<Pass>::line_bytes, Sweeps<Pass>::lines<3>}}; \
+                              {Sweeps<Pass>::items<2>, Sweeps<Pass>::line_bytes, Sweeps<Pass>::lines<2>}}; \
   const Loop name##Heads = {head_items, Sweeps<Pass>::both_bytes, Sweeps<Pass>::heads}
 
 }  // namespace VITKERNELS_ISA
