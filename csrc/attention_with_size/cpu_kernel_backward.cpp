@@ -56,20 +56,29 @@ void exponentiate(T* p, const T* ds, int width, int keys, const T* bias, const T
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     lses[v] = load(lse + v * L);
-    totals[v] = sums[v] = Vec<T>{};
+    totals[v] = load(total + v * L);
+    sums[v] = load(sum + v * L);
   }
-  for (int m = 0; m < keys; ++m, p += width, ds += width)
+  for (int m = 0; m < keys;) {
+    Vec<T> run[V] = {}, run_sums[V] = {};
+    for (const int end = imin(keys, m + kWeightRun); m < end; ++m, p += width, ds += width)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const Vec<T> e = exp_softmax<T>((load(p + v * L) + bias[m]) - lses[v]);
+        store(p + v * L, e);
+        run[v] += e;
+        run_sums[v] += e * load(ds + v * L);
+      }
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const Vec<T> e = exp_softmax<T>((load(p + v * L) + bias[m]) - lses[v]);
-      store(p + v * L, e);
-      totals[v] += e;
-      sums[v] += e * load(ds + v * L);
+      totals[v] += run[v];
+      sums[v] += run_sums[v];
     }
+  }
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
-    store(total + v * L, load(total + v * L) + totals[v]);
-    store(sum + v * L, load(sum + v * L) + sums[v]);
+    store(total + v * L, totals[v]);
+    store(sum + v * L, sums[v]);
   }
 }
 
@@ -144,8 +153,10 @@ void backward_tile(const Params& p, const BackwardScratch<T>& w, int64_t b, int6
     const int key = w.tiles.start(part), count = w.tiles.size(part);
     const ptrdiff_t at = static_cast<ptrdiff_t>(key) * width;
     T *weights = w.p + at, *ds = w.ds + at;
-    multiply<T>(vecs, {count, d, w.k + static_cast<ptrdiff_t>(key) * w.k_pitch, w.k_pitch, 1, w.q, width,
-                       nullptr, 0, weights, width});
+    multiply<T>(vecs,
+                {count, d, w.k + static_cast<ptrdiff_t>(key) * w.k_pitch, w.k_pitch, 1, w.q, width, nullptr,
+                 0, weights, width},
+                logit_run(p.queries));
     if (wanted)
       multiply<T>(vecs, {count, dv, w.v + static_cast<ptrdiff_t>(key) * w.v_pitch, w.v_pitch, 1, w.g, width,
                          nullptr, 0, ds, width});
@@ -155,9 +166,9 @@ void backward_tile(const Params& p, const BackwardScratch<T>& w, int64_t b, int6
     });
   }
   for (int i = 0; i < vecs * L; i += L) {
-    const Vec<T> total = load(w.total + i), inverse = T(1) / (total == T(0) ? broadcast(T(1)) : total);
-    store(w.total + i, inverse);
-    store(w.sum + i, load(w.sum + i) * inverse);
+    const Vec<T> total = load(w.total + i), divisor = total == T(0) ? broadcast(T(1)) : total;
+    store(w.total + i, T(1) / divisor);
+    store(w.sum + i, load(w.sum + i) / divisor);
   }
 
   for (int part = 0; part < w.tiles.count; ++part) {

@@ -41,12 +41,9 @@ template <class T, int V>
 void online_weights(T* p, int width, int keys, const T* bias, T* top, T* sum, T* rescale) {
   constexpr int L = kLanes<T>;
   const Vec<T> nothing = broadcast(-static_cast<T>(__builtin_inff()));
-  Vec<T> tops[V], run[V];
+  Vec<T> tops[V], sums[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    tops[v] = load(top + v * L);
-    run[v] = Vec<T>{};
-  }
+  for (int v = 0; v < V; ++v) tops[v] = load(top + v * L);
   for (int m = 0; m < keys; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
@@ -56,17 +53,24 @@ void online_weights(T* p, int width, int keys, const T* bias, T* top, T* sum, T*
     const Vec<T> old = load(top + v * L);
     store(top + v * L, tops[v]);
     tops[v] = tops[v] == nothing ? Vec<T>{} : tops[v];  // of hidden keys alone: -inf - -inf would be NaN
-    store(rescale + v * L, exp_softmax<T>(old - tops[v]));
+    const Vec<T> factor = exp_softmax<T>(old - tops[v]);
+    store(rescale + v * L, factor);
+    sums[v] = load(sum + v * L) * factor;
   }
-  for (int m = 0; m < keys; ++m, p += width)
+  for (int m = 0; m < keys;) {
+    Vec<T> run[V] = {};
+    for (const int end = imin(keys, m + kWeightRun); m < end; ++m, p += width)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const Vec<T> e = exp_softmax<T>((load(p + v * L) + bias[m]) - tops[v]);
-      store(p + v * L, e);
-      run[v] += e;
-    }
+      for (int v = 0; v < V; ++v) {
+        const Vec<T> e = exp_softmax<T>((load(p + v * L) + bias[m]) - tops[v]);
+        store(p + v * L, e);
+        run[v] += e;
+      }
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) store(sum + v * L, load(sum + v * L) * load(rescale + v * L) + run[v]);
+    for (int v = 0; v < V; ++v) sums[v] += run[v];
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store(sum + v * L, sums[v]);
 }
 
 template <class E>
@@ -98,7 +102,8 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     for (int part = 0; part < w.tiles.count; ++part) {
       const int key = w.tiles.start(part), count = w.tiles.size(part);
       const T* k = w.k + static_cast<ptrdiff_t>(key) * w.k_pitch;
-      multiply<T>(vecs, {count, p.key_dim, k, w.k_pitch, 1, w.q, width, nullptr, 0, w.p, width});
+      multiply<T>(vecs, {count, p.key_dim, k, w.k_pitch, 1, w.q, width, nullptr, 0, w.p, width},
+                  logit_run(p.queries));
       int v = 0;
       for (; v + 2 <= vecs; v += 2)
         online_weights<T, 2>(w.p + v * L, width, count, w.sizes + key, w.top + v * L, w.sum + v * L,

@@ -14,6 +14,13 @@ using namespace vitkernels::VITKERNELS_ISA;
 
 constexpr int kTileKeys = 64;  // one run of a product
 
+// Terms of a logit in one chain. A library's product of one row with a matrix has chains of an eighth of the
+// length, and what the logits of few queries err is all that the largest error of their gradients is made of.
+VITKERNELS_INLINE int logit_run(int64_t queries) {
+  constexpr int few = 16;
+  return queries <= 8 && few < kRun ? few : kRun;
+}
+
 // Keys by tiles of equal size.
 struct KeyTiles {
   int keys, count, width;
@@ -48,21 +55,23 @@ static void write_rows(Matrix<E> m, const T* rows, int pitch, int count, int cha
   }
 }
 
-// to[m] = log(size[m]), up to the next vector; -inf of 0, NaN of what is negative.
+// to[m] = log(size[m]); -inf of 0, NaN of what is negative. In double: what a logarithm errs, all weights of
+// that size err together.
 template <class T>
 static void read_sizes(const View& view, int64_t batch, int keys, T* to) {
-  constexpr int L = kLanes<T>;
-  constexpr T least = sizeof(T) == 4 ? static_cast<T>(0x1p-126) : static_cast<T>(0x1p-1022);
+  constexpr int L = kLanes<double>;
+  constexpr double least = 0x1p-1022;
   const T* from = static_cast<const T*>(view.data) + batch * view.stride[0];
-  pack(to, 0, from, 0, view.stride[1], 1, keys, T(1));
   for (int i = 0; i < keys; i += L) {
-    const Vec<T> x = load(to + i);
-    const Vec<T> normal = x < least ? x * static_cast<T>(0x1p64) : x;
-    const Vec<T> shift = x < least ? broadcast(static_cast<T>(44.36141955583649980256)) : Vec<T>{};
-    const Vec<T> log = log_softmax<T>(normal) - shift;
-    const Vec<T> edge = x == T(0) ? broadcast(-static_cast<T>(__builtin_inff()))
-                                  : broadcast(static_cast<T>(__builtin_nanf("")));
-    store(to + i, x > T(0) ? log : edge);
+    const int count = imin(L, keys - i);
+    double lanes[L] = {};
+    for (int j = 0; j < count; ++j) lanes[j] = from[(i + j) * view.stride[1]];
+    const Vec<double> x = load(lanes), normal = x < least ? x * 0x1p64 : x,
+                      shift = x < least ? broadcast(44.36141955583649980256) : Vec<double>{},
+                      log = log_softmax<double>(normal) - shift,
+                      edge = x == 0.0 ? broadcast(-__builtin_inf()) : broadcast(__builtin_nan(""));
+    store(lanes, x > 0.0 ? log : edge);
+    for (int j = 0; j < count; ++j) to[i + j] = static_cast<T>(lanes[j]);
   }
 }
 

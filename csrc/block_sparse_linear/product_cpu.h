@@ -20,8 +20,9 @@ constexpr int kRows = V == 1                   ? 12
                                                : 6;
 constexpr int kMaxRows = 12, kPanelVecs = 2;
 
-// Terms of one chain of sums, where blocks allow: longer sums are cut, which keeps the rounding error near
-// that of a blocked library product. Shorter without FMA, where a term rounds twice.
+// Terms of one chain of sums: longer sums are cut, between blocks or within one that is longer itself, which
+// keeps the rounding error near that of a blocked library product. Shorter without FMA, where a term rounds
+// twice.
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr int kTerms = 192;
 #else
@@ -142,6 +143,23 @@ struct Runs {
   }
 };
 
+// Blocks of more than kTerms terms, each by equal parts.
+template <class T, int V>
+static __attribute__((noinline)) void multiply_long_blocks(const Source& source, const T* features,
+                                                           const T* weights, const int32_t* ids, int count,
+                                                           int rows, T* sums) {
+  bool add = false;
+  for (int q = 0; q < count; ++q, weights += static_cast<ptrdiff_t>(source.depth) * (V * kLanes<T>)) {
+    const int depth = ids[q] == source.last_block ? source.last_depth : source.depth;
+    Source part = source;
+    for (int parts = ceil_div(depth, kTerms), k = 0; parts > 0; --parts, k += part.depth, add = true) {
+      part.depth = part.last_depth = ceil_div(depth - k, parts);
+      multiply_tokens<T, V>(part, features + k, weights + static_cast<ptrdiff_t>(k) * (V * kLanes<T>),
+                            ids + q, 1, rows, sums, add);
+    }
+  }
+}
+
 // All blocks of a panel: sums [rows][V vectors] of the tile, zeros where the row of blocks is empty.
 template <class T, int V>
 VITKERNELS_INLINE void multiply_panel(const Source& source, const T* features, const T* weights,
@@ -150,6 +168,8 @@ VITKERNELS_INLINE void multiply_panel(const Source& source, const T* features, c
     for (int i = 0; i < rows * V; ++i) store(sums + i * kLanes<T>, Vec<T>{});
     return;
   }
+  if (source.depth > kTerms)
+    return multiply_long_blocks<T, V>(source, features, weights, ids, runs.count, rows, sums);
   for (int i = 0; i < runs.count; ++i) {
     const int count = runs.blocks + (i < runs.longer);
     multiply_tokens<T, V>(source, features, weights, ids, count, rows, sums, i > 0);

@@ -136,6 +136,14 @@ def test_large_models(heads: int, tokens: int, d: int) -> None:
     Problem(tokens, tokens, d, d, largest=tokens // 25, batch=1, heads=2).check()
 
 
+@pytest.mark.parametrize(("queries", "keys", "d", "heads"), [(97, 64, 1, 3), (1, 577, 64, 96)], ids=str)
+def test_largest_errors_of_many_draws(queries: int, keys: int, d: int, heads: int) -> None:
+    """One chain for all weights of 64 keys, or for a logit of 64 terms, missed the rule in one draw of 20 or five."""
+    for seed in range(16):
+        torch.manual_seed(seed)
+        Problem(queries, keys, d, d, batch=1, heads=heads).check()
+
+
 @pytest.mark.parametrize("scale", [3.0, -0.5])
 def test_wide_logits(scale: float) -> None:
     """The largest logit moves from tile to tile of keys, and weights fall below the smallest number."""

@@ -11,6 +11,10 @@ namespace vitkernels::VITKERNELS_ISA {
 
 // ---- softmax
 
+// Weights of a softmax that are summed in one chain. None is negative, so that their roundings, each by an
+// ulp of the largest, may all have one sign.
+constexpr int kWeightRun = 16;
+
 // Down the rows: s <- e^(s - max), inverse <- 1 / sum of that, lse <- max + log(sum).
 template <class T, int V>
 static void softmax_group(T* s, int width, int rows, T* inverse, T* lse) {
@@ -27,7 +31,7 @@ static void softmax_group(T* s, int width, int rows, T* inverse, T* lse) {
     for (int v = 0; v < V; ++v) top[v] = vmax(load(s + static_cast<ptrdiff_t>(r) * width + v * L), top[v]);
   for (int r = 0; r < rows;) {
     Vec<T> run[V] = {};
-    for (const int end = imin(rows, r + kRun); r < end; ++r)
+    for (const int end = imin(rows, r + kWeightRun); r < end; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         T* p = s + static_cast<ptrdiff_t>(r) * width + v * L;
