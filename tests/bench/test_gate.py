@@ -128,6 +128,24 @@ def test_one_outlier_fails_on_the_largest_error():
     assert verdict.share > 1
 
 
+def test_float64_is_not_asked_for_more_than_its_digits_hold() -> None:
+    """One element far above the rest: 256 ulp of the RMS are less than the distance between two doubles there."""
+    truth = torch.zeros(1_000_000, dtype=torch.float64)
+    truth[7] = 1.5
+    ulp = torch.finfo(torch.float64).eps
+    assert 256 * ulp * truth.square().mean().sqrt() < 2 * ulp
+
+    def passes(error: float, dtype: torch.dtype = torch.float64) -> bool:
+        got = truth.clone()
+        got[7] += error
+        return gate.check("x", got, truth, truth, factor=2, dtype=dtype).ok
+
+    assert passes(16 * ulp)
+    assert not passes(32 * ulp)
+    assert not passes(1e-8), "a rounding to float32"
+    assert not passes(1e-8, torch.float32), "the rule of the other dtypes changed"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_terms_that_cancel_leave_a_few_ulp_of_the_sum_and_no_more(dtype):
     """As in the gradient of the queries of a single key, which plain PyTorch gives as exactly zero."""
