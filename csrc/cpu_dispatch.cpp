@@ -9,12 +9,20 @@ namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 
+// For tests alone: chosen where it is asked for, never by itself.
+#ifdef VITKERNELS_EMULATE_AVX512
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
 bool available(Isa isa) {
 #ifdef VITKERNELS_X86_ISAS
   __builtin_cpu_init();
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::avx2) return avx2;
+  if (isa == Isa::avx512 && kEmulated) return avx2;
   if (isa == Isa::avx512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -35,7 +43,7 @@ Isa choose() {
                                 asked);
   }
   for (Isa isa : {Isa::avx512, Isa::avx2})
-    if (available(isa)) return isa;
+    if (available(isa) && !(kEmulated && isa == Isa::avx512)) return isa;
   return Isa::baseline;
 }
 
@@ -47,6 +55,7 @@ Isa selected_isa() {
 }
 
 const char* cpu_isa() {
+  if (kEmulated && selected_isa() == Isa::avx512) return "avx512 (emulated)";
   return kNames[static_cast<int>(selected_isa())];
 }
 

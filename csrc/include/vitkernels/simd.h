@@ -27,13 +27,22 @@
 
 namespace vitkernels::VITKERNELS_ISA {
 
+// VITKERNELS_INTRINSICS: the vector width in bits whose own instructions may be named. Emulated AVX-512 has
+// its lanes and tiles, and so its sums and roundings, in whatever instructions the compiler finds.
 #if defined(__AVX512F__)
+#define VITKERNELS_INTRINSICS 512
+constexpr int kVectorBytes = 64, kVectorRegisters = 32;
+#elif defined(VITKERNELS_EMULATE_AVX512)
+#define VITKERNELS_INTRINSICS 0
 constexpr int kVectorBytes = 64, kVectorRegisters = 32;
 #elif defined(__AVX2__)
+#define VITKERNELS_INTRINSICS 256
 constexpr int kVectorBytes = 32, kVectorRegisters = 16;
 #elif defined(__aarch64__)
+#define VITKERNELS_INTRINSICS 0
 constexpr int kVectorBytes = 16, kVectorRegisters = 32;
 #else
+#define VITKERNELS_INTRINSICS 0
 constexpr int kVectorBytes = 16, kVectorRegisters = 16;
 #endif
 
@@ -152,9 +161,9 @@ VITKERNELS_INLINE Vec<T> broadcast(T x) {
 }
 // a > b ? a : b, so b where either is NaN. Spelled out: GCC compares and blends otherwise.
 VITKERNELS_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
-#if defined(__AVX512F__)
+#if VITKERNELS_INTRINSICS == 512
   return bit_cast<Vec<float>>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
-#elif defined(__AVX2__)
+#elif VITKERNELS_INTRINSICS == 256
   return bit_cast<Vec<float>>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
 #else
   return a > b ? a : b;
@@ -179,9 +188,9 @@ VITKERNELS_INLINE HalfVec narrow(Vec<float> x, bf16) {
 }
 
 VITKERNELS_INLINE Vec<float> widen(HalfVec h, f16) {
-#if defined(__AVX512F__)
+#if VITKERNELS_INTRINSICS == 512
   return bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(h)));
-#elif defined(__F16C__)
+#elif VITKERNELS_INTRINSICS == 256
   return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(h)));
 #else
   // The product by 2^112 rebiases the exponent, subnormals included.
@@ -193,9 +202,9 @@ VITKERNELS_INLINE Vec<float> widen(HalfVec h, f16) {
 #endif
 }
 VITKERNELS_INLINE HalfVec narrow(Vec<float> x, f16) {
-#if defined(__AVX512F__)
+#if VITKERNELS_INTRINSICS == 512
   return bit_cast<HalfVec>(_mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif VITKERNELS_INTRINSICS == 256
   return bit_cast<HalfVec>(_mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
 #else
   const U32Vec u = bit_cast<U32Vec>(x);
@@ -240,7 +249,7 @@ VITKERNELS_INLINE void copy_few(E* to, const E* from, int count) {
 
 template <class E>
 VITKERNELS_INLINE Vec<Compute<E>> load_first(const E* p, int count) {
-#if defined(__AVX512F__)
+#if VITKERNELS_INTRINSICS == 512
   const unsigned mask = (1u << count) - 1;
   if constexpr (kSame<E, float>)
     return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
@@ -249,7 +258,7 @@ VITKERNELS_INLINE Vec<Compute<E>> load_first(const E* p, int count) {
   else
     return widen(bit_cast<HalfVec>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p)), E{});
 #else
-#if defined(__AVX2__)
+#if VITKERNELS_INTRINSICS == 256
   if constexpr (kSame<E, float>) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane);
@@ -265,7 +274,7 @@ VITKERNELS_INLINE Vec<Compute<E>> load_first(const E* p, int count) {
 }
 template <class E>
 VITKERNELS_INLINE void store_first(E* p, Vec<Compute<E>> x, int count) {
-#if defined(__AVX512F__)
+#if VITKERNELS_INTRINSICS == 512
   const unsigned mask = (1u << count) - 1;
   if constexpr (kSame<E, float>)
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), bit_cast<__m512>(x));
@@ -425,7 +434,7 @@ VITKERNELS_INLINE void interleave(Vec<T> a, Vec<T> b, Vec<T>& lo, Vec<T>& hi) {
   }
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if VITKERNELS_INTRINSICS == 256
 // 16 shuffles within the halves of a register and 8 that exchange halves; interleaving whole registers takes
 // twice as many.
 VITKERNELS_INLINE void transpose_8x8(Vec<float> (&rows)[8]) {
@@ -454,7 +463,7 @@ VITKERNELS_INLINE void transpose_8x8(Vec<float> (&rows)[8]) {
 // Each pass interleaves the upper half of the rows into the lower; log2(lanes) passes transpose.
 template <class T>
 VITKERNELS_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if VITKERNELS_INTRINSICS == 256
   if constexpr (kSame<T, float>) return transpose_8x8(rows);
 #endif
   constexpr int lanes = kLanes<T>;
