@@ -15,6 +15,8 @@ constexpr int kTerms = 256;  // of one chain of sums
 #else
 constexpr int kTerms = 32;
 #endif
+// Of a panel of one vector: of few columns, which a library's product sums in shorter chains too.
+constexpr int kTermsOfOne = kTerms < kRun ? kTerms : kRun;
 
 // Lanes cut into equal panels, and those into groups.
 template <class T>
@@ -49,6 +51,7 @@ struct RowGroups {
 template <class T>
 static void multiply_panel(int vecs, const Product<T>& p, bool packed) {
   const RowGroups groups(p.rows);
+  const int terms = vecs == 1 ? kTermsOfOne : kTerms;
   for (int g = 0; g < groups.count; ++g) {
     const int row = groups.start(g);
     Product<T> part = p;
@@ -59,7 +62,7 @@ static void multiply_panel(int vecs, const Product<T>& p, bool packed) {
     if (p.add) part.add = p.add + row * p.add_row;
     const T* a = p.a + row * (packed ? p.depth : p.a_row);
     // A product of no terms is one run: it has zeros to store.
-    for (int runs = p.depth ? ceil_div(p.depth, kTerms) : 1, k = 0; runs > 0; --runs, k += part.depth) {
+    for (int runs = p.depth ? ceil_div(p.depth, terms) : 1, k = 0; runs > 0; --runs, k += part.depth) {
       part.depth = ceil_div(p.depth - k, runs);
       part.a = a + k * part.a_k;
       part.b = p.b + k * p.b_k;
