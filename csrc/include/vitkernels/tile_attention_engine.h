@@ -251,6 +251,20 @@ VK_DEVICE void write_sums(T* tile, int ld, const Acc (&sums)[TILES][4], int tile
   }
 }
 
+// The same to global memory, through rows of shared memory that only this warp uses: along whichever
+// dimension is dense there. target() makes the Matrix once the sums have left the registers that its
+// addresses take.
+template <class T, class Acc, int TILES, class Target, class Token>
+VK_DEVICE void write_rows(T* rows, int ld, int bits, const Acc (&sums)[TILES][4], int tiles, Acc factor0,
+                          Acc factor1, bool wide, const Target& target, const Token& token) {
+  write_sums(rows, ld, sums, tiles, factor0, factor1);
+  sync_warp();
+  if (wide)
+    store_rows(target(), rows, ld, bits, token);
+  else
+    store_tile(target(), rows, ld, Group<16>(), token);
+}
+
 template <class Acc, int TILES>
 VK_DEVICE void clear(Acc (&sums)[TILES][4]) {
   VK_UNROLL

@@ -13,6 +13,7 @@
 // and 128 of the keys' at 64 channels, 20 % more than a kernel of both sides would need, whose sums would
 // have no owner.
 #pragma once
+#include "vitkernels/tile_attention_query_rows.h"
 #include "vitkernels/tile_attention_stream.h"
 
 namespace vitkernels::tile_attention {
@@ -35,60 +36,6 @@ struct GradientTile {
   int thread;  // of `threads`
   int threads;
 };
-
-// ---- what a query has of its own ----
-
-constexpr int ROW_THREADS = 128;
-
-// lse times unit, delta - grad_lse; [batch, heads, query_count()].
-using QueryRow = Vec<float, 2>;
-
-template <int WIDTH, class T, class Map>
-VK_KERNEL void VK_LAUNCH_BOUNDS(ROW_THREADS, 8)
-    query_rows_kernel(Problem problem, Map map, int blocks_per_head, bool wide) {
-  constexpr int CHUNK = 16 / sizeof(T), LANES = WIDTH / CHUNK, ROWS = ROW_THREADS / LANES;
-  const int unit = block_x() / blocks_per_head;
-  const int number = (block_x() - unit * blocks_per_head) * ROWS + thread_x() / LANES;
-  const int batch = unit / problem.heads, head = unit - batch * problem.heads;
-  const bool exists = number < map.query_count();
-  const int token = exists ? query_at(map, number, 0) : -1, channel = thread_x() % LANES * CHUNK;
-  const Matrix<T, Map> out(problem.out, map, batch, head, problem.value_dim);
-  const Matrix<T, Map> grad_out(problem.grad_out, map, batch, head, problem.value_dim);
-  float delta = 0.0f;
-  if (exists && wide && channel < problem.value_dim) {
-    const auto a = Vec<T, CHUNK>::load(grad_out.position.near(grad_out.data + channel, token));
-    const auto b = Vec<T, CHUNK>::load(out.position.near(out.data + channel, token));
-    VK_UNROLL
-    for (int e = 0; e < CHUNK; ++e) delta += to_float(a[e]) * to_float(b[e]);
-  } else if (exists && !wide && present(problem.grad_out)) {
-    const T* const a = grad_out.data + grad_out.position(token);
-    const T* const b = out.data + out.position(token);
-    for (int c = channel; c < channel + CHUNK && c < problem.value_dim; ++c)
-      delta += to_float(a[c * grad_out.channel_stride]) * to_float(b[c * out.channel_stride]);
-  }
-  delta = warp_sum<LANES>(delta);
-  if (!exists || channel != 0) return;
-  const auto of_token = [&](const View& view) {
-    return offset<float>(view, batch, head)[typename PositionsOf<Map>::type(view, map)(token)];
-  };
-  const float shift = present(problem.grad_lse) ? delta - of_token(problem.grad_lse) : delta;
-  QueryRow{{of_token(problem.lse) * Exponential<T>::unit, shift}}.store(
-      static_cast<float*>(problem.query_rows) +
-      2 * (static_cast<int64_t>(unit) * map.query_count() + number));
-}
-
-template <int WIDTH, class T, class Map>
-void find_query_rows(const Problem& problem, const Map& map, Stream stream) {
-  constexpr int ROWS = ROW_THREADS / (WIDTH / (16 / static_cast<int>(sizeof(T))));
-  const int blocks = static_cast<int>((map.query_count() + int64_t{ROWS} - 1) / ROWS);
-  const auto wide = [&](const View& view) {
-    return moves_wide<T>(view, problem.batch, problem.heads, problem.value_dim);
-  };
-  launch(query_rows_kernel<WIDTH, T, Map>, Dim3{static_cast<int64_t>(problem.batch) * problem.heads * blocks},
-         ROW_THREADS, 0, stream, problem, map, blocks, wide(problem.grad_out) && wide(problem.out));
-}
-
-// ---- one side's gradients ----
 
 // A code that vectors can hold.
 constexpr size_t padded_size(size_t size) {
@@ -121,9 +68,7 @@ struct GradientsLayout {
   int64_t bytes;
 
   GradientsLayout(const Problem& problem, const Map& map, bool with_sums) {
-    const auto moves = [&](const View& view, int channels) {
-      return moves_wide<T>(view, problem.batch, problem.heads, channels);
-    };
+    const auto moves = [&](const View& view, int channels) { return moves_wide<T>(view, problem, channels); };
     const bool of_queries[2] = {moves(problem.q, problem.head_dim),
                                 moves(problem.grad_out, problem.value_dim)};
     const bool of_keys[2] = {moves(problem.k, problem.head_dim), moves(problem.v, problem.value_dim)};
@@ -245,11 +190,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (GRADIENTS_MIN_BLOCKS<OWNER, WIDT
     enter(there, batch, item.head, 0);
     const auto copy = [&](T* to, const View& view, int channels, bool wide, const auto& tokens,
                           const auto& find) {
-      const Matrix<T, Map> source(view, map, batch, item.head, channels);
-      if (wide)
-        copy_tile(to, LD, source, group, BITS, WIDTH, tokens);
-      else
-        load_tile(to, LD, source, group, find, WIDTH);
+      fetch_tile(to, LD, Matrix<T, Map>(view, map, batch, item.head, channels), group, wide, BITS, WIDTH,
+                 tokens, find);
     };
     const auto copies = [&](bool queries, bool others, T* to, const int* kept_tokens) {
       const View &first = queries ? problem.q : problem.k, &second = queries ? problem.grad_out : problem.v;
@@ -473,7 +415,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (GRADIENTS_MIN_BLOCKS<OWNER, WIDT
     const auto own_slot = [&](int slot) { return own_token(group.first_row + slot); };
     const auto write = [&](const View& view, int channels, T* rows, const auto& of, Acc factor, bool wide) {
       if (!present(view)) return;
-      write_sums(rows, LD, of, WIDTH / 8, factor, factor);
+      write_sums(rows, LD, of, WIDTH / 8, factor, factor);  // write_rows() here: a spill in strip attention
       sync_warp();
       const Matrix<T, Map> target(view, map, batch, item.head, channels);
       if (wide)

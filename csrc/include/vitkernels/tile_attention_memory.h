@@ -65,6 +65,11 @@ bool moves_wide(const View& view, int batch, int heads, int channels) {
          (heads <= 1 || view.stride[1] % WIDTH == 0);
 }
 
+template <class T>
+bool moves_wide(const View& view, const Problem& problem, int channels) {
+  return moves_wide<T>(view, problem.batch, problem.heads, channels);
+}
+
 // The bits of ChunkOrder for rows of `channels`.
 template <class T>
 VK_HOST_DEVICE constexpr int chunk_bits(int channels) {
@@ -147,6 +152,16 @@ VK_DEVICE void copy_tile(T* tile, int ld, const Matrix<T, Map>& source, const Gr
                row < run.count && channel < source.channels);
   });
 }
+// One or the other, as the tensor allows. Both `tokens`, which may be a Run, and token(slot) name the rows.
+template <int ROWS, class T, class Map, class Tokens, class Token>
+VK_DEVICE void fetch_tile(T* tile, int ld, const Matrix<T, Map>& source, const Group<ROWS>& group, bool wide,
+                          int bits, int padded, const Tokens& tokens, const Token& token) {
+  if (wide)
+    copy_tile(tile, ld, source, group, bits, padded, tokens);
+  else
+    load_tile(tile, ld, source, group, token, padded);
+}
+
 // store_tile() of a tensor that moves_wide(), by one warp: 16 rows.
 template <class T, class Map, class Token>
 VK_DEVICE void store_rows(const Matrix<T, Map>& target, const T* rows, int ld, int bits, Token token) {

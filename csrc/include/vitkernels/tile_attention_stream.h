@@ -45,9 +45,7 @@ struct StreamLayout {
     ld_query = ld_head > ld_value ? ld_head : ld_value;
     head_bits = chunk_bits<T>(ld_head - leading_dimension<T>(0));
     value_bits = chunk_bits<T>(ld_value - leading_dimension<T>(0));
-    const auto wide = [&](const View& view, int channels) {
-      return moves_wide<T>(view, problem.batch, problem.heads, channels);
-    };
+    const auto wide = [&](const View& view, int channels) { return moves_wide<T>(view, problem, channels); };
     wide_q = wide(problem.q, problem.head_dim);
     wide_k = wide(problem.k, problem.head_dim);
     wide_v = wide(problem.v, problem.value_dim);
@@ -185,11 +183,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (STREAM_MIN_BLOCKS<Engine, HEAD>)
     enter(there, batch, item.head, 0);
     const auto copy = [&](T* to, int ld, int bits, int padded, const View& view, int channels, bool wide,
                           const auto& tokens, const auto& find) {
-      const Matrix<T, Map> source(view, map, batch, item.head, channels);
-      if (wide)
-        copy_tile(to, ld, source, group, bits, padded, tokens);
-      else
-        load_tile(to, ld, source, group, find, padded);
+      fetch_tile(to, ld, Matrix<T, Map>(view, map, batch, item.head, channels), group, wide, bits, padded,
+                 tokens, find);
     };
     const auto copies = [&](T* to, int ld, int bits, int padded, const View& view, int channels, bool wide,
                             bool keys, const int* kept_tokens) {
@@ -395,14 +390,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (STREAM_MIN_BLOCKS<Engine, HEAD>)
     // Only this warp reads its queries, and has: the output goes through their place, to be written along
     // whichever dimension is dense.
     sync_warp();
-    write_sums(own, ld_query, output, value_depth / 8, factor[0], factor[1]);
-    sync_warp();
-    const Matrix<T, Map> out(problem.out, map, batch, item.head, problem.value_dim);
-    const auto own_query = [&](int slot) { return query(group.first_row + slot); };
-    if (layout.wide_out)
-      store_rows(out, own, ld_query, value_bits, own_query);
-    else
-      store_tile(out, own, ld_query, Group<16>(), own_query);
+    const auto target = [&] { return Matrix<T, Map>(problem.out, map, batch, item.head, problem.value_dim); };
+    write_rows(own, ld_query, value_bits, output, value_depth / 8, factor[0], factor[1], layout.wide_out,
+               target, [&](int slot) { return query(group.first_row + slot); });
     ++batch;
   }
 }

@@ -27,9 +27,7 @@ struct TogetherLayout {
   int64_t bytes;
 
   TogetherLayout(const Problem& problem, const Map& map, bool with_sums) {
-    const auto moves = [&](const View& view, int channels) {
-      return moves_wide<T>(view, problem.batch, problem.heads, channels);
-    };
+    const auto moves = [&](const View& view, int channels) { return moves_wide<T>(view, problem, channels); };
     wide[0] = moves(problem.q, problem.head_dim);
     wide[1] = moves(problem.k, problem.head_dim);
     wide[2] = moves(problem.v, problem.value_dim);
@@ -111,11 +109,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (WIDTH > 32 ? 3 : 4))
     forget(tile);
     const auto load = [&](T* to, const View& view, int channels, bool wide, const auto& tokens,
                           const auto& find) {
-      const Matrix<T, Map> source(view, map, batch, item.head, channels);
-      if (wide)
-        copy_tile(to, LD, source, group, BITS, WIDTH, tokens);
-      else
-        load_tile(to, LD, source, group, find, WIDTH);
+      fetch_tile(to, LD, Matrix<T, Map>(view, map, batch, item.head, channels), group, wide, BITS, WIDTH,
+                 tokens, find);
     };
     const auto load_all = [&](const auto& queries, const auto& keys) {
       load(q, problem.q, problem.head_dim, layout.wide[0], queries, query);
@@ -225,14 +220,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (WIDTH > 32 ? 3 : 4))
                            const auto& token) {
       if (!present(view)) return;
       T* const rows = tile_of + group.first_row * LD;
-      write_sums(rows, LD, of, WIDTH / 8, factor, factor);
-      sync_warp();
-      const Matrix<T, Map> target(view, map, batch, item.head, channels);
-      const auto own = [&](int slot) { return token(group.first_row + slot); };
-      if (wide)
-        store_rows(target, rows, LD, BITS, own);
-      else
-        store_tile(target, rows, LD, Group<16>(), own);
+      const auto target = [&] { return Matrix<T, Map>(view, map, batch, item.head, channels); };
+      write_rows(rows, LD, BITS, of, WIDTH / 8, factor, factor, wide, target,
+                 [&](int slot) { return token(group.first_row + slot); });
     };
     const Acc scale = static_cast<Acc>(problem.scale);
     write(problem.grad_q, problem.head_dim, q, grad_q, scale, layout.wide_out[0], query);
