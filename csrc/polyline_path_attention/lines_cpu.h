@@ -32,8 +32,8 @@ VITKERNELS_INLINE int64_t head_items(const Params& p) {
   return p.batch * p.heads;
 }
 
-// Tokens from one row of a gathered head to the next. An odd number, since the tokens of a column that lie a
-// multiple of large powers of two apart would share few sets of the caches.
+// Tokens from one row of a gathered head to the next. An odd number: a column's tokens, a large power of two
+// apart, would share few sets of the caches.
 VITKERNELS_INLINE int row_step(const Params& p) {
   return p.width | 1;
 }
