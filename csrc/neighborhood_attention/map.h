@@ -191,16 +191,20 @@ struct NeighborhoodMap {
 
     VK_DEVICE Positions(const View& view, const NeighborhoodMap& map)
         : stride_y(view.stride[4]), stride_x(view.stride[2]), x_bits(map.x_bits) {}
+    // Of no token, -1, too: unsigned, since negative numbers must not be shifted.
+    VK_DEVICE int x_of(int token, int token_y) const {
+      return token - static_cast<int>(static_cast<uint32_t>(token_y) << x_bits);
+    }
     VK_DEVICE int64_t operator()(int token) const {
       const int token_y = token >> x_bits;
-      return token_y * stride_y + (token - (token_y << x_bits)) * stride_x;
+      return token_y * stride_y + x_of(token, token_y) * stride_x;
     }
     template <class U>
     VK_DEVICE U* near(U* data, int token) const {
       const int token_y = token >> x_bits, size = static_cast<int>(sizeof(U));
       return reinterpret_cast<U*>(reinterpret_cast<uintptr_t>(data) +
                                   static_cast<int64_t>(token_y) * static_cast<int>(stride_y * size) +
-                                  static_cast<int64_t>(token - (token_y << x_bits)) *
+                                  static_cast<int64_t>(x_of(token, token_y)) *
                                       static_cast<int>(stride_x * size));
     }
     VK_DEVICE bool multiples_of(int width) const { return (stride_y | stride_x) % width == 0; }

@@ -229,7 +229,7 @@ def test_matches_reference(case: Case) -> None:
 def test_matches_reference_on_larger_maps(
     sizes: tuple[int, int], dtype: torch.dtype, criss_cross: bool
 ) -> None:
-    check(Case(*sizes, criss_cross, d=16, dv=16, dtype=dtype, decay=F64 if dtype == F64 else F32), seed=1)
+    check(Case(*sizes, criss_cross, d=16, dv=16, dtype=dtype, decay=F64 if dtype == F64 else F32), seed=2)
 
 
 @pytest.mark.parametrize("criss_cross", [False, True])
