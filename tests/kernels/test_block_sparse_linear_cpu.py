@@ -28,6 +28,7 @@ SHAPES = [
     ((96, 192), (32, 64)),
     ((64, 48), (16, 16)),
     ((41, 600), (8, 600)),
+    ((40, 620), (8, 250)),  # rows of several blocks longer than a chain of sums, the last one shorter
 ]
 
 
