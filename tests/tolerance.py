@@ -27,3 +27,10 @@ def assert_close_to_truth(
     verdict = gate.check(name, got, baseline, truth, factor=factor, reduced=reduced, dtype=dtype)
     print(verdict)
     assert verdict.ok, f"{verdict}: exceeds what is allowed"
+
+
+def assert_cancelled(name: str, got: torch.Tensor) -> None:
+    """Asserts that terms whose sum is zero, as those of a softmax of one key, leave no more than their roundings."""
+    nothing = torch.zeros_like(got, dtype=torch.float64)
+    verdict = gate.check(name, got, nothing, nothing, factor=GRADIENT)
+    assert verdict.ok, f"{verdict}: exceeds what is allowed"

@@ -228,7 +228,7 @@ def test_runs_agree_bit_for_bit(mode: str) -> None:
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-@pytest.mark.parametrize("elements", [512, pytest.param(64, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("elements", [512, pytest.param(128, marks=pytest.mark.thorough)])
 def test_the_size_of_a_tile_changes_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, x, grad = random_plan(2, 37, 20), torch.randn(2, 37, 70), torch.randn(2, 20, 70)
     want = {mode: merge(plan, x, None, mode, grad, Guarded()) for mode in MODES}

@@ -91,20 +91,22 @@ def backward(
     keys, value_dim = v.shape[2:]
     shape = (head_dim, value_dim, q.element_size())
     inputs = (*q.stride(), *k.stride(), *v.stride(), *size.stride(), heads, queries, keys, scale)
-    delta = None
+    delta = factors = None
     with device_of(q):
-        if grad_q is not None or grad_k is not None:
+        if q.dtype is torch.float32:
+            factors = _scratch(q, batch, heads, queries)
+        if grad_q is not None or grad_k is not None or factors is not None:
             delta = _scratch(q, batch, heads, queries)
             config = configuration("queries", *shape)
             backward_queries[(batch * heads * triton.cdiv(queries, config["BLOCK_M"]),)](
-                grad_q, delta, grad_out, grad_lse, out, lse, q, k, v, size, *_strides(grad_q), *_strides(grad_out),
-                *_strides(grad_lse, 3), *out.stride(), *lse.stride(), *inputs, **config,
+                grad_q, delta, factors, grad_out, grad_lse, out, lse, q, k, v, size, *_strides(grad_q),
+                *_strides(grad_out), *_strides(grad_lse, 3), *out.stride(), *lse.stride(), *inputs, **config,
             )  # fmt: skip
         if grad_k is not None or grad_v is not None:
             config = configuration("keys", *shape)
             backward_keys[(batch * heads * triton.cdiv(keys, config["BLOCK_N"]),)](
-                grad_k, grad_v, delta, grad_out, lse, q, k, v, size, *_strides(grad_k), *_strides(grad_v),
-                *_strides(grad_out), *lse.stride(), *inputs, **config,
+                grad_k, grad_v, delta, factors, grad_out, lse, q, k, v, size, *_strides(grad_k),
+                *_strides(grad_v), *_strides(grad_out), *lse.stride(), *inputs, **config,
             )  # fmt: skip
 
 

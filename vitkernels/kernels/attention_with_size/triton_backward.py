@@ -23,13 +23,18 @@ from vitkernels.kernels.attention_with_size.triton_forward import (
 
 @jit(do_not_specialize=["gl_b", "gl_h", "lse_b", "lse_h", "size_b", "query_count", "key_count"])
 def backward_queries(
-    grad_q, delta, grad_out, grad_lse, out, lse, q, k, v, size,
+    grad_q, delta, factors, grad_out, grad_lse, out, lse, q, k, v, size,
     gq_b, gq_h, gq_n, gq_c, go_b, go_h, go_n, go_c, gl_b, gl_h, gl_n, out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n,
     q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c, size_b, size_m, heads, query_count, key_count, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Fills delta [batch, heads, N] and, unless it is absent, grad_q."""
+    """Fills delta [batch, heads, N] and, unless they are absent, factors [batch, heads, N] and grad_q.
+
+    Float32 has factors, of the weights. Where one weight of a row is large, the roundings of lse and of the product of
+    grad_out and out exceed what the weights and their gradients err, which plain PyTorch's cancel; so what the weights
+    sum to is divided out, and what the logits' gradients sum to goes into delta.
+    """
     tiles = tl.cdiv(query_count, BLOCK_M)
     program = tl.program_id(0).to(tl.int64)
     pair = program // tiles
@@ -45,10 +50,13 @@ def backward_queries(
         start = out + batch * out_b + head * out_h
         result = load_channels(start, queries, query_valid, out_n, out_c, VALUE_DIM, BLOCK_V)
         row_delta = tl.sum(grad_result.to(tl.float32) * result.to(tl.float32), 1)
+    row_gradient = tl.zeros([BLOCK_M], tl.float32)
     if grad_lse is not None:
-        row_delta -= load_rows(grad_lse + batch * gl_b + head * gl_h, queries, query_valid, gl_n, 0.0)
-    tl.store(delta + pair * query_count + queries, row_delta, mask=query_valid)
-    if grad_q is not None:
+        row_gradient = load_rows(grad_lse + batch * gl_b + head * gl_h, queries, query_valid, gl_n, 0.0)
+    row_delta -= row_gradient
+    if factors is None:
+        tl.store(delta + pair * query_count + queries, row_delta, mask=query_valid)
+    if grad_q is not None or factors is not None:
         k += batch * k_b + head * k_h
         v += batch * v_b + head * v_h
         size += batch * size_b
@@ -56,6 +64,8 @@ def backward_queries(
         query = load_channels(start, queries, query_valid, q_n, q_c, HEAD_DIM, BLOCK_D)
         row_lse = load_rows(lse + batch * lse_b + head * lse_h, queries, query_valid, lse_n, INF)
         gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        surplus = tl.zeros([BLOCK_M], tl.float32)
         for first in range(0, key_count, BLOCK_N):
             keys = first + tl.arange(0, BLOCK_N)
             key_valid = keys < key_count
@@ -67,20 +77,33 @@ def backward_queries(
                 value = load_channels(v, keys, key_valid, v_n, v_c, VALUE_DIM, BLOCK_V)
                 grad_weights = dot(grad_result, tl.trans(value))
             grad_logits = logit_gradient(weights, grad_weights, row_delta)
-            gradient = dot(grad_logits.to(key.dtype), key, gradient)
-        start = grad_q + batch * gq_b + head * gq_h
-        store_channels(start, queries, query_valid, gq_n, gq_c, gradient * scale, HEAD_DIM, BLOCK_D)
+            if factors is not None:
+                total += tl.sum(weights, 1)
+                surplus += tl.sum(grad_logits, 1)
+            if grad_q is not None:
+                gradient = dot(grad_logits.to(key.dtype), key, gradient)
+        if factors is not None:
+            tl.store(factors + pair * query_count + queries, 1.0 / total, mask=query_valid)
+            gradient = gradient / total[:, None]
+            row_delta += surplus / total - row_gradient
+            tl.store(delta + pair * query_count + queries, row_delta, mask=query_valid)
+        if grad_q is not None:
+            start = grad_q + batch * gq_b + head * gq_h
+            store_channels(start, queries, query_valid, gq_n, gq_c, gradient * scale, HEAD_DIM, BLOCK_D)
 
 
 @jit(do_not_specialize=["lse_b", "lse_h", "size_b", "query_count", "key_count"])
 def backward_keys(
-    grad_k, grad_v, delta, grad_out, lse, q, k, v, size,
+    grad_k, grad_v, delta, factors, grad_out, lse, q, k, v, size,
     gk_b, gk_h, gk_n, gk_c, gv_b, gv_h, gv_n, gv_c, go_b, go_h, go_n, go_c, lse_b, lse_h, lse_n,
     q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c, size_b, size_m, heads, query_count, key_count, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Fills grad_k, for which delta is, and grad_v, for which grad_out is; either may be absent."""
+    """Fills grad_k, for which delta is, and grad_v, for which grad_out is; either may be absent.
+
+    factors are those of `backward_queries`, or None.
+    """
     tiles = tl.cdiv(key_count, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     pair = program // tiles
@@ -95,6 +118,8 @@ def backward_keys(
     lse += batch * lse_b + head * lse_h
     if grad_k is not None:
         delta += pair * query_count
+    if factors is not None:
+        factors += pair * query_count
     if grad_out is not None:
         grad_out += batch * go_b + head * go_h
     key_gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -107,6 +132,8 @@ def backward_keys(
         # Keys are the rows of these tiles: as such they multiply, without being transposed.
         logits = dot(key, tl.trans(query)) * (scale * LOG2E) + sizes[:, None]
         weights = tl.exp2(logits - (row_lse * LOG2E)[None, :])
+        if factors is not None:
+            weights *= tl.load(factors + queries, mask=query_valid, other=0.0)[None, :]
         grad_weights = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if grad_out is not None:
             grad_result = load_channels(grad_out, queries, query_valid, go_n, go_c, VALUE_DIM, BLOCK_V)

@@ -131,12 +131,13 @@ def backward(
     inputs = (*lse.stride(), *q.stride(), *k.stride(), *v.stride(), *_strides(bias))
     widths = {"WIDTH": width, "VALUE_DIM": value_dim}
     with device_of(q):
-        delta, query_results = None, (grad_q, grad_bias)
+        delta, factors, query_results = None, None, (grad_q, grad_bias)
         if tiles > 1:
             delta, query_results = _scratch(q, batch, heads, queries), (None, None)
+            factors = _scratch(q, batch, heads, queries) if q.dtype is torch.float32 else None
             mine = configuration("queries", *shape)
             backward_queries[(batch * heads * -(-queries // mine["BLOCK_M"]),)](
-                grad_q, grad_bias, delta, grad_out, grad_lse, out, lse, q, k, v, bias,
+                grad_q, grad_bias, delta, factors, grad_out, grad_lse, out, lse, q, k, v, bias,
                 *_strides(grad_q), *_strides(grad_bias), *_strides(grad_out), *_strides(grad_lse, 3),
                 *out.stride(), *inputs, heads, queries, keys, scale, **widths, **mine,
             )  # fmt: skip
@@ -147,8 +148,8 @@ def backward(
                 for grad in (grad_k, grad_v)
             ]
             backward_keys[(batch * heads * tiles * shares,)](
-                query_results[0], grad_k, grad_v, query_results[1], *partials, delta, grad_out, grad_lse, lse,
-                q, k, v, bias, *_strides(query_results[0]), *_strides(grad_k), *_strides(grad_v),
+                query_results[0], grad_k, grad_v, query_results[1], *partials, delta, factors, grad_out,
+                grad_lse, lse, q, k, v, bias, *_strides(query_results[0]), *_strides(grad_k), *_strides(grad_v),
                 *_strides(query_results[1]), *_strides(grad_out), *_strides(grad_lse, 3), *inputs,
                 heads, queries, keys, shares, each, scale, **widths, **config,
             )  # fmt: skip

@@ -53,7 +53,7 @@ def query_gradient(grad_logits, key, OUTER: tl.constexpr):
 
 @jit(do_not_specialize=["shares", "tiles_a_share"])
 def backward_keys(
-    grad_q, grad_k, grad_v, grad_bias, partial_k, partial_v, delta, grad_out, grad_lse, lse, q, k, v, bias,
+    grad_q, grad_k, grad_v, grad_bias, partial_k, partial_v, delta, factors, grad_out, grad_lse, lse, q, k, v, bias,
     gq_b, gq_h, gq_n, gq_c, gk_b, gk_h, gk_n, gk_c, gv_b, gv_h, gv_n, gv_c, gb_b, gb_h, gb_n, gb_m,
     go_b, go_h, go_n, go_c, gl_b, gl_h, gl_n, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c,
     v_b, v_h, v_n, v_c, bias_b, bias_h, bias_n, bias_m,
@@ -64,7 +64,8 @@ def backward_keys(
     """Gradients of a tile of keys and of their values from a share of the queries: into partial_k and partial_v
     [batch * heads, shares, keys, channels] where these are given, else into grad_k and grad_v, any of them absent.
 
-    Without delta the tile holds all keys, and the gradients of queries and logits are written too.
+    Without delta the tile holds all keys, and the gradients of queries and logits are written too. factors are those
+    of `backward_queries`, or None.
 
     local memory: up to 40 bytes: where it holds all keys, values stay in registers as operands from tile to tile, and
     what is used once, at the end, makes room.
@@ -102,6 +103,8 @@ def backward_keys(
             # lse is rounded, for logits of 1e4 to a thousandth; with all keys at hand their weights sum to one.
             total = tl.sum(weights, 1)
             weights = weights / tl.where(total == 0, 1.0, total)[:, None]
+        elif factors is not None:
+            weights *= tl.load(factors + pair * query_count + queries, mask=query_valid, other=0.0)[:, None]
         grad_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if grad_out is not None:
             grad_result = load_tile(
@@ -158,14 +161,21 @@ def backward_keys(
 
 @jit
 def backward_queries(
-    grad_q, grad_bias, delta, grad_out, grad_lse, out, lse, q, k, v, bias,
+    grad_q, grad_bias, delta, factors, grad_out, grad_lse, out, lse, q, k, v, bias,
     gq_b, gq_h, gq_n, gq_c, gb_b, gb_h, gb_n, gb_m, go_b, go_h, go_n, go_c, gl_b, gl_h, gl_n,
     out_b, out_h, out_n, out_c, lse_b, lse_h, lse_n, q_b, q_h, q_n, q_c, k_b, k_h, k_n, k_c, v_b, v_h, v_n, v_c,
     bias_b, bias_h, bias_n, bias_m, heads, query_count, key_count, scale,
     WIDTH: tl.constexpr, OUTER: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Fills delta [batch, heads, N] and, unless they are absent, grad_q and the gradient of the logits."""
+    """Fills delta [batch, heads, N] and, unless they are absent, factors [batch, heads, N], grad_q and the gradient of
+    the logits.
+
+    Float32 has factors, of the weights. Where one weight of a row is large, the roundings of lse and of the product of
+    grad_out and out exceed what the weights and their gradients err, which plain PyTorch's cancel; so what the weights
+    sum to is divided out, but of the gradient of the logits, which is written before it is known, and what that
+    gradient sums to goes into delta.
+    """
     tiles = (query_count + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0).to(tl.int64)
     pair = program // tiles
@@ -184,12 +194,14 @@ def backward_queries(
             out + batch * out_b + head * out_h, tile_offsets(queries, out_n, out_c, BLOCK_V), mask_v
         )
         row_delta = tl.sum(grad_result.to(tl.float32) * result.to(tl.float32), 1)
+    row_gradient = tl.zeros([BLOCK_M], tl.float32)
     if grad_lse is not None:
-        row_delta -= load_rows(grad_lse + batch * gl_b + head * gl_h, queries, query_valid, gl_n, 0.0).to(
-            tl.float32
-        )
-    tl.store(delta + pair * query_count + queries, row_delta, mask=query_valid)
-    if grad_q is not None or grad_bias is not None:
+        start = grad_lse + batch * gl_b + head * gl_h
+        row_gradient = load_rows(start, queries, query_valid, gl_n, 0.0).to(tl.float32)
+    row_delta -= row_gradient
+    if factors is None:
+        tl.store(delta + pair * query_count + queries, row_delta, mask=query_valid)
+    if grad_q is not None or grad_bias is not None or factors is not None:
         k += batch * k_b + head * k_h
         v += batch * v_b + head * v_h
         if bias is not None:
@@ -200,6 +212,8 @@ def backward_queries(
         row_lse = load_rows(lse + batch * lse_b + head * lse_h, queries, query_valid, lse_n, INF)
         # Of one channel, the terms of a query lie in a tile that is summed over the keys once, at the end.
         gradient = tl.zeros([BLOCK_M, BLOCK_N] if OUTER else [BLOCK_M, BLOCK_R], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        surplus = tl.zeros([BLOCK_M], tl.float32)
         for first in range(0, key_count, BLOCK_N):
             keys = first + tl.arange(0, BLOCK_N)
             key_valid = keys < key_count
@@ -215,6 +229,9 @@ def backward_queries(
                 )
                 grad_weights = dot(grad_result, tl.trans(value))
             grad_logits = logit_gradient(weights, grad_weights, row_delta)
+            if factors is not None:
+                total += tl.sum(weights, 1)
+                surplus += tl.sum(grad_logits, 1)
             if grad_bias is not None:
                 store_logit_gradient(
                     grad_bias + batch * gb_b + head * gb_h, queries, keys, query_valid, key_valid, gb_n, gb_m,
@@ -224,10 +241,16 @@ def backward_queries(
                 gradient += grad_logits * key.to(tl.float32)[None, :]
             else:
                 gradient = dot(grad_logits.to(key.dtype), key, gradient)
+        factor = tl.full([BLOCK_M], 1.0, tl.float32)
+        if factors is not None:
+            factor = 1.0 / tl.where(total == 0, 1.0, total)
+            tl.store(factors + pair * query_count + queries, factor, mask=query_valid)
+            row_delta += surplus * factor - row_gradient
+            tl.store(delta + pair * query_count + queries, row_delta, mask=query_valid)
         if grad_q is not None:
-            total = (tl.sum(gradient, 1) if OUTER else gradient) * scale
+            result = tl.sum(gradient, 1) * factor if OUTER else gradient * factor[:, None]
             start = grad_q + batch * gq_b + head * gq_h
-            store_channels(start, queries, query_valid, gq_n, gq_c, total, WIDTH, OUTER, BLOCK_R)
+            store_channels(start, queries, query_valid, gq_n, gq_c, result * scale, WIDTH, OUTER, BLOCK_R)
 
 
 @jit(do_not_specialize=["shares"])
