@@ -17,6 +17,7 @@ MLPs, whether there is a projection in front of the classifier, whether the stem
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -191,7 +192,10 @@ def search() -> tuple[Family, list[Candidate]]:
     return min(found, key=lambda pair: max(member.worst for member in pair[1]))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     family, members = search()
     print(family)
     print("deviation in %: parameters, MACs at 224, without attention's products, both at 256")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -43,6 +45,30 @@ def test_bad_image_is_one_line(tmp_path, capsys):
     file.write_text("hello")
     assert main(["demo", "--image", str(file)]) == 2
     assert "image: expected a readable image file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "threads: expected at least 1; got 0"),
+        (["--seconds", "-1"], "seconds: expected a positive number"),
+        (["--output", "d.foo"], "output: expected a file of "),
+        (["--output", "."], "output: expected a file; got the folder '.'"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(photo, "load_photo", lambda *_: pytest.fail("began"))
+    assert main(["demo", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_reason_why_timm_is_missing_is_in_the_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        ValueError, match=r"deit_base_bsr.*got 'resnet18', and timm cannot be imported \(.*Error: "
+    ):
+        host_model.create_host_model("resnet18")
+    assert "timm cannot be imported" in host_model.create_host_model("efficientvit_m0").note
 
 
 def test_photo_and_crops(picture):

@@ -28,3 +28,5 @@ def test_groups_in_their_mean_color() -> None:
 def test_bad_input_is_one_line(tmp_path, capsys) -> None:
     assert main(["merge", "--image", str(tmp_path / "none.png")]) == 2
     assert "expected a readable image file" in capsys.readouterr().err
+    assert main(["merge", "--output", "merged.foo"]) == 2
+    assert "output: expected a file of " in capsys.readouterr().err

@@ -122,6 +122,7 @@ def execute(args: argparse.Namespace) -> int:
     from vitkernels.bench import report
     from vitkernels.bench.host_model import plain
     from vitkernels.bench.models import forward
+    from vitkernels.bench.outputs import check_plot
     from vitkernels.bench.peaks import device_name
     from vitkernels.bench.photo import center_crop, load_photo, normalize
     from vitkernels.bench.timing import busy
@@ -129,8 +130,14 @@ def execute(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected one that is there; got 'cuda', but torch finds no CUDA device")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"threads: expected at least 1; got {args.threads}")
+    if not args.seconds > 0:
+        raise ValueError(f"seconds: expected a positive number; got {args.seconds}")
+    output = args.output or Path(f"{args.model}_demo.png")
+    check_plot("output", output)
     if args.threads is not None:
-        torch.set_num_threads(max(1, args.threads))
+        torch.set_num_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 120)
     photo, source = load_photo(args.image)
     console.print(f"photo    {source}, {photo.shape[2]} x {photo.shape[1]}", markup=False)
@@ -176,7 +183,6 @@ def execute(args: argparse.Namespace) -> int:
         console.print(note, style="yellow")
     rows = measure(variants, photo, args, args.model)
     console.print(report.model_table(rows))
-    output = args.output or Path(f"{args.model}_demo.png")
     caption = "input: " + (source.partition(" (")[0] if args.image is None else Path(source).name)
     draw(output, shown, rows, f"{args.model} before and after vitkernels.apply, {machine}", caption)
     console.print(f"plot written to {output}; {time.perf_counter() - begin:.0f} s in all", markup=False)

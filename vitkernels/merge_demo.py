@@ -56,9 +56,11 @@ def execute(args: argparse.Namespace) -> int:
     from vitkernels.bench.extras import require
 
     require("matplotlib", "PIL")
+    from vitkernels.bench.outputs import check_plot
     from vitkernels.bench.photo import center_crop, load_photo, normalize
     from vitkernels.bench.plot import plt
 
+    check_plot("output", args.output)
     photo, origin = load_photo(args.image)
     shown = center_crop(photo, SIZE)
     torch.manual_seed(0)

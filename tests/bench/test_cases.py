@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -140,7 +141,37 @@ def test_shape_text():
         ("d=x", "d=int"),
         ("bias=some", "bias in absolute, signed, none"),
         ("lse=2", "lse in 0, 1"),
+        ("window=7x0", "window of at least 1"),
+        ("dv=-1", "dv of at least 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             CASE.parse_shape(text)
     assert parse_fields("", {"a": 1}) == {"a": 1}
+    assert parse_fields("a=0", {"a": 1}, or_zero=("a",)) == {"a": 0}
+
+
+@pytest.mark.parametrize("operator", operators())
+def test_sizes_are_positive(operator):
+    case = load_case(operator)
+    for item in case.shape_help.replace(" ", "").split(","):
+        key, _, value = item.partition("=")
+        if value[:1].isdigit() and key != "kernels":
+            with pytest.raises(ValueError, match=f"shape: expected {key}"):
+                case.parse_shape(f"{key}={'-1x-1' if 'x' in value else '-1'}")
+    for text in case.check_shapes.values():
+        assert case.parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    "operator", ["window_attention", "neighborhood_attention", "cascaded_group_attention"]
+)
+@pytest.mark.filterwarnings("error:Dynamo detected a call")
+def test_what_is_compiled_calls_no_cached_function(operator):
+    case = load_case(operator)
+    problem = case.parse_shape(next(iter(case.check_shapes.values())))
+    generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
+    inputs = case.make_inputs(problem, 1, dtype=torch.float32, device=cpu, generator=generator)
+    eager = functools.partial(case.eager, **inputs.options)
+    torch._dynamo.reset()
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False, backend="eager")
+    torch.testing.assert_close(compiled(**inputs.tensors), eager(**inputs.tensors))

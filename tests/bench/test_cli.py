@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,16 +72,28 @@ def test_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--op", "nothing"], "op: expected one of"),
-        ([], "expected one of --op or --model"),
+        ([], "op: expected one of --op or --model; got neither"),
+        (["--op", "window_attention", "--model", "efficientvit_m0"], "--op or --model; got both"),
+        (["--op", "window_attention", "--token-merging", "8"], "token-merging: expected it beside --model"),
         (["--op", "window_attention", "--preset", "resnet"], "preset: expected some of"),
-        (["--op", "window_attention", "--providers", "cudnn"], "providers: expected some of"),
+        (["--op", "window_attention", "--providers", "cpu"], "providers: expected some of eager, "),
+        (["--op", "window_attention", "--shape", "windows=-1"], "windows of at least 1; got 'windows=-1'"),
+        (["--op", "window_attention", "--shape", "windows=0"], "windows of at least 1; got 'windows=0'"),
+        (["--op", "window_attention", "--seconds", "-1"], "seconds: expected a positive number; got -1.0"),
+        (["--op", "window_attention", "--csv", "."], "csv: expected a file; got the folder '.'"),
+        (["--op", "window_attention", "--json", "README.md/x.json"], "json: expected a file that can be"),
+        (["--op", "window_attention", "--plot", "x.foo"], "plot: expected a file of "),
         (["--op", "window_attention", "--shape", "d=1", "--preset", "swin_t"], "got both"),
         (["--op", "window_attention", "--batch", "0"], "batch: expected positive"),
-        (["--model", "resnet9000"], "model: expected one of"),
+        (["--model", "resnet9000"], "model: expected one of timm's or one of"),
         (["--model", "efficientvit_m0", "--mode", "fwd+bwd"], "model: a network runs in inference"),
     ],
 )
-def test_bad_arguments_are_one_line_on_stderr(arguments, message, capsys):
+def test_bad_arguments_are_one_line_on_stderr_before_anything_is_measured(
+    arguments, message, capsys, monkeypatch
+):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr("vitkernels.bench.peaks.measured_peaks", lambda *_, **__: pytest.fail("measured"))
     assert main(["bench", "--device", "cpu", "--quiet", *arguments]) == 2
     captured = capsys.readouterr().err
     assert message in captured

@@ -57,6 +57,18 @@ def test_floor_is_the_slowest_resource():
     assert peaks.bandwidth(1e9) == 10.0
 
 
+def test_a_slow_product_of_16_bit_numbers_is_no_peak(tmp_path, monkeypatch):
+    peaks = Peaks("x", 1, "x", {"1000": 1e9}, {"float16": 2.0, "float32": 50.0, "float64": 25.0}, 5.0)
+    cost = Cost(flops=100, bytes=1, exps=0)
+    assert peaks.floor(cost, torch.float16) == (2.0, "matrix")
+    assert peaks.floor(cost, torch.float64) == (4.0, "matrix")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("vitkernels.bench.peaks.CPU_COPY_BYTES", (1 << 20,))
+    monkeypatch.setattr("vitkernels.bench.peaks.measure_gemm", lambda device, dtype, _: dtype.itemsize)
+    found = measured_peaks(torch.device("cpu"), (torch.bfloat16,), seconds=0.01)
+    assert found.gemm == {"bfloat16": 2, "float32": 4}
+
+
 def test_peaks_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("vitkernels.bench.peaks.CPU_COPY_BYTES", (1 << 20,))

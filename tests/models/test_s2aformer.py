@@ -155,3 +155,11 @@ def test_reads_checkpoints(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(headless(x), source.forward_head(source.forward_features(x), pre_logits=True))
+
+
+def test_the_search_has_a_help_that_does_not_search(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(search, "search", lambda: pytest.fail("searched"))
+    with pytest.raises(SystemExit) as ended:
+        search.main(["--help"])
+    assert ended.value.code == 0
+    assert "usage: " in capsys.readouterr().out

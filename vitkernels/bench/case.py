@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -110,8 +110,11 @@ def load_case(operator: str) -> Case:
     return importlib.import_module(f"vitkernels.bench.cases.{operator}").CASE
 
 
-def parse_fields(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Read ``key=value,key=value`` into the types of ``defaults``; ``7x5`` becomes ``(7, 5)``."""
+def parse_fields(text: str, defaults: Mapping[str, Any], or_zero: Collection[str] = ()) -> dict[str, Any]:
+    """Read ``key=value,key=value`` into the types of ``defaults``; ``7x5`` becomes ``(7, 5)``.
+
+    Integers are sizes, positive ones; those of ``or_zero`` may be 0.
+    """
     fields = dict(defaults)
     for item in filter(None, text.split(",")):
         key, separator, value = item.partition("=")
@@ -129,4 +132,8 @@ def parse_fields(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
             is_tuple = isinstance(default, tuple)
             expected = "x".join(["int"] * len(default)) if is_tuple else type(default).__name__
             raise ValueError(f"shape: expected {key}={expected}; got {item!r}") from None
+        sizes = fields[key] if isinstance(default, tuple) else (fields[key],)
+        low = 0 if key in or_zero else 1
+        if any(isinstance(size, int) and size < low for size in sizes):
+            raise ValueError(f"shape: expected {key} of at least {low}; got {item!r}")
     return fields

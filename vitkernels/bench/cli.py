@@ -67,6 +67,8 @@ def settings_of(args: argparse.Namespace) -> Any:
     for name, low in (("threads", 1), ("rounds", 2)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"{name}: expected at least {low}; got {getattr(args, name)}")
+    if not args.seconds > 0:
+        raise ValueError(f"seconds: expected a positive number; got {args.seconds}")
     if min(args.batch) < 1:
         raise ValueError(f"batch: expected positive numbers; got {args.batch}")
     if args.threads is not None:
@@ -105,13 +107,42 @@ def chosen_problems(case: Any, args: argparse.Namespace) -> dict[str, Sequence[A
     return {name: case.presets[name] for name in names}
 
 
-def run_operator(args: argparse.Namespace, settings: Any, peaks: Any, progress: Any, rows: list[Any]) -> None:
-    from vitkernels.bench import providers, runner
+def check_what(args: argparse.Namespace) -> None:
+    if bool(args.op) == bool(args.model):
+        got = "both" if args.op else "neither (--list shows what there is)"
+        raise ValueError(f"op: expected one of --op or --model; got {got}")
+    if args.op and args.token_merging is not None:
+        raise ValueError("token-merging: expected it beside --model, whose blocks merge; got --op")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    from vitkernels.bench import outputs
+
+    outputs.check("json", args.json)
+    outputs.check("csv", args.csv)
+    outputs.check_plot("plot", args.plot)
+
+
+def chosen(args: argparse.Namespace, settings: Any) -> tuple[Any, list[Any], dict[str, Sequence[Any]]]:
+    """The operator's case, and of it the providers and the problems that are asked for."""
+    from vitkernels.bench import providers
     from vitkernels.bench.case import load_case
 
     case = load_case(args.op)
-    selected = providers.select(case, settings.device, args.providers)
-    problems = chosen_problems(case, args)
+    return case, providers.select(case, settings.device, args.providers), chosen_problems(case, args)
+
+
+def run_operator(
+    case: Any,
+    selected: list[Any],
+    problems: dict[str, Sequence[Any]],
+    settings: Any,
+    peaks: Any,
+    progress: Any,
+    rows: list[Any],
+) -> None:
+    from vitkernels.bench import runner
+
     progress.total(sum(len(p) for p in problems.values()) * len(settings.batches) * len(settings.modes))
     for preset, members in problems.items():
         if len(problems) > 1:  # the tables label a problem by itself; with several presets it needs its model
@@ -205,8 +236,9 @@ def execute(args: argparse.Namespace, ready: Callable[[], None] = lambda: None) 
     if args.list:
         print_list(settings.device)
         return 0
-    if bool(args.op) == bool(args.model):
-        raise ValueError("expected one of --op or --model (--list shows what there is)")
+    check_what(args)
+    check_outputs(args)
+    operator = chosen(args, settings) if args.op else None
     console = Console(width=None if sys.stdout.isatty() else 140)
     load_note = busy()
     if load_note:
@@ -216,12 +248,12 @@ def execute(args: argparse.Namespace, ready: Callable[[], None] = lambda: None) 
     progress = Progress(args.quiet)
     try:
         with progress.bar:
-            if args.op:
+            if operator:
                 progress.bar.update(progress.task, description="measuring the machine's peaks")
                 peaks = measured.measured_peaks(
                     settings.device, (settings.dtype,), refresh=args.refresh_peaks
                 )
-                run_operator(args, settings, peaks, progress, rows)
+                run_operator(*operator, settings, peaks, progress, rows)
             else:
                 run_network(args, settings, progress, console, rows, ready)
     except KeyboardInterrupt:

@@ -32,17 +32,19 @@ def create_host_model(name: str) -> HostModel:
         import timm
     except Exception as error:
         reason = f"timm cannot be imported ({type(error).__name__}: {error})".splitlines()[0]
-        return HostModel(_ours(name), "vitkernels.models", reason)
+        return HostModel(_ours(name, reason), "vitkernels.models", reason)
     if timm.is_model(name):
         return HostModel(timm.create_model(name, pretrained=False).eval(), f"timm {timm.__version__}")
-    return HostModel(_ours(name), "vitkernels.models", f"timm {timm.__version__} has no model {name!r}")
+    reason = f"timm {timm.__version__} has no model {name!r}"
+    return HostModel(_ours(name, reason), "vitkernels.models", reason)
 
 
-def _ours(name: str) -> nn.Module:
+def _ours(name: str, reason: str) -> nn.Module:
     from vitkernels import models
 
     if name not in models.list_models():
-        raise ValueError(f"model: expected one of {', '.join(models.list_models())}; got {name!r}")
+        known = ", ".join(models.list_models())
+        raise ValueError(f"model: expected one of timm's or one of {known}; got {name!r}, and {reason}")
     return models.create_model(name).eval()
 
 

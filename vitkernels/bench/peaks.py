@@ -41,6 +41,11 @@ class Peaks:
         larger = [rate for size, rate in self.copy.items() if int(size) >= working_set]
         return max(larger) if larger else self.copy[max(self.copy, key=int)]
 
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        rate = self.gemm[dtype_name(dtype)]
+        # Without a fast product of 16-bit numbers, as of PyTorch on many CPUs, a kernel computes in float32.
+        return max(rate, self.gemm.get("float32", 0.0)) if dtype.itemsize == 2 else rate
+
     def floor(self, cost: Cost, dtype: torch.dtype) -> tuple[float, str]:
         """Seconds below which the work cannot be done, and which resource says so.
 
@@ -48,7 +53,7 @@ class Peaks:
         """
         parts = {
             "memory": cost.bytes / self.bandwidth(cost.bytes),
-            "matrix": cost.flops / self.gemm[dtype_name(dtype)],
+            "matrix": cost.flops / self.matrix_rate(dtype),
             "exp": cost.exps / self.exp if self.exp else 0.0,
         }
         bound = max(parts, key=parts.__getitem__)
@@ -134,6 +139,8 @@ def measured_peaks(
     device: torch.device, dtypes: tuple[torch.dtype, ...], *, refresh: bool = False, seconds: float = 0.4
 ) -> Peaks:
     """The machine's peaks for these dtypes, from the cache where they are there already."""
+    if device.type == "cpu" and any(dtype.itemsize == 2 for dtype in dtypes):
+        dtypes = (*dtypes, torch.float32)
     path = cache_file(device)
     peaks = Peaks(device_name(device), torch.get_num_threads(), torch.__version__)
     if not refresh:

@@ -209,6 +209,8 @@ def parse_shape(text: str) -> SparseLayer:
     fields = parse_fields(text, SHAPE_DEFAULTS)
     if fields["pattern"] not in PATTERNS:
         raise ValueError(f"shape: expected pattern in {', '.join(PATTERNS)}; got {fields['pattern']!r}")
+    if not 0 < fields["density"] <= 1:
+        raise ValueError(f"shape: expected density above 0, at most 1; got {fields['density']}")
     return SparseLayer("shape", *fields.values())
 
 

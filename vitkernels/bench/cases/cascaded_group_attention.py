@@ -46,7 +46,7 @@ SHAPE_DEFAULTS = {
 
 
 def parse_shape(text: str) -> MixerProblem:
-    fields = parse_fields(text, SHAPE_DEFAULTS)
+    fields = parse_fields(text, SHAPE_DEFAULTS, or_zero=("residual",))
     for key, allowed in {"layout": ("nchw", "nhwc"), "residual": (0, 1)}.items():
         if fields[key] not in allowed:
             raise ValueError(f"shape: expected {key} in {', '.join(map(str, allowed))}; got {fields[key]!r}")
@@ -106,12 +106,14 @@ def make_inputs(
     return Inputs(tensors, options, random(*shape).to(memory_format=form))
 
 
-@functools.lru_cache(maxsize=64)
-def relative_index(side: int, device: torch.device) -> Tensor:
+def make_index(side: int, device: torch.device) -> Tensor:
     """[N, N] positions in the bias table, as the public models keep them in a buffer."""
     y = torch.arange(side, device=device).repeat_interleave(side)
     x = torch.arange(side, device=device).repeat(side)
     return (y[:, None] - y).abs() * side + (x[:, None] - x).abs()
+
+
+relative_index = functools.lru_cache(maxsize=64)(make_index)
 
 
 Convolution = Callable[..., Tensor]  # (x, weight, bias, **options)
@@ -170,7 +172,9 @@ def live_norm(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor
 
 
 def eager(attn_bias: Tensor, window_size: int, **others: Any) -> Tensor:
-    bias = attn_bias[:, relative_index(window_size, attn_bias.device)]
+    # Dynamo traces what is below a cache, and warns that it does.
+    index_of = make_index if torch.compiler.is_compiling() else relative_index
+    bias = attn_bias[:, index_of(window_size, attn_bias.device)]
     return mixer(**others, bias=bias, convolution=F.conv2d, window_size=window_size)
 
 

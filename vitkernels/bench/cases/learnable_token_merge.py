@@ -46,7 +46,7 @@ SHAPE_DEFAULTS = {"tokens": 197, "d": 768, "merged": 158, "other": 0, "normalize
 
 
 def parse_shape(text: str) -> SoftMerge:
-    fields = parse_fields(text, SHAPE_DEFAULTS)
+    fields = parse_fields(text, SHAPE_DEFAULTS, or_zero=("other", "shared"))
     if fields["normalize"] not in _NAMES:
         raise ValueError(f"shape: expected normalize in {', '.join(_NAMES)}; got {fields['normalize']!r}")
     return SoftMerge(

@@ -54,7 +54,7 @@ SHAPE_DEFAULTS = {
 
 
 def parse_shape(text: str) -> NeighborhoodProblem:
-    fields = parse_fields(text, SHAPE_DEFAULTS)
+    fields = parse_fields(text, SHAPE_DEFAULTS, or_zero=("dv", "causal", "rpb", "lse"))
     for key in ("causal", "rpb", "lse"):
         if fields[key] not in (0, 1):
             raise ValueError(f"shape: expected {key} in 0, 1; got {fields[key]!r}")
@@ -106,8 +106,7 @@ def make_inputs(
     return Inputs(tensors, options, grad_out, {"lse": grad_lse})
 
 
-@functools.lru_cache(maxsize=16)
-def indices(
+def make_indices(
     sizes: tuple[int, ...],
     kernel_size: tuple[int, ...],
     dilation: tuple[int, ...],
@@ -117,6 +116,9 @@ def indices(
     """As a layer would keep them in buffers: they are not part of the time of a call."""
     rank = len(sizes)
     return neighbors(sizes, kernel_size, (1,) * rank, dilation, (is_causal,) * rank, device)
+
+
+indices = functools.lru_cache(maxsize=16)(make_indices)
 
 
 def eager(
@@ -132,7 +134,9 @@ def eager(
 ) -> Any:
     """Gathers the keys and values of every query, then two batched products."""
     rank = len(kernel_size)
-    token, entry, seen = indices(tuple(q.shape[1 : 1 + rank]), kernel_size, dilation, is_causal, q.device)
+    # Dynamo traces what is below a cache, and warns that it does.
+    indices_of = make_indices if torch.compiler.is_compiling() else indices
+    token, entry, seen = indices_of(tuple(q.shape[1 : 1 + rank]), kernel_size, dilation, is_causal, q.device)
     queries = (q * q.shape[-1] ** -0.5).flatten(1, rank).unsqueeze(-2)
     keys = k.flatten(1, rank)[:, token].permute(0, 1, 3, 4, 2)
     values = v.flatten(1, rank)[:, token].transpose(2, 3)

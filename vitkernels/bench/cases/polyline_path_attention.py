@@ -55,7 +55,7 @@ SHAPE_DEFAULTS = {"map": (14, 14), "heads": 1, "d": 32, "dv": 0, "cross": 0}
 
 
 def parse_shape(text: str) -> PolylineProblem:
-    fields = parse_fields(text, SHAPE_DEFAULTS)
+    fields = parse_fields(text, SHAPE_DEFAULTS, or_zero=("dv", "cross"))
     if fields["cross"] not in (0, 1):
         raise ValueError(f"shape: expected cross in 0, 1; got {fields['cross']!r}")
     return PolylineProblem(

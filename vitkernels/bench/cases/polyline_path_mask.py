@@ -33,7 +33,7 @@ SHAPE_DEFAULTS = {"size": (14, 14), "heads": 8, "log": 1, "transpose": 0}
 
 
 def parse_shape(text: str) -> MaskProblem:
-    fields = parse_fields(text, SHAPE_DEFAULTS)
+    fields = parse_fields(text, SHAPE_DEFAULTS, or_zero=("log", "transpose"))
     for name in ("log", "transpose"):
         if fields[name] not in (0, 1):
             raise ValueError(f"shape: expected {name} in 0, 1; got {fields[name]}")

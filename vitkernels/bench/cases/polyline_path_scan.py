@@ -36,7 +36,7 @@ SHAPE_DEFAULTS = {"size": (56, 56), "heads": 4, "d": 16, "transpose": 0}
 
 
 def parse_shape(text: str) -> ScanProblem:
-    fields = parse_fields(text, SHAPE_DEFAULTS)
+    fields = parse_fields(text, SHAPE_DEFAULTS, or_zero=("transpose",))
     if fields["transpose"] not in (0, 1):
         raise ValueError(f"shape: expected transpose in 0, 1; got {fields['transpose']}")
     stage = PolylineStage(fields["size"], fields["heads"], fields["d"], True)

@@ -45,7 +45,7 @@ SHAPE_DEFAULTS = {"tokens": 197, "width": 64, "c": 768, "r": 16, "cls": 1, "mode
 
 
 def parse_shape(text: str) -> MergeProblem:
-    fields = parse_fields(text, SHAPE_DEFAULTS)
+    fields = parse_fields(text, SHAPE_DEFAULTS, or_zero=("r", "cls"))
     if fields["mode"] not in MODES:
         raise ValueError(f"shape: expected mode in {', '.join(MODES)}; got {fields['mode']!r}")
     return MergeProblem(

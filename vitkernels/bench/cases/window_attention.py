@@ -60,7 +60,7 @@ SHAPE_DEFAULTS = {
 
 
 def parse_shape(text: str) -> WindowProblem:
-    fields = parse_fields(text, SHAPE_DEFAULTS)
+    fields = parse_fields(text, SHAPE_DEFAULTS, or_zero=("dv", "lse"))
     choices = {"bias": ("absolute", "signed", "none"), "layout": ("map", "packed"), "lse": (0, 1)}
     for key, allowed in choices.items():
         if fields[key] not in allowed:
@@ -109,8 +109,7 @@ def make_inputs(
     return Inputs(tensors, options, grad_out, {"lse": grad_lse})
 
 
-@functools.lru_cache(maxsize=64)
-def relative_index(window: tuple[int, int], bias_index: str, device: torch.device) -> Tensor:
+def make_index(window: tuple[int, int], bias_index: str, device: torch.device) -> Tensor:
     """[N, N] positions in the bias table, as the public models keep them in a buffer."""
     height, width = window
     y = torch.arange(height, device=device).repeat_interleave(width)
@@ -119,6 +118,9 @@ def relative_index(window: tuple[int, int], bias_index: str, device: torch.devic
     if bias_index == "signed":
         return (dy + height - 1) * (2 * width - 1) + dx + width - 1
     return dy.abs() * width + dx.abs()
+
+
+relative_index = functools.lru_cache(maxsize=64)(make_index)
 
 
 def eager(
@@ -133,7 +135,9 @@ def eager(
 ) -> Any:
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if bias_table is not None:
-        logits = logits + bias_table[:, relative_index(window, bias_index, q.device)]
+        # Dynamo traces what is below a cache, and warns that it does.
+        index_of = make_index if torch.compiler.is_compiling() else relative_index
+        logits = logits + bias_table[:, index_of(window, bias_index, q.device)]
     out = logits.softmax(-1) @ v
     if not return_lse:
         return out
