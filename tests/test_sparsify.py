@@ -425,8 +425,13 @@ def test_the_report_says_which_layers_the_dense_one_beats() -> None:
         ({"density": 0.5, "calibration": ["text"]}, r"`calibration`: expected a tensor of images"),
         ({"density": 0.5, "criterion": "magnitude", "block_shape": None}, r"`block_shape`"),
         (
-            {"density": 0.5, "criterion": "magnitude", "include": "nothing"},
-            r"`model`: expected at least one Linear",
+            {"density": 0.5, "criterion": "magnitude", "include": ["fc1", "f1"]},
+            r"`include`: expected names or patterns of Linear layers, such as 'fc1', .*; got 'f1'\.$",
+        ),
+        ({"density": 0.5, "criterion": "magnitude", "exclude": "blocks.*"}, r"`exclude`: .*got 'blocks\.\*'"),
+        (
+            {"density": 0.5, "criterion": "magnitude", "exclude": ["*"]},
+            r"`model`: expected at least one Linear.*Left are embed: excluded; .*; and 2 more\.",
         ),
         ({"density": 0.5, "criterion": "magnitude", "include": [3]}, r"`include`"),
         ({"flops": 1e-3, "calibration": torch.randn(2, 6, 12)}, r"`flops`: expected at least 0\.0"),
@@ -444,6 +449,41 @@ def test_bad_arguments(options: dict, message: str) -> None:
     assert densities(model) == {}
     with pytest.raises(ValueError, match="For one layer"):
         vitkernels.sparsify(nn.Linear(64, 64), 8, density=0.5, criterion="magnitude", verbose=False)
+
+
+class Normalised(Network):
+    """Draws numbers and moves running statistics in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.calls = nn.BatchNorm1d(12), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(F.dropout(self.norm(x.mT).mT, training=self.training))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_calibration_moves_no_statistics_and_no_random_numbers(fails: bool) -> None:
+    model = Normalised().train()
+    data = [*batches(), "no images"] if fails else batches()
+    before = {name: buffer.clone() for name, buffer in model.norm.named_buffers()}
+    state = torch.get_rng_state()
+    try:
+        vitkernels.sparsify(model, 8, density=0.5, calibration=data, measure=True, verbose=False)
+    except TypeError:
+        assert fails
+    assert model.calls == 3
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(before) == 3
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.norm.named_buffers())
+
+
+def test_a_density_out_of_reach_is_found_before_the_calibration() -> None:
+    model = Normalised()
+    with pytest.raises(ValueError, match=r"`density`: expected at least 0\.0"):
+        vitkernels.sparsify(model, 8, density=1e-3, calibration=batches(), verbose=False)
+    assert model.calls == 0
 
 
 def test_several_outputs_and_frozen_weights() -> None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from vitkernels.core import backends
 from vitkernels.core.checks import check_positive_ints, fail
 from vitkernels.nn.block_sparse_linear import BlockSparseLinear
-from vitkernels.sparsity.allocation import allocate, describe_layer, keep_mask
+from vitkernels.sparsity.allocation import allocate, describe_layer, keep_mask, lowest_density
 from vitkernels.sparsity.criterion import Blocks, Observed, observe
 from vitkernels.sparsity.masks import block_mask, block_shape_of, read_masks
 from vitkernels.sparsity.report import SparseLayer, SparsityReport, measure_speed
-from vitkernels.sparsity.select import Skipped, prunable, replace
+from vitkernels.sparsity.select import Skipped, patterns_of, prunable, replace
 
 __all__ = ["SparseLayer", "SparsityReport", "densify", "sparsify"]
 
@@ -114,14 +114,21 @@ def sparsify(
         fail("block_shape", "(bh, bw) beside density or flops", None)
     block: Any = block_shape
 
+    include, exclude = patterns_of(model, "include", include), patterns_of(model, "exclude", exclude)
     given = None if masks is None else read_masks(masks, model)
     if given is not None:
         block = block or block_shape_of(given)
         include = list(given)
     layers, skipped = prunable(model, None if given else block, include, exclude)
     if not layers and not given:
-        fail("model", "at least one Linear layer to prune", type(model).__name__, str(skipped))
+        some = "; ".join(f"{name}: {reason}" for name, _, reason in skipped[:3])
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        left = f"Left are {some}{more}." if skipped else ""
+        fail("model", "at least one Linear layer to prune", type(model).__name__, left)
     taylor = criterion == "taylor" and given is None
+    if density is not None:
+        lowest = lowest_density([Blocks.elements_of(x.weight, block) for x in layers.values()], density)
+        _check_reached("density", lowest, density)
     seen = Observed()
     if calibration is not None:
         seen = observe(model, layers, _linears(model), calibration, gradients=taylor)
@@ -236,6 +243,14 @@ def _allocated(
     levels = allocate(described, target, fixed)
     remaining = sum(float(layer.kept[levels[name]]) * layer.unit for name, layer in described.items())
     reached = (remaining + fixed) / (prunable_units + fixed)
+    _check_reached(argument, reached, target)
+    return {
+        name: (linear, keep_mask(described[name], levels[name], shapes[name]))
+        for name, linear in layers.items()
+    }
+
+
+def _check_reached(argument: str, reached: float, target: float) -> None:
     if reached > target * (1 + 1e-9):
         fail(
             argument,
@@ -243,10 +258,6 @@ def _allocated(
             target,
             "Classifiers and small layers are left dense unless included." if argument == "flops" else "",
         )
-    return {
-        name: (linear, keep_mask(described[name], levels[name], shapes[name]))
-        for name, linear in layers.items()
-    }
 
 
 def _masked(

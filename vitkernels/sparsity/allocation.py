@@ -25,7 +25,7 @@ the published code as coded:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +125,7 @@ def allocate(layers: Mapping[str, Layer], target: float, fixed: float = 0.0) -> 
     Returns:
         levels by layer; all at their last where the target is out of reach.
     """
-    last = min(int(LEVELS * (1 - min(0.05, target / 2))), LEVELS - 1)
+    last = last_level(target)
     betas = torch.stack([layer.slope[1 : last + 1] / layer.cost for layer in layers.values()]).flatten()
     savings = torch.stack(
         [-layer.kept[: last + 1].diff() * layer.unit for layer in layers.values()]
@@ -138,6 +138,25 @@ def allocate(layers: Mapping[str, Layer], target: float, fixed: float = 0.0) -> 
     steps = int(torch.searchsorted(saved, (1 - target) * whole * (1 - 1e-12)))
     levels = torch.bincount(order[:steps] // last, minlength=len(layers))
     return dict(zip(layers, levels.tolist(), strict=True))
+
+
+def last_level(target: float) -> int:
+    """The level that no layer is pruned beyond."""
+    return min(int(LEVELS * (1 - min(0.05, target / 2))), LEVELS - 1)
+
+
+def lowest_density(elements: Sequence[Tensor], target: float) -> float:
+    """A share of the elements that no pruning to the target goes below, whatever the scores are.
+
+    Args:
+        elements: of each layer, the number of elements in each of its blocks.
+    """
+    remaining = whole = 0.0
+    for counts in elements:
+        kept = max(1, kept_blocks(counts.numel(), last_level(target)))
+        remaining += counts.flatten().sort().values[:kept].sum().item()
+        whole += counts.sum().item()
+    return remaining / whole
 
 
 def keep_mask(layer: Layer, level: int, shape: torch.Size) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from vitkernels.core.checks import fail
 from vitkernels.nn.block_sparse_linear import block_sums
@@ -74,8 +75,8 @@ def observe(
 ) -> Observed:
     """Runs the model, in the mode it is in, on every batch; without gradients on the first alone.
 
-    Gradients are those of `layers`, rows those of all `counted`. The parameters' `.grad` and `requires_grad`
-    stay as they are.
+    Gradients are those of `layers`, rows those of all `counted`. The parameters' `.grad` and `requires_grad`, the
+    norms' running statistics and the state of PyTorch's random numbers stay as they are.
     """
     seen, images = Observed(), 0
     device = next(model.parameters()).device
@@ -84,6 +85,8 @@ def observe(
         for name, layer in counted.items():
             stack.callback(layer.register_forward_pre_hook(_counts(name, seen.rows)).remove)
         stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(_kept_statistics(model))
         stack.enter_context(_trainable(weights.values()))
         for batch in _batches(calibration):
             out = _outputs(model(batch.to(device)))
@@ -120,6 +123,23 @@ def _trainable(weights: Iterable[Tensor]) -> Any:
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
+
+
+@contextmanager
+def _kept_statistics(model: nn.Module) -> Any:
+    """What norms in train mode do to their running statistics is undone."""
+    kept = [
+        (statistic, statistic.clone())
+        for module in model.modules()
+        if isinstance(module, _NormBase)
+        for statistic in module.buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for statistic, before in kept:
+                statistic.copy_(before)
 
 
 def _batches(calibration: Any) -> Iterable[Tensor]:

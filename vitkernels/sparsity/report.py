@@ -122,7 +122,9 @@ def measure_speed(dense: nn.Linear, sparse: BlockSparseLinear, rows: int) -> flo
     """Time of the dense layer / time of the sparse one, forward, on that many rows of random input."""
     from torch.utils.benchmark import Timer  # it brings setuptools along, which `import vitkernels` need not
 
-    x = torch.randn(rows, dense.in_features, device=dense.weight.device, dtype=dense.weight.dtype)
+    device = dense.weight.device
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(rows, dense.in_features, generator=generator, device=device, dtype=dense.weight.dtype)
     times = []
     with torch.no_grad():
         for run, layer in ((F.linear, dense), (None, sparse)):

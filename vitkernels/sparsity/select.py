@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,10 +16,12 @@ Skipped = list[tuple[str, str, str]]
 
 
 def prunable(
-    model: nn.Module, block_shape: tuple[int, int] | None, include: Any, exclude: Any
+    model: nn.Module,
+    block_shape: tuple[int, int] | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
 ) -> tuple[dict[str, nn.Linear], Skipped]:
     """Layers by their first name, and (name, class, reason) of the Linear layers that are left."""
-    include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     heads, weights = classifiers(model), _owners(model)
     layers: dict[str, nn.Linear] = {}
     skipped: Skipped = []
@@ -87,10 +90,16 @@ def _owners(model: nn.Module) -> dict[int, int]:
     return counts
 
 
-def _patterns(name: str, value: Any) -> Sequence[str]:
+def patterns_of(model: nn.Module, argument: str, value: Any) -> Sequence[str]:
+    """The names and patterns of an argument, each of which has to match a linear layer of the model."""
     patterns = [value] if isinstance(value, str) else list(value or ())
     if not all(isinstance(pattern, str) for pattern in patterns):
-        fail(name, "names or patterns such as 'blocks.*.mlp.*'", value, kind=TypeError)
+        fail(argument, "names or patterns such as 'blocks.*.mlp.*'", value, kind=TypeError)
+    names = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, BlockSparseLinear))]
+    for pattern in patterns:
+        if names and not any(_matches(name, [pattern]) for name in names):
+            some = ", ".join(map(repr, get_close_matches(pattern, names, 3, cutoff=0)))
+            fail(argument, f"names or patterns of Linear layers, such as {some}", pattern)
     return patterns
 
 
