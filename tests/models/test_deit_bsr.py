@@ -133,3 +133,13 @@ def test_compiles_as_one_graph() -> None:
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert relative_error(compiled(images), model(images)) < 1e-5
+
+
+def test_an_image_of_another_size_is_refused() -> None:
+    model = models.create_model("deit_small_bsr", **{**SMALL, "img_size": (64, 32)})
+    for shape in ((80, 32), (32, 64), (16, 128)):
+        with pytest.raises(
+            ValueError, match=r"argument `x`: expected images of 64 x 32.*img_size=\(\d+, \d+\)"
+        ):
+            model(torch.zeros(1, 3, *shape))
+    assert model(torch.zeros(1, 3, 70, 40)).shape == (1, 10), "the edge beyond the last patch is cut"

@@ -110,6 +110,11 @@ def test_errors_name_the_argument() -> None:
         (lambda: LTMBlock(24, 3, tokens=4, compression=0.0), "argument `compression`: expected a share"),
         (lambda: LTMBlock(24, 3, tokens=0), "argument `tokens`: expected a positive int"),
         (lambda: block()(tokens(15)), "argument `x`: expected 1 [+] 15 tokens"),
+        (lambda: MergingMask(64, 0), "argument `merged_tokens`: expected 1 positive ints"),
+        (
+            lambda: models.LTMViT(**SMALL)(torch.zeros(1, 3, 80, 64)),
+            r"argument `x`: expected images of 64 x 64.*got float32 \[1, 3, 80, 64\].*img_size=\(80, 64\)",
+        ),
         (lambda: models.LTMViT(**SMALL, merge_blocks=(3,)), "argument `merge_blocks`: expected blocks"),
     ):
         with pytest.raises(ValueError, match=message):

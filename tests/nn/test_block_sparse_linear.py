@@ -235,3 +235,12 @@ def test_distributed_data_parallel(tmp_path) -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert relative_error(layer.values.grad, expected) < 1e-6
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    for call in (
+        lambda: BlockSparseLinear(50, 70, 32, backend="x"),
+        lambda: BlockSparseLinear.from_linear(dense_layer(), 32, backend="x"),
+    ):
+        with pytest.raises(ValueError, match=r"argument `backend`: expected one of .*got 'x'"):
+            call()

@@ -335,8 +335,16 @@ def test_resized_biases() -> None:
         ({"dim": 30, "key_dim": 16, "num_heads": 4}, "argument `dim`.*multiple of num_heads"),
         ({"dim": 64, "key_dim": 16, "num_heads": 4, "attn_ratio": 4}, "argument `attn_ratio`.*= 1,"),
         ({"dim": 80, "key_dim": 16, "num_heads": 5, "attn_ratio": 1}, "argument `kernels`.*5 heads"),
+        ({"dim": 64, "key_dim": 16, "num_heads": 0}, "argument `num_heads`: expected 1 positive ints"),
+        ({"dim": 64, "key_dim": 16, "num_heads": -4}, "argument `num_heads`: expected 1 positive ints"),
+        ({"dim": 64, "key_dim": 0, "num_heads": 4}, "argument `key_dim`: expected 1 positive ints"),
+        ({"dim": 64, "key_dim": 16, "resolution": 0}, "argument `resolution`: expected 1 positive ints"),
+        ({"dim": 32, "key_dim": 16, "num_heads": 2, "kernels": (5, 4)}, "argument `kernels`: expected odd"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CascadedGroupAttention(**arguments)
+    if "resolution" in arguments:
+        with pytest.raises(ValueError, match=message):
+            LocalWindowAttention(**arguments)

@@ -59,3 +59,19 @@ def test_the_network_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: nn.FasterKANLayer(6, 3, num_grids=0), "argument `num_grids`: expected 1 positive ints"),
+        (
+            lambda: nn.FasterKANLayer(6, 3, denominator=0),
+            "argument `denominator`: expected a number other than 0",
+        ),
+        (lambda: nn.FasterKAN([]), "argument `layers_hidden`: expected channels"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

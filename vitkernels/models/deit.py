@@ -24,13 +24,22 @@ _Linear = Callable[[int, int], nn.Module]
 
 
 class PatchEmbed(nn.Module):
-    """An image `[B, C, H, W]` to tokens `[B, H W / patch^2, dim]`."""
+    """An image `[B, C, H, W]`, of `grid` patches, to tokens `[B, H W / patch^2, dim]`."""
 
-    def __init__(self, in_chans: int, dim: int, patch: int) -> None:
+    def __init__(self, in_chans: int, dim: int, patch: int, grid: tuple[int, int]) -> None:
         super().__init__()
+        self.patch, self.grid = patch, grid
         self.proj = nn.Conv2d(in_chans, dim, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (x.shape[-2] // self.patch, x.shape[-1] // self.patch) != self.grid:
+            height, width = self.grid[0] * self.patch, self.grid[1] * self.patch
+            fail(
+                "x",
+                f"images of {height} x {width}, the size that the network was built for",
+                x,
+                f"Build it for others with create_model(..., img_size={(x.shape[-2], x.shape[-1])}).",
+            )
         return self.proj(x).flatten(2).mT
 
 
@@ -118,7 +127,7 @@ class DeiT(nn.Module):
         self.grid = (height // patch_size, width // patch_size)
         self.density, self.block_shape, self.backend = density, block_shape, backend
         self.num_features, self.distilled = embed_dim, distilled
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, self.grid)
         tokens = self.grid[0] * self.grid[1] + 1 + distilled
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None

@@ -57,9 +57,10 @@ class LTMViT(nn.Module):
         if any(type(index) is not int or not 0 <= index < depth for index in merge_blocks):
             fail("merge_blocks", f"blocks from 0 to {depth - 1}", merge_blocks)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        tokens = (height // patch_size) * (width // patch_size)
+        grid = (height // patch_size, width // patch_size)
+        tokens = grid[0] * grid[1]
         self.num_features = embed_dim
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, grid)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + tokens, embed_dim))
         self.blocks = nn.ModuleList()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
+from vitkernels.core import backends
 from vitkernels.core.checks import check_positive_ints, fail
 from vitkernels.kernels.block_sparse_linear.tensor import BlockSparseTensor
 
@@ -64,6 +65,7 @@ class BlockSparseLinear(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        backends.requested(backend)  # refuses an unknown name
         self.in_features, self.out_features = (
             check_positive_ints("in_features", in_features, 1)[0],
             check_positive_ints("out_features", out_features, 1)[0],
@@ -104,6 +106,7 @@ class BlockSparseLinear(nn.Module):
             fail("linear", "a torch.nn.Linear", linear, kind=TypeError)
         if mask is not None and density is not None:
             fail("density", "None beside a mask", density)
+        backends.requested(backend)
         weight = linear.weight.detach()
         bh, bw = check_positive_ints("block_shape", block_shape, 2)
         block = (bh, bw)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitkernels import ops
-from vitkernels.core.checks import fail
+from vitkernels.core.checks import check_positive_ints, fail
 from vitkernels.nn.conv_norm import ConvNorm, has_hooks
 from vitkernels.nn.folded_cascade import mix_folded
 from vitkernels.nn.kept import KEPT, drop
@@ -152,10 +152,16 @@ class CascadedGroupAttention(nn.Module):
         kernels: Sequence[int] = (5, 5, 5, 5),
     ) -> None:
         super().__init__()
+        (num_heads,) = check_positive_ints("num_heads", num_heads, 1)
+        (key_dim,) = check_positive_ints("key_dim", key_dim, 1)
+        (resolution,) = check_positive_ints("resolution", resolution, 1)
         if dim % num_heads:
             fail("dim", f"a multiple of num_heads = {num_heads}", dim)
         if len(kernels) < num_heads:
             fail("kernels", f"one depthwise kernel size for each of {num_heads} heads", tuple(kernels))
+        for size in check_positive_ints("kernels", tuple(kernels[:num_heads]), num_heads):
+            if size % 2 == 0:
+                fail("kernels", "odd sizes, whose convolutions keep the size of the map", tuple(kernels))
         self.num_heads = num_heads
         self.scale = key_dim**-0.5
         self.key_dim = key_dim

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vitkernels import ops
+from vitkernels.core.checks import check_positive_ints, fail
 
 
 class ReflectionalSwitch(nn.Module):
@@ -23,6 +24,9 @@ class ReflectionalSwitch(nn.Module):
 
     def __init__(self, grid_min: float, grid_max: float, num_grids: int, denominator: float) -> None:
         super().__init__()
+        (num_grids,) = check_positive_ints("num_grids", num_grids, 1)
+        if denominator == 0:
+            fail("denominator", "a number other than 0, the width of the basis functions", denominator)
         self.grid = nn.Parameter(torch.linspace(grid_min, grid_max, num_grids), requires_grad=False)
         self.inv_denominator = 1 / denominator
 
@@ -104,6 +108,9 @@ class FasterKAN(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        layers_hidden = list(layers_hidden)
+        if not layers_hidden:
+            fail("layers_hidden", "channels before, between and after the layers", layers_hidden)
         self.layers = nn.ModuleList(
             FasterKANLayer(
                 input_dim,

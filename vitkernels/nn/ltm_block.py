@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.core.checks import fail
+from vitkernels.core.checks import check_positive_ints, fail
 from vitkernels.nn.drop_path import DropPath
 
 
@@ -37,6 +37,7 @@ class MergingMask(nn.Module):
 
     def __init__(self, dim: int, merged_tokens: int, hidden: int | None = None, carry: bool = True) -> None:
         super().__init__()
+        (merged_tokens,) = check_positive_ints("merged_tokens", merged_tokens, 1)
         self.fc1 = nn.Linear(dim, hidden or max(dim // 4, 1))
         self.fc2 = nn.Linear(self.fc1.out_features, merged_tokens)
         self.register_parameter("carry", nn.Parameter(torch.zeros(())) if carry else None)
