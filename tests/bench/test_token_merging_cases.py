@@ -121,3 +121,12 @@ def test_shape_text():
     ):
         with pytest.raises(ValueError, match=message):
             case.parse_shape(text)
+
+
+def test_no_more_is_merged_than_every_second_token():
+    case = load_case("token_merge")
+    for text in ("tokens=1,r=0", "tokens=20,r=10", "tokens=20,r=11,cls=0"):
+        with pytest.raises(ValueError, match="r of at most "):
+            case.parse_shape(text)
+    assert case.parse_shape("tokens=20,r=9")
+    assert case.parse_shape("tokens=20,r=10,cls=0")
