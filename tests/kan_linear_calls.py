@@ -100,3 +100,13 @@ def check(
             reduced=reduced.get(name, 1),
             dtype=tensors["weight"].dtype,
         )
+
+
+def check_rows_of_one_value(function: Callable[[Inputs], dict[str, torch.Tensor]]) -> None:
+    """A row's mean is its value to the last bit, or 1 / sqrt(eps) multiplies what is left: y as of a row of zeros."""
+    for channels in (7, 24, 100):
+        tensors = {**inputs(3, channels, 5), "x": torch.zeros(3, channels)}
+        want = function(tensors)["y"]
+        for value in (0.1, 100.3, -10000.3):
+            got = function({**tensors, "x": torch.full((3, channels), value)})["y"]
+            assert torch.equal(got, want), f"{channels} channels of {value}"

@@ -24,8 +24,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * STATISTICS_WARPS, 1)
   admit_launch();
   if (first >= rows) return;
   const auto row = [&](int i) { return first + i < rows ? first + i : rows - 1; };
-  // The sums over the rows of what `term` makes of a row's number and an element.
-  const auto sum = [&](Acc(&sums)[ROWS], const auto& term) {
+  const auto each_element = [&](const auto& use) {
     for (int c = lane_id() * WIDTH; c < channels; c += 32 * WIDTH) {
       Vec<X, WIDTH> values[ROWS];
       VK_UNROLL
@@ -43,20 +42,27 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(32 * STATISTICS_WARPS, 1)
       for (int i = 0; i < ROWS; ++i) {
         VK_UNROLL
         for (int e = 0; e < WIDTH; ++e)
-          if (ALIGNED || c + e < channels) sums[i] += term(i, to_accumulate(values[i][e]));
+          if (ALIGNED || c + e < channels) use(i, to_accumulate(values[i][e]));
       }
     }
-    VK_UNROLL
-    for (int i = 0; i < ROWS; ++i) sums[i] = warp_sum(sums[i]) / channels;
   };
-  Acc average[ROWS] = {}, variance[ROWS] = {};
-  sum(average, [](int, Acc value) { return value; });
-  sum(variance, [&](int i, Acc value) { return (value - average[i]) * (value - average[i]); });
+  Acc average[ROWS] = {}, rest[ROWS] = {}, squares[ROWS] = {};
+  each_element([&](int i, Acc value) { average[i] += value; });
+  VK_UNROLL
+  for (int i = 0; i < ROWS; ++i) average[i] = warp_sum(average[i]) / channels;
+  each_element([&](int i, Acc value) {
+    const Acc distance = value - average[i];
+    rest[i] += distance;
+    squares[i] += distance * distance;
+  });
   VK_UNROLL
   for (int i = 0; i < ROWS; ++i) {
+    // What the average was rounded by: where all channels are alike, 1 / sqrt(eps) would multiply it.
+    const Acc shift = warp_sum(rest[i]) / channels;
+    const Acc variance = warp_sum(squares[i]) / channels - shift * shift;
     if (lane_id() != 0 || first + i >= rows) continue;
-    mean[first + i] = average[i];
-    rstd[first + i] = Acc(1) / sqrt(variance[i] + eps);
+    mean[first + i] = average[i] + shift;
+    rstd[first + i] = Acc(1) / sqrt((variance < Acc(0) ? Acc(0) : variance) + eps);
   }
 }
 

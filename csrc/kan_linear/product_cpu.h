@@ -58,19 +58,26 @@ static void row_statistics(const Params& p, int64_t first, int rows, T* mean, T*
     for (int c = 0; c < whole; c += L) sum[c / L & 3] += load(x + c);
     if (whole < n) sum[0] += load_first(x + whole, n - whole);
     const T m = across<T>((sum[0] + sum[1]) + (sum[2] + sum[3])) / n;
-    Vec<T> squares[4] = {};
+    Vec<T> distances[4] = {}, squares[4] = {};
     for (int c = 0; c < whole; c += L) {
       const Vec<T> d = load(x + c) - m;
+      distances[c / L & 3] += d;
       squares[c / L & 3] += d * d;
     }
-    T rest = 0;
+    T rest = 0, rest_squares = 0;
     for (int c = whole; c < n; ++c) {
       const T d = load_one(x + c) - m;
-      rest += d * d;
+      rest += d;
+      rest_squares += d * d;
     }
-    const T variance = (across<T>((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / n;
-    mean[r] = m;
-    rstd[r] = T(1) / static_cast<T>(__builtin_sqrt(static_cast<double>(variance + static_cast<T>(p.eps))));
+    const auto average = [&](const Vec<T>* of, T others) {
+      return (across<T>((of[0] + of[1]) + (of[2] + of[3])) + others) / n;
+    };
+    // What the mean was rounded by: where all channels are alike, 1 / sqrt(eps) would multiply it.
+    const T shift = average(distances, rest), variance = average(squares, rest_squares) - shift * shift;
+    const T spread = (variance < 0 ? T(0) : variance) + static_cast<T>(p.eps);
+    mean[r] = m + shift;
+    rstd[r] = T(1) / static_cast<T>(__builtin_sqrt(static_cast<double>(spread)));
   }
 }
 

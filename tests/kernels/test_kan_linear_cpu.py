@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from guarded import Guarded, Layout
-from kan_linear_calls import NAMES, PARAMS, check, inputs, launch, results
+from kan_linear_calls import NAMES, PARAMS, check, check_rows_of_one_value, inputs, launch, results
 
 from vitkernels import ops
 from vitkernels.kernels.kan_linear import native, reference
@@ -70,6 +70,10 @@ def test_threads_change_no_bit(threads):
         torch.set_num_threads(before)
     for name, tensor in want.items():
         assert torch.equal(got[name], tensor), name
+
+
+def test_rows_of_one_value():
+    check_rows_of_one_value(lambda tensors: launch(native, tensors, torch.randn(3, 5)))
 
 
 @pytest.mark.parametrize("spread", [8.0, 100.0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import twin
 from guarded import Guarded, Layout
-from kan_linear_calls import NAMES, PARAMS, check, inputs, launch
+from kan_linear_calls import NAMES, PARAMS, check, check_rows_of_one_value, inputs, launch
 
 from vitkernels.kernels.kan_linear import native
 
@@ -54,6 +54,10 @@ def test_every_schedule_gives_the_same(dtype, weight_dtype, kernels):
         want = want or got
         for name in want:
             assert torch.equal(got[name], want[name]), f"{name} with seed {seed}"
+
+
+def test_rows_of_one_value(kernels):
+    check_rows_of_one_value(lambda tensors: launch(native, tensors, torch.randn(3, 5), **kernels))
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES[1:])

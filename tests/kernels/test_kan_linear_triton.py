@@ -12,7 +12,7 @@ import os
 import pytest
 import torch
 from guarded import Guarded, Layout
-from kan_linear_calls import NAMES, PARAMS, check, inputs, launch, results
+from kan_linear_calls import NAMES, PARAMS, check, check_rows_of_one_value, inputs, launch, results
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process with TRITON_INTERPRET=1 (make test starts one)", allow_module_level=True)
@@ -43,6 +43,10 @@ SHAPES = [  # rows, channels, outputs, grids
 def test_forward_and_gradients(rows, channels, outputs, grids, dtype, weight_dtype):
     tensors, grad_y = inputs(rows, channels, outputs, grids, dtype, weight_dtype), torch.randn(rows, outputs)
     check(launch(launcher, tensors, grad_y), tensors, grad_y)
+
+
+def test_rows_of_one_value():
+    check_rows_of_one_value(lambda tensors: launch(launcher, tensors, torch.randn(3, 5)))
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)

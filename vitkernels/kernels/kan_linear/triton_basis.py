@@ -25,14 +25,20 @@ def row_statistics(mean, rstd, x, rows, channels, x_row, eps, BLOCK_N: tl.conste
         mask = inside[:, None] & (channel < channels)[None, :]
         total += tl.load(place + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     average = tl.sum(total, 1) / channels
+    rest = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for first in range(0, channels, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (channel < channels)[None, :]
         value = tl.load(place + channel[None, :], mask=mask, other=0.0).to(tl.float32) - average[:, None]
+        rest += tl.where(mask, value, 0.0)
         squares += tl.where(mask, value * value, 0.0)
-    tl.store(mean + row, average, mask=inside)
-    tl.store(rstd + row, 1 / tl.sqrt_rn(tl.sum(squares, 1) / channels + eps), mask=inside)
+    # What the average was rounded by: where all channels are alike, 1 / sqrt(eps) would multiply it.
+    shift = tl.sum(rest, 1) / channels
+    variance = tl.sum(squares, 1) / channels - shift * shift
+    variance = tl.where(variance < 0.0, 0.0, variance)
+    tl.store(mean + row, average + shift, mask=inside)
+    tl.store(rstd + row, 1 / tl.sqrt_rn(variance + eps), mask=inside)
 
 
 @jit
