@@ -31,3 +31,11 @@ def test_the_newest_scope_is_the_innermost_that_is_open() -> None:
             assert backends._scopes_open == "reference cpu reference"
         assert backends._scopes_open == "reference cpu"
     assert backends._scopes_open == ""
+
+
+def test_numbers_beyond_every_float_and_nested_tensors() -> None:
+    with pytest.raises(ValueError, match="argument `scale`: expected a finite number; got 1000"):
+        checks.check_scale(10**400, 1.0)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(TypeError, match="; got 'a nested tensor'"):
+        checks.check_tensor("x", nested, (None, None), "[rows, columns]")

@@ -257,7 +257,12 @@ def test_bad_index(make, kind, message):
             "argument `weight_mask`: expected 0 and 1, constant inside each block (2, 2)",
         ),
         (lambda w: BlockSparseTensor.from_bsr(w), TypeError, "argument `matrix`: expected a 2-D tensor"),
-        (lambda w: golden().with_values(w), ValueError, "argument `values`: expected a tensor [4, 2, 3]"),
+        (lambda w: golden().with_values(w), ValueError, "of the pattern = [4, 2, 3]"),
+        (
+            lambda w: golden().with_values(golden().values.to_sparse()),
+            TypeError,
+            "argument `values`: expected a dense",
+        ),
         (lambda w: ops.block_sparse_matmul(w, w), TypeError, "argument `b`: expected a BlockSparseTensor"),
         (lambda w: ops.block_sparse_matmul(golden(), golden()), TypeError, "argument `b`: expected a dense"),
         (lambda w: ops.block_sparse_matmul(golden(), w), ValueError, "argument `b`: expected 7 rows beside"),
@@ -270,3 +275,26 @@ def test_bad_conversions_and_operands(make, kind, message):
         make(torch.randn(4, 6))
     assert message in str(error.value)
     assert "; got " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "message"),
+    [
+        (lambda w: setattr(w, "index", w.index[:3]), ValueError, "argument `weight.index`: expected shape"),
+        (
+            lambda w: setattr(w, "index", w.index.long()),
+            TypeError,
+            "argument `weight.index`: expected dtype int32",
+        ),
+        (lambda w: setattr(w, "values", w.values[:2]), ValueError, "argument `weight.index`: expected shape"),
+        (lambda w: setattr(w, "shape", (128, 7)), ValueError, "argument `weight.index`: expected shape"),
+        (lambda w: setattr(w, "values", w.values[0]), ValueError, "argument `weight.values`: expected shape"),
+    ],
+)
+def test_an_edited_matrix_is_refused(edit, kind, message):
+    weight, x = golden(), torch.randn(3, 7, dtype=torch.float64)
+    ops.block_sparse_linear(x, weight)
+    edit(weight)
+    with pytest.raises(kind) as error:
+        ops.block_sparse_linear(x, weight)
+    assert message in str(error.value)

@@ -10,6 +10,7 @@ import torch
 from guarded import Guarded, Layout
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
+from vitkernels import ops
 from vitkernels.core import native as extension
 from vitkernels.kernels.residual_ffn import native, operator, reference
 
@@ -188,3 +189,10 @@ def test_threads_do_not_change_a_bit(case: tuple[Any, ...], layout: str) -> None
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_an_infinite_gradient_stops_at_a_dead_relu() -> None:
+    x, one = torch.ones(1, 1, 1, 1, requires_grad=True), torch.ones(1, 1)
+    out = ops.residual_ffn(x, -one, torch.zeros(1), 2 * one, torch.zeros(1))
+    (grad,) = torch.autograd.grad(out, x, torch.full_like(out, 3e38))
+    assert grad.item() == torch.tensor(3e38).item()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import plain_token_merge as plain
 import pytest
 import torch
@@ -198,6 +201,16 @@ def test_equal_maxima_share_the_gradient(backend: str) -> None:
 
 
 @each_backend
+def test_infinite_maxima_share_the_gradient_too(backend: str) -> None:
+    inf = float("inf")
+    x = torch.tensor([[[1.0], [inf], [-inf], [-inf]]], requires_grad=True)
+    y, _ = ops.token_merge(x, plan_of([[0, 0, 1, 1]], 2), mode="amax", backend=backend)
+    assert y.flatten().tolist() == [inf, -inf]
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert grad.flatten().tolist() == [0, 1, 0.5, 0.5]
+
+
+@each_backend
 def test_half_precision_is_summed_in_float32(backend: str) -> None:
     x = torch.full((1, 4000, 1), 1.0, dtype=torch.float16)  # 2049 cannot be counted to in float16
     plan = plan_of([[0] * 4000], 1)
@@ -293,3 +306,44 @@ def test_supported_backends_answers() -> None:
     reasons = vitkernels.supported_backends("bipartite_match", torch.randn(1, 9, 4), 2)
     assert reasons["reference"] == []
     assert vitkernels.supported_backends("bipartite_match", torch.randn(1, 9, 4), 0) == reasons
+
+
+def _edits() -> dict[str, Callable[[MergePlan], MergePlan]]:
+    return {
+        "members beyond the end": lambda p: replace(p, members=torch.full_like(p.members, 10**8)),
+        "members below 0": lambda p: replace(p, members=p.members - 1),
+        "one token twice": lambda p: replace(p, members=torch.zeros_like(p.members)),
+        "starts beyond the end": lambda p: replace(p, starts=p.starts * 10**8),
+        "falling starts": lambda p: replace(p, starts=p.starts.flip(1).contiguous()),
+        "an empty row": lambda p: replace(p, starts=torch.cat([p.starts[:, :1], p.starts[:, :-1]], 1)),
+        "other rows": lambda p: replace(p, rows=p.rows.roll(1, 1)),
+        "rows beyond the end": lambda p: replace(p, rows=p.rows + 10**8),
+    }
+
+
+@pytest.mark.skipif(not has_cpu, reason="the compiled extension is missing")
+@pytest.mark.parametrize("edit", _edits())
+def test_a_plan_that_is_no_partition_reads_nothing(edit: str) -> None:
+    x = torch.randn(2, 8, 4)
+    plan = _edits()[edit](ops.bipartite_match(x, 3))
+    for call in (lambda: ops.token_merge(x, plan), lambda: ops.token_unmerge(x[:, :5], plan)):
+        with pytest.raises(
+            ValueError, match="argument `plan`: expected rows, starts and members of one partition"
+        ):
+            call()
+
+
+def test_compiled_rows_out_of_range_are_an_error() -> None:
+    def unmerge(rows: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ops.token_unmerge(y, MergePlan.from_rows(rows, 4))
+
+    compiled, rows, y = (
+        torch.compile(unmerge, backend="aot_eager", fullgraph=True),
+        [0, 0, 1, 1, 2, 2, 3],
+        torch.randn(1, 4, 4),
+    )
+    good = torch.tensor([[*rows, 3]])
+    assert torch.equal(compiled(good, y), unmerge(good, y))
+    for last in (4, -1, 400_000_000):
+        with pytest.raises(RuntimeError, match="argument `rows`"):
+            compiled(torch.tensor([[*rows, last]]), y)

@@ -32,6 +32,18 @@ def _wrong_plan(**changes: Any) -> MergePlan:
     return plan
 
 
+def _more_rows_than_tokens() -> MergePlan:
+    plan = _merge_plan({"x": _tokens}, "x")
+    plan.starts = torch.arange(plan.tokens + 2, dtype=torch.int32).repeat(len(plan.rows), 1)
+    return plan
+
+
+def _members_elsewhere() -> MergePlan:
+    plan = _merge_plan({"x": _tokens}, "x")
+    plan.members = plan.members.to("meta")
+    return plan
+
+
 def token_merge(**arguments: Any) -> torch.Tensor:
     return ops.token_merge(**arguments)[0]  # the sizes have no gradient
 
@@ -99,6 +111,12 @@ SAMPLES = [
             ),
             ({"plan": _wrong_plan(members=1)}, ValueError, "argument `plan.members`: expected shape"),
             ({"plan": _wrong_plan(starts=0)}, ValueError, "argument `plan.starts`: expected shape"),
+            (
+                {"plan": _more_rows_than_tokens()},
+                ValueError,
+                "argument `plan.starts`: expected [batch, merged",
+            ),
+            ({"plan": _members_elsewhere()}, ValueError, "argument `plan`: expected device cpu"),
             (
                 {"plan": _merge_plan({"x": _tokens.to("meta")}, "x")},
                 ValueError,

@@ -29,7 +29,10 @@ def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], layout: s
         fail(name, f"a tensor {layout}", value, kind=TypeError)
     if value.layout is not torch.strided:
         fail(name, "a dense (strided) tensor", value.layout, "Call .to_dense() first.", TypeError)
-    sizes = value.shape
+    try:
+        sizes = value.shape
+    except RuntimeError:  # a nested tensor, whose sizes nobody can tell
+        fail(name, f"a tensor {layout}", "a nested tensor", "Call .to_padded_tensor(0.0) first.", TypeError)
     fits = len(sizes) == len(shape)
     if fits:
         for size, wanted in zip(sizes, shape):  # noqa: B905 (strict costs a keyword call in every op's hot path)
@@ -71,9 +74,18 @@ def check_scale(value: Any, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail("scale", "a number or None", value, "A learned scale is multiplied onto q.", TypeError)
-    if value != value or value in (float("inf"), float("-inf")):
-        fail("scale", "a finite number", value)
-    return float(value)
+    return check_finite("scale", value)
+
+
+def check_finite(name: str, value: float) -> float:
+    """A number as a finite float."""
+    try:
+        number = float(value)
+    except OverflowError:  # an int
+        number = float("inf")
+    if number != number or number in (float("inf"), float("-inf")):
+        fail(name, "a finite number", value)
+    return number
 
 
 # Asked once: Dynamo of torch 2.11 cannot trace the question.

@@ -13,7 +13,9 @@ from vitkernels.core.checks import check_dtype, check_tensor, fail
 class MergePlan:
     """A partition of each image's t tokens into t' = t - r groups, one for every token of the merged sequence.
 
-    The plan is constant: no gradient passes through it. All tensors are int32, contiguous, on one device.
+    The plan is constant: no gradient passes through it. All tensors are int32, contiguous, on one device. `from_rows`
+    makes one of another matching; indices that were put together by hand and are no such partition are an error on
+    the CPU only: GPU kernels read where they say.
 
     Attributes:
         rows: [batch, t], the merged sequence's row that a token goes to.
@@ -87,7 +89,7 @@ class MergePlan:
 
         Raises:
             TypeError: rows is not an integer tensor.
-            ValueError: a row without a token, or out of range.
+            ValueError: a row without a token, or out of range. RuntimeError in compiled graphs.
         """
         check_tensor("rows", rows, (None, None), "[batch, tokens]")
         if rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dtype is torch.bool:
@@ -95,10 +97,17 @@ class MergePlan:
         if type(merged_tokens) is not int or merged_tokens < 1:
             fail("merged_tokens", "a positive int", merged_tokens)
         plan = cls(*groups(rows, merged_tokens))
-        if not torch.compiler.is_compiling() and rows.numel():
+        filled = plan.starts[:, 1:] > plan.starts[:, :-1]
+        if torch.compiler.is_compiling():
+            within = (plan.starts[:, 0] == 0) & (plan.starts[:, -1] == rows.shape[1])
+            torch._assert_async(
+                within.all() & filled.all(),
+                "argument `rows`: expected rows below merged_tokens, each with a token.",
+            )
+        elif rows.numel():
             if int(rows.min()) < 0 or int(rows.max()) >= merged_tokens:
                 fail("rows", f"rows from 0 to {merged_tokens - 1}", rows)
-            if not bool((plan.starts[:, 1:] > plan.starts[:, :-1]).all()):
+            if not bool(filled.all()):
                 fail("rows", f"at least one token in each of the {merged_tokens} rows", rows)
         return plan
 
@@ -117,9 +126,11 @@ def check_plan(plan: object) -> None:
 
 
 def check_groups(rows: torch.Tensor, starts: torch.Tensor, members: torch.Tensor) -> None:
-    """Checks the shapes and dtypes of a plan made by hand; what the indices say is not looked at."""
+    """Checks the shapes and dtypes of a plan made by hand; what the indices say only CPU kernels look at."""
     check_tensor("plan.rows", rows, (None, None), "[batch, tokens]")
     check_tensor("plan.starts", starts, (rows.shape[0], None), "[batch, merged tokens + 1]")
+    if not 1 <= starts.shape[1] <= rows.shape[1] + 1:
+        fail("plan.starts", f"[batch, merged tokens + 1] of at most {rows.shape[1]} merged tokens", starts)
     check_tensor("plan.members", members, tuple(rows.shape), "[batch, tokens]")
     for name, value in (("plan.rows", rows), ("plan.starts", starts), ("plan.members", members)):
         check_dtype(name, value, (torch.int32,), "MergePlan.from_rows(rows, merged_tokens) makes a plan.")

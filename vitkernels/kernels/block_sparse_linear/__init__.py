@@ -147,6 +147,12 @@ def _check(
     check_dtype("x", x, FLOAT_DTYPES, "Cast it with x.float().")
     if activation not in ACTIVATIONS:
         fail("activation", "None, 'gelu' or 'relu'", activation)
+    # Of the index nothing but its length is looked at; BlockSparseTensor looked at the rest when it was made.
+    check_tensor("weight.values", values, (None, None, None), "[nnz, bh, bw]")
+    blocks, height, width = values.shape
+    entries = 2 - (-out_features // height) - (-in_features // width) + 4 * blocks
+    check_tensor("weight.index", index, (entries,), "[2 + block rows + block columns + 4 nnz]")
+    check_dtype("weight.index", index, (torch.int32,), "BlockSparseTensor(...) makes an index.")
     check_device("weight", values, x.device, "x")
     check_device("weight", index, x.device, "x")
     if bias is not None:

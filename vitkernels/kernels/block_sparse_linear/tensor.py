@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vitkernels.core.checks import check_device, check_positive_ints, fail
+from vitkernels.core.checks import check_device, check_positive_ints, check_tensor, fail
 
 
 class BlockSparseTensor:
@@ -69,8 +69,7 @@ class BlockSparseTensor:
 
     def with_values(self, values: torch.Tensor) -> BlockSparseTensor:
         """The same pattern with other values [nnz, bh, bw]; the index is shared."""
-        if not isinstance(values, torch.Tensor) or values.shape != self.values.shape:
-            fail("values", f"a tensor {list(self.values.shape)}", values)
+        check_tensor("values", values, tuple(self.values.shape), "[nnz, bh, bw] of the pattern")
         return BlockSparseTensor.wrap(values, self.index, self.shape)
 
     # ---- conversions

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vitkernels.core.backends import FLOAT_DTYPES, Backend
-from vitkernels.core.checks import autocast, check_device, check_dtype, check_tensor, fail
+from vitkernels.core.checks import autocast, check_device, check_dtype, check_finite, check_tensor, fail
 from vitkernels.core.operator import Operator
 from vitkernels.kernels.kan_linear import reference
 
@@ -77,7 +77,7 @@ def _check_number(name: str, value: Any) -> float:
         fail(name, "a number", value, kind=TypeError)
     if not 0 < value < math.inf:
         fail(name, "a finite number above 0", value)
-    return float(value)
+    return check_finite(name, value)
 
 
 def _check(

@@ -99,7 +99,8 @@ def backward(
     wanted = (grad_x, grad_weight1, grad_bias1, grad_scale1, grad_dw_weight, grad_dw_bias)
     if all(t is None for t in wanted):
         return
-    grad_before = (grad_product2 @ second) * (before > 0)
+    # Not a product with the ReLU's slope: an infinite gradient times 0 is not a number.
+    grad_before = torch.where(before > 0, grad_product2 @ second, 0)
     grad_product1 = grad_before if scale1 is None else grad_before * scale1.to(dtype)
     _fill(grad_bias1, lambda: grad_before.sum(0))
     _fill(grad_scale1, lambda: (grad_before * product1).sum(0))

@@ -82,7 +82,8 @@ def _check(x: Any, size: Any, rows: Any, starts: Any, members: Any, mode: Any) -
     check_dtype("x", x, FLOAT_DTYPES, "Cast it with x.float().")
     if x.shape[2] == 0:
         fail("x", "at least one channel", x)
-    check_device("plan", rows, x.device, "x")
+    for indices in (rows, starts, members):
+        check_device("plan", indices, x.device, "x")
     if mode not in MODES:
         fail("mode", "'wavg', 'sum', 'mean' or 'amax'", mode)
     if size is not None:

@@ -46,6 +46,6 @@ def _amax(x: torch.Tensor, index: torch.Tensor, counts: torch.Tensor) -> torch.T
     reach = (values == largest.gather(1, where)).to(counts.dtype)
     share = reach / _sum(reach, index, counts).gather(1, where)
     mean = _sum(torch.where(reach > 0, x, 0).to(counts.dtype) * share, index, counts)
-    # Zero but for its gradient, which an infinite maximum goes without: infinity less itself is not a number.
-    nothing = torch.where(largest.isfinite(), mean - mean.detach(), 0)
+    # Zero but for its gradient; of an infinite maximum as much again, since infinity less itself is not a number.
+    nothing = torch.where(largest.isfinite(), mean - mean.detach(), mean)
     return largest + nothing.to(x.dtype)

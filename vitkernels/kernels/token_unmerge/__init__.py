@@ -54,7 +54,8 @@ def _check(y: Any, rows: Any, starts: Any, members: Any) -> tuple[Any, ...]:
     wanted = (starts.shape[0], starts.shape[1] - 1, None)
     check_tensor("y", y, wanted, "[batch, merged tokens, channels] of the plan")
     check_dtype("y", y, FLOAT_DTYPES, "Cast it with y.float().")
-    check_device("plan", rows, y.device, "y")
+    for indices in (rows, starts, members):
+        check_device("plan", indices, y.device, "y")
     return y, rows, starts, members
 
 
