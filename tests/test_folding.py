@@ -330,3 +330,45 @@ def test_inputs_of_other_ranks_run_as_before() -> None:
         assert head(torch.randn(2, 6)).shape == (2, 3)
     with pytest.raises(ValueError, match="2D or 3D"):
         head(torch.randn(6))
+
+
+class _Doubled(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def _replacements() -> dict[str, object]:
+    return {
+        "another forward": lambda pair: setattr(pair, "0", _Doubled(4, 6, 3, padding=1)),
+        "a wrapped layer": lambda pair: setattr(pair, "0", nn.Sequential(pair[0])),
+        "parametrised": lambda pair: nn.utils.parametrizations.weight_norm(pair[0]),
+        "no norm": lambda pair: setattr(pair, "1", nn.Identity()),
+        "group norm": lambda pair: setattr(pair, "1", nn.GroupNorm(2, 6)),
+        "one layer more": lambda pair: pair.append(nn.ReLU()),
+    }
+
+
+@pytest.mark.parametrize("name", _replacements())
+def test_layers_that_are_replaced_after_apply_run(name: str) -> None:
+    pair, x = folded_pair()
+    vitkernels.apply(pair, fold_bn=True, verbose=False)
+    pair(x)
+    _replacements()[name](pair)
+    pair.eval()
+    with torch.no_grad():
+        got = pair(x)
+        vitkernels.revert(pair)
+        assert torch.equal(got, pair(x))
+
+
+def test_a_linear_layer_that_is_replaced_after_apply_runs() -> None:
+    model, x = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 5)).eval(), torch.randn(3, 8)
+    model[0].running_mean.fill_(2.0)
+    for name, layer in (("1", nn.ReLU()), ("2", nn.Sequential(nn.Linear(8, 5))), ("0", nn.Identity())):
+        changed = copy.deepcopy(model)
+        vitkernels.apply(changed, fold_bn=True, verbose=False)
+        setattr(changed, name, layer.eval())
+        with torch.no_grad():
+            got = changed(x)
+            vitkernels.revert(changed)
+            assert torch.equal(got, changed(x))

@@ -224,6 +224,11 @@ def test_reasons() -> None:
     checkpointed.set_grad_checkpointing()
     with pytest.raises(ValueError, match="gradient checkpointing"):
         vitkernels.apply(checkpointed, token_merging=8, verbose=False)
+    with pytest.raises(ValueError, match="register tokens would merge"):
+        vitkernels.apply(vit(reg_tokens=4), token_merging=8, verbose=False)
+    crossvit = timm.create_model("crossvit_tiny_240")
+    with pytest.raises(ValueError, match="which owns the blocks, does not tell"):
+        vitkernels.apply(crossvit, token_merging=8, verbose=False)
     with pytest.raises(ValueError, match="merged tokens and traced them"):
         vitkernels.merged_source(vit())
     masked = vit()
@@ -274,3 +279,38 @@ def test_checkpointing_after_the_change_is_refused() -> None:
     vitkernels.revert(model)
     model.set_grad_checkpointing()
     assert model.grad_checkpointing
+
+
+def test_hooks_of_blocks() -> None:
+    """Refused, and called by nobody; those that come later are not called, which is said."""
+    heard: list[str] = []
+    for layer in ("blocks.1", "blocks.1.attn"):
+        model = vit()
+        handle = model.get_submodule(layer).register_forward_hook(lambda *_: heard.append("called"))
+        with pytest.raises(ValueError, match="hooks on Blocks and their attention would not be called"):
+            vitkernels.apply(model, token_merging=4, verbose=False)
+        handle.remove()
+        vitkernels.apply(model, token_merging=4, verbose=False)
+        model.get_submodule(layer).register_forward_pre_hook(lambda *_: heard.append("called"))
+        with pytest.warns(UserWarning, match="are not called while tokens merge"):
+            model(torch.randn(1, 3, 64, 64))
+    assert heard == []
+
+
+def test_features_of_single_blocks_are_refused() -> None:
+    model, x = vit(), torch.randn(1, 3, 64, 64)
+    before = model.forward_intermediates(x, intermediates_only=True)
+    vitkernels.apply(model, token_merging=4, verbose=False)
+    for changed in (model, copy.deepcopy(model)):
+        for method in ("forward_intermediates", "get_intermediate_layers"):
+            with pytest.raises(ValueError, match="no features of single blocks"):
+                getattr(changed, method)(x)
+    vitkernels.revert(model)
+    for got, want in zip(model.forward_intermediates(x, intermediates_only=True), before, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_report_leaves_out_attention_that_merges() -> None:
+    report = vitkernels.apply(vit(), token_merging=4, verbose=False)
+    assert [kernel for *_, kernel in report.replaced] == ["token merging, r = [4, 4, 4]"]
+    assert report.skipped == []

@@ -109,6 +109,18 @@ def is_plain_norm(module: nn.Module) -> bool:
     )
 
 
+def folds(layer: nn.Module, norm: nn.Module) -> bool:
+    """Whether a batch norm and the plain layer beside it have what a fold needs: parameters that nothing computes, and
+    statistics. Layers may be replaced or parametrised at any time.
+    """
+    tensors, norms = layer._parameters, norm._parameters
+    return (
+        is_plain_norm(norm)
+        and ("weight" in tensors and "bias" in tensors and "weight" in norms and "bias" in norms)
+        and norm._buffers["running_mean"] is not None
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether the module must be called itself: somebody hooked into it or replaced its forward."""
     return bool(

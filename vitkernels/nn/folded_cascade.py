@@ -11,7 +11,7 @@ from torch import nn
 
 from vitkernels import ops
 from vitkernels.core.checks import autocasts
-from vitkernels.nn.conv_norm import fold_conv_norm, has_hooks, is_plain_conv, is_plain_norm
+from vitkernels.nn.conv_norm import fold_conv_norm, folds, has_hooks, is_plain_conv
 from vitkernels.nn.kept import Kept, compute_dtype, keep, transformed
 
 
@@ -108,12 +108,9 @@ def _pairs(module: Any) -> tuple[Any, list[Any], tuple[float, ...]]:
         conv, norm = pair._modules.values()
         if norm.training or has_hooks(conv) or has_hooks(norm):
             return None, [], ()
-        if not (is_plain_conv(conv) and is_plain_norm(norm)):
+        if not (is_plain_conv(conv) and folds(conv, norm)):
             return None, [], ()
         tensors, norms, statistics = conv._parameters, norm._parameters, norm._buffers
-        parametrised = not all(name in part for part in (tensors, norms) for name in ("weight", "bias"))
-        if parametrised or statistics["running_mean"] is None:
-            return None, [], ()
         pairs.append((conv, norm))
         sources += (tensors["weight"], tensors["bias"], norms["weight"], norms["bias"])
         sources += (statistics["running_mean"], statistics["running_var"])

@@ -15,11 +15,11 @@ from vitkernels.nn.kept import drop
 from vitkernels.patching.layers import Patched, patched_class
 from vitkernels.patching.match import match_attention, match_fold
 from vitkernels.patching.merging import (
+    REFUSED,
     MergedBlocks,
     find_stacks,
     merged_source,
     merging_for,
-    refuse_checkpointing,
     why_not_stack,
 )
 
@@ -81,8 +81,8 @@ def apply(
     Conv2d + batch norm and batch norm + Linear pair as one layer, EfficientViT's residual units around the
     mixer as one kernel on the CPU, and S2AFormer's GELUs and residual sums in place where no gradient is asked for.
     In train mode pairs run as before.
-    Parameters, children, hooks and `state_dict` stay as they are; the model trains, compiles, copies, pickles
-    and exports as before. Calling it again changes nothing. `revert` undoes it.
+    Parameters, children, hooks and `state_dict` stay as they are (of hooks and token_merging see there); the model
+    trains, compiles, copies, pickles and exports as before. Calling it again changes nothing. `revert` undoes it.
 
     Folded weights follow their sources through training, loading, moving and edits of any kind. On the CPU their
     contents are looked at in every call; on a GPU, and without the compiled extension, an edit in place through
@@ -100,8 +100,9 @@ def apply(
             ...], block by block, 0 beyond the end; or (r, inflect), r on average, falling from block to block for
             inflect < 0, rising for > 0. No parameter is added, and LayerScale, key norms and fused attention stay.
             A model that pools its class token goes on with the merged tokens; any other gets them spread back over
-            their places after the last block, so that its mean weighs them by their sizes. Intermediate features
-            are not to be had, nor are masks and gradient checkpointing.
+            their places after the last block, so that its mean weighs them by their sizes. Register tokens,
+            intermediate features, masks, gradient checkpointing and hooks on blocks or their attention are refused; of
+            hooks that come later a warning says that they are not called.
         proportional_attention: with token_merging, a merged token counts in attention as often as the tokens that
             it stands for. Models that were trained without masks and are not fine-tuned want it; MAE's do not.
         trace_source: with token_merging, keep for `vitkernels.merged_source` where each token went.
@@ -128,12 +129,16 @@ def apply(
     report = Report(type(model).__name__)
     proven: dict[Any, str] = {}
     covered: set[nn.Module] = set()
+    merging: set[Any] = set()
     if token_merging is not None:
         _merge_tokens(model, token_merging, proportional_attention, trace_source, backend)
     for name, module in list(model.named_modules()):
         if isinstance(module, MergedBlocks):
             r = module.vitkernels_merging.schedule  # type: ignore[union-attr]
             report.replaced.append((name, module.vitkernels_original.__name__, f"token merging, r = {[*r]}"))
+            merging.update(block.attn for block in module._modules.values())  # type: ignore[attr-defined]
+            continue
+        if module in merging:
             continue
         match = match_attention(module, proven)
         folds = match is None
@@ -159,23 +164,21 @@ def apply(
     return report
 
 
-_CHECKPOINTING = "set_grad_checkpointing"
-
-
 def _merge_tokens(model: nn.Module, value: Any, proportional: bool, trace: bool, backend: str | None) -> None:
     stacks = list(find_stacks(model))
     reasons = [why_not_stack(stack, owner) for _, stack, owner in stacks]
     fitting = [found for found, reason in zip(stacks, reasons, strict=True) if not reason]
     if not fitting:
-        fix = next(filter(None, reasons), "It has no sequence of blocks with norm1, attn, norm2 and mlp.")
+        fix = next(filter(None, reasons), "It has no sequence of blocks with norm1, attn, norm2 and mlp")
         fail("model", "a model with a stack of plain transformer blocks", type(model).__name__, f"{fix}.")
     plans = [merging_for(stack, owner, value, proportional, trace) for _, stack, owner in fitting]
     for (_, stack, owner), merging in zip(fitting, plans, strict=True):
         original: Any = stack.vitkernels_original if isinstance(stack, Patched) else type(stack)
         stack.__class__ = patched_class(original, MergedBlocks, backend)
         stack.__dict__["vitkernels_merging"] = merging
-        if owner is not None and hasattr(type(owner), _CHECKPOINTING):
-            owner.__dict__[_CHECKPOINTING] = refuse_checkpointing
+        for name, refuse in REFUSED.items():
+            if hasattr(type(owner), name):
+                owner.__dict__[name] = refuse
 
 
 def revert(model: nn.Module) -> int:
@@ -190,6 +193,7 @@ def revert(model: nn.Module) -> int:
             for name in ("vitkernels_merging", "vitkernels_source", "vitkernels_steps"):
                 module.__dict__.pop(name, None)
             restored += 1
-        if module.__dict__.get(_CHECKPOINTING) is refuse_checkpointing:
-            del module.__dict__[_CHECKPOINTING]
+        for name, refuse in REFUSED.items():
+            if module.__dict__.get(name) is refuse:
+                del module.__dict__[name]
     return restored

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitkernels.nn.conv_norm import fold_conv_norm, fold_norm_linear, has_hooks
+from vitkernels.nn.conv_norm import fold_conv_norm, fold_norm_linear, folds, has_hooks, is_plain_conv
 from vitkernels.nn.kept import Kept, compute_dtype, keep, transformed
 from vitkernels.patching import packed
 from vitkernels.patching.layers import Keeping, Patched
 
+_NOTHING_IN_EVAL_MODE = (nn.Dropout.forward, nn.Identity.forward)
 _MOST_SHAPES = 3  # of inputs for which a weight stays packed
 
 
@@ -65,6 +66,17 @@ def _takes_part(module: nn.Module) -> bool:
     return module.training or has_hooks(module)
 
 
+def quiet_pair(pair: nn.Module) -> tuple[Any, Any] | None:
+    """(convolution, batch norm) of a pair that folds and that nobody listens to, else None."""
+    layers = tuple(pair._modules.values())
+    if len(layers) != 2:
+        return None
+    conv, norm = layers
+    if _takes_part(conv) or _takes_part(norm) or not (is_plain_conv(conv) and folds(conv, norm)):  # type: ignore[arg-type]
+        return None
+    return conv, norm
+
+
 class FoldedConvNorm(_Folded):
     """Conv2d followed by a batch norm.
 
@@ -73,10 +85,11 @@ class FoldedConvNorm(_Folded):
     """
 
     def forward(self: Any, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
-        conv, norm = self._modules.values()
-        if x.ndim != 4 or _takes_part(conv) or _takes_part(norm):
+        pair = quiet_pair(self)
+        if x.ndim != 4 or pair is None:
             y = super().forward(x)  # type: ignore[misc]
             return torch.relu(y) if relu else y
+        conv, norm = pair
         fold = self._vitkernels_fold(conv, norm, fold_conv_norm)
         # A fold that is traced, transformed or watched is never packable: a FLOP counter knows aten's convolution,
         # not oneDNN's.
@@ -108,9 +121,15 @@ class FoldedNormLinear(_Folded):
     """A batch norm followed by Linear, perhaps with a dropout between."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        norm, *_, linear = children = tuple(self._modules.values())
+        norm, *between, linear = children = tuple(self._modules.values())
         # Of more dimensions batch norm normalises the second, Linear maps the last.
         if x.ndim != 2 or any(_takes_part(child) for child in children):
+            return super().forward(x)  # type: ignore[misc]
+        if not (
+            type(linear).forward is nn.Linear.forward
+            and folds(linear, norm)
+            and all(type(layer).forward in _NOTHING_IN_EVAL_MODE for layer in between)
+        ):
             return super().forward(x)  # type: ignore[misc]
         fold = self._vitkernels_fold(linear, norm, fold_norm_linear)
         return F.linear(x, fold.weight, fold.bias)

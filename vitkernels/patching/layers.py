@@ -7,6 +7,7 @@ stored on the instance, a copy made by deepcopy, pickle or DataParallel runs on 
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import types
 from typing import Any
@@ -69,6 +70,23 @@ def patched_class(original: type[nn.Module], mixin: type[Patched], backend: str 
         )
 
     return _classes.setdefault(made_of, types.new_class(original.__name__, (mixin, original), exec_body=body))
+
+
+def trial_copy(module: nn.Module) -> Any:
+    """A deep copy to try a layer on: without hooks, which are not for its caller's eyes, and without the graphs of what
+    the layer kept of an earlier call, which refuse to be copied.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            for tensor in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
+    trial = copy.deepcopy(module, memo)
+    for part in trial.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            hooks.clear()
+    return trial
 
 
 class Keeping(Patched):

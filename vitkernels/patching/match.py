@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from vitkernels.core.backends import backend as backend_scope
 from vitkernels.nn.cascaded_group_attention import bias_side
 from vitkernels.nn.conv_norm import is_plain_conv, is_plain_norm
 from vitkernels.patching.folding import FoldedConvNorm, FoldedNormLinear, FusedFFN, FusedPatchMerging
-from vitkernels.patching.layers import Patched, WindowedCascade, WindowPartition, patched_class
+from vitkernels.patching.layers import Patched, WindowedCascade, WindowPartition, patched_class, trial_copy
 from vitkernels.patching.neighborhood import Neighborhood, rank_of, why_not_neighborhood
 from vitkernels.patching.perception import FusedPerceptionBlock, FusedStem, is_block, is_stem
 from vitkernels.patching.polyline import PolylinePath, is_polyline, why_not_polyline
@@ -219,10 +218,7 @@ def _why_different(module: Any, mixin: type[Patched]) -> str:
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return "its parameters are on the meta device; apply after loading them"
     try:
-        trial = copy.deepcopy(module).to("cpu", torch.float32)
-        for part in trial.modules():
-            for hooks in (part._forward_hooks, part._forward_pre_hooks):
-                hooks.clear()
+        trial = trial_copy(module).to("cpu", torch.float32)
         generator = torch.Generator().manual_seed(0)
         _randomise(trial, generator)
         # Through train mode, for layers that keep something derived from their weights in eval mode.
@@ -234,7 +230,9 @@ def _why_different(module: Any, mixin: type[Patched]) -> str:
             trial.__class__ = patched_class(type(trial), mixin, None)
             error = (trial(*inputs) - expected).norm() / expected.norm()
     except Exception as exception:
-        return f"could not be compared with the kernel: {type(exception).__name__}: {exception}"
+        said = str(exception).partition("\n")[0]
+        said = said if len(said) <= 100 else f"{said[:97]}..."
+        return f"could not be compared with the kernel: {type(exception).__name__}: {said}"
     if not error < 1e-4:
         return f"computes something else than its class name says (relative difference {error:.1e})"
     return ""

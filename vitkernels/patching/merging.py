@@ -6,7 +6,7 @@ between calls, and no layer of the model needs to know of its neighbors.
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 
 from vitkernels import ops
 from vitkernels.core.checks import fail
-from vitkernels.patching.layers import Patched
+from vitkernels.patching.layers import Patched, trial_copy
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,11 @@ def run_block(
     weights = size if merging.proportional else None
     if r == 0 and weights is None:
         return block(x), size, None
+    if _hooked(block):
+        warnings.warn(
+            f"hooks on {type(block).__name__}s and their attention are not called while tokens merge",
+            stacklevel=2,
+        )
     mixed, keys = attend(block.attn, block.norm1(x), weights, backend)
     x = x + _branch(block, "1", mixed)
     plan = None
@@ -178,9 +183,17 @@ def why_not_stack(stack: nn.Module, owner: Any) -> str:
     """Why the blocks cannot merge tokens; empty when they can."""
     if getattr(owner, "grad_checkpointing", False):
         return "gradient checkpointing runs the blocks one by one: call model.set_grad_checkpointing(False)"
+    if owner is not None and not (hasattr(owner, "cls_token") or hasattr(owner, "pos_embed")):
+        return f"{type(owner).__name__}, which owns the blocks, does not tell whether there is a class token"
+    if getattr(owner, "reg_token", None) is not None:
+        return "register tokens would merge with patches"
     proven = set()
     for block in stack._modules.values():
         assert block is not None
+        if _hooked(block):
+            return (
+                f"hooks on {type(block).__name__}s and their attention would not be called: remove them first"
+            )
         signature = (*map(type, block.modules()), *(p.shape for p in block.parameters()))
         if signature not in proven:
             if _differs(block):
@@ -189,16 +202,34 @@ def why_not_stack(stack: nn.Module, owner: Any) -> str:
     return ""
 
 
-def refuse_checkpointing(enable: bool = True) -> None:
-    """In the place of the owner's method of that name: timm would run the blocks past the stack, unmerged."""
+def _hooked(block: Any) -> bool:
+    """Whether somebody listens to what `run_block` does not call. Who listens to every module misses two of a block."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in (block, block.attn))
+
+
+_FIX = "Call vitkernels.revert(model) first."
+
+
+def _refuse_checkpointing(enable: bool = True) -> None:
     if enable:
-        fix = "Call vitkernels.revert(model) first."
-        fail("enable", "no gradient checkpointing in a model that merges tokens", enable, fix)
+        fail("enable", "no gradient checkpointing in a model that merges tokens", enable, _FIX)
+
+
+def _refuse_intermediates(*_: Any, **__: Any) -> None:
+    raise ValueError(f"a model that merges tokens has no features of single blocks. {_FIX}")
+
+
+# In the place of the owner's methods of these names: timm's would run or read the blocks past the stack.
+REFUSED: dict[str, Callable[..., None]] = {
+    "set_grad_checkpointing": _refuse_checkpointing,
+    "forward_intermediates": _refuse_intermediates,
+    "get_intermediate_layers": _refuse_intermediates,
+}
 
 
 def _differs(block: nn.Module) -> bool:
     """Whether a block, run as `run_block` does but merging nothing, has another output on random tokens."""
-    trial: Any = copy.deepcopy(block).to("cpu", torch.float64).eval()
+    trial = trial_copy(block).to("cpu", torch.float64).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for parameter in trial.parameters():
             parameter.normal_().mul_(parameter.shape[-1] ** -0.5)

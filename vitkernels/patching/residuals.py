@@ -12,7 +12,14 @@ from vitkernels.core import backends, native
 from vitkernels.nn.conv_norm import affine, fold_conv_norm, has_hooks
 from vitkernels.nn.folded_cascade import mix_folded
 from vitkernels.nn.kept import Kept, compute_dtype, keep, transformed
-from vitkernels.patching.folding import FoldedConvNorm, FusedFFN, requires_grad, sources_of, with_relu
+from vitkernels.patching.folding import (
+    FoldedConvNorm,
+    FusedFFN,
+    quiet_pair,
+    requires_grad,
+    sources_of,
+    with_relu,
+)
 from vitkernels.patching.layers import Keeping, Patched, WindowedCascade, WindowPartition, runs_as
 
 # On CUDA the kernel computes float32 without tensor cores, where PyTorch's convolutions take TF32 by default.
@@ -166,10 +173,7 @@ def _has_kernel(x: torch.Tensor) -> bool:
 
 def _quiet_pair(module: Any) -> Any:
     """(convolution, batch norm) of a folded pair in eval mode that nobody listens to, else None."""
-    if not runs_as(module, FoldedConvNorm) or has_hooks(module):
-        return None
-    conv, norm = module._modules.values()
-    return None if norm.training or has_hooks(conv) or has_hooks(norm) else (conv, norm)
+    return None if not runs_as(module, FoldedConvNorm) or has_hooks(module) else quiet_pair(module)
 
 
 def _is_pointwise(conv: Any) -> bool:
