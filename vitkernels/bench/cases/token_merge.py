@@ -48,9 +48,7 @@ def parse_shape(text: str) -> MergeProblem:
     fields = parse_fields(text, SHAPE_DEFAULTS, or_zero=("r", "cls"))
     if fields["mode"] not in MODES:
         raise ValueError(f"shape: expected mode in {', '.join(MODES)}; got {fields['mode']!r}")
-    most = (fields["tokens"] + 1) // 2 - bool(
-        fields["cls"]
-    )  # of every second token, the class token excepted
+    most = (fields["tokens"] + 1) // 2 - bool(fields["cls"])  # every second token but the class token
     if fields["tokens"] < 2 or fields["r"] > most:
         raise ValueError(f"shape: expected tokens of at least 2 and r of at most {most}; got {text!r}")
     return MergeProblem(
