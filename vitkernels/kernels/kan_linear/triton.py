@@ -22,7 +22,7 @@ from vitkernels.kernels.kan_linear.triton_basis import forward_product, row_stat
 # Programs that fill a large GPU about twice over, and the most memory that partial weight gradients may take.
 WEIGHT_PROGRAMS = 512
 PARTIAL_BYTES = 64 << 20
-ROWS = {"BLOCK_N": 4, "BLOCK_C": 256, "num_warps": 4}
+ROWS = {"BLOCK_N": 4, "BLOCK_C": 128, "num_warps": 4}
 
 
 @cache
