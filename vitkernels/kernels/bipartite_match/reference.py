@@ -13,7 +13,9 @@ from vitkernels.core.merge_plan import groups
 def similarities(metric: torch.Tensor) -> torch.Tensor:
     """Cosines [batch, ceil(t / 2), floor(t / 2)] of the even tokens with the odd ones, in float32 (float64).
 
-    A row of zeros has similarity 0 with everything; what is not a number counts as -2, below every cosine.
+    A row of zeros has similarity 0 with everything; what is not a number counts as -2, below every cosine. PyTorch's
+    product may round equal tokens differently by their place, so that of such it is not the lower one that wins, as in
+    the kernels.
     """
     wide = metric.to(torch.float64 if metric.dtype is torch.float64 else torch.float32)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
