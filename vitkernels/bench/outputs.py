@@ -24,10 +24,12 @@ def check(name: str, path: Path | None) -> None:
 
 def check_plot(name: str, path: Path | None) -> None:
     """As `check`, and of a format that matplotlib writes; without a suffix that is its own choice."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
     check(name, path)
     suffix = "" if path is None else path.suffix.removeprefix(".").lower()
-    if suffix and suffix not in FigureCanvasBase.filetypes:
+    if not suffix:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if suffix not in FigureCanvasBase.filetypes:
         known = ", ".join(f".{known}" for known in FigureCanvasBase.filetypes)
         raise ValueError(f"{name}: expected a file of {known}; got {str(path)!r}")
