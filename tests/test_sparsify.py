@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from randomise import relative_error
+from sparsify_calls import Network, batches
 from timm_import import import_timm
 from torch import nn
 
@@ -31,27 +32,6 @@ timm = import_timm()
 
 def photographs(count: int, size: int) -> torch.Tensor:
     return normalize(random_crops(load_photo()[0], count, size, torch.Generator().manual_seed(3)))
-
-
-class Network(nn.Module):
-    """Layers of several sizes, partial blocks among them, tokens of two kinds, and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(12, 40)
-        self.fc1 = nn.Linear(40, 70)
-        self.fc2 = nn.Linear(70, 40)
-        self.wide = nn.Linear(40, 33)
-        self.head = nn.Linear(33, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.embed(x)
-        x = x + self.fc2(F.gelu(self.fc1(x)))
-        return self.head(torch.tanh(self.wide(x.mean(1))))
-
-
-def batches() -> list[torch.Tensor]:
-    return list(torch.randn(10, 6, 12, generator=torch.Generator().manual_seed(1)).split([4, 4, 2]))
 
 
 LAYERS = ("embed", "fc1", "fc2", "wide")
@@ -449,41 +429,6 @@ def test_bad_arguments(options: dict, message: str) -> None:
     assert densities(model) == {}
     with pytest.raises(ValueError, match="For one layer"):
         vitkernels.sparsify(nn.Linear(64, 64), 8, density=0.5, criterion="magnitude", verbose=False)
-
-
-class Normalised(Network):
-    """Draws numbers and moves running statistics in train mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.calls = nn.BatchNorm1d(12), 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return super().forward(F.dropout(self.norm(x.mT).mT, training=self.training))
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_calibration_moves_no_statistics_and_no_random_numbers(fails: bool) -> None:
-    model = Normalised().train()
-    data = [*batches(), "no images"] if fails else batches()
-    before = {name: buffer.clone() for name, buffer in model.norm.named_buffers()}
-    state = torch.get_rng_state()
-    try:
-        vitkernels.sparsify(model, 8, density=0.5, calibration=data, measure=True, verbose=False)
-    except TypeError:
-        assert fails
-    assert model.calls == 3
-    assert torch.equal(torch.get_rng_state(), state)
-    assert len(before) == 3
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.norm.named_buffers())
-
-
-def test_a_density_out_of_reach_is_found_before_the_calibration() -> None:
-    model = Normalised()
-    with pytest.raises(ValueError, match=r"`density`: expected at least 0\.0"):
-        vitkernels.sparsify(model, 8, density=1e-3, calibration=batches(), verbose=False)
-    assert model.calls == 0
 
 
 def test_several_outputs_and_frozen_weights() -> None:
