@@ -39,3 +39,10 @@ def test_numbers_beyond_every_float_and_nested_tensors() -> None:
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     with pytest.raises(TypeError, match="; got 'a nested tensor'"):
         checks.check_tensor("x", nested, (None, None), "[rows, columns]")
+
+
+def test_a_backend_of_another_type_is_an_unknown_name() -> None:
+    """An array compares with every name element by element, and has no truth."""
+    for name in (torch.zeros(2), torch.zeros(2).numpy(), 3):
+        with pytest.raises(ValueError, match="argument `backend`: expected one of 'auto', 'cuda'"):
+            backends.requested(name)  # type: ignore[arg-type]

@@ -52,9 +52,9 @@ _BLIND_DYNAMO = torch.__version__ < "2.13"
 
 
 def _validated(name: str | None, source: str) -> str | None:
-    if name in (None, "", "auto"):
+    if name is None or (isinstance(name, str) and name in ("", "auto")):
         return None
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:  # an array would be compared element by element
         raise ValueError(f"{source}: expected one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}.")
     return name
 
