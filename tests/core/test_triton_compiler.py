@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,33 @@ def test_the_users_own_choice_stays(monkeypatch, tmp_path):
     monkeypatch.setattr(triton_compiler, "ptxas_version", lambda: (12, 8))
     assert "wgmma" in compiled_ptx(monkeypatch, tmp_path, 90)
     assert os.environ[triton_compiler.SWITCH] == "0"
+
+
+def test_a_compilation_that_ends_leaves_another_threads_switch(monkeypatch):
+    monkeypatch.delenv(triton_compiler.SWITCH, raising=False)
+    monkeypatch.setattr(triton_compiler, "miscompiles", lambda target: True)
+    first_began, second_began, first_ended = (threading.Event() for _ in range(3))
+    seen = []
+
+    def compile_kernel(first: bool) -> None:
+        if first:
+            first_began.set()
+            second_began.wait(0.3)  # which comes only where the two are let in together
+        else:
+            second_began.set()
+            first_ended.wait(10)
+            seen.append(os.environ.get(triton_compiler.SWITCH))
+
+    compile_soundly = triton_compiler.guarded(compile_kernel)
+    nowhere = types.SimpleNamespace(get_current_target=lambda: None)
+    monkeypatch.setattr(triton_compiler.triton.runtime, "driver", types.SimpleNamespace(active=nowhere))
+    second = threading.Thread(target=lambda: first_began.wait(10) and compile_soundly(False))
+    second.start()
+    compile_soundly(True)
+    first_ended.set()
+    second.join()
+    assert seen == ["1"]
+    assert triton_compiler.SWITCH not in os.environ
 
 
 def test_the_assembler_tells_its_version():

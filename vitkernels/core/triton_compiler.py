@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ from triton.runtime.jit import JITFunction
 
 SOUND_PTXAS = (13, 1)
 SWITCH = "DISABLE_MMA_V3"
+# The environment is the whole process's: of two threads that compile at once (the backward passes of two devices have
+# one each), the first to end would take the switch from under the other.
+_compiling = threading.RLock()
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -37,13 +41,16 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 def guarded(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compile_kernel)
     def compile_soundly(*args: Any, **kwargs: Any) -> Any:
-        if SWITCH in os.environ or not miscompiles(triton.runtime.driver.active.get_current_target()):
+        if not miscompiles(triton.runtime.driver.active.get_current_target()):
             return compile_kernel(*args, **kwargs)
-        os.environ[SWITCH] = "1"
-        try:
-            return compile_kernel(*args, **kwargs)
-        finally:
-            os.environ.pop(SWITCH, None)
+        with _compiling:
+            if SWITCH in os.environ:
+                return compile_kernel(*args, **kwargs)
+            os.environ[SWITCH] = "1"
+            try:
+                return compile_kernel(*args, **kwargs)
+            finally:
+                os.environ.pop(SWITCH, None)
 
     return compile_soundly
 
