@@ -7,7 +7,7 @@ import torch
 from block_sparse_calls import Call, check, launch, pattern
 from guarded import Guarded, Layout
 
-from vitkernels import ops
+from vitkernels import BlockSparseTensor, ops
 from vitkernels.core import native as extension
 from vitkernels.kernels.block_sparse_linear import native
 
@@ -51,6 +51,21 @@ def test_dtypes_and_activations(dtype, activation, transposed):
 def test_many_tokens_of_a_model(bias):
     call = Call(197 * 8, pattern((384, 384), (32, 32)), bias=bias)
     check(launch(native, call), call)
+
+
+def test_a_strided_index_is_read_from_a_copy_that_is_still_there():
+    """The copy was once freed before the kernels read it, which ended the process or took whatever lay there."""
+    weight = pattern((2048, 1024), (32, 32))
+    index = torch.stack([weight.index, weight.index], 1)[:, 0]
+    strided = BlockSparseTensor.wrap(weight.values, index, weight.shape)
+    x = torch.randn(7, 1024)
+    assert torch.equal(ops.block_sparse_linear(x, strided), ops.block_sparse_linear(x, weight))
+    seed = torch.randn(7, 2048)
+    got, wanted = (
+        torch.autograd.grad(ops.block_sparse_linear(leaf, sparse), leaf, seed)[0]
+        for leaf, sparse in ((x.clone().requires_grad_(), strided), (x.clone().requires_grad_(), weight))
+    )
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.thorough

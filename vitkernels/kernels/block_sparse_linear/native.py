@@ -31,7 +31,7 @@ def forward(
 ) -> None:
     """Fills y, and what goes into a GELU unless `before` is None. `module` and `cuda` let the tests run the CUDA
     kernels on the host."""
-    module = module or native.load()
+    module, index = module or native.load(), index.contiguous()  # a copy must outlive the call
     kept = None if before is None or activation != "gelu" else _rows(before)
     tensors = (_rows(y), kept, _rows(x), values.contiguous(), None if bias is None else bias.contiguous())
     params = _params(index, out_features, in_features, activation, transposed)
@@ -79,6 +79,7 @@ def backward(
     kept = _rows(before) if activation == "gelu" else _rows(y) if activation == "relu" else None
     grad_rows = None if places[0] is None else _rows(places[0])
     tensors = (grad_rows, *places[1:], inner, rows, kept, _rows(x), values.contiguous())
+    index = index.contiguous()  # a copy must outlive the call
     params = _params(index, out_features, in_features, activation, transposed)
     _run(module, "backward", on_gpu, x, tensors, params)
     for gradient, place in zip(gradients, places, strict=True):
@@ -95,7 +96,7 @@ def _rows(tensor: Tensor) -> Tensor:
 def _params(
     index: Tensor, out_features: int, in_features: int, activation: str, transposed: bool
 ) -> tuple[Any, ...]:
-    return index.contiguous().data_ptr(), out_features, in_features, ACTIVATIONS[activation], transposed
+    return index.data_ptr(), out_features, in_features, ACTIVATIONS[activation], transposed
 
 
 def _run(
