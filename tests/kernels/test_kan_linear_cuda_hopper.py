@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import twin
 from guarded import Guarded, Layout
 from kan_linear_calls import PARAMS, check, inputs, launch
 
+from vitkernels import ops
+from vitkernels.core.operator import REGISTRY
 from vitkernels.kernels.kan_linear import native
 
 pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
@@ -189,3 +193,24 @@ def test_nothing_is_read_or_written_outside(dtype, weight_dtype, kernels):
     guarded.check()
     for name, got in {"y": y, **grads}.items():
         assert torch.equal(got, want[name]), name
+
+
+@pytest.mark.gpu
+def test_a_threads_first_call_of_cuda_may_be_a_backward_pass(monkeypatch):
+    """The driver makes a map of a matrix only where a context is current, which in a thread of autograd none is yet."""
+    monkeypatch.setattr(REGISTRY["kan_linear"], "like", torch.empty_like)  # to poison memory is a call too
+    tensors = {name: t.cuda() for name, t in inputs(256, 64, 128, dtype=BF16).items()}
+    leaves = [t.requires_grad_() for name, t in tensors.items() if name != "grid"]
+    y = ops.kan_linear(*tensors.values(), backend="cuda")
+    grad_y, got = torch.randn_like(y), []
+
+    def gradients():
+        with torch.autograd.set_multithreading_enabled(False):
+            return torch.autograd.grad(y, leaves, grad_y, retain_graph=True)
+
+    want = [t.clone() for t in gradients()]  # whose own memory the thread then finds free
+    thread = threading.Thread(target=lambda: got.extend(gradients()))
+    thread.start()
+    thread.join()
+    assert len(got) == len(want)
+    assert all(map(torch.equal, got, want))

@@ -77,6 +77,12 @@ inline MatrixMap map_matrix(const void* data, int64_t rows, int64_t columns, int
       throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(function);
   }();
+  // The driver wants a current context. In a thread that autograd has just begun, whose first call of CUDA
+  // this may be, the runtime makes one current only where it needs it itself, or is told to.
+  int device = 0;
+  cudaError_t made = cudaGetDevice(&device);
+  if (made == cudaSuccess) made = cudaSetDevice(device);
+  if (made != cudaSuccess) throw_cuda_error(made, "the current device");
   MatrixMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
