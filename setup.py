@@ -4,7 +4,7 @@ Environment:
     VITKERNELS_BUILD_CUDA   unset: CUDA kernels when nvcc works; 1: a missing nvcc is an error; 0: none
     VITKERNELS_BUILD_NATIVE 0: no compiled extension at all (Triton and reference backends only)
     VITKERNELS_CUDA_ARCHS   CMake architecture list, e.g. "80;90a-real"; default: the GPU present, else
-                            80 (with PTX), 90a, 120
+                            80 (with PTX), 90a, 120, as far as nvcc knows them
     VITKERNELS_OPERATORS    comma-separated operators to build the CUDA and CPU kernels of; default: all
     VITKERNELS_CMAKE_ARGS   further CMake arguments
     MAX_JOBS                parallel compile jobs; default: bounded by cores and memory
@@ -67,6 +67,22 @@ def present_archs() -> str | None:
     caps = [cap for cap in caps if int(cap) >= 80]
     # The "a" target is only for Hopper's and Blackwell's architecture-specific instructions.
     return ";".join(f"{cap}a-real" if cap in ("90", "100") else f"{cap}-real" for cap in caps) or None
+
+
+def default_archs(nvcc: str) -> str:
+    """Those of the GPUs in this machine, else DEFAULT_ARCHS; what this nvcc is too old for is left to PTX."""
+    wanted = (present_archs() or DEFAULT_ARCHS).split(";")
+    try:
+        listed = subprocess.run(
+            [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+        ).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return ";".join(wanted)
+    known = [arch for arch in wanted if f"compute_{arch.partition('-')[0].rstrip('a')}" in listed]
+    if len(known) < len(wanted):
+        say(f"{nvcc} is too old for {', '.join(arch for arch in wanted if arch not in known)}.")
+        known = ["80", *(arch for arch in known if arch != "80")]
+    return ";".join(known)
 
 
 def jobs() -> int:
@@ -163,7 +179,7 @@ class CMakeBuild(build_ext):
             )
             arguments.append("-DVITKERNELS_CUDA=OFF")
         else:
-            archs = os.environ.get("VITKERNELS_CUDA_ARCHS") or present_archs() or DEFAULT_ARCHS
+            archs = os.environ.get("VITKERNELS_CUDA_ARCHS") or default_archs(nvcc)
             say(f"building CUDA kernels with {nvcc} for {archs}.")
             arguments += [
                 f"-DVITKERNELS_CUDA={'ON' if cuda == '1' else 'AUTO'}",

@@ -123,6 +123,30 @@ def test_wheel_with_nvcc(sources, no_torch, tmp_path):
     assert facts["supported"]["cpu"] == []
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_an_old_nvcc_builds_what_it_knows(sources, no_torch, tmp_path):
+    """Before CUDA 12.8 there is no sm_120, which once failed the installation."""
+    old = tmp_path / "bin" / "nvcc"
+    old.parent.mkdir()
+    old.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "*--list-gpu-arch*) echo compute_75; echo compute_80; exit;;\n"
+        "*compute_9*|*compute_1*|*sm_9*|*sm_1*) echo nvcc fatal: Unsupported gpu architecture >&2; exit 1;;\n"
+        f'esac\nexec "{shutil.which("nvcc")}" "$@"\n'
+    )
+    old.chmod(0o755)
+    built = build_wheel(
+        sources,
+        no_torch,
+        tmp_path,
+        PATH=f"{old.parent}{os.pathsep}{path_without_nvcc()}",
+        VITKERNELS_BUILD_CUDA="1",
+    )
+    assert "is too old for" in built.stdout + built.stderr
+    assert use(wheel_of(built, tmp_path))["native"]["cuda_archs"] == "80"
+
+
 @pytest.fixture(scope="module")
 def cpu_folder(sources, no_torch, tmp_path_factory) -> Path:
     """Where a wheel was built with a C++ compiler only, its CMake folder included."""
