@@ -177,6 +177,15 @@ def test_an_unknown_operator_is_an_error(sources, no_torch, tmp_path):
     assert "there is no operator token_unmegre" in built.stdout + built.stderr
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("arch", ["native", "75"])
+def test_architectures_that_nothing_can_be_told_of_are_an_error(sources, no_torch, tmp_path, arch):
+    """What CMake makes of "native" is not known at run time: every call with CUDA tensors once ended in its int()."""
+    built = build_wheel(sources, no_torch, tmp_path, VITKERNELS_CUDA_ARCHS=f"80-real;{arch}")
+    assert built.returncode != 0
+    assert f"such as 80 or 90a-real, got {arch}" in " ".join((built.stdout + built.stderr).split())
+
+
 def test_the_installed_extension_is_small():
     """With every operator; the wheels built here have one."""
     spec = importlib.util.find_spec("vitkernels._native")
