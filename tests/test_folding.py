@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -106,6 +108,46 @@ def test_without_fingerprints_versions_and_addresses_tell(monkeypatch: pytest.Mo
             p.data = p.data.clone()
     # No new weight can come to lie at a noted address.
     assert freed <= {alias.data_ptr() for alias in pair.__dict__["_vitkernels_kept"].aliases}
+
+
+def test_what_a_cuda_graph_reads_stays_as_long_as_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph once read freed memory after train(), or after a later call with other weights."""
+    pair, x = folded_pair()
+    vitkernels.apply(pair, verbose=False)
+    with torch.no_grad():
+        pair(x)
+        read = weakref.ref(pair.__dict__["_vitkernels_kept"])
+        with monkeypatch.context() as capture:
+            capture.setattr(kept, "_capturing", lambda sources: True)
+            pair.__dict__["_vitkernels_kept"].ready = object()  # as on a GPU
+            pair(x)
+            pair(x)
+        pair[0].weight.mul_(2)
+        pair(x)
+        pair.train().eval()
+    gc.collect()
+    assert read() is not None
+    assert len(kept._captured[pair]) == 1
+    del pair
+    gc.collect()
+    assert read() is None
+
+
+@pytest.mark.gpu
+def test_what_is_kept_may_be_read_on_another_stream() -> None:
+    pair, x = (thing.cuda() for thing in folded_pair())
+    with torch.no_grad():
+        wanted = pair(x)
+        vitkernels.apply(pair, verbose=False)
+        streams = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[0]):
+            torch.cuda._sleep(500_000_000)  # a quarter of a second, behind which the weights are folded
+            pair(x)
+        with torch.cuda.stream(streams[1]):
+            got = pair(x)
+        torch.cuda.synchronize()
+    assert relative_error(got, wanted) < 1e-2
 
 
 def test_weights_that_cannot_be_read_are_folded_in_every_call() -> None:

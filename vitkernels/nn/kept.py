@@ -5,11 +5,15 @@ less than reading them for the work itself and sees every edit, also one through
 Elsewhere, and without the compiled extension, addresses and autograd's version counters have to do; they miss edits
 in place through `.data`. Weights on the CPU whose contents cannot be read (views with gaps, tensor subclasses) are
 derived from anew in every call.
+
+A CUDA graph reads what was kept when it was captured, which therefore stays as long as its module: a change of the
+weights shows in the graph once it is captured again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -31,10 +35,14 @@ class Kept:
         key: the state of the sources it was made from.
         aliases: of the sources, where the key holds addresses: while these are held, no other tensor can come to
             lie at one of them.
+        stream: on a GPU, the one that it was made on, by its address.
+        ready: what other streams wait for.
     """
 
     key: object = None
     aliases: tuple[torch.Tensor, ...] = ()
+    stream: int = 0
+    ready: torch.cuda.Event | None = None
 
 
 K = TypeVar("K", bound=Kept)
@@ -54,6 +62,8 @@ def keep(
         with contextlib.suppress(RuntimeError):
             key = options, _state(sources)
     if kept is not None and key is not None and kept.key == key:
+        if kept.ready is not None:  # on a GPU
+            _before_use(owner, kept, kept.ready, sources)
         return kept
     with torch.inference_mode(False), torch.no_grad():
         made = make()
@@ -62,6 +72,9 @@ def keep(
         made.key = key
         if contents is None:
             made.aliases = tuple(source.detach() for source in sources if source is not None)
+        if (first := _first(sources)).is_cuda:
+            stream = torch.cuda.current_stream(first.device)
+            made.stream, made.ready = stream.cuda_stream, stream.record_event()
         owner.__dict__[KEPT] = made
     return made
 
@@ -106,9 +119,30 @@ def _state(sources: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
     )
 
 
+def _first(sources: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    return next(source for source in sources if source is not None)
+
+
 def _capturing(sources: Sequence[torch.Tensor | None]) -> bool:
-    first = next(source for source in sources if source is not None)
-    return first.is_cuda and torch.cuda.is_current_stream_capturing()
+    return _first(sources).is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+# What CUDA graphs read.
+_captured: weakref.WeakKeyDictionary[nn.Module, list[Kept]] = weakref.WeakKeyDictionary()
+
+
+def _before_use(
+    owner: nn.Module, kept: Kept, ready: torch.cuda.Event, sources: Sequence[torch.Tensor | None]
+) -> None:
+    """Holds what a graph reads, and has any other stream than the one that it was made on wait until it is made."""
+    if _capturing(sources):
+        held = _captured.setdefault(owner, [])
+        if all(kept is not other for other in held):
+            held.append(kept)
+        return
+    index = _first(sources).get_device()
+    if torch._C._cuda_getCurrentRawStream(index) != kept.stream:
+        torch.cuda.current_stream(index).wait_event(ready)
 
 
 _native_fingerprint: Any = native.load().fingerprint if not native.why_missing() else None
