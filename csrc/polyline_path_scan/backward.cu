@@ -118,8 +118,10 @@ void launch_gradient(const Grid& grid, const Tokens& decays, const Tokens& grad_
   const int threads = threads_for(bytes);
   const int64_t groups = threads / lanes;
   const size_t between = grid.head_dim / N > lanes ? sizeof(Acc) * groups * grid.length : 0;
-  launch(gradient_kernel<T, D, N>, Dim3{(grid.all_lines() + groups - 1) / groups}, threads,
-         threads * bytes + between, stream, grid, lanes, decays, grad_decays, grad, values, to);
+  const size_t shared = threads * bytes + between;
+  check_shared(shared);
+  launch(gradient_kernel<T, D, N>, Dim3{(grid.all_lines() + groups - 1) / groups}, threads, shared, stream,
+         grid, lanes, decays, grad_decays, grad, values, to);
 }
 
 void launch_gradient(const Params& p, Axis axis, const View& grad, const View& values, const View& to,

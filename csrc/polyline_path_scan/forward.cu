@@ -76,6 +76,7 @@ void launch_product(const Grid& grid, const Tokens& decays, const Tokens& from, 
   const size_t bytes = sizeof(accumulate_t<T>) * N * grid.segments();
   const int threads = threads_for(bytes);
   const int64_t items = grid.all_lines() * (grid.head_dim / N);
+  check_shared(threads * bytes);
   launch(product_kernel<T, D, N>, Dim3{(items + threads - 1) / threads}, threads, threads * bytes, stream,
          grid, decays, from, to);
 }

@@ -16,6 +16,7 @@ namespace vitkernels::polyline_path_scan {
 constexpr int SEGMENT = 8;  // tokens in registers: independent loads
 constexpr int MOST_THREADS = 128;
 constexpr size_t FEW_BYTES = 48 * 1024;
+constexpr size_t SHARED_LIMIT = 99 * 1024;  // of a block of sm_86, sm_89 and sm_120
 
 // Tokens or decays of one axis: [batch][line][place][head].
 struct Tokens {
@@ -76,6 +77,12 @@ inline int threads_for(size_t bytes_a_thread) {
   int threads = MOST_THREADS;
   while (threads > 32 && threads * bytes_a_thread > FEW_BYTES) threads /= 2;
   return threads;
+}
+
+inline void check_shared(size_t bytes) {
+  if (bytes > SHARED_LIMIT)
+    throw std::runtime_error("polyline path scan: lines that long need " + std::to_string(bytes) +
+                             " bytes of shared memory, the limit is " + std::to_string(SHARED_LIMIT));
 }
 
 // to = the product of the axis's masks and from.

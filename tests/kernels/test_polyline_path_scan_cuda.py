@@ -8,7 +8,7 @@ import twin
 from guarded import Guarded
 from polyline_calls import check, gradient_like, launch, scan_inputs, strided
 
-from vitkernels.kernels.polyline_path_scan import native
+from vitkernels.kernels.polyline_path_scan import native, operator
 
 pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
 
@@ -56,6 +56,20 @@ def test_long_lines_take_smaller_blocks(height, width, transpose, kernels):
     tensors = scan_inputs(1, height, width, 1, 2)
     grad = gradient_like(tensors)
     check(launch(native, tensors, grad, transpose, **kernels), tensors, grad, transpose)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_the_longest_lines_fit_the_smallest_shared_memory(dtype, kernels):
+    """The limit was once that of lines whose heads a warp has at once: on sm_86, sm_89 and sm_120 wider ones failed."""
+    reasons = operator.backends["cuda"].limits
+    (longest,) = (
+        n
+        for n in range(8, 4096, 8)
+        if not reasons(torch.empty(1, 1, n)) and reasons(torch.empty(1, 1, n + 8))
+    )
+    tensors = scan_inputs(1, 1, longest, 1, 70, dtype, dtype)
+    grad = gradient_like(tensors)
+    check(launch(native, tensors, grad, False, **kernels), tensors, grad, False)
 
 
 @each_transpose

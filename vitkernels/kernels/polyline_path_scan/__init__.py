@@ -115,7 +115,8 @@ operator = Operator(
     allocate=(_allocate,),
     reference=reference.forward,
     backends=(
-        Backend("cuda", _NATIVE, limits=_longest(1536)),  # by the shared memory of a warp
+        # By the shared memory of a warp, in double and of heads wider than it, on the devices that have least of it.
+        Backend("cuda", _NATIVE, limits=_longest(1408)),
         Backend(
             "triton",
             "vitkernels.kernels.polyline_path_scan.triton",
