@@ -7,6 +7,7 @@ Environment:
                             80 (with PTX), 90a, 120, as far as nvcc knows them
     VITKERNELS_OPERATORS    comma-separated operators to build the CUDA and CPU kernels of; default: all
     VITKERNELS_CMAKE_ARGS   further CMake arguments
+    VITKERNELS_BUILD_DIR    where CMake builds; default: a folder of setuptools' own
     MAX_JOBS                parallel compile jobs; default: bounded by cores and memory
 """
 
@@ -36,13 +37,22 @@ def say(message: str) -> None:
         pass
 
 
-def cxx_compiler() -> str | None:
-    if "CXX" in os.environ:
-        return shutil.which(shlex.split(os.environ["CXX"])[0])
+def switch(name: str) -> str:
+    """A variable that is "0", "1" or empty: "ON" for a kernel that must be built would else mean nothing."""
+    value = os.environ.get(name, "").strip()
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"vitkernels: {name}: expected 0 or 1; got {value!r}.")
+    return value
+
+
+def cxx_compiler() -> list[str]:
+    """The command of the C++ compiler, empty without one."""
+    if command := shlex.split(os.environ.get("CXX", "")):
+        return command if shutil.which(command[0]) else []
     for name in ("c++", "g++", "clang++"):  # the CPU kernels use GCC's and Clang's vector extensions
         if path := shutil.which(name):
-            return path
-    return None
+            return [path]
+    return []
 
 
 def nvcc_compiler() -> str | None:
@@ -86,8 +96,10 @@ def default_archs(nvcc: str) -> str:
 
 
 def jobs() -> int:
-    if "MAX_JOBS" in os.environ:
-        return max(1, int(os.environ["MAX_JOBS"]))
+    if asked := os.environ.get("MAX_JOBS", "").strip():
+        if not asked.isdecimal():
+            raise SystemExit(f"vitkernels: MAX_JOBS: expected a number of compile jobs; got {asked!r}.")
+        return max(1, int(asked))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, available_memory() // BYTES_PER_JOB))
 
@@ -105,8 +117,8 @@ def available_memory() -> int:
         return 1 << 62
 
 
-def compiler_works(compiler: str) -> bool:
-    command = [*shlex.split(os.environ.get("CXX", compiler)), "-x", "c++", "-std=c++17", "-fsyntax-only", "-"]
+def compiler_works(compiler: list[str]) -> bool:
+    command = [*compiler, "-x", "c++", "-std=c++17", "-fsyntax-only", "-"]
     try:
         return (
             subprocess.run(command, input="#include <vector>\n", text=True, capture_output=True).returncode
@@ -117,13 +129,14 @@ def compiler_works(compiler: str) -> bool:
 
 
 def wanted() -> bool:
-    if os.environ.get("VITKERNELS_BUILD_NATIVE") == "0":
+    cuda = switch("VITKERNELS_BUILD_CUDA")
+    if switch("VITKERNELS_BUILD_NATIVE") == "0":
         say("compiled extension switched off: Triton and reference backends only.")
         return False
     compiler = cxx_compiler()
     if compiler and compiler_works(compiler):
         return True
-    if os.environ.get("VITKERNELS_BUILD_CUDA") == "1":
+    if cuda == "1":
         raise SystemExit(
             "vitkernels: VITKERNELS_BUILD_CUDA=1 but no working C++ compiler was found (set CXX)."
         )
@@ -136,7 +149,7 @@ def wanted() -> bool:
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(os.environ.get("VITKERNELS_BUILD_DIR", Path(self.build_temp).resolve() / "cmake"))
+        build = Path(os.environ.get("VITKERNELS_BUILD_DIR") or Path(self.build_temp).resolve() / "cmake")
         build.mkdir(parents=True, exist_ok=True)
         # Without build isolation the cmake and ninja of the environment need not be on PATH.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -166,9 +179,9 @@ class CMakeBuild(build_ext):
         ]
         if os.name != "nt":
             arguments.append("-GNinja")
-        if operators := os.environ.get("VITKERNELS_OPERATORS"):
-            arguments.append(f"-DVITKERNELS_OPERATORS={operators.replace(',', ';')}")
-        cuda, nvcc = os.environ.get("VITKERNELS_BUILD_CUDA"), nvcc_compiler()
+        if operators := os.environ.get("VITKERNELS_OPERATORS", "").replace(",", " ").split():
+            arguments.append(f"-DVITKERNELS_OPERATORS={';'.join(operators)}")
+        cuda, nvcc = switch("VITKERNELS_BUILD_CUDA"), nvcc_compiler()
         if cuda == "1" and not nvcc:
             raise SystemExit(
                 "vitkernels: VITKERNELS_BUILD_CUDA=1 but nvcc was not found (set CUDACXX, CUDA_HOME or PATH)."

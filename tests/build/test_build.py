@@ -240,3 +240,34 @@ def test_required_cuda_without_nvcc_is_an_error(sources, no_torch, tmp_path):
     built = build_wheel(sources, no_torch, tmp_path, PATH=path_without_nvcc(), VITKERNELS_BUILD_CUDA="1")
     assert built.returncode != 0
     assert "VITKERNELS_BUILD_CUDA=1 but nvcc was not found" in built.stdout + built.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("VITKERNELS_BUILD_CUDA", "ON", "VITKERNELS_BUILD_CUDA: expected 0 or 1; got 'ON'"),
+        ("VITKERNELS_BUILD_NATIVE", "no", "VITKERNELS_BUILD_NATIVE: expected 0 or 1; got 'no'"),
+        ("MAX_JOBS", "all", "MAX_JOBS: expected a number of compile jobs; got 'all'"),
+    ],
+)
+def test_bad_values_of_the_builds_variables_are_one_line(variable, value, message):
+    """A switch that was neither 0 nor 1 was once taken for one that is not set: CUDA=ON built CPU kernels alone."""
+    code = "import runpy, sys; sys.argv = ['setup.py', '--name']; runpy.run_path('setup.py')['jobs']()"
+    environment = {**os.environ, variable: value}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_empty_variables_are_as_good_as_none():
+    """An empty CXX or MAX_JOBS, as a script exports one that was never set, once ended in a traceback."""
+    code = (
+        "import runpy, sys; sys.argv = ['setup.py', '--name']; build = runpy.run_path('setup.py')\n"
+        "assert build['jobs']() >= 1 and build['cxx_compiler']() and build['wanted']()"
+    )
+    names = ("CXX", "MAX_JOBS", "VITKERNELS_BUILD_CUDA", "VITKERNELS_BUILD_NATIVE")
+    environment = {**os.environ, **dict.fromkeys(names, "")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=ROOT)
