@@ -36,14 +36,28 @@ print(json.dumps({"where": vitkernels.__file__, "native": native.status(), "left
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> Path:
-    """A copy of the tree, so that building leaves no trace in it."""
-    copy = tmp_path_factory.mktemp("sources") / "vitkernels"
-    ignore = shutil.ignore_patterns(
-        ".git", ".venv*", "build", "dist", "*.so", "*.egg-info", "__pycache__", "tests", "results", ".*_cache"
-    )
-    shutil.copytree(ROOT, copy, ignore=ignore)
-    return copy
+def sources(no_torch, tmp_path_factory) -> Path:
+    """The unpacked source distribution: every build here shows that it holds what a build needs."""
+    folder = tmp_path_factory.mktemp("sources")
+    # With setuptools' own files there too, it leaves no trace in the tree.
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "--egg-base",
+        str(folder),
+        "sdist",
+        "--formats=zip",
+        "-d",
+        str(folder),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(no_torch)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("*.zip")
+    shutil.unpack_archive(archive, folder)
+    return folder / archive.name.removesuffix(".zip")
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +181,13 @@ def test_wheel_without_nvcc(cpu_folder):
     assert facts["supported"]["cpu"] == []
     assert "VITKERNELS_OPERATORS" in facts["left_out"]["cpu"][0]
     assert facts["supported"]["cuda"]
+
+
+def test_the_source_distribution_has_no_half_of_the_tests(sources):
+    """setuptools takes tests/test_*.py by itself, without the files that they import."""
+    top = {path.name for path in sources.iterdir()}
+    assert {"csrc", "vitkernels", "CMakeLists.txt", "LICENSE", "README.md", "setup.py"} <= top
+    assert not top & {"tests", "benchmarks", "scripts"}
 
 
 def test_an_unknown_operator_is_an_error(sources, no_torch, tmp_path):
