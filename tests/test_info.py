@@ -48,6 +48,23 @@ def test_no_part_that_breaks_breaks_the_rest(monkeypatch):
     assert f"torch        {torch.__version__}" in text
 
 
+def test_a_reader_that_has_gone_and_an_interrupt_are_no_tracebacks(monkeypatch, capsys):
+    code = "import sys; from vitkernels.__main__ import main; sys.exit(main(['info']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+    def interrupted(_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "vitkernels: interrupted\n"
+
+
 def test_import_of_the_package_loads_neither_the_bench_nor_what_takes_long():
     code = (
         "import sys, torch\n"
