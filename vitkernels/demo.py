@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 import time
 from functools import partial
@@ -132,7 +133,7 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError("device: expected one that is there; got 'cuda', but torch finds no CUDA device")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"threads: expected at least 1; got {args.threads}")
-    if not args.seconds > 0:
+    if not 0 < args.seconds < math.inf:
         raise ValueError(f"seconds: expected a positive number; got {args.seconds}")
     output = args.output or Path(f"{args.model}_demo.png")
     check_plot("output", output)

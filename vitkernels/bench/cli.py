@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def settings_of(args: argparse.Namespace) -> Any:
     for name, low in (("threads", 1), ("rounds", 2)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"{name}: expected at least {low}; got {getattr(args, name)}")
-    if not args.seconds > 0:
+    if not 0 < args.seconds < math.inf:
         raise ValueError(f"seconds: expected a positive number; got {args.seconds}")
     if min(args.batch) < 1:
         raise ValueError(f"batch: expected positive numbers; got {args.batch}")
@@ -113,6 +114,8 @@ def check_what(args: argparse.Namespace) -> None:
         raise ValueError(f"op: expected one of --op or --model; got {got}")
     if args.op and args.token_merging is not None:
         raise ValueError("token-merging: expected it beside --model, whose blocks merge; got --op")
+    if args.op and args.channels_last:
+        raise ValueError("channels-last: expected it beside --model, whose images it lays out; got --op")
 
 
 def check_outputs(args: argparse.Namespace) -> None:
