@@ -158,14 +158,19 @@ def compile_only(capability: int, known: Container[Any] = ()) -> Iterator[list[A
         driver._active = previous
 
 
+ROOMS = ROOT / "vitkernels" / "kernels"
+
+
+def operators() -> list[str]:
+    return [room.name for room in pkgutil.iter_modules([str(ROOMS)]) if room.ispkg]
+
+
 def triton_modules(operator: str | None = None) -> list[str]:
     """Import paths of the operators' Triton launchers."""
-    rooms = ROOT / "vitkernels" / "kernels"
-    names = [room.name for room in pkgutil.iter_modules([str(rooms)]) if room.ispkg]
     return [
         f"vitkernels.kernels.{name}.triton"
-        for name in names
-        if (rooms / name / "triton.py").exists() and operator in (None, name)
+        for name in operators()
+        if (ROOMS / name / "triton.py").exists() and operator in (None, name)
     ]
 
 
@@ -355,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--target", action="append", help="compute capability as nvcc writes it (80, 90a)")
     parser.add_argument("--only", choices=("cuda", "triton"))
-    parser.add_argument("--op", help="one operator's kernels")
+    parser.add_argument("--op", choices=operators(), help="one operator's kernels")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="Triton dtypes (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(

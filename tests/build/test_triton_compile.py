@@ -170,3 +170,11 @@ def test_a_spilling_kernel_is_seen() -> None:
     assert row.fails
     assert not kernel_report.dataclasses.replace(row, explanation="an indexed array", allowed=64).fails
     assert kernel_report.dataclasses.replace(row, explanation="an indexed array", allowed=63).fails
+
+
+def test_an_unknown_operator_is_no_clean_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt one once gave an empty table and success."""
+    with pytest.raises(SystemExit) as stopped:
+        kernel_report.main(["--only", "triton", "--op", "window_atention"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'window_atention'" in capsys.readouterr().err
