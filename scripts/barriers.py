@@ -64,6 +64,9 @@ def main() -> int:
     parser.add_argument("operators", nargs="*", default=list(twin.OPERATORS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
+    unknown = sorted({*arguments.operators} - {*twin.OPERATORS})
+    if unknown:  # without files of theirs pytest would run all there are
+        parser.error(f"expected some of {', '.join(twin.OPERATORS)}; got {', '.join(unknown)}")
     twin.build()
     in_doubt = 0
     for operator in arguments.operators:
