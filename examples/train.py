@@ -201,8 +201,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from --checkpoint, if it exists")
     add("--history", type=Path, help="file of losses and accuracies, one line of JSON an epoch")
     args = parser.parse_args(argv)
-    if args.batch_size % WORLD:
-        parser.error(f"--batch-size: expected a multiple of the {WORLD} processes; got {args.batch_size}")
+    if args.batch_size < 1 or args.batch_size % WORLD:
+        parser.error(
+            f"--batch-size: expected a positive multiple of the processes, {WORLD}; got {args.batch_size}"
+        )
+    if args.data != "digits" and not Path(args.data).is_dir():
+        parser.error(f"--data: expected 'digits' or a folder; got {args.data!r}")
     if args.resume and not args.checkpoint:
         parser.error("--resume: expected --checkpoint FILE beside it")
     return args

@@ -129,6 +129,10 @@ def test_bad_arguments(train: ModuleType, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         train.main(["--resume"])
     assert "--checkpoint" in capsys.readouterr().err
+    for name, bad in (("--batch-size", "0"), ("--batch-size", "-4"), ("--data", "no/such/folder")):
+        with pytest.raises(SystemExit):
+            train.parse_arguments([name, bad])
+        assert f"error: {name}: expected" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="expected at most 16"):
         train.main(["--limit", "16"])
 
