@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vitkernels.bench.case import Case, Unavailable, load_case
+from vitkernels.bench.case import Case, Unavailable, load_case, operators
 from vitkernels.bench.cli import DTYPES
 from vitkernels.bench.providers import select
 from vitkernels.bench.runner import MODES, Draws, Settings, make_step
@@ -24,6 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--preset", action="append", help="whose shapes; may be repeated")
     parser.addoption("--batch", action="append", type=int, help="images per call; may be repeated")
     parser.addoption("--model", action="append", help="networks; may be repeated")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    known = {preset for operator in operators() for preset in load_case(operator).presets}
+    if unknown := sorted(set(config.getoption("--preset") or ()) - known):
+        raise pytest.UsageError(
+            f"--preset: expected some of {', '.join(sorted(known))}; got {', '.join(unknown)}"
+        )
 
 
 def settings_of(config: pytest.Config) -> Settings:
@@ -40,6 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings = settings_of(metafunc.config)
     case = load_case(metafunc.module.OPERATOR)
     presets = metafunc.config.getoption("--preset") or [case.default_preset]
+    presets = [preset for preset in presets if preset in case.presets]  # others are of other operators
     problems = [
         pytest.param((case, problem, batch), id=f"{preset}-{problem.label.replace(' ', '')}-b{batch}")
         for preset in presets

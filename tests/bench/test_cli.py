@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,15 @@ def test_failures_are_printed_with_their_reason(capsys):
     assert "150 us" in printed
     assert "WRONG" in printed
     assert "wrong mine: grad q: max 1.00e+00 [allowed] [first at stage 1, batch 1, fwd]" in printed
+
+
+@pytest.mark.parametrize(
+    ("preset", "code", "message"),
+    [("efficientvit_m5", 0, "bench_residual_ffn.py::"), ("nope", 4, "--preset: expected some of")],
+)
+def test_a_preset_of_some_operators_is_one_for_all_of_pytests_benchmarks(preset, code, message):
+    """README's `pytest benchmarks --preset efficientvit_m5` once ended in KeyErrors of the operators without it."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "benchmarks", "--preset", preset]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == code, done.stdout
+    assert message in done.stdout + done.stderr
