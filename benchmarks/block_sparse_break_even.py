@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from vitkernels import info
-from vitkernels.bench import report, runner, timing
+from vitkernels.bench import outputs, report, runner, timing
 from vitkernels.bench.case import load_case
 from vitkernels.bench.cases.block_sparse_linear import DENSITIES, PATTERNS, SparseLayer
 from vitkernels.bench.providers import OURS, select
@@ -153,7 +153,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=0.5, help="time of each provider at each density")
     add("--json", type=Path, help="keep the measurements here, beside those that it holds")
     add("--plot", type=Path)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    labels = [layer.label for layer in CASE.presets[args.preset]]
+    if unknown := sorted({*(args.layers or ())} - {*labels}):
+        parser.error(f"--layers: expected some of {', '.join(labels)}; got {', '.join(unknown)}")
+    try:
+        outputs.check("json", args.json)
+        outputs.check_plot("plot", args.plot)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict[Key, Curve]:

@@ -21,7 +21,7 @@ from torch import nn
 
 import vitkernels
 from vitkernels import info, models
-from vitkernels.bench import gate, report, timing
+from vitkernels.bench import gate, outputs, report, timing
 from vitkernels.bench.host_model import clone, plain
 from vitkernels.nn.polyline_path_attention import PolylinePathAttention, rotate, rotation_of
 
@@ -130,10 +130,18 @@ def main(argv: list[str] | None = None) -> dict[tuple[int, str], dict[str, timin
     add("--seconds", type=float, default=3.0, help="CPU time of each network")
     add("--json", type=Path, metavar="F", help="environment, settings and times")
     args = parser.parse_args(argv)
+    if min(args.batch) < 1:
+        parser.error(f"--batch: expected positive numbers; got {args.batch}")
+    try:
+        outputs.check("json", args.json)
+    except ValueError as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     model = models.create_model(args.model).eval()
     chosen = networks(model)
     if args.networks:
+        if unknown := sorted({*args.networks} - {*chosen}):
+            parser.error(f"--networks: expected some of {', '.join(chosen)}; got {', '.join(unknown)}")
         wanted = ("vitkernels", *args.networks)
         chosen = {name: pair for name, pair in chosen.items() if name in wanted}
     if note := timing.busy():

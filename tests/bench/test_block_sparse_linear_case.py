@@ -70,6 +70,13 @@ def test_break_even_script(tmp_path, capsys):
     assert [d for d, _ in next(iter(curves.values()))] == [0.1, 0.5]
     assert (tmp_path / "plot.png").stat().st_size > 0
     assert capsys.readouterr().out.count("break-even") == 2
+    for bad, message in (
+        (["--plot", "break_even.foo"], "plot: expected a file of "),
+        (["--layers", "haed"], "--layers: expected some of head, "),
+    ):  # they were told after the sweep, which may take an hour, or not at all
+        with pytest.raises(SystemExit):
+            script.parse(["--preset", "head", *bad])
+        assert message in capsys.readouterr().err
     assert script.crossing([(0.1, 4.0), (0.5, 1.5), (0.7, 0.5)]) == "0.60"
     assert script.crossing([(0.1, 0.9)]) == "below 0.1"
     assert script.crossing([(0.1, 4.0)]) == "above 0.1"

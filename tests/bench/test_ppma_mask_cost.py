@@ -60,3 +60,19 @@ def test_a_twin_that_is_wrong_is_not_timed(script) -> None:
     bare = script.plain(script.with_zero_decays(model))
     with pytest.raises(SystemExit, match="WRONG"):
         script.held_to_the_truth(wrong, bare, torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "--batch: expected positive numbers; got [0]"),
+        (["--networks", "vitkernles"], "--networks: expected some of vitkernels, "),
+        (["--json", "."], "json: expected a file; got the folder '.'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_timed(script, arguments, message, capsys, monkeypatch):
+    """Batches of no image were timed, and a misspelt network left out without a word."""
+    monkeypatch.setattr(script.timing, "time_on_cpu", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(SystemExit):
+        script.main(arguments)
+    assert message in capsys.readouterr().err
