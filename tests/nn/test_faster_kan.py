@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from vitkernels import nn
 
@@ -59,6 +60,44 @@ def test_the_network_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+class Adapted(torch.nn.Module):
+    """A frozen layer and what an adapter adds to it; asked for its weight, it tells the frozen one's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.added = base, torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.added(x)
+
+
+def test_layers_that_are_more_than_their_weights_are_called():
+    layer, x, seen = nn.FasterKANLayer(6, 3), torch.randn(4, 6), []
+    plain = layer(x)
+    handles = [m.register_forward_hook(lambda m, *_: seen.append(m)) for m in layer.children()]
+    torch.testing.assert_close(layer(x), plain)
+    assert seen == list(layer.children())
+    for handle in handles:
+        handle.remove()
+    prune.l1_unstructured(layer.spline_linear, "weight", 30)
+    optimizer = torch.optim.SGD([layer.spline_linear.weight_orig], lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+    basis = layer.rbf(layer.layernorm(x)).flatten(-2)
+    torch.testing.assert_close(
+        layer(x), basis @ (layer.spline_linear.weight_orig * layer.spline_linear.weight_mask).T
+    )
+    prune.remove(layer.spline_linear, "weight")
+    layer.spline_linear = Adapted(layer.spline_linear)
+    torch.testing.assert_close(layer(x), layer.spline_linear(basis))
 
 
 @pytest.mark.parametrize(

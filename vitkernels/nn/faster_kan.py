@@ -14,6 +14,7 @@ from torch import nn
 
 from vitkernels import ops
 from vitkernels.core.checks import check_positive_ints, fail
+from vitkernels.nn.conv_norm import has_hooks
 
 
 class ReflectionalSwitch(nn.Module):
@@ -73,6 +74,14 @@ class FasterKANLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., input_dim] to [..., output_dim]."""
+        parts = (
+            (self.layernorm, nn.LayerNorm),
+            (self.rbf, ReflectionalSwitch),
+            (self.spline_linear, nn.Linear),
+        )
+        # Pruned, adapted or quantized, a layer is more than its weight.
+        if any(has_hooks(part) or type(part).forward is not cls.forward for part, cls in parts):
+            return self.spline_linear(self.rbf(self.layernorm(x)).flatten(-2))
         return ops.kan_linear(
             x,
             self.spline_linear.weight,
