@@ -199,6 +199,26 @@ def test_hooks_on_the_decays_are_called() -> None:
     assert relative_error(module(x), zeroed) < 1e-6
 
 
+def test_a_replaced_layer_of_the_decays_is_called() -> None:
+    class Adapted(nn.Module):
+        """A layer and what an adapter adds to it; asked for its weight, it tells the layer's."""
+
+        def __init__(self, base: nn.Linear, added: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.added, self.weight = base, added, base.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.added(x)
+
+    module, x = layer("whole"), torch.randn(2, 3, 4, 16)
+    base, added = module.path_embed.dt_linear, nn.Linear(8, 2, bias=False)
+    module.path_embed.dt_linear = nn.Linear(8, 2, bias=False)
+    module.path_embed.dt_linear.weight = nn.Parameter(base.weight.detach() + added.weight.detach())
+    merged = module(x)
+    module.path_embed.dt_linear = Adapted(base, added)
+    assert relative_error(module(x), merged) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", MODES)
 def test_autocast_and_half_models(mode: str, dtype: torch.dtype) -> None:

@@ -143,7 +143,8 @@ def log_decays(path_embed: Any, x: torch.Tensor, num_heads: int) -> tuple[torch.
     """What `PathEmbed` computes, from a module with its parameters; in float32 at least."""
     width, linear = x.shape[2], path_embed.dt_linear
     heads = x.unflatten(-1, (num_heads, -1))
-    if has_hooks(linear):
+    # An adapted or a quantized layer is more than its weight.
+    if has_hooks(linear) or type(linear).forward is not nn.Linear.forward:
         steps = linear(heads).movedim(-1, 0)
     else:  # each decay in a piece, which costs less than both for every token, and their views
         steps = (linear.weight @ heads.flatten(0, 3).t()).unflatten(-1, heads.shape[:-1])
