@@ -77,6 +77,21 @@ def test_autocast_compile_and_classifier() -> None:
         assert model(images).shape == (2, 32)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_network_built_on_the_meta_device_and_loaded(assign: bool) -> None:
+    model = randomise(models.create_model("ltm_swin_tiny", **SMALL)).eval()
+    with torch.device("meta"):
+        loaded = models.create_model("ltm_swin_tiny", **SMALL).eval()
+    if not assign:
+        loaded.to_empty(device="cpu")
+        for buffer in loaded.buffers():
+            buffer.zero_()  # memory that nobody wrote holds anything
+    loaded.load_state_dict(model.state_dict(), assign=assign)
+    images = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+
+
 def test_another_size_than_the_announced_one() -> None:
     announced, other = (
         models.create_model("ltm_swin_tiny", **{**SMALL, "img_size": size}) for size in (56, 112)

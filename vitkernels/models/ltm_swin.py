@@ -58,12 +58,21 @@ class ShiftedWindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * WINDOW - 1) ** 2, num_heads))
         if shift:
-            position = torch.arange(WINDOW * WINDOW)
-            row, column = position // WINDOW, position % WINDOW
-            dy, dx = row[:, None] - row, column[:, None] - column
-            index = (dy + WINDOW - 1) * (2 * WINDOW - 1) + dx + WINDOW - 1
-            self.register_buffer("position_index", index, persistent=False)
-            self.register_buffer("apart", self._seams(*sides), persistent=False)
+            self._make_constants()
+
+    def _make_constants(self) -> None:
+        device = self.relative_position_bias_table.device
+        position = torch.arange(WINDOW * WINDOW, device=device)
+        row, column = position // WINDOW, position % WINDOW
+        dy, dx = row[:, None] - row, column[:, None] - column
+        index = (dy + WINDOW - 1) * (2 * WINDOW - 1) + dx + WINDOW - 1
+        self.register_buffer("position_index", index, persistent=False)
+        self.register_buffer("apart", self._seams(*self.sides).to(device), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.shift:  # built on the meta device, they have no values, and no file brings them
+            self._make_constants()
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
