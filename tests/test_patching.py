@@ -181,6 +181,27 @@ def test_a_layer_that_computes_something_else_is_left() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+class Shifted(official_layers.LocalWindowAttention):
+    """Windows that may be shifted, which no parameter tells."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__(32, 16, 2, 1, 8, 4, (5, 3))
+        self.shift = shift
+
+    def forward(self, x):
+        return super().forward(x.roll((-self.shift,) * 2, (2, 3))).roll((self.shift,) * 2, (2, 3))
+
+
+def test_layers_that_differ_in_a_setting_alone_are_proven_one_by_one() -> None:
+    model = randomise(nn.Sequential(Shifted(0), Shifted(2), Shifted(0))).eval()
+    x = torch.randn(1, 32, 8, 8)
+    with torch.no_grad():
+        before = model(x)
+        report = vitkernels.apply(model, fold_bn=False, verbose=False)
+        assert [name for name, cls, _ in report.replaced if cls == "Shifted"] == ["0", "2"]
+        assert relative_error(model(x), before) < 1e-5
+
+
 def test_reasons() -> None:
     def reason(layer: nn.Module) -> str:
         return vitkernels.apply(nn.Sequential(layer), verbose=False).skipped[0][2]

@@ -237,6 +237,22 @@ def test_reasons() -> None:
         masked(torch.randn(1, 3, 64, 64), attn_mask=torch.ones(65, 65, dtype=torch.bool))
 
 
+class Scaled(timm.models.vision_transformer.Block):
+    """A block that may halve its tokens, which no parameter tells."""
+
+    halve = False
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x) / (2 if self.halve else 1)
+
+
+def test_blocks_that_differ_in_a_setting_alone_are_tried_one_by_one() -> None:
+    model = vit(block_fn=Scaled)
+    model.blocks[-1].halve = True
+    with pytest.raises(ValueError, match="Scaled computes something else"):
+        vitkernels.apply(model, token_merging=8, verbose=False)
+
+
 def test_sources_are_the_partition() -> None:
     model, x = vit(), torch.randn(2, 3, 64, 64)
     vitkernels.apply(model, token_merging=[9, 0, 4], trace_source=True, verbose=False)

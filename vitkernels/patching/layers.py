@@ -89,6 +89,23 @@ def trial_copy(module: nn.Module) -> Any:
     return trial
 
 
+_OF_ANY_MODULE = vars(nn.Module()).keys()
+
+
+def signature_of(module: nn.Module) -> tuple[Any, ...]:
+    """What a layer computes, as far as types, shapes and settings tell: of layers that agree in it one is tried."""
+
+    def told(value: Any) -> Any:
+        return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else repr(value)
+
+    entries: list[Any] = []
+    for name, part in module.named_modules():
+        entries += (name, type(part))
+        for values in (part._parameters, part._buffers, vars(part)):
+            entries += ((key, told(value)) for key, value in values.items() if key not in _OF_ANY_MODULE)
+    return tuple(entries)
+
+
 class Keeping(Patched):
     """A layer that keeps tensors derived from its parameters; `train()`, `.to()` and the like drop them."""
 

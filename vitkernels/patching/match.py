@@ -15,7 +15,14 @@ from vitkernels.core.backends import backend as backend_scope
 from vitkernels.nn.cascaded_group_attention import bias_side
 from vitkernels.nn.conv_norm import is_plain_conv, is_plain_norm
 from vitkernels.patching.folding import FoldedConvNorm, FoldedNormLinear, FusedFFN, FusedPatchMerging
-from vitkernels.patching.layers import Patched, WindowedCascade, WindowPartition, patched_class, trial_copy
+from vitkernels.patching.layers import (
+    Patched,
+    WindowedCascade,
+    WindowPartition,
+    patched_class,
+    signature_of,
+    trial_copy,
+)
 from vitkernels.patching.neighborhood import Neighborhood, rank_of, why_not_neighborhood
 from vitkernels.patching.perception import FusedPerceptionBlock, FusedStem, is_block, is_stem
 from vitkernels.patching.polyline import PolylinePath, is_polyline, why_not_polyline
@@ -61,9 +68,7 @@ def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
 def _prove(module: nn.Module, mixin: type[Patched], proven: dict[Any, str]) -> str:
     if isinstance(module, Patched) or type(module).__module__.startswith("vitkernels."):
         return ""
-    options = mixin.vitkernels_trial_options(module) if hasattr(mixin, "vitkernels_trial_options") else ()
-    types = (type(part) for part in module.modules())
-    signature = (*types, *options, *((name, p.shape) for name, p in module.named_parameters()))
+    signature = signature_of(module)
     if signature not in proven:
         proven[signature] = _why_different(module, mixin)
     return proven[signature]

@@ -17,7 +17,7 @@ from torch import nn
 
 from vitkernels import ops
 from vitkernels.core.checks import fail
-from vitkernels.patching.layers import Patched, trial_copy
+from vitkernels.patching.layers import Patched, signature_of, trial_copy
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def why_not_stack(stack: nn.Module, owner: Any) -> str:
             return (
                 f"hooks on {type(block).__name__}s and their attention would not be called: remove them first"
             )
-        signature = (*map(type, block.modules()), *(p.shape for p in block.parameters()))
+        signature = signature_of(block)
         if signature not in proven:
             if _differs(block):
                 return f"{type(block).__name__} computes something else than a plain transformer block"

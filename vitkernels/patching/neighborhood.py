@@ -51,11 +51,6 @@ class Neighborhood(Patched):
         sides = ((k + 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True))
         return 1, *sides, module.qkv.in_features
 
-    @staticmethod
-    def vitkernels_trial_options(module: Any) -> tuple[Any, ...]:
-        """What the layer computes beyond its parameters: layers that differ in it are proven one by one."""
-        return *_options(module), module.scale
-
 
 def rank_of(module: nn.Module) -> int:
     """Number of axes of the map of a neighborhood attention layer; 0 for any other layer."""

@@ -28,11 +28,6 @@ class PolylinePath(Patched):
         rel_pos = tuple(table.repeat_interleave(2, -1).flatten(-2) for table in (sin, cos))
         return torch.randn(2, height, width, dim, generator=generator), rel_pos
 
-    @staticmethod
-    def vitkernels_trial_options(module: Any) -> tuple[Any, ...]:
-        """What the layer computes beyond its parameters: layers that differ in it are proven one by one."""
-        return _mode_of(module), module.num_heads, module.scaling
-
 
 def is_polyline(module: nn.Module) -> bool:
     """Whether it is one of the official classes, a subclass, ours, or a class of another name with its parameters."""
