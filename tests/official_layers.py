@@ -72,5 +72,8 @@ class LocalWindowAttention(nn.Module):
             return self.attn(x)
         pad = -height % side
         x = nn.functional.pad(x, (0, pad, 0, pad))
-        rows = [torch.cat([self.attn(part) for part in row.split(side, 3)], 3) for row in x.split(side, 2)]
+        parts = [part for row in x.split(side, 2) for part in row.split(side, 3)]
+        mixed = self.attn(torch.cat(parts)).chunk(len(parts))  # in training the statistics are all windows'
+        count = x.shape[3] // side
+        rows = [torch.cat(mixed[i : i + count], 3) for i in range(0, len(parts), count)]
         return torch.cat(rows, 2)[:, :, :height, :width]

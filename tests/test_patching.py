@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import official_layers
+import plain_polyline
 import pytest
 import torch
 from patched import image, small_model, timm_model, traces
 from randomise import randomise, relative_error
+from timm_import import import_timm
 from torch import nn
 
 import vitkernels
@@ -200,6 +202,22 @@ def test_layers_that_differ_in_a_setting_alone_are_proven_one_by_one() -> None:
         report = vitkernels.apply(model, fold_bn=False, verbose=False)
         assert [name for name, cls, _ in report.replaced if cls == "Shifted"] == ["0", "2"]
         assert relative_error(model(x), before) < 1e-5
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64)])
+def test_the_proof_asks_for_no_default_device_or_dtype(device: str, dtype: torch.dtype) -> None:
+    layers = nn.Sequential(
+        official_layers.CascadedGroupAttention(32, 16, 2, 1, 4, (5, 3)),
+        plain_polyline.MambaAttentionAllDouble(16, 2),
+    )
+    blocks = import_timm().create_model("vit_tiny_patch16_224", depth=1)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            assert vitkernels.apply(layers, verbose=False).skipped == []
+            vitkernels.apply(blocks, token_merging=4, verbose=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_reasons() -> None:

@@ -151,6 +151,13 @@ class DecaysSwapped(PathMixer):
         return super().mix(q, k, v, b, a)
 
 
+class Dropping(PathMixer):
+    """Dropout, which eval mode does not show."""
+
+    def mix(self, q, k, v, a, b):
+        return nn.functional.dropout(super().mix(q, k, v, a, b), 0.1, self.training)
+
+
 class WrongWhenWhole(PathMixer):
     def mix(self, q, k, v, a, b):
         return super().mix(q, k, v, a, b if self.chunks else 2 * b)
@@ -166,7 +173,7 @@ def test_a_copy_of_another_name_is_known_by_its_parameters(chunks: bool) -> None
     assert relative_error(layer(x, rel_pos), expected) < 1e-6
 
 
-@pytest.mark.parametrize("cls", [OnePath, HalvesTurned, Unscaled, DecaysSwapped])
+@pytest.mark.parametrize("cls", [OnePath, HalvesTurned, Unscaled, DecaysSwapped, Dropping])
 def test_a_layer_that_computes_something_else_is_left(cls: type) -> None:
     report = vitkernels.apply(nn.Sequential(cls(cls is not OnePath)), verbose=False)
     assert report.replaced == []

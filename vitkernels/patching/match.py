@@ -217,30 +217,43 @@ def _why_not_windows(module: Any) -> str:
 def _why_different(module: Any, mixin: type[Patched]) -> str:
     """Why the mixin would not compute what the layer computes; empty when it does.
 
-    A copy with random weights, in fp32 on the CPU, is run both ways: freshly initialised layers return 0
-    whatever their forward does, and a layer's own code may differ from what its class name says.
+    A copy with random weights, in fp32 on the CPU, is run both ways, in eval and in train mode: freshly initialised
+    layers return 0 whatever their forward does, and a layer's own code may differ from what its class name says.
     """
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return "its parameters are on the meta device; apply after loading them"
     try:
-        trial = trial_copy(module).to("cpu", torch.float32)
-        generator = torch.Generator().manual_seed(0)
-        _randomise(trial, generator)
-        # Through train mode, for layers that keep something derived from their weights in eval mode.
-        trial.train()
-        trial.eval()
-        inputs = _trial_inputs(trial, mixin, generator)
-        with torch.autocast("cpu", enabled=False), backend_scope("reference"):
-            expected = trial(*inputs)
-            trial.__class__ = patched_class(type(trial), mixin, None)
-            error = (trial(*inputs) - expected).norm() / expected.norm()
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False), backend_scope("reference"):
+            trial = trial_copy(module).to("cpu", torch.float32)
+            original, replaced = type(trial), patched_class(type(trial), mixin, None)
+            generator = torch.Generator().manual_seed(0)
+            _randomise(trial, generator)
+            inputs = _trial_inputs(trial, mixin, generator)
+            # Through train mode, for layers that keep something derived from their weights in eval mode.
+            trial.train()
+            for mode in ("eval", "train"):  # in this order: training moves the statistics of norms
+                trial.train(mode == "train")
+                trial.__class__ = original
+                expected = _seeded(trial, inputs)
+                trial.__class__ = replaced
+                error = (_seeded(trial, inputs) - expected).norm() / expected.norm()
+                if not error < 1e-4:
+                    return (
+                        f"computes something else in {mode} mode than its class name says "
+                        f"(relative difference {error:.1e})"
+                    )
     except Exception as exception:
         said = str(exception).partition("\n")[0]
         said = said if len(said) <= 100 else f"{said[:97]}..."
         return f"could not be compared with the kernel: {type(exception).__name__}: {said}"
-    if not error < 1e-4:
-        return f"computes something else than its class name says (relative difference {error:.1e})"
     return ""
+
+
+def _seeded(layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """What a layer returns, the same values dropped in every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return layer(*inputs)
 
 
 def _trial_inputs(trial: Any, mixin: Any, generator: torch.Generator) -> tuple[Any, ...]:
@@ -248,7 +261,7 @@ def _trial_inputs(trial: Any, mixin: Any, generator: torch.Generator) -> tuple[A
     if hasattr(mixin, "vitkernels_trial_inputs"):
         return mixin.vitkernels_trial_inputs(trial, generator)
     shape_of = getattr(mixin, "vitkernels_trial_shape", _trial_shape)
-    return (torch.randn(shape_of(trial), generator=generator),)
+    return (torch.randn(shape_of(trial), generator=generator, dtype=torch.float32),)
 
 
 def _trial_shape(trial: Any) -> tuple[int, int, int, int]:

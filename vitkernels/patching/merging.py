@@ -230,7 +230,7 @@ REFUSED: dict[str, Callable[..., None]] = {
 def _differs(block: nn.Module) -> bool:
     """Whether a block, run as `run_block` does but merging nothing, has another output on random tokens."""
     trial = trial_copy(block).to("cpu", torch.float64).eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         for parameter in trial.parameters():
             parameter.normal_().mul_(parameter.shape[-1] ** -0.5)
         try:

@@ -26,7 +26,7 @@ class PolylinePath(Patched):
         dim, height, width = module.q_proj.in_features, 5, 7
         cos, sin = RasterRotation(dim // module.num_heads)(height, width).unbind(-1)
         rel_pos = tuple(table.repeat_interleave(2, -1).flatten(-2) for table in (sin, cos))
-        return torch.randn(2, height, width, dim, generator=generator), rel_pos
+        return torch.randn(2, height, width, dim, generator=generator, dtype=torch.float32), rel_pos
 
 
 def is_polyline(module: nn.Module) -> bool:
