@@ -414,3 +414,16 @@ def test_a_linear_layer_that_is_replaced_after_apply_runs() -> None:
             got = changed(x)
             vitkernels.revert(changed)
             assert torch.equal(got, changed(x))
+
+
+def test_slices_of_folded_pairs_run() -> None:
+    head = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 5)).eval()
+    head[0].running_mean.fill_(2.0)
+    pair, image = folded_pair()
+    for model, x in ((head, torch.randn(3, 8)), (pair, image)):
+        with torch.no_grad():
+            expected = [nn.Sequential(*list(model)[:end]).eval()(x) for end in range(3)]
+            vitkernels.apply(model, fold_bn=True, verbose=False)
+            got = [model[:end].eval()(x) for end in range(3)]
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other)

@@ -97,6 +97,29 @@ def test_what_hooks_have_seen_does_not_change(name: str) -> None:
     assert torch.equal(held, copied)
 
 
+def test_slices_of_the_stem_run() -> None:
+    model, x = network(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = [nn.Sequential(*list(model.stem)[:end]).eval()(x) for end in range(9)]
+        vitkernels.apply(model, verbose=False)
+        for end, other in enumerate(expected):
+            torch.testing.assert_close(model.stem[:end].eval()(x), other)
+
+
+def test_a_drop_path_that_is_kept_on_or_watched_is_called() -> None:
+    block = randomise(vitkernels.nn.HybridPerceptionBlock(16, 2, 2, scale=1.0, drop_path=0.5)).eval()
+    x, seen = torch.randn(2, 4, 4, 16), []
+    vitkernels.apply(block, verbose=False)
+    with torch.no_grad():
+        handle = block.drop_path.register_forward_hook(lambda *_: seen.append(1))
+        expected = block(x)
+        assert len(seen) == 3
+        handle.remove()
+        torch.testing.assert_close(block(x), expected)
+        block.drop_path.train()
+        assert any(not torch.equal(block(x), block(x)) for _ in range(20))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_follow_their_own_weights_and_revert_restores(copied: Callable[[Any], Any]) -> None:
     model = network()

@@ -121,10 +121,11 @@ class FoldedNormLinear(_Folded):
     """A batch norm followed by Linear, perhaps with a dropout between."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        norm, *between, linear = children = tuple(self._modules.values())
-        # Of more dimensions batch norm normalises the second, Linear maps the last.
-        if x.ndim != 2 or any(_takes_part(child) for child in children):
+        children = tuple(self._modules.values())
+        # Of more dimensions batch norm normalises the second, Linear maps the last. A slice may lack one of the two.
+        if x.ndim != 2 or len(children) < 2 or any(_takes_part(child) for child in children):
             return super().forward(x)  # type: ignore[misc]
+        norm, *between, linear = children
         if not (
             type(linear).forward is nn.Linear.forward
             and folds(linear, norm)

@@ -14,6 +14,7 @@ from torch import nn
 from vitkernels.core import backends
 from vitkernels.core.checks import autocasts
 from vitkernels.nn.conv_norm import has_hooks, is_plain_conv, is_plain_norm
+from vitkernels.nn.drop_path import DropPath
 from vitkernels.nn.kept import transformed
 from vitkernels.nn.polyline_path_attention import DepthwiseConv
 from vitkernels.nn.strip_attention import LIM, MLP, HybridPerceptionBlock, StripSelfAttention
@@ -26,7 +27,9 @@ class FusedPerceptionBlock(Patched):
     """`nn.HybridPerceptionBlock`."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if self.training or not works_in_place(x):
+        drop_path = self.drop_path  # which may be kept on, replaced or watched
+        idle = _quiet(drop_path, DropPath) and not drop_path.training
+        if self.training or not idle or not works_in_place(x):
             return super().forward(x)  # type: ignore[misc]
         x = _plus(self.local(x), x, _makes_its_output(self.local))
         attn, lim, mlp = self.attn, self.lim, self.mlp
@@ -40,7 +43,7 @@ class FusedStem(Patched):
     """A sequence of Conv2d, GELU and batch norm, in this order, over and over."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if self.training or not works_in_place(x):
+        if self.training or len(self._modules) % 3 or not works_in_place(x):  # a slice may end anywhere
             return super().forward(x)  # type: ignore[misc]
         children = iter(self._modules.values())
         for conv, act, norm in zip(children, children, children, strict=True):
