@@ -105,6 +105,17 @@ def test_autocast_and_half_precision_stay_float32() -> None:
     assert loss(f.bfloat16(), y).dtype is torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_loss_counts_in_float32(dtype: torch.dtype) -> None:
+    features, targets = torch.randn(3000, 4), torch.zeros(3000, dtype=torch.int64)
+    loss = nn.InformationBottleneckLoss(4, num_clusters=3, num_classes=2).to(dtype)
+    for _ in range(2):
+        loss.accumulate(features.to(dtype), targets)
+    assert loss.counts.tolist() == [6000, 0]
+    assert abs(loss.sums[:, 0].sum() - 6000) < 1
+    assert loss.centroids.dtype is dtype
+
+
 def test_state_and_errors() -> None:
     loss, f, y, x = setting()
     assert set(loss.state_dict()) == {"centroids", "log_q"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,6 +73,13 @@ class InformationBottleneckLoss(nn.Module):
         self.register_buffer("sums", torch.zeros(num_clusters, num_classes), persistent=False)
         self.register_buffer("counts", torch.zeros(num_classes), persistent=False)
         self.register_buffer("input_centroids", None, persistent=False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> InformationBottleneckLoss:
+        totals = self.sums, self.counts
+        super()._apply(*args, **kwargs)
+        if self.counts.dtype in (torch.float16, torch.bfloat16):  # in which counts stop at 2048, or 256
+            self.sums, self.counts = (total.to(self.counts.device) for total in totals)
+        return self
 
     @torch.no_grad()
     def set_centroids(self, centroids: torch.Tensor, input_centroids: torch.Tensor | None = None) -> None:
