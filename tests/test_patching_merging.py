@@ -229,6 +229,8 @@ def test_reasons() -> None:
     crossvit = timm.create_model("crossvit_tiny_240")
     with pytest.raises(ValueError, match="which owns the blocks, does not tell"):
         vitkernels.apply(crossvit, token_merging=8, verbose=False)
+    with pytest.raises(ValueError, match="the blocks alone do not tell whether there is a class token"):
+        vitkernels.apply(vit().blocks, token_merging=8, verbose=False)
     with pytest.raises(ValueError, match="merged tokens and traced them"):
         vitkernels.merged_source(vit())
     masked = vit()

@@ -183,7 +183,9 @@ def why_not_stack(stack: nn.Module, owner: Any) -> str:
     """Why the blocks cannot merge tokens; empty when they can."""
     if getattr(owner, "grad_checkpointing", False):
         return "gradient checkpointing runs the blocks one by one: call model.set_grad_checkpointing(False)"
-    if owner is not None and not (hasattr(owner, "cls_token") or hasattr(owner, "pos_embed")):
+    if owner is None:
+        return "the blocks alone do not tell whether there is a class token: pass the model that owns them"
+    if not (hasattr(owner, "cls_token") or hasattr(owner, "pos_embed")):
         return f"{type(owner).__name__}, which owns the blocks, does not tell whether there is a class token"
     if getattr(owner, "reg_token", None) is not None:
         return "register tokens would merge with patches"
