@@ -135,6 +135,11 @@ def test_the_table_is_kept_until_the_size_or_the_angles_change() -> None:
 def test_angles_stay_in_float32_in_half_models() -> None:
     rotation = RasterRotation(16)
     exact, expected = rotation.angle.clone(), rotation(50, 84)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(RasterRotation(16).angle, exact)
+    finally:
+        torch.set_default_dtype(torch.float32)
     for half in (rotation.half(), rotation.bfloat16()):
         assert torch.equal(half.angle, exact)
         assert torch.equal(half(50, 84), expected)

@@ -88,7 +88,7 @@ class RasterRotation(nn.Module):
 def _angles(head_dim: int) -> torch.Tensor:
     if head_dim < 2 or head_dim % 2:
         fail("head_dim", "an even number: channels are rotated in pairs", head_dim)
-    angle = 10000 ** -torch.linspace(0, 1, head_dim // 2)
+    angle = 10000 ** -torch.linspace(0, 1, head_dim // 2, dtype=torch.float32)
     return angle.repeat_interleave(2)
 
 
