@@ -173,7 +173,7 @@ class DeiT(nn.Module):
         """`[B, 1 + distilled + patches, embed_dim]`, normalised."""
         x = self.patch_embed(x)
         first = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        x = torch.cat([*(token.expand(len(x), -1, -1) for token in first), x], 1) + self.pos_embed
+        x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in first), x], 1) + self.pos_embed
         return self.norm(self.blocks(x))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ class LTMViT(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """`[B, 1 + tokens left, embed_dim]`, normalised. The class token's is what the loss takes."""
         x = self.patch_embed(x)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1) + self.pos_embed
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed
         mask = None
         for block in self.blocks:
             if isinstance(block, LTMBlock):

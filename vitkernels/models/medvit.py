@@ -208,7 +208,8 @@ class GFP(nn.Module):
         local = self.projection(x)
         x = torch.cat([x, local + self.mhca_path_dropout(self.mhca(local))], dim=1)
         # Not a permutation: the elements in NCHW order, cut into rows as long as there are channels.
-        rows = self.norm2(x).reshape(-1, x.shape[1])
+        batch, dim, height, width = x.shape
+        rows = self.norm2(x).reshape(batch, height * width, dim)  # by images: torch.export can undo it
         return x + self.mlp_path_dropout(self.kan(rows).reshape(x.shape))
 
 

@@ -16,7 +16,12 @@ from torch import nn
 from vitkernels.core.checks import fail
 from vitkernels.models.registry import register_model
 from vitkernels.nn.drop_path import DropPath
-from vitkernels.nn.polyline_path_attention import DepthwiseConv, PolylinePathAttention, RasterRotation
+from vitkernels.nn.polyline_path_attention import (
+    DepthwiseConv,
+    PolylinePathAttention,
+    RasterRotation,
+    channels_last,
+)
 
 
 class PatchEmbed(nn.Module):
@@ -33,7 +38,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        return self.proj(channels_last(x)).permute(0, 2, 3, 1)
 
 
 class PatchMerging(nn.Module):

@@ -26,6 +26,7 @@ from torch import nn
 
 from vitkernels.core.checks import fail
 from vitkernels.models.registry import register_model
+from vitkernels.nn.polyline_path_attention import channels_last
 from vitkernels.nn.strip_attention import HybridPerceptionBlock
 
 
@@ -152,7 +153,7 @@ class S2AFormer(nn.Module):
         if min(x.shape[-2:]) < self.minimum_size:
             side = self.minimum_size
             fail("x", f"images of at least {side} x {side}, one key a stage", x, "Resize the images.")
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(channels_last(x))
         maps = []
         for stage, layer in enumerate(self.layers):
             tokens = layer(x)

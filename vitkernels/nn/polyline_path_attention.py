@@ -32,6 +32,11 @@ class DepthwiseConv(nn.Module):
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """A map `[B, C, H, W]`, channels last in memory. Unlike `contiguous(memory_format=...)` it runs under vmap."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 class _Table(Kept):
     def __init__(self, table: torch.Tensor) -> None:
         self.table = table
