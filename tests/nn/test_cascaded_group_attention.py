@@ -287,6 +287,13 @@ def test_loads_the_official_keys() -> None:
     wrapper.load_state_dict({f"0.attn.{key}": value for key, value in official.items()}, strict=True)
 
 
+def test_a_ratio_that_is_no_binary_fraction_gives_the_whole_width() -> None:
+    assert 61 / 7 * 7 < 61
+    layer = CascadedGroupAttention(122, 7, num_heads=2, attn_ratio=122 / (7 * 2), resolution=4)
+    assert layer.d == 61
+    assert CascadedGroupAttention(16, 5, num_heads=1, attn_ratio=0.5).d == 2
+
+
 def test_empty_batch() -> None:
     module = LocalWindowAttention(32, 16, 2, 1).eval()
     assert module(torch.randn(0, 32, 14, 14)).shape == (0, 32, 14, 14)

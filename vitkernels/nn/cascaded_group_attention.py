@@ -165,7 +165,8 @@ class CascadedGroupAttention(nn.Module):
         self.num_heads = num_heads
         self.scale = key_dim**-0.5
         self.key_dim = key_dim
-        self.d = int(attn_ratio * key_dim)
+        # A hair more, lest a ratio that divides to a whole width rounds to one less: 61 / 7 * 7 is below 61.
+        self.d = int(attn_ratio * key_dim + 1e-6)
         self.attn_ratio = attn_ratio
         if num_heads > 1 and self.d != dim // num_heads:
             fail(
