@@ -71,6 +71,27 @@ def test_training_and_copies() -> None:
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_a_bias_that_is_parametrised_after_apply_stays_so() -> None:
+    layer, x = vitkernels.nn.NeighborhoodAttention2D(32, 2, 3, rel_pos_bias=True), torch.randn(1, 5, 6, 32)
+    vitkernels.apply(layer, verbose=False)
+    nn.utils.parametrize.register_parametrization(layer, "rpb", Doubled())
+    expected, twin = layer(x), copy.deepcopy(layer)
+    vitkernels.apply(layer, verbose=False)
+    assert torch.equal(layer(x), expected)
+    assert vitkernels.revert(layer) == 1
+    assert vitkernels.revert(layer) == 0
+    torch.testing.assert_close(layer(x), expected)
+    nn.utils.parametrize.remove_parametrizations(layer, "rpb")
+    assert type(layer) is vitkernels.nn.NeighborhoodAttention2D
+    assert vitkernels.revert(twin) == 1
+    torch.testing.assert_close(twin(x), expected)
+
+
 def test_a_small_map_runs_the_layers_own_forward() -> None:
     layer = natten.NeighborhoodAttention2D(16, 2, 5, rel_pos_bias=True)  # pads, as NATTEN 0.14
     model, x = nn.Sequential(layer), torch.randn(1, 4, 6, 16)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vitkernels.core import backends
 from vitkernels.core.checks import fail
 from vitkernels.nn.kept import drop
-from vitkernels.patching.layers import Patched, patched_class
+from vitkernels.patching.layers import Patched, patched_class, set_class
 from vitkernels.patching.match import match_attention, match_fold
 from vitkernels.patching.merging import (
     REFUSED,
@@ -153,7 +153,7 @@ def apply(
             report.skipped.append((name, original.__name__, match.reason))
             continue
         drop(module)
-        module.__class__ = patched_class(original, match.mixin, None if folds else backend)
+        set_class(module, patched_class(original, match.mixin, None if folds else backend))
         report.replaced.append((name, original.__name__, match.kernel))
         if folds:
             covered.update(module.children())
@@ -189,7 +189,7 @@ def revert(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, Patched):
             drop(module)
-            module.__class__ = module.vitkernels_original  # type: ignore[assignment]
+            set_class(module, module.vitkernels_original)
             for name in ("vitkernels_merging", "vitkernels_source", "vitkernels_steps"):
                 module.__dict__.pop(name, None)
             restored += 1

@@ -72,6 +72,16 @@ def patched_class(original: type[nn.Module], mixin: type[Patched], backend: str 
     return _classes.setdefault(made_of, types.new_class(original.__name__, (mixin, original), exec_body=body))
 
 
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives a module a class; below the one that a parametrization has made of its patched class since."""
+    made = type(module)
+    if isinstance(module, Patched) and "vitkernels_mixin" not in vars(made):
+        bases = tuple(cls if issubclass(base, Patched) else base for base in made.__bases__)
+        own = {name: value for name, value in vars(made).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(made.__name__, bases, own)
+    module.__class__ = cls
+
+
 def trial_copy(module: nn.Module) -> Any:
     """A deep copy to try a layer on: without hooks, which are not for its caller's eyes, and without the graphs of what
     the layer kept of an earlier call, which refuse to be copied.
