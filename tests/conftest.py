@@ -17,6 +17,7 @@ LONGEST = (
     *("device/test_twin_memory.py", "test_train_example.py", "test_patching_graphs.py"),
     "device/test_device_targets.py",
     *("kernels/test_neighborhood_attention_triton.py", "kernels/test_window_attention_triton.py"),
+    "kernels/test_accesses_triton.py",
     *("kernels/test_cascaded_group_attention_triton.py", "kernels/test_polyline_path_attention_triton.py"),
     *("kernels/test_strip_attention_triton.py", "kernels/test_learnable_token_merge_triton.py"),
 )

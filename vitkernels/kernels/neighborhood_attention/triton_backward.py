@@ -48,8 +48,8 @@ def delta_offsets(batch, heads, head, y, x, group_y, group_x, size):
 
 @jit
 def query_block(
-    first, query, grad_result, row_lse, keys, values, rpb, k_s, v_s, query_y, query_x, group_y, group_x,
-    length_y, length_x, begin_y, begin_x, width, count, size, head, scale, HAS_GRAD_OUT: tl.constexpr,
+    first, query, grad_result, row_lse, keys, values, rpb, k_s, v_s, query_y, query_x, query_valid, group_y,
+    group_x, length_y, length_x, begin_y, begin_x, width, count, size, head, scale, HAS_GRAD_OUT: tl.constexpr,
     KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_Y: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -60,7 +60,7 @@ def query_block(
     key = load_tile(keys, tile_offsets(k_rows, 1, k_s[4], BLOCK_D), tile_mask(key_valid, BLOCK_D, HEAD_DIM))
     v_rows = token_offsets(v_s, y, x, group_y, group_x, size)
     x = tl.where(key_valid, x, NOWHERE)
-    inside = in_window(
+    inside = query_valid[:, None] & in_window(
         query_y[:, None], query_x[:, None], y[None, :], x[None, :], length_y, length_x,
         KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, TILE_Y,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def backward_query_map(
     own, because the rounding of out would not cancel in rows of a single large weight.
 
     local memory: up to 384 bytes: float32 products take whole rows of q and grad_out in registers, which beyond 64
-    channels are more than there are (8 bytes in half precision, at 256 channels).
+    channels are more than there are.
     """
     program = tl.program_id(0)
     head = program % heads
@@ -126,9 +126,9 @@ def backward_query_map(
     if norm is not None:
         for first in range(0, height * width, BLOCK_N):
             _, weights, grad_weights = query_block(
-                first, query, grad_result, row_lse, keys, values, rpb, k_s, v_s, query_y, query_x, group_y,
-                group_x, length_y, length_x, begin_y, begin_x, width, height * width, size, head, scale,
-                grad_out is not None, KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, HEAD_DIM, VALUE_DIM, TILE_Y,
+                first, query, grad_result, row_lse, keys, values, rpb, k_s, v_s, query_y, query_x,
+                query_valid, group_y, group_x, length_y, length_x, begin_y, begin_x, width, height * width, size, head,
+                scale, grad_out is not None, KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, HEAD_DIM, VALUE_DIM, TILE_Y,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
             )  # fmt: skip
             row_sum += tl.sum(weights, 1)
@@ -149,9 +149,9 @@ def backward_query_map(
         accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for first in range(0, height * width, BLOCK_N):
             key, weights, grad_weights = query_block(
-                first, query, grad_result, row_lse, keys, values, rpb, k_s, v_s, query_y, query_x, group_y,
-                group_x, length_y, length_x, begin_y, begin_x, width, height * width, size, head, scale,
-                grad_out is not None, KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, HEAD_DIM, VALUE_DIM, TILE_Y,
+                first, query, grad_result, row_lse, keys, values, rpb, k_s, v_s, query_y, query_x,
+                query_valid, group_y, group_x, length_y, length_x, begin_y, begin_x, width, height * width, size, head,
+                scale, grad_out is not None, KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, HEAD_DIM, VALUE_DIM, TILE_Y,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
             )  # fmt: skip
             grad_logits = logit_gradient(weights, grad_weights, row_delta)

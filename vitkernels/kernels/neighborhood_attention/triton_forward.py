@@ -73,7 +73,8 @@ def forward_map(
             values, tile_offsets(v_rows, 1, v_s[4], BLOCK_V), tile_mask(key_valid, BLOCK_V, VALUE_DIM)
         )
         x = tl.where(key_valid, x, NOWHERE)
-        inside = in_window(
+        # An empty slot's number may lie beyond the map, and what it saw then beyond the table of biases.
+        inside = query_valid[:, None] & in_window(
             query_y[:, None], query_x[:, None], y[None, :], x[None, :], length_y, length_x,
             KERNEL_Y, KERNEL_X, CAUSAL_Y, CAUSAL_X, TILE_Y,
         )  # fmt: skip
