@@ -141,6 +141,16 @@ def test_matches_reference(case: Case, guarded: Guarded) -> None:
     compare(case, inputs, run_kernels(case, inputs, guarded))
 
 
+@pytest.mark.parametrize("factor", [10, 30], ids=lambda factor: f"logits_of_{factor}")
+def test_rounding_of_lse_does_not_scale_the_weights(factor: int, guarded: Guarded) -> None:
+    # lse is as large as the logits, and so is its rounding: the weights that the backward takes from it sum to one no
+    # more than to that.
+    case = Case((4, 4), d=16, dv=16, batch=4)
+    inputs = make_inputs(case, guarded)
+    inputs["q"].mul_(factor)
+    compare(case, inputs, run_kernels(case, inputs, guarded))
+
+
 @pytest.mark.parametrize(
     ("given", "window"),
     [

@@ -122,6 +122,11 @@ def backward_whole(
         rows = tokens.to(tl.int64)
         row_lse = tl.load(lse + window * lse_b + head * lse_h + rows * lse_n, mask=valid, other=INF)
         weights = probabilities(logits, row_lse)
+        if q.dtype.element_ty == tl.float32:
+            # lse is rounded, for logits of 100 to a hundred-thousandth, which drowns in half precision's weights; with
+            # all keys at hand they sum to one.
+            row_sum = tl.sum(weights, 1)
+            weights = weights / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
         grad_weights = tl.zeros([BLOCK, BLOCK], tl.float32)
         delta = tl.zeros([BLOCK], tl.float32)
         if grad_out is not None:
