@@ -134,6 +134,16 @@ def test_matches_reference(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("window", [(4, 4), (7, 7)], ids=str)
+def test_rounding_of_lse_does_not_scale_the_weights(window: tuple[int, int]) -> None:
+    # lse is as large as the logits, and so is its rounding, a common factor of the weights that are made with it.
+    torch.manual_seed(0)
+    guarded, case = Guarded(), Case(window, dtype=F32, batch=4)
+    inputs = make_inputs(case, guarded)
+    inputs.tensors["bias_table"].mul_(10)
+    compare(case, inputs, run_kernels(case, inputs, guarded))
+
+
 @pytest.mark.parametrize("layout", ["offset", "packed", "nchw"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("window", [(4, 4), (7, 7)], ids=str)

@@ -207,6 +207,23 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (BACKWARD_MIN_BLOCKS<Engine, OWNE
           p[j][c] = Exp::exp(map.logit(p[j][c] * logit_scale, queries[r], key_code, shared.table) - lse[r]);
         }
       }
+      if constexpr (OWNER == Owner::both && std::is_floating_point_v<T>) {
+        // The rounding of lse, which is that of numbers as large as the logits, is a common factor of a
+        // query's weights; they all are here, and sum to one. Half precision's own rounding drowns it.
+        VK_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          Acc sum = Acc(0);
+          VK_UNROLL
+          for (int j = 0; j < KEY_BLOCKS; ++j) sum += p[j][2 * r] + p[j][2 * r + 1];
+          sum = warp_sum<4>(sum);
+          const Acc factor = sum == Acc(0) ? Acc(1) : Acc(1) / sum;  // of a slot without a query
+          VK_UNROLL
+          for (int j = 0; j < KEY_BLOCKS; ++j) {
+            p[j][2 * r] *= factor;
+            p[j][2 * r + 1] *= factor;
+          }
+        }
+      }
       Acc d[KEY_BLOCKS][4];
       clear(d);
       if (WITH_D && present(problem.grad_out))
