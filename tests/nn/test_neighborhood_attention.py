@@ -209,6 +209,16 @@ def test_compiles_as_one_graph(case: str) -> None:
         assert relative_error(a.grad, b.grad) < 1e-4, name
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("case", ["1d causal", "2d dilated"])
+def test_traces(case: str) -> None:
+    """A list of bools in the operator's schema once ended every torch.jit.trace."""
+    module, x = layer(case).eval(), tokens(case)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, x)
+        assert torch.equal(traced(x.flip(0)), module(x.flip(0)))
+
+
 def test_equals_nattens_own_layers() -> None:
     natten = pytest.importorskip("natten", reason="natten is not installed")
     cases = [

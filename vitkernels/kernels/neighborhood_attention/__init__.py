@@ -222,7 +222,7 @@ _NATIVE = "vitkernels.kernels.neighborhood_attention.native"
 operator = Operator(
     "neighborhood_attention",
     tensors=("q", "k", "v", "rpb?"),
-    params="int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale",
+    params="int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale",
     outputs=("out", "lse"),
     check=_check,
     allocate=(_allocate_out, _allocate_lse),

@@ -94,7 +94,7 @@ class _Call:
     ) -> None:
         self.axes = len(kernel_size)
         self.batch, self.heads, head_dim, value_dim = q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1]
-        kernel, causal = _on_map(kernel_size, 1), _on_map(is_causal, False)
+        kernel, causal = _on_map(kernel_size, 1), _on_map([bool(causal) for causal in is_causal], False)
         sizes, dilations = _on_map(q.shape[1 : 1 + self.axes], 1), _on_map(dilation, 1)
         self.size, constants, self.tiles = configuration(
             sizes, kernel, dilations, head_dim, value_dim, q.element_size()
