@@ -51,7 +51,8 @@ def neighborhood_attention(
 
     No gathered copy of keys, and no tensor of scores or indices, exists in memory. Accumulation and softmax are in
     float32 (float64 for float64 inputs). Deterministic, forward and backward. Under autocast q, k and v are cast to
-    autocast's dtype and the bias is left as it is.
+    autocast's dtype and the bias is left as it is. A NaN or an infinity in k or v reaches on the CPU exactly the
+    queries that see it, on GPUs also others of the same tiles, whose weights of 0 are multiplied with it.
 
     Args:
         q: queries, [batch, *map, heads, head_dim], a map of one or two axes; float16, bfloat16, float32 or float64.
