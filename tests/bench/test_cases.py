@@ -82,6 +82,16 @@ def test_cost_counts_the_flops_of_the_operator(preset, mode):
     assert CASE.cost(problem, 2, torch.float32, mode).flops == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("operator", operators())
+def test_a_product_has_two_in_the_backward(operator):
+    """The floor is the least work: scores that a kernel makes anew, and taps counted once a channel, are none of it."""
+    case = load_case(operator)
+    for problem in (*case.presets[case.default_preset], *map(case.parse_shape, case.check_shapes.values())):
+        forward, both = (case.cost(problem, 2, torch.float32, mode) for mode in runner.MODES)
+        # A choice of tokens has no gradient.
+        assert both.flops == (forward.flops if operator == "token_merge" else 3 * forward.flops)
+
+
 def test_cost_in_bytes_is_every_tensor_once():
     problem = CASE.presets["swin_t"][2]
     inputs = inputs_of(problem, 3, torch.float16)

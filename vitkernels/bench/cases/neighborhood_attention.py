@@ -252,7 +252,7 @@ def cost(problem: NeighborhoodProblem, batch: int, dtype: torch.dtype, mode: str
     # Forward also writes lse. Backward reads q, k, v, out, grad_out, lse; writes dq, dk, dv.
     lse = rows * max(4, size // 2)
     backward = rows * (4 * d + 4 * dv) * size + 2 * bias
-    return Cost(flops + 2.0 * pairs * (3 * d + 2 * dv), moved + backward + 2 * lse, 2.0 * pairs)
+    return Cost(3 * flops, moved + backward + 2 * lse, 2.0 * pairs)
 
 
 def reduced(problem: NeighborhoodProblem, batch: int) -> dict[str, int]:
