@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels
@@ -170,6 +171,29 @@ def test_sizes_are_positive(operator):
                 case.parse_shape(f"{key}={'-1x-1' if 'x' in value else '-1'}")
     for text in case.check_shapes.values():
         assert case.parse_shape(text)
+
+
+def test_eager_neighborhood_attention_copies_nothing_it_gathered():
+    """It did, every key and value 49 times over, and sorted 49 times as many indices in the backward."""
+    case = load_case("neighborhood_attention")
+    problem = case.parse_shape("map=9x9,heads=2,d=16")
+    generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
+    inputs = case.make_inputs(problem, 1, dtype=torch.float32, device=cpu, generator=generator)
+    large = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.numel() >= problem.pairs(1) * 16:
+                before = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+                if result.untyped_storage().data_ptr() not in before:
+                    large.append(func.overloadpacket.__name__)
+            return result
+
+    with Watch():
+        runner.evaluate(functools.partial(case.eager, **inputs.options), inputs, True)
+    # Keys and values, and the gradients of what was gathered.
+    assert sorted(large) == ["bmm", "bmm", "index_select", "index_select"]
 
 
 @pytest.mark.parametrize(

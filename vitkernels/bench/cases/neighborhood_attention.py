@@ -132,24 +132,32 @@ def eager(
     is_causal: bool = False,
     return_lse: bool = False,
 ) -> Any:
-    """Gathers the keys and values of every query, then two batched products."""
+    """Gathers the keys and values of every query, then two batched products.
+
+    Heads come first, so that nothing is copied that has been gathered; `index_select` takes rows, and its gradient
+    needs no sort.
+    """
     rank = len(kernel_size)
     # Dynamo traces what is below a cache, and warns that it does.
     indices_of = make_indices if torch.compiler.is_compiling() else indices
     token, entry, seen = indices_of(tuple(q.shape[1 : 1 + rank]), kernel_size, dilation, is_causal, q.device)
-    queries = (q * q.shape[-1] ** -0.5).flatten(1, rank).unsqueeze(-2)
-    keys = k.flatten(1, rank)[:, token].permute(0, 1, 3, 4, 2)
-    values = v.flatten(1, rank)[:, token].transpose(2, 3)
-    logits = (queries @ keys).squeeze(-2)
+
+    def gathered(x: Tensor) -> Tensor:  # [batch, heads, queries, keys, dim]
+        rows = x.flatten(1, rank).transpose(1, 2).contiguous()
+        return rows.index_select(2, token.flatten()).unflatten(2, token.shape)
+
+    queries = (q * q.shape[-1] ** -0.5).flatten(1, rank).transpose(1, 2)
+    logits = (gathered(k) @ queries.unsqueeze(-1)).squeeze(-1)
     if rpb is not None:
-        logits = logits + rpb.flatten(1)[:, entry].transpose(0, 1)
+        logits = logits + rpb.flatten(1)[:, entry]
     if is_causal:
-        logits = logits.masked_fill(~seen[:, None], float("-inf"))
-    out = (logits.softmax(-1).unsqueeze(-2) @ values).squeeze(-2).view(*q.shape[:-1], v.shape[-1])
+        logits = logits.masked_fill(~seen, float("-inf"))
+    out = (logits.softmax(-1).unsqueeze(-2) @ gathered(v)).squeeze(-2)
+    out = out.transpose(1, 2).reshape(*q.shape[:-1], v.shape[-1])
     if not return_lse:
         return out
     lse = logits.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
-    return out, lse.view(q.shape[:-1])
+    return out, lse.transpose(1, 2).reshape(q.shape[:-1])
 
 
 def prepare_flex(inputs: Inputs, training: bool) -> Function:
