@@ -1,4 +1,4 @@
-"""``ops.residual_ffn`` against the layers it stands for and against oneDNN's packed convolutions."""
+"""``ops.residual_ffn`` against the layers it stands for, norms live or folded, and oneDNN's packed convolutions."""
 
 from __future__ import annotations
 
@@ -89,6 +89,21 @@ def eager(
     )
 
 
+def prepare_folded(inputs: Inputs, training: bool) -> Function:
+    """The norms folded into the weights beforehand, as a network that only infers has them."""
+    t = inputs.tensors
+    weight1, weight2 = (t[f"weight{i}"] * t[f"scale{i}"][:, None] for i in (1, 2))
+
+    def run(
+        x: Tensor, bias1: Tensor, bias2: Tensor, dw_weight: Tensor, dw_bias: Tensor, **_: Tensor
+    ) -> Tensor:
+        u = x + F.conv2d(x, dw_weight[:, None], dw_bias, padding=1, groups=x.shape[1])
+        hidden = F.conv2d(u, weight1[..., None, None], bias1)
+        return u + F.conv2d(hidden.relu_(), weight2[..., None, None], bias2)
+
+    return run
+
+
 def prepare_packed(inputs: Inputs, training: bool) -> Function:
     """Norms folded beforehand, weights packed beforehand, maps channels-last: three calls of oneDNN, two sums."""
     t = inputs.tensors
@@ -117,7 +132,10 @@ def prepare_packed(inputs: Inputs, training: bool) -> Function:
 
 
 def peers(device: torch.device) -> Sequence[Provider]:
-    return [Provider("onednn-packed", prepare_packed, modes=("fwd",))]
+    return [
+        Provider("eager-folded", prepare_folded, modes=("fwd",)),
+        Provider("onednn-packed", prepare_packed, modes=("fwd",)),
+    ]
 
 
 def cost(problem: UnitProblem, batch: int, dtype: torch.dtype, mode: str) -> Cost:
