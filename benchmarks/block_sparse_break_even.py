@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict[Key, Curve]:
         for key, curve in curves_of(measured).items():
             print(show(key, curve, layer.tokens), flush=True)
         if args.json and measured:
-            options = {"dtype": args.dtype, "seconds": args.seconds, "preset": args.preset}
+            options = {"dtype": args.dtype, "seconds": args.seconds, "preset": args.preset, "busy": note}
             report.write_json(
                 args.json, report.document(list(rows.values()), [], info.collect(), None, options)
             )

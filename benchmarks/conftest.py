@@ -1,5 +1,8 @@
 """The command-line benchmark as pytest-benchmark cases: same cases, same gate, one test a provider.
 
+Times differ in two ways: each provider runs by itself, and with gradients every call pays for a backward pass of its
+own, which short calls share on the command line.
+
 pytest benchmarks/bench_window_attention.py --preset efficientvit_m5 --benchmark-group-by=group
 """
 
