@@ -43,18 +43,20 @@ def labelled(layer: SparseLayer, block: tuple[int, int], pattern: str, density: 
 
 def curves_of(rows: Iterable[runner.Row]) -> dict[Key, Curve]:
     """Speed-ups over dense from rows that `labelled` named, by rising density."""
-    times: dict[tuple[Key, float], dict[str, float]] = {}
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
         if row.median:
             layer, block, pattern, density = row.problem.split()
             key = layer, block, pattern, row.batch, row.mode
             provider = "ours" if row.ours else row.provider
-            times.setdefault((key, float(density[2:])), {})[provider] = row.median
-    curves: dict[Key, Curve] = {}
-    for (key, density), by_provider in sorted(times.items()):
+            # A time in a graph is not set against one around a call, nor one dtype against another.
+            alike = row.method, row.dtype, row.device
+            times.setdefault((key, float(density[2:]), *alike), {})[provider] = row.median
+    curves: dict[Key, dict[float, float]] = {}
+    for (key, density, *_), by_provider in times.items():
         if "dense" in by_provider and "ours" in by_provider:
-            curves.setdefault(key, []).append((density, by_provider["dense"] / by_provider["ours"]))
-    return curves
+            curves.setdefault(key, {})[density] = by_provider["dense"] / by_provider["ours"]
+    return {key: sorted(curve.items()) for key, curve in sorted(curves.items())}
 
 
 def crossing(curve: Curve) -> str:
