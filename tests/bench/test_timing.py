@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import time
 
 import pytest
@@ -38,6 +39,17 @@ def test_providers_take_turns_in_changing_order():
     turns = "".join(order)
     assert "aabbcc" in turns
     assert "bbccaa" in turns
+
+
+@pytest.mark.parametrize("names", ["ab", "abc", "abcdef"])
+def test_nobody_always_runs_behind_the_same_neighbour(names):
+    """Turns that only rotated kept the order: in all rounds but one everybody had the same one before it."""
+    orders = [timing._order(list(names), turn) for turn in range(2 * len(names))]
+    for name in names:
+        before = collections.Counter(order[order.index(name) - 1] for order in orders if order[0] != name)
+        assert len(before) == min(2, len(names) - 1)
+        assert max(before.values()) == min(before.values())
+        assert len({order.index(name) for order in orders}) == len(names)
 
 
 def test_slow_machine_ends_the_rounds_early():

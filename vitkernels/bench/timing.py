@@ -59,10 +59,12 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
-def _rotated(names: list[str], turn: int) -> list[str]:
-    # Nobody always runs behind the same neighbour, whose leftovers in the caches would favour or hurt it.
-    turn %= max(1, len(names))
-    return names[turn:] + names[:turn]
+def _order(names: list[str], turn: int) -> list[str]:
+    # Nobody always runs behind the same neighbour, whose leftovers in the caches and queues would favour or hurt it:
+    # every order is followed by its reverse, and then another begins it.
+    first = turn // 2 % max(1, len(names))
+    order = names[first:] + names[:first]
+    return order[::-1] if turn % 2 else order
 
 
 def fastest(step: Step, calls: int) -> float:
@@ -94,7 +96,7 @@ def time_on_cpu(steps: Mapping[str, Step], *, seconds: float = 0.5, rounds: int 
         for turn in range(rounds):
             if turn >= MIN_ROUNDS and time.perf_counter() > deadline:
                 break
-            for name in _rotated(list(steps), turn):
+            for name in _order(list(steps), turn):
                 step, count = steps[name], calls[name]
                 step()  # bring its code and data back into the caches after the neighbour's turn
                 begin = time.perf_counter()
@@ -110,7 +112,8 @@ def time_on_cpu(steps: Mapping[str, Step], *, seconds: float = 0.5, rounds: int 
 class CudaTimer:
     """Two ways to time on CUDA, both with a cold L2.
 
-    ``call``  events around one ordinary call: what a caller without graphs waits for, launch gaps included.
+    ``call``  events around one ordinary call, with the gaps between its launches; the way to its first launch hides
+              behind the flush.
     ``graph`` the call recorded ``repeats`` times in a CUDA graph, each behind a flush of the L2, less the
               same graph with the flushes alone: device time without launch overhead. Timing warm repeats
               instead would leave the inputs in the L2 and flatter every small kernel.
@@ -153,7 +156,7 @@ class CudaTimer:
     def _rounds(self, steps: Mapping[str, Step], rounds: int, before: Step) -> dict[str, list[float]]:
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in steps}
         for turn in range(rounds):
-            for name in _rotated(list(steps), turn):
+            for name in _order(list(steps), turn):
                 before()
                 events[name].append(self._timed(steps[name]))
             torch.cuda.synchronize(self.device)
