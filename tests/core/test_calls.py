@@ -8,6 +8,7 @@ import pytest
 import torch
 from operator_calls import each_device, each_sample, gradients, outputs_of
 from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
 
 import vitkernels
 from vitkernels.core import native
@@ -105,6 +106,35 @@ def test_negative_views(sample):
     }
     assert any(t.is_neg() for t in negated.values())
     assert torch.equal(outputs_of(sample(negated))[0], outputs_of(sample(tensors))[0])
+
+
+@each_sample
+def test_negative_gradients(sample):
+    """Behind the conjugate of a complex number they are negative views; the kernels once missed the sign."""
+    tensors = sample.tensors(requires_grad=True)
+    out = outputs_of(sample(tensors))[0]
+    seed, came = torch.randn_like(out), []
+    out.register_hook(lambda grad: came.append(grad.is_neg()))
+    imaginary = torch.complex(torch.zeros_like(out), out).conj()
+    product = (imaginary * torch.complex(torch.zeros_like(out), seed)).real
+    got = torch.autograd.grad(product.sum(), list(tensors.values()), retain_graph=True)
+    assert came == [True]
+    for a, b in zip(got, torch.autograd.grad(out, list(tensors.values()), seed), strict=True):
+        assert torch.equal(a, b)
+
+
+@each_sample
+def test_gradients_of_a_wrapper_class(sample):
+    """Its own memory holds nothing; the kernels once read that."""
+    tensors = sample.tensors(requires_grad=True)
+    out = outputs_of(sample(tensors))[0]
+    seed = torch.randn_like(out)
+    pair = TwoTensor(seed, 2 * seed)
+    got = torch.autograd.grad(out, list(tensors.values()), pair, retain_graph=True)
+    for scale, side in ((1, "a"), (2, "b")):
+        want = torch.autograd.grad(out, list(tensors.values()), scale * seed, retain_graph=True)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(getattr(a, side), b)
 
 
 @each_sample

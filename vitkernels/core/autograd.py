@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from vitkernels.core.plan import Plan, fill, fill_gradients
@@ -152,14 +153,16 @@ def make_functions(
                 nothing, watched = True, _grad_enabled() or not plain_eager()
                 for grad in grads:
                     if grad is not None:
-                        nothing, watched = False, watched or _is_batched(grad)
+                        nothing = False
+                        watched = watched or type(grad) is not Tensor or _is_batched(grad) or grad.is_neg()
                 wanted = ctx.needs_input_grad
                 if nothing:
                     return (None,) * len(wanted)
                 plan, saved = ctx.plan, ctx.saved_tensors
                 if watched:
                     mask = list(wanted[1:])
-                    # is_grads_batched hands in tensors without storage.
+                    # Only the op reads what a gradient's memory does not simply hold: is_grads_batched hands in tensors
+                    # without storage, code after the operator subclasses and the negative views of a conjugate.
                     run: Callable[..., Any] = Backward.apply if _grad_enabled() else backward_op
                     results = run(*grads, *absent, *saved, *plan.params, plan.backend, mask)
                     return (None, *(g if want else None for g, want in zip(results, mask, strict=True)))
