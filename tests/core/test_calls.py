@@ -138,6 +138,26 @@ def test_gradients_of_a_wrapper_class(sample):
 
 
 @each_sample
+def test_saved_tensors_in_another_layout(sample):
+    """Hooks owe values, sizes and dtypes alone; by-products were once read as if they lay as allocated."""
+    tensors = sample.tensors(requires_grad=True)
+    seeds = [torch.randn_like(o) for o in outputs_of(sample(tensors))]
+    want = gradients(sample, tensors, seeds)
+
+    def swapped(t):
+        return t.mT.contiguous().mT if t.ndim >= 2 else t
+
+    def apart(t):
+        return torch.stack([t, torch.full_like(t, 7)], -1)[..., 0]
+
+    for unpack in (swapped, apart):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            got = gradients(sample, tensors, seeds)
+        for a, b in zip(got[1], want[1], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@each_sample
 def test_calls_of_one_signature_lie_alike(sample):
     """The first, which may be one in inference mode, allocates by shapes; the next like what the first found."""
     operator = REGISTRY[sample.op]

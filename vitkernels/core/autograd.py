@@ -159,6 +159,8 @@ def make_functions(
                 if nothing:
                     return (None,) * len(wanted)
                 plan, saved = ctx.plan, ctx.saved_tensors
+                for by_product in saved[1:first_input]:  # hooks on saved tensors may lay them out anew
+                    watched = watched or not by_product.is_contiguous()
                 if watched:
                     mask = list(wanted[1:])
                     # Only the op reads what a gradient's memory does not simply hold: is_grads_batched hands in tensors

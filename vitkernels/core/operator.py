@@ -190,7 +190,9 @@ class Operator:
         """The backward op's: (*grad_outputs, *outputs, *inputs, backend, output_mask) -> gradients."""
         count = len(self.outputs)
         grads = self._empty_gradients(args[2 * count :], args[-1])
-        fill_gradients(self.backends[args[-2]].load(), grads, args[count], args[:-2])
+        by_products = (t.contiguous() for t in args[count + 1 : 2 * count])  # allocated so, and read so
+        given = (*args[: count + 1], *by_products, *args[2 * count : -2])
+        fill_gradients(self.backends[args[-2]].load(), grads, args[count], given)
         return _fixed_arity(grads, args[2 * count])
 
     def _backward_fake(self, *args: Any) -> tuple[torch.Tensor, ...]:

@@ -205,7 +205,7 @@ def shared_among_largest(
     grad_x: Tensor, grad_y: Tensor, y: Tensor, x: Tensor, starts: Tensor, members: Tensor
 ) -> None:
     """Fills grad_x, the gradient of `reduced` in mode "amax", whose result y is."""
-    starts, members = starts.contiguous(), members.contiguous()
+    y, starts, members = y.contiguous(), starts.contiguous(), members.contiguous()
     batch, tokens, channels = x.shape
     tile = _tile(channels, y.shape[1])
     with device_of(x):

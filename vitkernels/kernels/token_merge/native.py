@@ -66,6 +66,7 @@ def backward(
     wanted = (grad_x,)
     filled = native.writable(*wanted)
     upstream, tokens = native.dense(grad_y, x)
+    y = y.contiguous()  # which hooks on saved tensors need not keep
     plan = native.indices(rows, starts, members)
     tensors = native.arguments(module, *filled, upstream, y, sizes, tokens, size, *plan)
     run(*native.place(x), *tensors, _MODES[mode])
