@@ -185,6 +185,19 @@ def test_options_of_another_type_are_checked_again():
             vitkernels.ops.window_attention(x, x, x, **wrong)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_dimensions_that_32_bits_cannot_count_are_refused(traced):
+    """Once cut to their lowest bits: of 2^32 + 1 channels or keys the kernels saw one. Without memory, so that a test
+    can have them."""
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)  # which autocast leaves alone
+    far = one.expand(1, 1, 1, 2**32 + 1)
+    with torch.autocast("cpu", enabled=traced):
+        with pytest.raises(ValueError, match=r"`q`: expected dimensions below 2\^31.*4294967297"):
+            vitkernels.ops.window_attention(far, far, one, window=1)
+        with pytest.raises(ValueError, match=r"`k`: expected dimensions below 2\^31.*4294967297"):
+            vitkernels.ops.strip_attention(one, far.mT, far.mT)
+
+
 @each_sample
 def test_without_the_exchange_table(sample, monkeypatch):
     """PyTorch before 2.10 lends no tensors: tuples cross the boundary instead, and Python makes the keys."""

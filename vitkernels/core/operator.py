@@ -16,7 +16,7 @@ from vitkernels.core import backends as choice
 from vitkernels.core import native
 from vitkernels.core.autograd import apply_traced, make_functions, plain_eager
 from vitkernels.core.backends import Backend
-from vitkernels.core.checks import describe
+from vitkernels.core.checks import describe, fail
 from vitkernels.core.plan import Plan, allocator, fill, fill_gradients
 
 _library = torch.library.Library("vitkernels", "DEF")
@@ -99,6 +99,7 @@ class Operator:
                 return self.reference(*inputs)
             if key is None:
                 return apply_traced(self, (*inputs, name))
+            self._check_counts(inputs)
             if len(self._plans) >= 4096:
                 self._plans.clear()
             plan = self._plans[key] = Plan(self, self.backends[name], inputs[len(tensors) :])
@@ -113,6 +114,17 @@ class Operator:
             outputs = (plan.result(tensors), *self._no_by_products)
         fill(plan.module, outputs, (*tensors, *plan.params))
         return tuple(outputs)
+
+    def _check_counts(self, inputs: tuple[Any, ...]) -> None:
+        """Not part of `check`, since the reference takes any size and a traced one need not be known."""
+        for name, tensor in zip(self.tensors, inputs, strict=False):
+            if tensor is not None and max(tensor.shape, default=0) >= 2**31:
+                fail(
+                    name,
+                    "dimensions below 2^31, as the kernels count in 32 bits",
+                    tensor,
+                    "Split the call, or use backend='reference'.",
+                )
 
     def choose(self, inputs: tuple[Any, ...], argument: str | None) -> str:
         """The backend for these inputs: the forced one, or the first of the order that fits."""
@@ -179,6 +191,7 @@ class Operator:
     def run_forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The forward op's implementation: (*inputs, backend) -> outputs."""
         inputs = args[:-1]
+        self._check_counts(inputs)
         outputs = self._forward_fake(*args)
         fill(self.backends[args[-1]].load(), outputs, inputs)
         return outputs
