@@ -158,6 +158,18 @@ def test_saved_tensors_in_another_layout(sample):
 
 
 @each_sample
+@pytest.mark.parametrize("traced", [False, True])
+def test_nodes_are_named_after_the_operator(sample, traced):
+    """Every operator's were once EagerBackward or TracedBackward in graphs, profiles and anomaly mode."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=traced):
+        out = outputs_of(sample(sample.tensors(dtype=torch.float64, requires_grad=True)))[0]
+    node = out.grad_fn
+    while "View" in node.name() or "Reshape" in node.name():  # of the public function
+        node = node.next_functions[0][0]
+    assert node.name() == f"{sample.op}Backward"
+
+
+@each_sample
 def test_calls_of_one_signature_lie_alike(sample):
     """The first, which may be one in inference mode, allocates by shapes; the next like what the first found."""
     operator = REGISTRY[sample.op]

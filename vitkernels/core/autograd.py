@@ -183,4 +183,6 @@ def make_functions(
     eager, result = make_eager((), joint=True), make_eager((None,) * (first_input - 1), joint=False)
     for function, suffix in ((Traced, ""), (eager, ""), (result, ""), (Backward, "_backward")):
         function.__name__ = function.__qualname__ = name + suffix
+        node = function._backward_cls  # named already, and by this name in profiles and in anomaly mode
+        node.__name__ = node.__qualname__ = f"{name}{suffix}Backward"
     return Traced, eager, result
