@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import vitkernels
 from vitkernels.core import native
 from vitkernels.core import operator as operator_module
+from vitkernels.core.backends import Backend
 from vitkernels.core.operator import REGISTRY
 
 
@@ -195,6 +197,16 @@ def test_options_of_another_type_are_checked_again():
     for wrong in ({"window": 4.0, "scale": 1}, {"window": (4.0, 4)}, {"window": 4, "scale": True}):
         with pytest.raises(TypeError):
             vitkernels.ops.window_attention(x, x, x, **wrong)
+
+
+def test_first_calls_of_several_threads(tmp_path, monkeypatch):
+    """The second once got the kernels' module while the first was still importing it, and found no `forward`."""
+    (tmp_path / "slow_kernels.py").write_text("import time\ntime.sleep(0.2)\nforward = backward = print\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    backend = Backend("cpu", "slow_kernels")
+    with ThreadPoolExecutor(4) as threads:
+        ready = list(threads.map(lambda _: hasattr(backend.load(), "forward"), range(4)))
+    assert ready == [True] * 4
 
 
 @pytest.mark.parametrize("traced", [False, True])

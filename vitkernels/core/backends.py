@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import importlib.util
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -114,6 +113,9 @@ def requested(argument: str | None) -> str | None:
     return _environment
 
 
+_loaded: dict[str, ModuleType] = {}
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of one operator, and what it supports.
@@ -132,7 +134,10 @@ class Backend:
     skips_by_products: bool = False
 
     def load(self) -> ModuleType:
-        return sys.modules.get(self.module) or importlib.import_module(self.module)
+        module = _loaded.get(self.module)  # not from sys.modules, which has what another thread still imports
+        if module is None:
+            module = _loaded[self.module] = importlib.import_module(self.module)
+        return module
 
     def why_not(self, tensor: torch.Tensor, inputs: tuple[Any, ...]) -> list[str]:
         """Every reason why this backend cannot run the call; empty when it can."""
