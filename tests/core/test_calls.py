@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -188,6 +190,23 @@ def test_calls_of_one_signature_lie_alike(sample):
         like = layouts(tensors)
         operator._plans.clear()
         assert like == layouts(tensors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_first_call_allocates_its_result_once():
+    """What the next are allocated like once took as much memory again for a moment."""
+    script = (
+        "import resource, torch\n"
+        "from vitkernels.core.operator import REGISTRY\n"
+        "from vitkernels.core.plan import Plan\n"
+        "operator, decay = REGISTRY['polyline_path_mask'], torch.zeros(1).expand(1, 1, 2**14, 1)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 29),) * 2)\n"
+        "plan = Plan(operator, operator.backends['cpu'], ())\n"
+        "assert plan.result((decay, decay)).nbytes == 1 << 30\n"
+        "assert plan.outputs((decay, decay))[0].nbytes == 1 << 30\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_options_of_another_type_are_checked_again():

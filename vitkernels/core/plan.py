@@ -54,31 +54,28 @@ class Plan:
         """The first output, not filled in."""
         model = self._result
         if model is None:
-            fresh = self._operator.allocate[0](*tensors, *self.params)
-            self._result = self._model_of(0, fresh)
-            return fresh
+            model = self._result = self._model_of(0, tensors)
         return self._operator.like(tensors[model] if isinstance(model, int) else model)
 
     def outputs(self, tensors: Sequence[Any]) -> list[torch.Tensor]:
         """All outputs, not filled in."""
-        outputs = []
+        models = self._models
+        if models is None:
+            models = [self._model_of(place, tensors) for place in range(len(self._operator.allocate))]
+        outputs, like = [], self._operator.like
+        for model in models:
+            outputs.append(like(tensors[model] if isinstance(model, int) else model))
         if self._models is None:
-            for allocate in self._operator.allocate:
-                outputs.append(allocate(*tensors, *self.params))
             sizes = [t.numel() for t in (*outputs, *tensors) if t is not None]
             self.ordinary = sizes[0] > 0 and max(sizes) < native.LARGE
-            self._models = [self._model_of(place, fresh) for place, fresh in enumerate(outputs)]
-            return outputs
-        like = self._operator.like
-        for model in self._models:
-            outputs.append(like(tensors[model] if isinstance(model, int) else model))
+            self._models = models
         return outputs
 
-    def _model_of(self, place: int, fresh: torch.Tensor) -> torch.Tensor | int:
+    def _model_of(self, place: int, tensors: Sequence[Any]) -> torch.Tensor | int:
         if (followed := self._operator.followed[place]) is not None:
             return followed
-        model = torch.empty_like(fresh)
-        model.untyped_storage().resize_(0)
+        model = self._operator.allocate[place](*tensors, *self.params)
+        model.untyped_storage().resize_(0)  # before an output is allocated, which would not fit beside it
         return model
 
 
