@@ -144,11 +144,36 @@ def test_rounding_of_lse_does_not_scale_the_weights(window: tuple[int, int]) -> 
     compare(case, inputs, run_kernels(case, inputs, guarded))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(window, dtype=dtype) for window in ((4, 3), (7, 7), (9, 8)) for dtype in (F64, F32, F16)),
+        Case((9, 8), dv=80),
+    ],
+    ids=str,
+)
+def test_slots_without_a_query_take_no_part(case: Case) -> None:
+    # Their gradients are zero, and a weight that overflowed there would make them NaN.
+    guarded = Guarded()
+    inputs = make_inputs(case, guarded)
+    inputs.tensors["bias_table"].add_(1000)
+    for name, result in run_kernels(case, inputs, guarded).items():
+        assert result.isfinite().all(), name
+
+
 @pytest.mark.parametrize("layout", ["offset", "packed", "nchw"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("window", [(4, 4), (7, 7)], ids=str)
 def test_reads_and_writes_any_strides(window: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
     check(Case(window, 16, 40, dtype, layout=layout))
+
+
+@pytest.mark.parametrize(
+    "case", [Case(d=136, dv=144, dtype=F32), Case(d=136, dv=144), Case(d=16, dv=100, dtype=F64)], ids=str
+)
+def test_further_passes_over_channels_begin_at_the_channel_stride(case: Case) -> None:
+    # Values and gradients from channel 128 on, in float64 values from 64 on.
+    check(replace(case, window=(4, 5), batch=1, heads=1, layout="nchw"))
 
 
 @pytest.mark.parametrize("window", [(3, 3), (5, 4), (9, 8)], ids=str)
