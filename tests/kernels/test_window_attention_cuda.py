@@ -195,6 +195,14 @@ def test_absent_gradients(window: tuple[int, int], change: dict[str, Any]) -> No
     check(replace(Case(window, 8, 16, BF16, batch=1, heads=1), **change))
 
 
+@pytest.mark.parametrize(
+    "case", [Case((9, 8), dtype=F32), Case((5, 4), dtype=F64), Case((9, 8), dv=80)], ids=str
+)
+def test_the_tables_gradient_without_that_of_q(case: Case) -> None:
+    # Several tiles: both come from the queries' side, which must run for either.
+    check(replace(case, missing=("q",)))
+
+
 def assert_no_schedule_changes_a_bit(case: Case, seeds: Sequence[int]) -> None:
     """A missing barrier shows as a result that depends on the order in which the fibers run."""
     guarded = Guarded()
