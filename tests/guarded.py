@@ -23,8 +23,12 @@ LAYOUTS = {
     "nchw_offset": Layout((0, 1, 3, 2), before=65),
     "tokens_first": Layout((0, 2, 1, 3), before=65),
     "packed": Layout((0, 2, 1, 3), padding=16),  # heads interleaved, as in views of a projection
+    "every_second": Layout(step=2),  # of the channels; all rows aligned
     "strided": Layout(step=2, before=65),
     "strided_nchw": Layout((1, 0, 3, 2), step=3, before=65),
+    # Where batch * heads is a multiple of 8 all tokens of the first entry and head begin at multiples of 16 bytes, those
+    # of the others do not.
+    "tokens_outermost": Layout((2, 1, 0, 3), padding=1),
     "odd": Layout((3, 0, 2, 1), padding=1, before=37),  # nothing dense
 }
 

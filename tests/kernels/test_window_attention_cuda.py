@@ -161,11 +161,18 @@ def test_slots_without_a_query_take_no_part(case: Case) -> None:
         assert result.isfinite().all(), name
 
 
-@pytest.mark.parametrize("layout", ["offset", "packed", "nchw"])
+@pytest.mark.parametrize("layout", ["offset", "packed", "nchw", "every_second"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("window", [(4, 4), (7, 7)], ids=str)
 def test_reads_and_writes_any_strides(window: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
     check(Case(window, 16, 40, dtype, layout=layout))
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(8, 1), (1, 8)])
+@pytest.mark.parametrize("window", [(4, 4), (7, 7), (9, 8)], ids=str)
+def test_batch_entries_and_heads_need_not_be_aligned(window: tuple[int, int], batch: int, heads: int) -> None:
+    # Tokens and the first element are; other batch entries or heads begin between two multiples of 16 bytes.
+    check(Case(window, batch=batch, heads=heads, layout="tokens_outermost"))
 
 
 @pytest.mark.parametrize(
