@@ -26,8 +26,8 @@ LAYOUTS = {
     "every_second": Layout(step=2),  # of the channels; all rows aligned
     "strided": Layout(step=2, before=65),
     "strided_nchw": Layout((1, 0, 3, 2), step=3, before=65),
-    # Where batch * heads is a multiple of 8 all tokens of the first entry and head begin at multiples of 16 bytes, those
-    # of the others do not.
+    # Where batch * heads is a multiple of 8, all tokens of the first entry and head begin at multiples of 16 bytes,
+    # those of the others do not.
     "tokens_outermost": Layout((2, 1, 0, 3), padding=1),
     "odd": Layout((3, 0, 2, 1), padding=1, before=37),  # nothing dense
 }

@@ -12,6 +12,7 @@ import pytest
 import torch
 import twin
 from attention_calls import Inputs, Results, accumulate, run
+from far import far
 from guarded import Guarded
 from tolerance import GRADIENT, assert_close_to_truth
 
@@ -181,6 +182,32 @@ def test_batch_entries_and_heads_need_not_be_aligned(window: tuple[int, int], ba
 def test_further_passes_over_channels_begin_at_the_channel_stride(case: Case) -> None:
     # Values and gradients from channel 128 on, in float64 values from 64 on.
     check(replace(case, window=(4, 5), batch=1, heads=1, layout="nchw"))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "heads", "tokens"])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_offsets_of_64_bits(dtype: torch.dtype, dim: int) -> None:
+    case = Case((1, 3), 16, 16, dtype, batch=3, heads=3)
+    inputs = make_inputs(case, Guarded())
+    expected = run_kernels(case, inputs, Guarded())
+
+    def apart(tensor: torch.Tensor) -> torch.Tensor:
+        return far(tensor, dim) if tensor.ndim == 4 else tensor
+
+    assert inputs.grad_out is not None
+    tensors = {name: apart(tensor) for name, tensor in inputs.tensors.items()}
+    got = run(
+        native,
+        Inputs(tensors, apart(inputs.grad_out), inputs.grad_lse),
+        case.params,
+        (apart(torch.zeros_like(expected["out"])), torch.zeros_like(expected["lse"])),
+        lambda shape, dtype: apart(torch.zeros(shape, dtype=dtype)),
+        module=twin.load(),
+        cuda=True,
+    )
+    for name, result in got.items():
+        # Without copies of 16 bytes the same numbers meet in the same order.
+        assert torch.equal(result, expected[name]), name
 
 
 @pytest.mark.parametrize("window", [(3, 3), (5, 4), (9, 8)], ids=str)
