@@ -32,6 +32,15 @@ LAYOUTS = {
     "odd": Layout((3, 0, 2, 1), padding=1, before=37),  # nothing dense
 }
 
+# Of [batch, 24 tokens, 16 channels], batches of two: rows that copies of 16 bytes can take, and three kinds that they
+# cannot, by the first element, by the distance of the tokens, and (16-bit types) by that of the batch entries alone.
+ROWS = {
+    "aligned": Layout((0, 1, 2), padding=8),
+    "offset": Layout((0, 1, 2), padding=8, before=65),
+    "odd_tokens": Layout((0, 1, 2), padding=1),
+    "odd_batch": Layout((1, 0, 2), padding=4),
+}
+
 
 class Guarded:
     def __init__(self) -> None:
