@@ -249,13 +249,13 @@ def test_every_schedule_gives_the_same(dtype, kernels):
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("dtype", [F32, F16])
-@pytest.mark.parametrize("before", [64, 65])
+@pytest.mark.parametrize(("before", "padding"), [(64, 8), (65, 8), (64, 1)])
 @pytest.mark.parametrize(("shape", "block"), [((96, 72), (32, 24)), ((136, 72), (64, 32))])
-def test_nothing_is_read_or_written_outside(shape, block, dtype, before, transposed, kernels):
-    """With rows that asynchronous copies can take, and with rows that they cannot; x, y and dY strided."""
+def test_nothing_is_read_or_written_outside(shape, block, dtype, before, padding, transposed, kernels):
+    """With rows that asynchronous copies can take, and with rows, or all but the first, that they cannot."""
     guarded, c = Guarded(), call(37, shape, block, dtype, "gelu", transposed)
     want = launch(native, c, **kernels)
-    wide, dense = Layout((0, 1), padding=8, before=before), Layout(before=before)
+    wide, dense = Layout((0, 1), padding=padding, before=before), Layout(before=before)
     shapes = {name: tuple(getattr(c, name).shape) for name in NAMES}
     for name, layout in {"x": wide, "grad": wide, "values": dense, "bias": dense}.items():
         tensor = getattr(c, name)
