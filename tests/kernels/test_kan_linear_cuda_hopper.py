@@ -165,6 +165,22 @@ def test_nan_stays_in_its_row(kernels):
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES[1:3])
+@pytest.mark.parametrize("name", ["x", "weight", "grad_y"])
+def test_rows_that_are_not_aligned_but_for_the_first(name, dtype, weight_dtype, kernels):
+    tensors, grad_y = inputs(37, 24, 24, 8, dtype, weight_dtype), torch.randn(37, 24).to(weight_dtype)
+
+    def apart(tensor):
+        return tensor.new_empty(len(tensor), tensor.shape[1] + 1)[:, :-1].copy_(tensor)
+
+    if name == "grad_y":
+        grad_y = apart(grad_y)
+    else:
+        tensors[name] = apart(tensors[name])
+    got = with_a_fixed_grid(tensors, grad_y, **kernels)
+    check(got, tensors, grad_y, fixed="grid")
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES[1:3])
 def test_nothing_is_read_or_written_outside(dtype, weight_dtype, kernels):
     guarded, rows, channels, outputs = Guarded(), 37, 24, 24
     plain, layout, padded = inputs(rows, channels, outputs, 8, dtype, weight_dtype), Layout(before=64), {}

@@ -31,6 +31,8 @@ struct MatrixMap {
 // Of rows `stride` elements apart, a multiple of 8 and at least `columns`; `data` is aligned to 16 bytes.
 // Tiles have up to 256 rows.
 inline MatrixMap map_matrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride % 8 != 0 || stride < columns || tile_rows > 256)
+    throw std::runtime_error("host twin: the copy engine does not take this matrix");
   return {static_cast<const char*>(data), rows, columns, 2 * stride, tile_rows};
 }
 
