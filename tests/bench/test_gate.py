@@ -128,6 +128,63 @@ def test_one_outlier_fails_on_the_largest_error():
     assert verdict.share > 1
 
 
+def test_outputs_may_err_twice_and_gradients_three_times_as_much_as_pytorch():
+    truth = torch.randn(4096, dtype=torch.float64)
+    baseline = truth + 1e-3
+
+    def passes(name: str, times: float) -> bool:
+        got = truth + times * 1e-3
+        (verdict,) = gate.check_results({name: got}, {name: baseline}, {name: truth}, {}, torch.float32)
+        return verdict.ok
+
+    assert passes("out", 1.99)
+    assert not passes("out", 2.01)
+    assert passes("q", 2.99)
+    assert not passes("q", 3.01)
+
+
+@pytest.mark.parametrize(("reduced", "ulps"), [(1, 4), (9, 12)])
+def test_where_pytorch_does_not_err_a_few_ulp_are_allowed(reduced, ulps):
+    truth = torch.ones(4096, dtype=torch.float64)
+    ulp = torch.finfo(torch.float32).eps
+
+    def passes(error: float) -> bool:
+        got = truth + error * ulp
+        return gate.check("x", got, truth, truth, factor=2, reduced=reduced, dtype=torch.float32).ok
+
+    assert passes(0.99 * ulps)
+    assert not passes(1.01 * ulps)
+
+
+def test_an_error_everywhere_fails_though_pytorch_has_one_that_is_larger():
+    truth = torch.randn(100_000, dtype=torch.float64)
+    baseline = truth.float()
+    baseline[7] += 1.0
+    verdict = gate.check("x", truth + 0.1, baseline, truth, factor=2, dtype=torch.float32)
+    assert verdict.max_error < verdict.max_allowed
+    assert not verdict.ok
+    assert verdict.share > 1
+
+
+def test_a_result_of_another_shape_is_refused_not_broadcast():
+    truth = torch.ones(3, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"x: expected shape \(3, 4\); got \(4,\)"):
+        gate.check("x", torch.ones(4), truth, truth, factor=2)
+
+
+def test_nan_is_worse_than_any_error():
+    nan, inside, outside = (
+        gate.check("x", torch.full((4,), value), torch.ones(4), torch.ones(4).double(), factor=2)
+        for value in (float("nan"), 1.0, 9.0)
+    )
+    for checks in ([nan, inside, outside], [outside, inside, nan]):
+        assert gate.worst(checks) is nan
+        (pooled,) = gate.pool([[check] for check in checks])
+        assert not pooled.ok
+        assert pooled.max_error != pooled.max_error
+    assert gate.worst([inside, outside]) is outside
+
+
 def test_float64_is_not_asked_for_more_than_its_digits_hold() -> None:
     """One element far above the rest: 256 ulp of the RMS are less than the distance between two doubles there."""
     truth = torch.zeros(1_000_000, dtype=torch.float64)

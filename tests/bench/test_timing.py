@@ -8,7 +8,7 @@ import torch
 
 from vitkernels.bench import runner, timing
 from vitkernels.bench.case import Cost, Inputs
-from vitkernels.bench.peaks import Peaks, measured_peaks
+from vitkernels.bench.peaks import Peaks, measure_copy, measure_exp, measure_gemm, measured_peaks
 
 
 def test_percentiles_interpolate():
@@ -17,6 +17,33 @@ def test_percentiles_interpolate():
     assert timing.percentile(values, 0.2) == 3
     assert timing.percentile([1.0, 2.0], 0.5) == 1.5
     assert timing.percentile([3.0], 0.8) == 3
+
+
+def test_a_summary_has_each_statistic_in_its_place():
+    timing_of_rounds = timing.summarize([float(v) for v in (11, *range(1, 11))])
+    assert timing_of_rounds == timing.Timing(median=6.0, p20=3.0, p80=9.0, best=1.0, samples=11)
+    assert timing_of_rounds.each(2) == timing.Timing(median=3.0, p20=1.5, p80=4.5, best=0.5, samples=11)
+
+
+def test_other_work_is_told_from_a_quiet_machine(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (2.0, 9.0, 9.0))
+    assert timing.busy() == ""
+    monkeypatch.setattr("os.getloadavg", lambda: (2.1, 0.0, 0.0))
+    assert "load 2.1 on 4 cores" in timing.busy()
+
+
+def test_time_in_a_graph_is_without_flushes_and_for_one_call(monkeypatch):
+    timer = object.__new__(timing.CudaTimer)
+    timer.repeats = 8
+    graph = type("Graph", (), {"replay": lambda self: None})
+    monkeypatch.setattr(timer, "capture", lambda step: graph(), raising=False)
+    samples = {"": [2.0, 2.0, 9.0], "x": [10.0, 18.0, 26.0], "none": [1.0, 1.0, 1.0]}
+    monkeypatch.setattr(timer, "_rounds", lambda *_: dict(samples), raising=False)
+    timings, failed = timer.time_graphs({"x": lambda: None, "none": lambda: None})
+    assert not failed
+    assert (timings["x"].best, timings["x"].median) == (1.0, 2.0)
+    assert timings["none"].median == 0.0
 
 
 def test_geometric_mean():
@@ -65,6 +92,7 @@ def test_floor_is_the_slowest_resource():
     assert peaks.floor(Cost(flops=500, bytes=500, exps=1), torch.float32) == (10.0, "matrix")
     assert peaks.floor(Cost(flops=50, bytes=500, exps=100), torch.float32) == (20.0, "exp")
     # A working set beyond the small cache moves at the rate of the larger one, and nothing beats the best.
+    assert peaks.bandwidth(1000) == 100.0
     assert peaks.bandwidth(5000) == 10.0
     assert peaks.bandwidth(1e9) == 10.0
 
@@ -79,6 +107,20 @@ def test_a_slow_product_of_16_bit_numbers_is_no_peak(tmp_path, monkeypatch):
     monkeypatch.setattr("vitkernels.bench.peaks.measure_gemm", lambda device, dtype, _: dtype.itemsize)
     found = measured_peaks(torch.device("cpu"), (torch.bfloat16,), seconds=0.01)
     assert found.gemm == {"bfloat16": 2, "float32": 4}
+
+
+def test_rates_count_what_a_step_moves_and_computes(monkeypatch):
+    """A copy reads as much as it writes, and a product of matrices multiplies and adds."""
+    device = torch.device("cpu")
+    steps = []
+    monkeypatch.setattr("vitkernels.bench.peaks.CPU_COPY_BYTES", (1 << 20, 2 << 20))
+    monkeypatch.setattr("vitkernels.bench.peaks._best_seconds", lambda step, *_: (steps.append(step), 0.5)[1])
+    assert measure_copy(device, 0.0) == {str(1 << 20): 2 << 20, str(2 << 20): 4 << 20}
+    assert steps[0]().nbytes == 1 << 19
+    assert measure_gemm(device, torch.float32, 0.0) == 2 * 2 * 1024**3
+    assert steps[-1]().shape == (1024, 1024)
+    rate = measure_exp(device, 0.0)
+    assert steps[-1]().numel() == rate / 2
 
 
 def test_peaks_are_measured_once_and_kept(tmp_path, monkeypatch):
@@ -158,6 +200,30 @@ def test_calls_share_one_backward_and_none_of_their_tensors(calls):
     assert [kind for kind, _ in seen] == ["forward"] * calls + ["backward"] * calls
     assert len(gradients) == calls  # nothing is summed into one leaf
     assert all(torch.equal(g, 2 * grad) for g in gradients)
+
+
+def test_a_row_has_its_rates_and_its_share_of_the_floor():
+    row = runner.Row("op", "p", "s", "1", 1, "float32", "cpu", "fwd", "mine", True, median=4.0)
+    machine = Peaks("x", 1, "x", {"1000": 10.0}, {"float32": 50.0}, 5.0)
+    runner.add_cost(row, Cost(flops=80, bytes=20, exps=1), torch.float32, machine)
+    assert (row.flops_per_second, row.bytes_per_second) == (20.0, 5.0)
+    assert (row.floor, row.bound, row.floor_share) == (2.0, "memory", 0.5)
+
+
+def test_a_summary_is_of_the_timed_rows_of_one_provider_and_method():
+    def row(provider, speedup, status="ok", method="wall"):
+        return runner.Row(
+            *("op", "p", "s", "1", 1, "float32", "cpu", "fwd", provider, True, status),
+            method=method, speedup=speedup, floor_share=0.5,
+        )  # fmt: skip
+
+    rows = [row("a", 2.0), row("a", 8.0), row("a", 9.0, "wrong"), row("a", None), row("b", 3.0)]
+    found = {
+        (s["provider"], s["method"]): (s["speedup"], s["count"])
+        for s in runner.summarize([*rows, row("a", 5.0, method="graph")])
+    }
+    expected = {("a", "wall"): (4.0, 2), ("b", "wall"): (3.0, 1), ("a", "graph"): (5.0, 1)}
+    assert found == {key: (pytest.approx(speedup), count) for key, (speedup, count) in expected.items()}
 
 
 def test_short_calls_share_a_backward_and_are_timed_one_by_one():
