@@ -285,3 +285,20 @@ def test_flop_counter_agrees_with_the_composition(sample):
 
     assert count("cpu") == count("reference") * sample.share
     assert (count("reference") > 0) == sample.products
+
+
+@each_sample
+def test_frozen_inputs_need_no_flops(sample):
+    """One input alone requires a gradient."""
+    if sample.share != 1 or sample.op in ("cascaded_group_attention", "polyline_path_scan"):
+        pytest.skip("its formula goes by larger parts")
+
+    def count(live: str, backend: str) -> int:
+        tensors = sample.tensors()
+        tensors[live].requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            outputs_of(sample(tensors, backend=backend))[0].sum().backward()
+        return counter.get_total_flops()
+
+    for live in sample.tensors():
+        assert count(live, "cpu") == count(live, "reference"), live
