@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from tolerance import FORWARD, assert_cancelled, assert_close_to_truth
 
 from vitkernels.bench import gate, runner
 from vitkernels.bench.case import Inputs, Provider, Unavailable, load_case
@@ -215,6 +216,23 @@ def test_terms_that_cancel_leave_a_few_ulp_of_the_sum_and_no_more(dtype):
     assert passes(0.0)
     assert passes(15 * ulp)
     assert not passes(17 * ulp)
+
+
+def test_the_tests_assertions_raise():
+    truth = torch.ones(4, dtype=torch.float64)
+    right, wrong = truth.float(), truth.float() + 1e-3
+    assert_close_to_truth("x", right, right, truth, factor=FORWARD)
+    assert_cancelled("x", right - 1)
+    for got, expected, why in (
+        (wrong, truth, "exceeds what is allowed"),
+        (right / 0, truth, "4 elements are not finite"),
+        (right[:1], truth, "against"),
+        (right - 1, truth - 1, "nothing is tested"),
+    ):
+        with pytest.raises(AssertionError, match=why):
+            assert_close_to_truth("x", got, expected.float(), expected, factor=FORWARD)
+    with pytest.raises(AssertionError, match="exceeds what is allowed"):
+        assert_cancelled("x", wrong - 1)
 
 
 def test_only_a_rare_largest_error_is_judged_over_three_draws():
