@@ -164,7 +164,8 @@ CASES = [
     Case(3, 4, batch=2, heads=2, layout="packed"),
     Case(7, 9, dtype=F16, d=24, dv=20, layout="heads_first"),
     Case(2, 18, d=72, dv=80),  # several tiles of owners, several blocks of a row
-    Case(4, 6, dtype=F16, d=128, dv=100, wide_decays=False, heads=2),
+    # Several blocks of what each row subtracts, too.
+    Case(5, 7, dtype=F16, d=128, dv=100, wide_decays=False, heads=2),
 ]
 
 
