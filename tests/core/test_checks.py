@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import vitkernels
 from vitkernels.core import backends, checks
+from vitkernels.core.operator import REGISTRY
 
 
 def test_autocast_asks_nothing_that_an_older_dynamo_cannot_trace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +50,25 @@ def test_a_backend_of_another_type_is_an_unknown_name() -> None:
     for name in (torch.zeros(2), torch.zeros(2).numpy(), 3):
         with pytest.raises(ValueError, match="argument `backend`: expected one of 'auto', 'cuda'"):
             backends.requested(name)  # type: ignore[arg-type]
+
+
+def test_cuda_tensors_take_the_first_kernel_that_fits_and_the_reference_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    operator = REGISTRY["window_attention"]
+    fitting: set[str] = set()
+    monkeypatch.setattr(operator, "_why_not", lambda name, _: [] if name in fitting else [f"no {name} here"])
+    monkeypatch.setattr(backends, "_warned", set())
+    inputs = (SimpleNamespace(device=torch.device("cuda")),)
+    with pytest.warns(
+        UserWarning, match="window_attention runs its plain-PyTorch reference.* no triton here"
+    ):
+        assert operator.choose(inputs, None) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert operator.choose(inputs, None) == "reference"
+        monkeypatch.setattr(backends, "_warned", set())
+        fitting |= {"triton", "cpu"}
+        assert operator.choose(inputs, None) == "triton"
+        fitting.add("cuda")
+        assert operator.choose(inputs, None) == "cuda"
