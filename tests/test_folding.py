@@ -343,6 +343,19 @@ def test_functional_calls_of_a_folded_pair() -> None:
     assert grads["0.weight"].abs().max() > 0
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_folded_norm_does_not_run(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, maps = folded_pair()
+    head = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 5)).eval()
+    for model, x in ((pair, maps), (head, torch.randn(3, 8))):
+        expected = model(x)
+        vitkernels.apply(model, fold_bn=True, verbose=False)
+        with monkeypatch.context() as patch, torch.set_grad_enabled(grad):
+            patch.setattr(nn.functional, "batch_norm", lambda *_: pytest.fail("the norm ran"))
+            patch.setattr(torch, "batch_norm", lambda *_: pytest.fail("the norm ran"))
+            assert relative_error(model(x), expected) < 1e-5
+
+
 def test_a_dropout_kept_on_is_kept() -> None:
     head = nn.Sequential(nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 8)).eval()
     vitkernels.apply(head, fold_bn=True, verbose=False)
