@@ -51,6 +51,21 @@ def test_residual_units_follow_every_edit(name: str, calls) -> None:
         assert relative_error(got, twin(x)) < 1e-5
 
 
+def test_residual_units_in_eval_mode_pass_the_gradients_of_all_their_weights(calls) -> None:
+    """The kernel would give none to what is folded into its vectors."""
+    model = small_model()
+    twin = copy.deepcopy(model)
+    vitkernels.apply(model, verbose=False)
+    for net in (model, twin):
+        net(image()).square().sum().backward()
+    assert not any(name == "residual_ffn" for name, _ in calls)
+    expected = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == expected.keys()
+    largest = max(grad.abs().max() for grad in expected.values())
+    assert all((got[name] - grad).abs().max() < 1e-4 * largest for name, grad in expected.items())
+
+
 def test_residual_units_under_autocast_run_on_cast_weights(calls, monkeypatch) -> None:
     """As on CUDA: cast once, and again after an edit; a map of another dtype is PyTorch's to promote."""
     monkeypatch.setattr(residuals, "_has_kernel", lambda x: True)
