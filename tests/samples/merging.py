@@ -38,6 +38,12 @@ def _more_rows_than_tokens() -> MergePlan:
     return plan
 
 
+def _of_one_image(name: str) -> MergePlan:
+    plan = _merge_plan({"x": _tokens}, "x")
+    setattr(plan, name, getattr(plan, name)[0])
+    return plan
+
+
 def _members_elsewhere() -> MergePlan:
     plan = _merge_plan({"x": _tokens}, "x")
     plan.members = plan.members.to("meta")
@@ -109,6 +115,8 @@ SAMPLES = [
                 TypeError,
                 "argument `plan.members`: expected dtype",
             ),
+            ({"plan": _of_one_image("rows")}, ValueError, "argument `plan.rows`: expected shape"),
+            ({"plan": _of_one_image("starts")}, ValueError, "argument `plan.starts`: expected shape"),
             ({"plan": _wrong_plan(members=1)}, ValueError, "argument `plan.members`: expected shape"),
             ({"plan": _wrong_plan(starts=0)}, ValueError, "argument `plan.starts`: expected shape"),
             (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -120,14 +121,19 @@ def groups(rows: torch.Tensor, merged_tokens: int) -> tuple[torch.Tensor, torch.
     return rows.int().contiguous(), starts.int(), members.int()
 
 
-def check_plan(plan: object) -> None:
+def check_plan(plan: Any) -> None:
     if not isinstance(plan, MergePlan):
         fail("plan", "a MergePlan", plan, "ops.bipartite_match(metric, r) makes one.", TypeError)
+    for name, value, layout in (
+        ("plan.rows", plan.rows, "[batch, tokens]"),
+        ("plan.starts", plan.starts, "[batch, merged tokens + 1]"),
+    ):
+        if not isinstance(value, torch.Tensor) or value.ndim != 2:  # the plan's r needs their second sizes
+            check_tensor(name, value, (None, None), layout)
 
 
 def check_groups(rows: torch.Tensor, starts: torch.Tensor, members: torch.Tensor) -> None:
     """Checks the shapes and dtypes of a plan made by hand; what the indices say only CPU kernels look at."""
-    check_tensor("plan.rows", rows, (None, None), "[batch, tokens]")
     check_tensor("plan.starts", starts, (rows.shape[0], None), "[batch, merged tokens + 1]")
     if not 1 <= starts.shape[1] <= rows.shape[1] + 1:
         fail("plan.starts", f"[batch, merged tokens + 1] of at most {rows.shape[1]} merged tokens", starts)
