@@ -250,17 +250,25 @@ def test_every_schedule_gives_the_same(dtype, kernels):
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize(("before", "padding"), [(64, 8), (65, 8), (64, 1)])
-@pytest.mark.parametrize(("shape", "block"), [((96, 72), (32, 24)), ((136, 72), (64, 32))])
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((96, 72), (32, 24)), ((136, 72), (64, 32)), ((134, 70), (64, 32)), ((72, 72), (6, 6))],
+    ids=["whole", "partial_blocks", "odd_rows", "odd_blocks"],
+)
 def test_nothing_is_read_or_written_outside(shape, block, dtype, before, padding, transposed, kernels):
-    """With rows that asynchronous copies can take, and with rows, or all but the first, that they cannot."""
+    """With rows that asynchronous copies can take, and with rows, or all but the first, that they cannot; with rows
+    and blocks that do not end where a copy of 16 bytes does, too."""
     guarded, c = Guarded(), call(37, shape, block, dtype, "gelu", transposed)
     want = launch(native, c, **kernels)
-    wide, dense = Layout((0, 1), padding=padding, before=before), Layout(before=before)
+    dense = Layout(before=before)
+    wide_x, wide_y = (
+        Layout((0, 1), padding=padding + -tensor.shape[1] % 8, before=before) for tensor in (c.x, c.grad)
+    )
     shapes = {name: tuple(getattr(c, name).shape) for name in NAMES}
-    for name, layout in {"x": wide, "grad": wide, "values": dense, "bias": dense}.items():
+    for name, layout in {"x": wide_x, "grad": wide_y, "values": dense, "bias": dense}.items():
         tensor = getattr(c, name)
         setattr(c, name, guarded(tuple(tensor.shape), dtype, layout).copy_(tensor))
-    for layout in (wide, dense):
+    for layout in (wide_y, dense):
         y, kept = (guarded(tuple(c.grad.shape), dtype, layout) for _ in range(2))
         grads = {name: guarded(shape, dtype, dense) for name, shape in shapes.items()}
         native.forward(y, kept, *inputs(c), **kernels)
