@@ -129,6 +129,10 @@ def _cases() -> Iterator[Case]:
         (8, 8), 4, 2, d=144, dv=200, dtype=F16, rpb=F16, heads=1, batch=1
     )  # groups in one small tile
     yield square((16, 14), 7, d=32, dv=32, dtype=BF16, rpb=BF16)
+    # Several tiles whose shared memory, with that of the table's gradient, has no room to fetch ahead.
+    yield square((9, 9), 5, d=64, dv=48, dtype=F16, rpb=F16)
+    yield line(576, 575, d=8, dv=8, dtype=F16)  # more tiles of keys than a tile of queries keeps the codes of
+    yield square((24, 24), 3, d=8, dv=8, dtype=F16)  # the first tile of keys has none that some queries see
     yield square((7, 9), 3, d=20, dv=100, dtype=F64, rpb=F64)  # values in two passes
     yield square((9, 8), 3, dtype=F16, rpb=F32)
     yield line(24, 8, 3, dtype=BF16, rpb=F32)
