@@ -24,6 +24,10 @@ LAYOUTS = {
     "channels_last_offset": Layout((0, 2, 3, 1), before=65),
     "channels_last_of_wider": Layout((0, 2, 3, 1), padding=16),
     "channels_last_padded": Layout((0, 2, 3, 1), padding=3),
+    # Channels at multiples of 16 bytes but for the step from one image, row or column to the next.
+    "odd_images": Layout((2, 3, 0, 1), padding=4),
+    "odd_rows": Layout((0, 3, 2, 1), padding=4),
+    "odd_columns": Layout((0, 2, 3, 1), padding=4),
     "odd": Layout((3, 1, 0, 2), step=2, before=37),
 }
 
@@ -32,6 +36,12 @@ WEIGHTS = {
     "offset": Layout(before=65),
     "transposed": Layout((1, 0, 2, 3)),
     "strided": Layout(step=2),
+}
+
+VECTORS = {  # biases and scales; the convolution's weights
+    "dense": (Layout((0,)), Layout((0, 1, 2))),
+    "offset": (Layout((0,), before=65), Layout((0, 1, 2), before=65)),
+    "strided": (Layout((0,), step=2), Layout((0, 2, 1))),
 }
 
 pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
@@ -51,6 +61,7 @@ class Case:
     scales: bool = True
     dw: bool = True
     weights: str = "dense"  # [out, in, 1, 1]
+    vectors: str = "dense"
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -68,7 +79,7 @@ def make_inputs(case: Case, guarded: Guarded) -> Tensors:
     vectors = torch.promote_types(case.dtype, F32) if case.wide_vectors else case.dtype
 
     def vector(*shape: int) -> torch.Tensor:
-        return guarded.random(shape, vectors)
+        return guarded.random(shape, vectors, VECTORS[case.vectors][len(shape) > 1])
 
     return [
         guarded.random((case.batch, channels, *case.size), case.dtype, LAYOUTS[case.layout]),
@@ -149,9 +160,9 @@ def test_matches_reference(case: Case) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_reads_and_writes_any_strides(dtype: torch.dtype, layout: str) -> None:
-    check(Case(32, 48, (5, 3), dtype, batch=2, layout=layout))
+    check(Case(32, 48, (6, 2), dtype, batch=2, layout=layout))
     if dtype == F16:
-        check(Case(192, 256, (5, 3), dtype, batch=2, layout=layout))
+        check(Case(192, 256, (6, 2), dtype, batch=2, layout=layout))
 
 
 @pytest.mark.parametrize("weights", ["offset", "transposed", "strided"])
@@ -160,6 +171,12 @@ def test_weights_of_any_strides(dtype: torch.dtype, weights: str) -> None:
     check(Case(32, 48, (5, 3), dtype, weights=weights))
     if dtype == F16:
         check(Case(192, 256, (5, 3), dtype, weights=weights))
+
+
+@pytest.mark.parametrize("vectors", ["offset", "strided"])
+@pytest.mark.parametrize("case", [Case(32, 48, (5, 3)), Case(192, 208, (5, 3)), TILES], ids=str)
+def test_vectors_of_any_strides(case: Case, vectors: str) -> None:
+    check(replace(case, vectors=vectors))
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16], ids=str)
