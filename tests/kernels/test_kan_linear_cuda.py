@@ -90,14 +90,18 @@ def test_any_grid(grid, inverse, dtype, kernels):
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [DTYPES[1], DTYPES[2], DTYPES[4]])
-@pytest.mark.parametrize("before", [64, 65])
-def test_nothing_is_read_or_written_outside(dtype, weight_dtype, before, kernels):
-    """With rows that asynchronous copies can take, and with rows that they cannot."""
+@pytest.mark.parametrize(("grids", "padding", "before"), [(8, 0, 64), (8, 0, 65), (8, 1, 64), (5, 6, 64)])
+def test_nothing_is_read_or_written_outside(dtype, weight_dtype, grids, padding, before, kernels):
+    """With rows that asynchronous copies can take, and with rows that they cannot: of the weight not even the first,
+    all but the first, and those that do not end where a copy does."""
     guarded, rows, outputs = Guarded(), 37, 24
-    plain = inputs(rows, 10, outputs, 8, dtype, weight_dtype)
+    plain = inputs(rows, 10, outputs, grids, dtype, weight_dtype)
     layout = Layout(before=before)
     tensors = {name: guarded(tuple(t.shape), t.dtype, layout).copy_(t) for name, t in plain.items()}
     tensors["x"] = guarded((1, 1, rows, 10), dtype, Layout(padding=7, before=before))[0, 0].copy_(plain["x"])
+    weight = plain["weight"]
+    of_weight = Layout((0, 1), padding=padding, before=before)
+    tensors["weight"] = guarded(tuple(weight.shape), weight.dtype, of_weight).copy_(weight)
     grad_y = guarded((rows, outputs), weight_dtype, layout).copy_(torch.randn(rows, outputs))
     want = launch(native, plain, grad_y, **kernels)
     y, small = guarded((rows, outputs), weight_dtype, layout), plain["grid"].dtype
