@@ -215,11 +215,15 @@ def test_weights_are_packed_for_inference_in_fp32_only(monkeypatch: pytest.Monke
     leaf = x.clone().requires_grad_()
     pair(leaf).sum().backward()
     assert leaf.grad.abs().max() > 0
-    monkeypatch.setattr(packed, "_convolve", None)
-    pair.eval()
-    with torch.no_grad():
-        assert torch.allclose(pair(x), expected, rtol=1e-5, atol=1e-5)
-        assert not pair.__dict__["_vitkernels_kept"].packed
+    for switch in ("_convolve", "_reorder", "mkldnn"):
+        pair.eval()
+        with monkeypatch.context() as patch, torch.no_grad():
+            if switch == "mkldnn":
+                patch.setattr(torch.backends.mkldnn, "enabled", False)
+            else:
+                patch.setattr(packed, switch, None)
+            assert torch.allclose(pair(x), expected, rtol=1e-5, atol=1e-5)
+            assert not pair.__dict__["_vitkernels_kept"].packed, switch
 
 
 @pytest.fixture
@@ -346,8 +350,8 @@ def test_functional_calls_of_a_folded_pair() -> None:
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_folded_norm_does_not_run(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pair, maps = folded_pair()
-    head = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 5)).eval()
-    for model, x in ((pair, maps), (head, torch.randn(3, 8))):
+    heads = [nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 5, bias)) for bias in (True, False)]
+    for model, x in ((pair, maps), *((head.eval(), torch.randn(3, 8)) for head in heads)):
         expected = model(x)
         vitkernels.apply(model, fold_bn=True, verbose=False)
         with monkeypatch.context() as patch, torch.set_grad_enabled(grad):

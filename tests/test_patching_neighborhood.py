@@ -141,6 +141,13 @@ def test_layers_of_the_same_parameters_but_other_options_are_proven_one_by_one()
     assert [name for name, *_ in report.skipped] == ["1"]
 
 
+def test_layers_that_differ_in_their_class_alone_are_proven_one_by_one() -> None:
+    model = nn.Sequential(natten.NeighborhoodAttention2D(16, 2, 3), Unscaled(16, 2, 3))
+    report = vitkernels.apply(model, verbose=False)
+    assert [name for name, *_ in report.replaced] == ["0"]
+    assert [name for name, *_ in report.skipped] == ["1"]
+
+
 class NeighborhoodAttention3D(nn.Module):
     pass
 

@@ -144,6 +144,30 @@ def test_hooks_inside_residual_units_run(layer: str) -> None:
     assert relative_error(ours_out, theirs_out) < 1e-5
 
 
+def test_a_hook_on_a_mixer_in_windows_sees_windows() -> None:
+    layer = official_layers.LocalWindowAttention(32, 16, 2, 1, 14, 7, (5, 3))
+    model, seen = nn.Sequential(layer).eval(), []
+    vitkernels.apply(model, verbose=False)
+    layer.attn.register_forward_hook(lambda _, args, out: seen.append((args[0].shape, out.shape)))
+    with torch.no_grad():
+        model(torch.randn(2, 32, 14, 14))
+    assert seen == [((8, 32, 7, 7), (8, 32, 7, 7))]
+
+
+def test_units_in_train_mode_with_frozen_norms_may_drop_their_paths(calls) -> None:
+    block, x = small_model().blocks1[0], torch.randn(2, 32, 7, 7)
+    vitkernels.apply(block, verbose=False)
+    with torch.no_grad():
+        for unit in (block.dw0, block.ffn0, block.dw1, block.ffn1):
+            calls.clear()
+            unit.training = True  # its layers stay in eval mode
+            block(x)
+            assert [name for name, _ in calls].count("residual_ffn") == (
+                1 if unit in (block.ffn0, block.ffn1) else 2
+            )
+            unit.training = False
+
+
 def test_a_residual_of_another_kind_is_left() -> None:
     class Residual(models.efficientvit.Residual):
         def forward(self, x):

@@ -90,6 +90,8 @@ def test_patterns_of_the_constructors() -> None:
     assert drawn.values[~padding_of(drawn)].all()
     empty = BlockSparseLinear(50, 70, 32, density=0)
     assert torch.equal(empty(torch.randn(3, 50)), empty.bias.expand(3, 70))
+    assert 0 < empty.bias.abs().max() <= 50**-0.5
+    assert BlockSparseLinear(50, 70, 32, bias=False).bias is None
     with torch.device("meta"):
         assert BlockSparseLinear(50, 70, 32).values.is_meta
 
@@ -179,6 +181,10 @@ def test_states_that_do_not_fit() -> None:
         (
             lambda: BlockSparseLinear.from_linear(dense_layer(), 32, torch.ones(3, 2), density=0.5),
             r"`density`",
+        ),
+        (
+            lambda: BlockSparseLinear(8, 8, 4).adopt_pattern(BlockSparseLinear(8, 12, 4).weight),
+            r"`pattern`: expected a matrix \(8, 8\)",
         ),
     ],
 )

@@ -355,3 +355,8 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
     if "resolution" in arguments:
         with pytest.raises(ValueError, match=message):
             LocalWindowAttention(**arguments)
+
+
+def test_bad_windows() -> None:
+    with pytest.raises(ValueError, match="argument `window_resolution`: expected a positive int; got 0"):
+        LocalWindowAttention(64, 16, 4, window_resolution=0)

@@ -25,6 +25,7 @@ def test_state_dict_has_the_official_keys_and_shapes():
     layer = network.layers[0]
     assert sum(p.numel() for p in layer.parameters()) == 2 * 64 + 8 + 8 * 64 * 128
     assert not layer.rbf.grid.requires_grad
+    torch.testing.assert_close(layer.rbf.grid, torch.linspace(-2, 2, 8))
     assert [p for name, p in network.named_parameters() if p.requires_grad and "grid" in name] == []
 
 

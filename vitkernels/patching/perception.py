@@ -33,7 +33,11 @@ class FusedPerceptionBlock(Patched):
             return super().forward(x)  # type: ignore[misc]
         x = _plus(self.local(x), x, _makes_its_output(self.local))
         attn, lim, mlp = self.attn, self.lim, self.mlp
-        fresh = _quiet(attn, StripSelfAttention) and _makes_its_output(attn.proj) and _idle(attn.proj_drop)
+        fresh = (
+            _quiet(attn, StripSelfAttention)
+            and _makes_its_output(attn.proj)
+            and _quiet(attn.proj_drop, nn.Dropout)
+        )
         x = _plus(attn(self.norm1(x)), x, fresh)
         x = _plus(_local_module(lim, self.norm2(x)), x, _quiet(lim, LIM) and _makes_its_output(lim.conv2))
         return _plus(_mlp(mlp, self.norm3(x)), x, _quiet(mlp, MLP) and _makes_its_output(mlp.fc2))
@@ -86,10 +90,6 @@ def _makes_its_output(layer: Any) -> bool:
     if _quiet(layer, DepthwiseConv):
         layer = layer.conv
     return _quiet(layer, nn.Linear, nn.Conv2d)
-
-
-def _idle(dropout: Any) -> bool:
-    return _quiet(dropout, nn.Dropout) and not dropout.training
 
 
 def _plus(y: torch.Tensor, x: torch.Tensor, fresh: bool) -> torch.Tensor:
