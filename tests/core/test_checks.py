@@ -45,6 +45,29 @@ def test_numbers_beyond_every_float_and_nested_tensors() -> None:
         checks.check_tensor("x", nested, (None, None), "[rows, columns]")
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (3,), (2, 3, 1)], ids=str)
+def test_a_shape_that_does_not_fit_is_refused_beside_the_one_that_would(shape: tuple[int, ...]) -> None:
+    checks.check_tensor("x", torch.ones(2, 3), (None, 3), "[rows, columns]")
+    with pytest.raises(
+        ValueError, match=r"argument `x`: expected shape \[rows, columns\] = \[\*, 3\]; got float32 \["
+    ):
+        checks.check_tensor("x", torch.ones(shape), (None, 3), "[rows, columns]")
+
+
+def test_the_error_of_a_forced_backend_tells_what_every_other_lacks() -> None:
+    reasons = {"cuda": ["no device", "too wide"], "triton": ["no Triton"], "cpu": [], "reference": []}
+    assert str(backends.refuse("merge", "cuda", "x float32 [2] on cpu", reasons)).splitlines() == [
+        "merge: backend 'cuda' was asked for but cannot run this call:",
+        "  - no device",
+        "  - too wide",
+        "Inputs: x float32 [2] on cpu.",
+        "Backends that would fit: 'cpu', 'reference'.",
+        "Others do not fit either: triton: no Triton.",
+    ]
+    del reasons["triton"]
+    assert "Others" not in str(backends.refuse("merge", "cuda", "", reasons))
+
+
 def test_a_backend_of_another_type_is_an_unknown_name() -> None:
     """An array compares with every name element by element, and has no truth."""
     for name in (torch.zeros(2), torch.zeros(2).numpy(), 3):

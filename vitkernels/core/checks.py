@@ -34,10 +34,9 @@ def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], layout: s
     except RuntimeError:  # a nested tensor, whose sizes nobody can tell
         fail(name, f"a tensor {layout}", "a nested tensor", "Call .to_padded_tensor(0.0) first.", TypeError)
     fits = len(sizes) == len(shape)
-    if fits:
-        for size, wanted in zip(sizes, shape):  # noqa: B905 (strict costs a keyword call in every op's hot path)
-            if wanted is not None and size != wanted:
-                fits = False
+    for size, wanted in zip(sizes, shape):  # noqa: B905 (strict costs a keyword call in every op's hot path)
+        if wanted is not None and size != wanted:
+            fits = False
     if not fits:
         wanted_sizes = ", ".join("*" if wanted is None else str(wanted) for wanted in shape)
         fail(name, f"shape {layout} = [{wanted_sizes}]", value)
