@@ -218,6 +218,17 @@ def test_options_of_another_type_are_checked_again():
             vitkernels.ops.window_attention(x, x, x, **wrong)
 
 
+def test_plans_do_not_pile_up(monkeypatch):
+    """A process that sees ever new shapes would hold on to all of them."""
+    operator = REGISTRY["token_unmerge"]
+    plans = dict.fromkeys(range(4095))
+    monkeypatch.setattr(operator, "_plans", plans)
+    plan = vitkernels.ops.bipartite_match(torch.randn(1, 8, 4), 2)
+    for channels, count in ((3, 4096), (5, 1), (5, 1), (6, 2)):
+        vitkernels.ops.token_unmerge(torch.randn(1, 6, channels), plan)
+        assert len(plans) == count
+
+
 def test_first_calls_of_several_threads(tmp_path, monkeypatch):
     """The second once got the kernels' module while the first was still importing it, and found no `forward`."""
     (tmp_path / "slow_kernels.py").write_text("import time\ntime.sleep(0.2)\nforward = backward = print\n")

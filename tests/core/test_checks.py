@@ -91,6 +91,7 @@ def test_cuda_tensors_take_the_first_kernel_that_fits_and_the_reference_with_one
         warnings.simplefilter("error")
         assert operator.choose(inputs, None) == "reference"
         monkeypatch.setattr(backends, "_warned", set())
+        assert operator.choose((SimpleNamespace(device=torch.device("cpu")),), None) == "reference"
         fitting |= {"triton", "cpu"}
         assert operator.choose(inputs, None) == "triton"
         fitting.add("cuda")
