@@ -105,6 +105,17 @@ def test_gradient_penalty_raises(sample, device, backend):
 
 
 @each_sample
+def test_gradient_penalty_of_a_traced_call_raises(sample):
+    tensors = sample.tensors(torch.float64, requires_grad=True)  # which autocast leaves alone
+    first = next(iter(tensors.values()))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = outputs_of(sample(tensors))[0]
+    (grad,) = torch.autograd.grad(out.sum(), first, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
+        grad.square().sum().backward()
+
+
+@each_sample
 def test_reference_is_twice_differentiable(sample):
     tensors = sample.tensors(torch.float64, requires_grad=True)
 
@@ -203,6 +214,22 @@ def test_bad_input_names_argument_expected_and_got(sample, monkeypatch):
     assert calls == [], "a kernel ran on bad input"
     sample(sample.tensors())
     assert calls == ["forward"]
+
+
+@each_sample
+def test_any_tensor_of_another_device_or_of_ints_is_refused_by_name(sample, monkeypatch):
+    calls, tensors = spy(monkeypatch, sample), sample.tensors()
+    first = next(iter(tensors))
+    for name in tensors:
+        said = {"values": "weight", "other": "others"}.get(name, name)
+        if name != first:
+            with pytest.raises(
+                ValueError, match=f"argument `{said}`: expected device cpu, as `{first}`; got "
+            ):
+                sample({**tensors, name: tensors[name].to("meta")})
+        with pytest.raises(TypeError, match=f"argument `{said}`: expected dtype .*; got int32 "):
+            sample({**tensors, name: tensors[name].int()})
+    assert calls == []
 
 
 @each_sample

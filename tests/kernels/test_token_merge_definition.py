@@ -272,6 +272,7 @@ BAD_MATCHES = [
     ({"metric": torch.zeros(2, 3)}, ValueError, "argument `metric`: expected shape"),
     ({"metric": torch.zeros(2, 3, 4).int()}, TypeError, "argument `metric`: expected dtype"),
     ({"metric": torch.zeros(2, 0, 4)}, ValueError, "argument `metric`: expected at least one token"),
+    ({"metric": torch.zeros(2, 3, 0)}, ValueError, "argument `metric`: expected at least one token and one"),
     ({"r": 2.0}, TypeError, "argument `r`: expected an int"),
     ({"class_token": 1}, TypeError, "argument `class_token`: expected True or False"),
     ({"distill_token": None}, TypeError, "argument `distill_token`: expected True or False"),
@@ -293,6 +294,7 @@ def test_plans_from_elsewhere() -> None:
     with pytest.raises(ValueError, match="tells sources from destinations"):
         _ = plan.unm
     for rows, merged, kind, message in (
+        ([0, 1], 2, ValueError, "argument `rows`: expected shape"),
         ([[0, 2]], 2, ValueError, "expected rows from 0 to 1"),
         ([[0, 0]], 2, ValueError, "expected at least one token in each of the 2 rows"),
         ([[0.0, 1.0]], 2, TypeError, "expected an integer dtype"),

@@ -44,9 +44,9 @@ def _of_one_image(name: str) -> MergePlan:
     return plan
 
 
-def _members_elsewhere() -> MergePlan:
+def _elsewhere(name: str) -> MergePlan:
     plan = _merge_plan({"x": _tokens}, "x")
-    plan.members = plan.members.to("meta")
+    setattr(plan, name, getattr(plan, name).to("meta"))
     return plan
 
 
@@ -124,7 +124,10 @@ SAMPLES = [
                 ValueError,
                 "argument `plan.starts`: expected [batch, merged",
             ),
-            ({"plan": _members_elsewhere()}, ValueError, "argument `plan`: expected device cpu"),
+            *(
+                ({"plan": _elsewhere(name)}, ValueError, "argument `plan`: expected device cpu")
+                for name in ("rows", "starts", "members")
+            ),
             (
                 {"plan": _merge_plan({"x": _tokens.to("meta")}, "x")},
                 ValueError,
@@ -156,6 +159,11 @@ SAMPLES = [
             ({"y": _tokens}, ValueError, "argument `y`: expected shape [batch, merged tokens, channels] of"),
             ({"y": _tokens[:, :4].int()}, TypeError, "argument `y`: expected dtype"),
             ({"plan": None}, TypeError, "argument `plan`: expected a MergePlan"),
+            ({"plan": _wrong_plan(members=1)}, ValueError, "argument `plan.members`: expected shape"),
+            *(
+                ({"plan": _elsewhere(name)}, ValueError, "argument `plan`: expected device cpu")
+                for name in ("rows", "starts", "members")
+            ),
             ({"y": _tokens[:, :4].to("meta")}, ValueError, "argument `plan`: expected device meta"),
             ({"backend": "cudnn"}, ValueError, "argument `backend`: expected one of"),
         ],
@@ -167,6 +175,12 @@ SAMPLES = [
         bad=[
             ({"q": "text"}, TypeError, "argument `q`: expected a tensor"),
             ({"k": _x}, ValueError, "argument `k`: expected shape [batch, heads, M, d] = [2, 2, *, 4]"),
+            ({"q": _narrow[..., :0], "k": _narrow[..., :0]}, ValueError, "argument `q`: expected a last"),
+            (
+                {"k": torch.ones(2, 2, 0, 4), "v": _wide[:, :, :0], "size": torch.ones(2, 0)},
+                ValueError,
+                "argument `k`: expected at least one key",
+            ),
             ({"v": _wide[:, :, 1:]}, ValueError, "argument `v`: expected shape"),
             ({"v": _wide.double()}, TypeError, "argument `v`: expected dtype float32"),
             ({"v": _wide[..., :0]}, ValueError, "argument `v`: expected a last dimension of at least 1"),

@@ -109,12 +109,14 @@ def block_sparse_matmul(
         assert isinstance(b, torch.Tensor)
         return _product(b.mT, a, not transpose, backend, "b").mT
     _check_sparse("b", b)
+    if not isinstance(a, torch.Tensor) or a.dim() == 0:
+        fail("a", "a dense tensor [..., columns]", a, kind=TypeError)
     return _product(a, b, transpose, backend, "a")
 
 
 def _product(x: Any, weight: Any, forward: bool, backend: str | None, name: str) -> torch.Tensor:
     features = weight.shape[1] if forward else weight.shape[0]
-    if isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[-1] != features:
+    if x.shape[-1] != features:
         fail(
             name,
             f"{features} {'columns' if name == 'a' else 'rows'} beside {weight}",
