@@ -22,6 +22,7 @@ from vitkernels.sparsity.allocation import (
     describe_layer,
     distortion,
     kept_blocks,
+    last_level,
     slopes,
     smooth,
 )
@@ -295,6 +296,22 @@ def test_masks_of_lpvit(tmp_path, block: tuple[int, int]) -> None:
     masked.head = other.head
     with torch.no_grad():
         assert relative_error(other(images), masked(images)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "out", [(), (torch.ones(2), None), {"logits": torch.ones(2)}], ids=["none", "some", "dict"]
+)
+def test_a_model_that_does_not_return_tensors_is_refused(out: object) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_forward_hook(lambda *_: out)
+    with pytest.raises(
+        TypeError, match="argument `model`: expected a model that returns a tensor or a tuple of"
+    ):
+        observe(model, {"0": model[0]}, {}, torch.ones(2, 2), gradients=True)
+
+
+def test_a_layer_keeps_a_twentieth_or_half_of_the_target() -> None:
+    assert [last_level(target) for target in (0.9, 0.1, 0.05, 0.02, 0.001)] == [95, 95, 97, 99, 99]
 
 
 def test_masks_that_do_not_fit() -> None:

@@ -27,6 +27,7 @@ from vitkernels.core import backends, native
         ("86-real", (8, 9), True),
         ("80-real", (9, 0), False),
         ("80-virtual", (9, 0), True),
+        ("80-virtual", (8, 0), True),
         ("90", (8, 0), False),
     ],
 )

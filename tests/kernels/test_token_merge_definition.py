@@ -293,6 +293,7 @@ def test_plans_from_elsewhere() -> None:
     assert (plan.src, plan.members.tolist()) == (None, [[1, 0, 2]])
     with pytest.raises(ValueError, match="tells sources from destinations"):
         _ = plan.unm
+    assert MergePlan.from_rows(torch.zeros(0, 4, dtype=torch.int32), 2).starts.shape == (0, 3)
     for rows, merged, kind, message in (
         ([0, 1], 2, ValueError, "argument `rows`: expected shape"),
         ([[0, 2]], 2, ValueError, "expected rows from 0 to 1"),

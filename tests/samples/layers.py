@@ -156,6 +156,11 @@ SAMPLES = [
                 "argument `weight1`: expected shape [hidden, C, 1, 1]",
             ),
             ({"weight1": torch.zeros(0, 5)}, ValueError, "argument `weight1`: expected at least one"),
+            (
+                {"x": _pixels[:, :0], "weight1": torch.zeros(7, 0)},
+                ValueError,
+                "argument `weight1`: expected at least one",
+            ),
             ({"weight2": torch.zeros(5, 6)}, ValueError, "argument `weight2`: expected shape"),
             ({"weight2": torch.zeros(5, 7).half()}, TypeError, "argument `weight2`: expected dtype float32"),
             ({"bias1": None}, TypeError, "argument `bias1`: expected a tensor"),

@@ -135,6 +135,7 @@ SAMPLES = [
             ),
             ({"size": 1.0}, TypeError, "argument `size`: expected a tensor"),
             ({"size": torch.ones(2, 7, 1)}, ValueError, "argument `size`: expected shape"),
+            ({"size": torch.ones(2, 7).to("meta")}, ValueError, "argument `size`: expected device cpu"),
             ({"size": torch.ones(2, 7).half()}, TypeError, "argument `size`: expected dtype float32"),
             (
                 {"size": torch.ones(2, 7, requires_grad=True)},
