@@ -217,7 +217,7 @@ def test_bad_input_names_argument_expected_and_got(sample, monkeypatch):
 
 
 @each_sample
-def test_any_tensor_of_another_device_or_of_ints_is_refused_by_name(sample, monkeypatch):
+def test_any_tensor_elsewhere_of_ints_or_sparse_is_refused_by_name(sample, monkeypatch):
     calls, tensors = spy(monkeypatch, sample), sample.tensors()
     first = next(iter(tensors))
     for name in tensors:
@@ -229,6 +229,10 @@ def test_any_tensor_of_another_device_or_of_ints_is_refused_by_name(sample, monk
                 sample({**tensors, name: tensors[name].to("meta")})
         with pytest.raises(TypeError, match=f"argument `{said}`: expected dtype .*; got int32 "):
             sample({**tensors, name: tensors[name].int()})
+        with pytest.raises(
+            TypeError, match=rf"argument `({said}|{name})`: expected a dense \(strided\) tensor"
+        ):
+            sample({**tensors, name: tensors[name].to_sparse()})
     assert calls == []
 
 

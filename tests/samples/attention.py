@@ -69,6 +69,8 @@ SAMPLES = [
             ({"q": _x.int(), "k": _x.int(), "v": _x.int()}, TypeError, "argument `q`: expected dtype"),
             ({"k": _x[:1]}, ValueError, "argument `k`: expected shape"),
             ({"k": torch.randn(2, 2, 15, 8).double()}, TypeError, "argument `k`: expected dtype float32"),
+            ({"q": _x[..., :0], "k": _x[..., :0]}, ValueError, "argument `q`: expected a last dimension of"),
+            ({"v": _x[:, :, 1:]}, ValueError, "argument `v`: expected shape"),
             ({"v": _x[..., :0]}, ValueError, "argument `v`: expected a last dimension of at least 1"),
             ({"v": _x.to("meta")}, ValueError, "argument `v`: expected device cpu"),
             ({"bias_table": torch.zeros(2, 14)}, ValueError, "argument `bias_table`: expected shape"),
@@ -109,6 +111,8 @@ SAMPLES = [
             ({"q": _map.int(), "k": _map.int(), "v": _map.int()}, TypeError, "argument `q`: expected dtype"),
             ({"k": _map[:, 1:]}, ValueError, "argument `k`: expected shape"),
             ({"k": _map.double()}, TypeError, "argument `k`: expected dtype float32"),
+            ({"q": _map[..., :0], "k": _map[..., :0]}, ValueError, "argument `q`: expected a last dimension"),
+            ({"v": _map[:, 1:]}, ValueError, "argument `v`: expected shape"),
             ({"v": _map[..., :0]}, ValueError, "argument `v`: expected a last dimension of at least 1"),
             ({"v": _map.to("meta")}, ValueError, "argument `v`: expected device cpu"),
             ({"kernel_size": 3}, ValueError, "argument `kernel_size`: expected kernel_size * dilation <= 7"),
@@ -120,7 +124,10 @@ SAMPLES = [
                 "argument `kernel_size`: expected kernel_size * dilation <= 5",
             ),
             ({"dilation": 0}, ValueError, "argument `dilation`: expected 2 positive ints"),
-            ({"is_causal": 1}, TypeError, "argument `is_causal`: expected a bool or 2 bools"),
+            *(
+                ({"is_causal": value}, TypeError, "argument `is_causal`: expected a bool or 2 bools")
+                for value in (1, (True,), (True, 1))
+            ),
             ({"is_causal": (False, True)}, ValueError, "argument `rpb`: expected None"),
             ({"rpb": torch.zeros(2, 5, 5)}, ValueError, "argument `rpb`: expected shape"),
             ({"rpb": torch.zeros(2, 5, 3).half()}, TypeError, "argument `rpb`: expected dtype float32"),

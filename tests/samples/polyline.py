@@ -43,6 +43,8 @@ SAMPLES = [
             ({"q": _map.int(), "k": _map.int(), "v": _map.int()}, TypeError, "argument `q`: expected dtype"),
             ({"k": _map[:, 1:]}, ValueError, "argument `k`: expected shape"),
             ({"k": _map.double()}, TypeError, "argument `k`: expected dtype float32"),
+            ({"q": _map[..., :0], "k": _map[..., :0]}, ValueError, "argument `q`: expected a last dimension"),
+            ({"v": _map[:, 1:]}, ValueError, "argument `v`: expected shape"),
             ({"v": _map[..., :0]}, ValueError, "argument `v`: expected a last dimension of at least 1"),
             ({"v": _map.to("meta")}, ValueError, "argument `v`: expected device cpu"),
             ({"log_decay_w": None}, TypeError, "argument `log_decay_w`: expected a tensor"),
