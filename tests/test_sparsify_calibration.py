@@ -44,3 +44,18 @@ def test_a_density_out_of_reach_is_found_before_the_calibration() -> None:
     with pytest.raises(ValueError, match=r"`density`: expected at least 0\.0"):
         vitkernels.sparsify(model, 8, density=1e-3, calibration=batches(), verbose=False)
     assert model.calls == 0
+
+
+def test_layers_may_be_called_by_the_name_of_their_argument() -> None:
+    """Counting their rows once took it to come by position."""
+
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(input=x)
+
+    report = vitkernels.sparsify(ByName(), 8, flops=0.5, calibration=torch.randn(4, 5, 16), verbose=False)
+    assert report.layers[0].rows == 5

@@ -83,7 +83,7 @@ def observe(
     weights = {name: layer.weight for name, layer in layers.items()}
     with ExitStack() as stack:
         for name, layer in counted.items():
-            stack.callback(layer.register_forward_pre_hook(_counts(name, seen.rows)).remove)
+            stack.callback(layer.register_forward_pre_hook(_counts(name, seen.rows), with_kwargs=True).remove)
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(_kept_statistics(model))
@@ -105,9 +105,12 @@ def observe(
     return seen
 
 
-def _counts(name: str, rows: dict[str, float]) -> Callable[[nn.Module, Any], None]:
-    def hook(layer: nn.Module, args: Any) -> None:
-        rows[name] = rows.get(name, 0) + args[0].numel() / max(1, args[0].shape[-1])
+def _counts(
+    name: str, rows: dict[str, float]
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (x,) = (*args, *kwargs.values())  # a layer's only argument, which may come by its name
+        rows[name] = rows.get(name, 0) + x.numel() / max(1, x.shape[-1])
 
     return hook
 
