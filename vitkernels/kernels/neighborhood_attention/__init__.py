@@ -223,6 +223,7 @@ _NATIVE = "vitkernels.kernels.neighborhood_attention.native"
 operator = Operator(
     "neighborhood_attention",
     tensors=("q", "k", "v", "rpb?"),
+    # is_causal as ints: torch.jit.trace knows no list of bools.
     params="int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float scale",
     outputs=("out", "lse"),
     check=_check,
