@@ -15,13 +15,9 @@ from torch import nn
 
 from vitkernels.core.checks import fail
 from vitkernels.models.registry import register_model
+from vitkernels.nn.depthwise_conv import DepthwiseConv, channels_last
 from vitkernels.nn.drop_path import DropPath
-from vitkernels.nn.polyline_path_attention import (
-    DepthwiseConv,
-    PolylinePathAttention,
-    RasterRotation,
-    channels_last,
-)
+from vitkernels.nn.polyline_path_attention import PolylinePathAttention, RasterRotation
 
 
 class PatchEmbed(nn.Module):

@@ -26,7 +26,7 @@ from torch import nn
 
 from vitkernels.core.checks import fail
 from vitkernels.models.registry import register_model
-from vitkernels.nn.polyline_path_attention import channels_last
+from vitkernels.nn.depthwise_conv import channels_last
 from vitkernels.nn.strip_attention import HybridPerceptionBlock
 
 

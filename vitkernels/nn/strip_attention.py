@@ -15,8 +15,8 @@ from torch import nn
 
 from vitkernels import ops
 from vitkernels.core.checks import check_positive_ints, check_scale, fail
+from vitkernels.nn.depthwise_conv import DepthwiseConv
 from vitkernels.nn.drop_path import DropPath
-from vitkernels.nn.polyline_path_attention import DepthwiseConv
 
 _SCALES = ("value_dim", "qk_dim")
 

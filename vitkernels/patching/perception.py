@@ -14,9 +14,9 @@ from torch import nn
 from vitkernels.core import backends
 from vitkernels.core.checks import autocasts
 from vitkernels.nn.conv_norm import has_hooks, is_plain_conv, is_plain_norm
+from vitkernels.nn.depthwise_conv import DepthwiseConv
 from vitkernels.nn.drop_path import DropPath
 from vitkernels.nn.kept import transformed
-from vitkernels.nn.polyline_path_attention import DepthwiseConv
 from vitkernels.nn.strip_attention import LIM, MLP, HybridPerceptionBlock, StripSelfAttention
 from vitkernels.patching.layers import Patched, runs_as
 
