@@ -83,6 +83,7 @@ def test_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
         (["--op", "window_attention", "--shape", "windows=0"], "windows of at least 1; got 'windows=0'"),
         (["--op", "window_attention", "--seconds", "-1"], "seconds: expected a positive number; got -1.0"),
         (["--op", "window_attention", "--seconds", "inf"], "seconds: expected a positive number; got inf"),
+        (["--op", "window_attention", "--seed", str(2**64)], "seed: expected a number of at most 64 bits"),
         (["--op", "window_attention", "--channels-last"], "channels-last: expected it beside --model"),
         (["--op", "window_attention", "--csv", "."], "csv: expected a file; got the folder '.'"),
         (["--op", "window_attention", "--json", "README.md/x.json"], "json: expected a file that can be"),

@@ -70,6 +70,8 @@ def settings_of(args: argparse.Namespace) -> Any:
             raise ValueError(f"{name}: expected at least {low}; got {getattr(args, name)}")
     if not 0 < args.seconds < math.inf:
         raise ValueError(f"seconds: expected a positive number; got {args.seconds}")
+    if not -(2**63) <= args.seed < 2**64:  # torch's generators take no other
+        raise ValueError(f"seed: expected a number of at most 64 bits; got {args.seed}")
     if min(args.batch) < 1:
         raise ValueError(f"batch: expected positive numbers; got {args.batch}")
     if args.threads is not None:
