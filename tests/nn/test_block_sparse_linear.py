@@ -134,6 +134,27 @@ def test_copies_pickles_and_moves() -> None:
     assert relative_error(double(x.double()), expected) < 1e-6
 
 
+def test_the_pattern_survives_the_meta_device_and_to_empty() -> None:
+    """The index was once left as to_empty() made it: any numbers, by which the kernels read memory."""
+    with torch.device("meta"):
+        built = BlockSparseLinear(50, 70, (32, 16), mask=MASK)
+    moved = BlockSparseLinear(50, 70, (32, 16), mask=MASK).to("meta")
+    assert built.index.is_meta
+    assert moved.index.is_meta
+    for layer in (built, copy.deepcopy(moved), BlockSparseLinear(50, 70, (32, 16), mask=MASK)):
+        for buffer in layer.to_empty(device="cpu").buffers():
+            assert buffer.min() >= 0
+            assert buffer.max() <= 5
+        layer.reset_parameters()
+        assert not layer.values[padding_of(layer)].any()
+        dense = layer.to_linear()
+        assert torch.equal(dense.weight != 0, elements(MASK, dense) != 0)
+        x = torch.randn(4, 50)
+        assert relative_error(layer(x), dense(x)) < 1e-6
+        assert layer.crow_indices.tolist() == [0, 2, 2, 5]
+        assert layer.state_dict().keys() == {"values", "bias", "crow_indices", "col_indices"}
+
+
 def test_loading_adopts_another_pattern() -> None:
     source = sparse_layer(dense_layer())
     for density in (0.25, 5 / 12, 1.0):

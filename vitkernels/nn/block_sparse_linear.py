@@ -50,6 +50,7 @@ class BlockSparseLinear(nn.Module):
     crow_indices: Tensor
     col_indices: Tensor
     index: Tensor
+    _index_of_meta: Tensor | None = None  # what `index` would hold if it were not on the meta device
 
     def __init__(
         self,
@@ -130,9 +131,21 @@ class BlockSparseLinear(nn.Module):
 
     def _set_pattern(self, pattern: BlockSparseTensor) -> None:
         device = self.values.device
+        self._index_of_meta = pattern.index.cpu() if device.type == "meta" else None
         for name in ("crow_indices", "col_indices"):
             self.register_buffer(name, getattr(pattern, name).to(device, copy=True))
         self.register_buffer("index", pattern.index.to(device), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # The pattern moves with its contents, to and from the meta device too: to_empty() would leave any numbers in
+        # it, by which kernels then read memory.
+        before = self.index
+        index = self._index_of_meta if before.is_meta else before
+        super()._apply(fn, recurse)
+        if self.index is not before and index is not None:
+            shape = (self.out_features, self.in_features)
+            self._set_pattern(BlockSparseTensor.wrap(self.values, index, shape))
+        return self
 
     def reset_parameters(self) -> None:
         """As of `nn.Linear`, the bound for the values taken from the inputs that are stored."""
