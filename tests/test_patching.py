@@ -10,6 +10,7 @@ from patched import image, small_model, timm_model, traces
 from randomise import randomise, relative_error
 from timm_import import import_timm
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vitkernels
 from vitkernels.nn import LocalWindowAttention
@@ -229,6 +230,8 @@ def test_reasons() -> None:
     assert "on the instance" in reason(layer)
     with torch.device("meta"):
         assert "meta" in reason(official_layers.CascadedGroupAttention(32, 16, 2, 1, 4, (5, 3)))
+    with FakeTensorMode():  # a copy to try it on, which once crashed the process
+        assert "fake" in reason(official_layers.CascadedGroupAttention(32, 16, 2, 1, 4, (5, 3)))
     del layer.forward, layer.key_dim
     assert reason(layer) == "has no attribute key_dim"
 

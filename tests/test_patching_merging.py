@@ -139,6 +139,16 @@ def test_gradients_copies_and_training() -> None:
         assert relative_error(a.grad, b.grad) < 1e-9, name
 
 
+def test_an_empty_batch_trains_as_before() -> None:
+    """Its heads were once a -1 in a shape, which no elements leave open."""
+    model, x = vit(), torch.randn(0, 3, 64, 64)
+    vitkernels.apply(model, token_merging=9, verbose=False)
+    logits = model(x)
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 def test_attention_dropout_still_drops() -> None:
     model = vit(attn_drop_rate=0.5).train()
     vitkernels.apply(model, token_merging=9, verbose=False)
@@ -226,6 +236,8 @@ def test_reasons() -> None:
         vitkernels.apply(checkpointed, token_merging=8, verbose=False)
     with pytest.raises(ValueError, match="register tokens would merge"):
         vitkernels.apply(vit(reg_tokens=4), token_merging=8, verbose=False)
+    with pytest.raises(ValueError, match="on the meta device or fake; apply after loading"):
+        vitkernels.apply(vit().to("meta"), token_merging=8, verbose=False)
     crossvit = timm.create_model("crossvit_tiny_240")
     with pytest.raises(ValueError, match="which owns the blocks, does not tell"):
         vitkernels.apply(crossvit, token_merging=8, verbose=False)

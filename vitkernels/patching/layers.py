@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vitkernels.nn.cascaded_group_attention import bias_side, in_windows, mix
 from vitkernels.nn.conv_norm import has_hooks
@@ -80,6 +81,15 @@ def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
         own = {name: value for name, value in vars(made).items() if name not in ("__dict__", "__weakref__")}
         cls = type(made.__name__, bases, own)
     module.__class__ = cls
+
+
+def why_no_values(module: nn.Module) -> str:
+    """Why there are no values to try a layer on; empty where there are."""
+    tensors = (*module.parameters(), *module.buffers())
+    # A deep copy of fake tensors may crash the process (torch 2.13).
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
+        return "its parameters are on the meta device or fake; apply after loading them"
+    return ""
 
 
 def trial_copy(module: nn.Module) -> Any:

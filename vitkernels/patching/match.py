@@ -22,6 +22,7 @@ from vitkernels.patching.layers import (
     patched_class,
     signature_of,
     trial_copy,
+    why_no_values,
 )
 from vitkernels.patching.neighborhood import Neighborhood, rank_of, why_not_neighborhood
 from vitkernels.patching.perception import FusedPerceptionBlock, FusedStem, is_block, is_stem
@@ -220,8 +221,8 @@ def _why_different(module: Any, mixin: type[Patched]) -> str:
     A copy with random weights, in fp32 on the CPU, is run both ways, in eval and in train mode: freshly initialised
     layers return 0 whatever their forward does, and a layer's own code may differ from what its class name says.
     """
-    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        return "its parameters are on the meta device; apply after loading them"
+    if reason := why_no_values(module):
+        return reason
     try:
         with torch.device("cpu"), torch.autocast("cpu", enabled=False), backend_scope("reference"):
             trial = trial_copy(module).to("cpu", torch.float32)

@@ -17,7 +17,7 @@ from torch import nn
 
 from vitkernels import ops
 from vitkernels.core.checks import fail
-from vitkernels.patching.layers import Patched, signature_of, trial_copy
+from vitkernels.patching.layers import Patched, signature_of, trial_copy, why_no_values
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def attend(
     attn: Any, x: torch.Tensor, size: torch.Tensor | None, backend: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, keys [batch, heads, tokens, head_dim]) of an attention layer of timm, and of copies of it."""
-    batch, tokens, _ = x.shape
-    q, k, v = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
     dropout = attn.attn_drop.p if attn.training and hasattr(attn, "attn_drop") else 0.0
@@ -139,7 +138,7 @@ def attend(
     else:
         size = size.double() if q.dtype is torch.float64 else size.float()
         out = ops.attention_with_size(q, k, v, size, scale=scale, backend=backend)
-    out = out.transpose(1, 2).reshape(batch, tokens, -1)
+    out = out.transpose(1, 2).flatten(2)
     if hasattr(attn, "norm"):
         out = attn.norm(out)
     if getattr(attn, "gate", None) is not None:
@@ -198,6 +197,8 @@ def why_not_stack(stack: nn.Module, owner: Any) -> str:
             )
         signature = signature_of(block)
         if signature not in proven:
+            if reason := why_no_values(block):
+                return f"of {type(block).__name__}, {reason}"
             if _differs(block):
                 return f"{type(block).__name__} computes something else than a plain transformer block"
             proven.add(signature)
