@@ -173,6 +173,32 @@ def test_nodes_are_named_after_the_operator(sample, traced):
     assert node.name() == f"{sample.op}Backward"
 
 
+# Operators, and single samples of others, whose backward reads the result, as that of PyTorch's SDPA and ReLU does.
+READS_RESULT = {
+    *("window_attention", "neighborhood_attention", "strip_attention", "polyline_path_attention"),
+    *("attention_with_size", "learnable_token_merge", "block_sparse_linear-relu", "token_merge-amax"),
+}
+
+
+@each_sample
+@pytest.mark.parametrize("traced", [False, True])
+def test_results_are_kept_for_a_backward_that_reads_them_alone(sample, traced):
+    """All once were: ReLU(inplace=True) behind a sparsified layer failed, and what nobody read stayed in memory."""
+    tensors = sample.tensors(torch.float64, requires_grad=True)  # which autocast leaves alone
+
+    def trained(change):
+        with torch.autocast("cpu", torch.bfloat16, enabled=traced):
+            out = outputs_of(sample(tensors))[0]
+        return torch.autograd.grad(change(out).square().sum(), list(tensors.values()))
+
+    if READS_RESULT & {sample.op, sample.name}:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            trained(lambda out: out.mul_(2))
+        return
+    for got, want in zip(trained(lambda out: out.mul_(2)), trained(lambda out: out * 2), strict=True):
+        assert torch.equal(got, want)
+
+
 @each_sample
 def test_calls_of_one_signature_lie_alike(sample):
     """The first, which may be one in inference mode, allocates by shapes; the next like what the first found."""

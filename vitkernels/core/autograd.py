@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vitkernels.core.plan import Plan, fill, fill_gradients
+from vitkernels.core.plan import Plan, fill, fill_gradients, reads_result
 
 if TYPE_CHECKING:
     from vitkernels.core.operator import Operator
@@ -79,7 +79,8 @@ def make_functions(
     # Dynamo rebuilds the closure of a Function, which works for ops, numbers and strings only.
     name, count = operator.name, len(operator.tensors)
     forward_op, backward_op = operator.forward_op, operator.backward_op
-    single = len(operator.outputs) == 1
+    single, reads = len(operator.outputs) == 1, operator.reads_result
+    all_saved = len(operator.outputs) + count
 
     class Backward(torch.autograd.Function):
         """The backward as a node of its own, so that a second derivative is an error, not a zero."""
@@ -110,7 +111,8 @@ def make_functions(
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*output, *inputs[:count])
+            kept = output if reads_result(reads, inputs[count:]) else output[1:]
+            ctx.save_for_backward(*kept, *inputs[:count])
             ctx.params = inputs[count:]
 
         @staticmethod
@@ -119,7 +121,10 @@ def make_functions(
             nothing = [None] * len(ctx.params)
             if not any(grad is not None for grad in grads):
                 return (*([None] * count), *nothing)
-            args = (*grads, *ctx.saved_tensors, *ctx.params, mask)
+            saved = ctx.saved_tensors
+            if len(saved) < all_saved:  # nobody reads what stands in the result's place
+                saved = (next(grad for grad in grads if grad is not None), *saved)
+            args = (*grads, *saved, *ctx.params, mask)
             # Grad mode is on in an eager backward only under create_graph=True. Compiled graphs refuse a second
             # derivative by themselves, and Dynamo cannot trace a Function inside a Function's backward.
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -144,7 +149,7 @@ def make_functions(
                     fill(plan.module, outputs, (*tensors, *plan.params))
                 # What set_materialize_grads and save_for_backward do, without two Python calls.
                 ctx.materialize_grads = False
-                ctx.to_save = (*outputs, *tensors)
+                ctx.to_save = (*outputs, *tensors) if plan.reads_result else (*outputs[1:], *tensors)
                 ctx.plan = plan
                 return tuple(outputs) if joint else outputs[0]
 
@@ -159,6 +164,8 @@ def make_functions(
                 if nothing:
                     return (None,) * len(wanted)
                 plan, saved = ctx.plan, ctx.saved_tensors
+                if not plan.reads_result:
+                    saved = (next(grad for grad in grads if grad is not None), *saved)
                 for by_product in saved[1:first_input]:  # hooks on saved tensors may lay them out anew
                     watched = watched or not by_product.is_contiguous()
                 if watched:

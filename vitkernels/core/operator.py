@@ -43,6 +43,9 @@ class Operator:
             incoming one are None.
         order: device type -> backend names by measured speed, fastest first.
         flops: (shapes of tensors and params, gradient mask or None) -> FLOPs of the composed operator.
+        reads_result: whether any backend's `backward` reads the first output; a string: only in calls with that
+            option. Where none does, the result is not kept, may be changed in place, and something else stands in
+            its place.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Operator:
         backends: tuple[Backend, ...],
         order: dict[str, tuple[str, ...]],
         flops: Callable[..., int],
+        reads_result: bool | str = True,
     ) -> None:
         self.name = name
         self.tensors = tuple(t.removesuffix("?") for t in tensors)
@@ -68,6 +72,7 @@ class Operator:
         self.reference = reference
         self.backends = {backend.name: backend for backend in backends}
         self.order = order
+        self.reads_result = reads_result
         self._define(tensors, params)
         self._register_flops(flops)
         self.traced, eager, result = make_functions(self)

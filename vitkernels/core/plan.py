@@ -23,6 +23,7 @@ class Plan:
         module: its implementation.
         params: the operator's inputs after the tensors.
         skips_by_products: as the backend's.
+        reads_result: whether the backward does, as the operator says.
         ordinary: `fill` and `fill_gradients` have no more to do than to call the kernels: nothing is empty, and no
             result large. Only meaningful after `outputs`.
     """
@@ -35,6 +36,7 @@ class Plan:
         "module",
         "ordinary",
         "params",
+        "reads_result",
         "skips_by_products",
     )
 
@@ -42,6 +44,7 @@ class Plan:
         self.backend = backend.name
         self.module = backend.load()
         self.params = params
+        self.reads_result = reads_result(operator.reads_result, params)
         self.skips_by_products = backend.skips_by_products
         self.ordinary = False
         self._operator = operator
@@ -77,6 +80,12 @@ class Plan:
         model = self._operator.allocate[place](*tensors, *self.params)
         model.untyped_storage().resize_(0)  # before an output is allocated, which would not fit beside it
         return model
+
+
+def reads_result(reads: bool | str, params: tuple[Any, ...]) -> bool:
+    """Whether the backward of a call reads the result, from what its operator says and the inputs after the tensors."""
+    # Not `reads in params`, which asks symbolic sizes.
+    return reads if isinstance(reads, bool) else any(isinstance(p, str) and p == reads for p in params)
 
 
 def fill(module: ModuleType, outputs: Sequence[torch.Tensor | None], inputs: Sequence[Any]) -> None:

@@ -220,4 +220,5 @@ operator = Operator(
     ),
     order={"cuda": ("cuda", "triton"), "cpu": ("cpu",)},
     flops=_flops,
+    reads_result="relu",
 )

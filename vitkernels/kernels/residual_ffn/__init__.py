@@ -164,4 +164,5 @@ operator = Operator(
     backends=(Backend("cuda", _NATIVE, limits=_cuda_limits), Backend("cpu", _NATIVE)),
     order={"cuda": ("cuda",), "cpu": ("cpu",)},
     flops=_flops,
+    reads_result=False,
 )
