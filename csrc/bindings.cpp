@@ -94,6 +94,15 @@ bool is_true(PyObject* result) {
   return value;
 }
 
+// Whether there are elements but no memory for them: the zeros that automatic differentiation makes
+// (torch._efficientzerotensor), which PyTorch writes out for its operators alone.
+bool lacks_memory(const vitkernels::DLTensor& tensor) {
+  if (tensor.data != nullptr) return false;
+  for (int i = 0; i < tensor.ndim; ++i)
+    if (tensor.shape[i] == 0) return false;
+  return true;
+}
+
 // False where the tensor is no plain strided one, so that its values are not simply what its memory holds.
 bool append_tensor(Bytes* bytes, PyObject* object, bool* gradient) {
   if (!exchange.is_plain(object) || is_true(PyObject_CallOneArg(exchange.is_neg, object))) return false;
@@ -102,6 +111,7 @@ bool append_tensor(Bytes* bytes, PyObject* object, bool* gradient) {
     PyErr_Clear();
     return false;
   }
+  if (lacks_memory(tensor)) return false;
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   PyObject* const requires_grad = exchange.requires_grad;
   *gradient = *gradient || is_true(Py_TYPE(requires_grad)->tp_descr_get(requires_grad, object, type));
@@ -184,7 +194,8 @@ py::object fingerprint(const py::tuple& tensors) {
         return py::none();
       }
       constexpr int CPU = 1;
-      if (lent.device.type != CPU || !vitkernels::read_borrowed(item.ptr(), &tensor)) return py::none();
+      if (lent.device.type != CPU || lacks_memory(lent)) return py::none();
+      if (!vitkernels::read_borrowed(item.ptr(), &tensor)) return py::none();
     }
     result.add(static_cast<uint64_t>(tensor.dtype) * 8 + tensor.ndim + 1);
     int64_t count = 1, reach = 1;

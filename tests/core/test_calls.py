@@ -128,6 +128,30 @@ def test_negative_gradients(sample):
 
 
 @each_sample
+@pytest.mark.parametrize("lends", [True, False])
+def test_zeros_without_memory(sample, lends, monkeypatch):
+    """Automatic differentiation makes them, as gradients too; the kernels once took them for absent, or read at 0."""
+    if not lends:
+        monkeypatch.setattr(native, "lends", False)
+        monkeypatch.setattr(operator_module, "_native_signature", None)
+    tensors = sample.tensors(requires_grad=True)
+
+    def results(given, seed):
+        out = outputs_of(sample(given))[0]
+        return out, *torch.autograd.grad(out, list(given.values()), seed(out))
+
+    def without_memory(tensor):
+        return torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype)
+
+    def checked(run):
+        torch.testing.assert_close(run(without_memory), run(torch.zeros_like), equal_nan=True)
+
+    checked(lambda zeros: results(tensors, zeros))
+    for name, tensor in tensors.items():
+        checked(lambda zeros: results({**tensors, name: zeros(tensor).requires_grad_()}, torch.ones_like))  # noqa: B023
+
+
+@each_sample
 def test_gradients_of_a_wrapper_class(sample):
     """Its own memory holds nothing; the kernels once read that."""
     tensors = sample.tensors(requires_grad=True)

@@ -160,6 +160,7 @@ def make_functions(
                     if grad is not None:
                         nothing = False
                         watched = watched or type(grad) is not Tensor or _is_batched(grad) or grad.is_neg()
+                        watched = watched or grad._is_zerotensor()
                 wanted = ctx.needs_input_grad
                 if nothing:
                     return (None,) * len(wanted)
@@ -171,7 +172,8 @@ def make_functions(
                 if watched:
                     mask = list(wanted[1:])
                     # Only the op reads what a gradient's memory does not simply hold: is_grads_batched hands in tensors
-                    # without storage, code after the operator subclasses and the negative views of a conjugate.
+                    # without storage, code after the operator subclasses, the negative views of a conjugate and zeros
+                    # without memory.
                     run: Callable[..., Any] = Backward.apply if _grad_enabled() else backward_op
                     results = run(*grads, *absent, *saved, *plan.params, plan.backend, mask)
                     return (None, *(g if want else None for g, want in zip(results, mask, strict=True)))

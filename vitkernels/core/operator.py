@@ -259,7 +259,9 @@ def _signature(tensors: tuple[torch.Tensor | None, ...], *options: Any) -> tuple
     for tensor in tensors:
         if tensor is None:
             key.append(None)
-        elif (type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter) and not tensor.is_neg():
+        elif (type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter) and not (
+            tensor.is_neg() or tensor._is_zerotensor()
+        ):
             key += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
         else:
             return None, False
