@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from randomise import relative_error
 from torch import nn
+from torch.nn.utils import prune
 
 from vitkernels import BlockSparseTensor
 from vitkernels.nn import BlockSparseLinear
@@ -153,6 +154,18 @@ def test_the_pattern_survives_the_meta_device_and_to_empty() -> None:
         assert relative_error(layer(x), dense(x)) < 1e-6
         assert layer.crow_indices.tolist() == [0, 2, 2, 5]
         assert layer.state_dict().keys() == {"values", "bias", "crow_indices", "col_indices"}
+
+
+def test_values_may_be_pruned() -> None:
+    layer, x = sparse_layer(dense_layer()), torch.randn(4, 50)
+    index = layer.index.clone()
+    prune.random_unstructured(layer, "values", 0.5)
+    kept = (layer.values != 0).float().mean()
+    assert kept < 0.5
+    layer(x).sum().backward()
+    assert not layer.values_orig.grad[layer.values_mask == 0].any()
+    assert layer.to("meta").index.is_meta  # though `values` stay until the next call
+    assert torch.equal(layer.to_empty(device="cpu").index, index)
 
 
 def test_loading_adopts_another_pattern() -> None:

@@ -129,8 +129,8 @@ class BlockSparseLinear(nn.Module):
         made._set_pattern(pattern)
         return made.train(linear.training)
 
-    def _set_pattern(self, pattern: BlockSparseTensor) -> None:
-        device = self.values.device
+    def _set_pattern(self, pattern: BlockSparseTensor, device: torch.device | None = None) -> None:
+        device = device or self.values.device
         self._index_of_meta = pattern.index.cpu() if device.type == "meta" else None
         for name in ("crow_indices", "col_indices"):
             self.register_buffer(name, getattr(pattern, name).to(device, copy=True))
@@ -144,7 +144,8 @@ class BlockSparseLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.index is not before and index is not None:
             shape = (self.out_features, self.in_features)
-            self._set_pattern(BlockSparseTensor.wrap(self.values, index, shape))
+            # Not where `values` lie, which are no parameter under torch.nn.utils.prune and move with the next call.
+            self._set_pattern(BlockSparseTensor.wrap(self.values, index, shape), self.index.device)
         return self
 
     def reset_parameters(self) -> None:
