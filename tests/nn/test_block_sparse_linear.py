@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from randomise import relative_error
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
 from vitkernels import BlockSparseTensor
@@ -199,6 +201,8 @@ def test_states_that_do_not_fit() -> None:
         layer.load_state_dict({**state, "col_indices": state["col_indices"].flip(0)})
     with pytest.raises(RuntimeError, match=r"(?s)no matrix \(70, 50\).*`crow_indices`"):
         layer.load_state_dict(BlockSparseLinear(50, 96, (16, 16)).state_dict())
+    with pytest.raises(RuntimeError, match=r"(?s)no matrix \(70, 50\).*meta tensor; no data"):
+        layer.load_state_dict({key: value.to("meta") for key, value in state.items()})
     with pytest.raises(RuntimeError, match=r"Missing key.*col_indices"):
         layer.load_state_dict({key: value for key, value in state.items() if key != "col_indices"})
     assert torch.equal(layer.state_dict()["values"], state["values"])
@@ -275,6 +279,27 @@ def test_distributed_data_parallel(tmp_path) -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert relative_error(layer.values.grad, expected) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not")
+def test_fully_sharded_from_the_meta_device(tmp_path) -> None:
+    """Zeros beyond the edge were once written where there is none, by masks that a DTensor does not take."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            layer = BlockSparseLinear(64, 96, (32, 16))
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        layer.to_empty(device="cpu")
+        layer.reset_parameters()
+        x = torch.randn(6, 64)
+        y = layer(x)
+        y.square().sum().backward()
+        values, bias = (p.full_tensor().detach() for p in (layer.values, layer.bias))
+        dense = BlockSparseTensor.wrap(values, layer.index, (96, 64)).to_dense()
+        assert relative_error(y, F.linear(x, dense, bias)) < 1e-6
+        assert layer.values.grad.full_tensor().any()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_unknown_backend_is_refused() -> None:
