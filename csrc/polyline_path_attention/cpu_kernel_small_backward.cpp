@@ -166,7 +166,7 @@ struct Backward {
     const Queries at = find(first);
     const int pitch = tiling.width, columns = width, rows = height, padded = tiling.count * pitch;
     const V lse1 = load(lse + first), lse2 = load(lse + padded + first), own = load(down + first);
-    V mean1 = {}, mean2 = {};
+    V mean1 = {}, mean2 = {}, sum1 = {}, sum2 = {};
     const T *grad = ds + lane, *row_along = along, *row_down = down;
     // Stores might change what is behind `this`, as far as the compiler knows.
     const T *later_l = later_columns, *near_l = near, *beside_l = beside;
@@ -177,20 +177,33 @@ struct Backward {
       const V later = towards<T>(broadcast(T(1)), at.rows, r);
       const V there = load(along_turns + r * turn + at.column);
       const V fall = later * (own - load(down_turns + r * turn + at.column));
-      V run1 = {}, run2 = {};
-      for (int l = 0; l < columns; ++l, score += pitch, grad += pitch, other += L) {
-        const V mask1 = load(near_l + l * L) + later * (load(beside_l + l * L) - row_down[l]);
-        const V mask2 = fall + load(later_l + l * L) * (there - row_along[l]);
-        const V x = load(score), dp = load(grad);
-        const V p1 = exp_softmax<T>(x + mask1 - lse1), p2 = exp_softmax<T>(x + mask2 - lse2);
-        store(score, p1);
-        store(other, p2);
-        run1 += p1 * dp;
-        run2 += p2 * dp;
+      for (int l = 0; l < columns;) {
+        V run1 = {}, run2 = {}, weights1 = {}, weights2 = {};
+        for (const int end = imin(columns, l + kRun); l < end;
+             ++l, score += pitch, grad += pitch, other += L) {
+          const V mask1 = load(near_l + l * L) + later * (load(beside_l + l * L) - row_down[l]);
+          const V mask2 = fall + load(later_l + l * L) * (there - row_along[l]);
+          const V x = load(score), dp = load(grad);
+          const V p1 = exp_softmax<T>(x + mask1 - lse1), p2 = exp_softmax<T>(x + mask2 - lse2);
+          store(score, p1);
+          store(other, p2);
+          run1 += p1 * dp;
+          run2 += p2 * dp;
+          weights1 += p1;
+          weights2 += p2;
+        }
+        mean1 += run1;
+        mean2 += run2;
+        sum1 += weights1;
+        sum2 += weights2;
       }
-      mean1 += run1;
-      mean2 += run2;
     }
+    // lse is rounded by as much as it is large, which these sums are off by; in lanes that have no query they
+    // are 0.
+    const V inverse1 = T(1) / (sum1 == T(0) ? broadcast(T(1)) : sum1),
+            inverse2 = T(1) / (sum2 == T(0) ? broadcast(T(1)) : sum2);
+    mean1 *= inverse1;
+    mean2 *= inverse2;
     V own_along = {}, own_down = {};
     T *gradient = ds + lane, *to_along = keys_along, *to_down = keys_down;
     score = s + lane, other = second;
@@ -198,7 +211,7 @@ struct Backward {
       const V later = towards<T>(broadcast(T(1)), at.rows, r);
       V fall = {}, far = {};
       for (int l = 0; l < columns; ++l, score += pitch, gradient += pitch, other += L) {
-        const V p1 = load(score), p2 = load(other), dp = load(gradient);
+        const V p1 = load(score) * inverse1, p2 = load(other) * inverse2, dp = load(gradient);
         const V d1 = p1 * (dp - mean1), d2 = p2 * (dp - mean2);
         store(score, p1 + p2);
         store(gradient, d1 + d2);

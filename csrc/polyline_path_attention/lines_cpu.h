@@ -142,14 +142,31 @@ static __attribute__((noinline)) void softmax_of_line(const T* sums, int keys, i
   store(lse, top + log_softmax<T>(sum));
 }
 
-// The same from the logarithm that is known: scores become probabilities.
+// The same from the logarithm that is known: scores become probabilities. lse is rounded by as much as it is
+// large, which their sum is off by and divides out again; in lanes that have no query it is 0.
 template <class T>
 static __attribute__((noinline)) void recall_line(const T* sums, int keys, int lane, Vec<T> lse, T* s,
                                                   int width) {
   visit_keys(sums, keys, lane, [&](int key, Vec<T> mask) {
     T* at = s + static_cast<ptrdiff_t>(key) * width;
-    store(at, exp_softmax<T>(load(at) + mask - lse));
+    store(at, load(at) + mask - lse);
   });
+  Vec<T> sum = {};
+  for (int key = 0; key < keys;) {
+    Vec<T> run = {};
+    for (const int end = imin(keys, key + kRun); key < end; ++key) {
+      T* at = s + static_cast<ptrdiff_t>(key) * width;
+      const Vec<T> e = exp_softmax<T>(load(at));
+      store(at, e);
+      run += e;
+    }
+    sum += run;
+  }
+  const Vec<T> inverse = T(1) / (sum == T(0) ? broadcast(T(1)) : sum);
+  for (int key = 0; key < keys; ++key) {
+    T* at = s + static_cast<ptrdiff_t>(key) * width;
+    store(at, load(at) * inverse);
+  }
 }
 
 // The sweeps of a pass, by lines of all heads and by heads. A Pass<E> is made from its parameters, one head's

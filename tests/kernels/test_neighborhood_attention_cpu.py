@@ -209,6 +209,16 @@ def test_float32_bias_with_half_tensors(sizes: tuple[int, int], dtype: torch.dty
     Problem(sizes, (3, 3), (2, 2), 16, 32, dtype=dtype, rpb_dtype=torch.float32).check()
 
 
+@pytest.mark.parametrize(("sizes", "kernel"), [((14, 14), (7, 7)), ((12, 13), (4, 5))], ids=str)
+def test_gradients_of_large_logits(sizes: tuple[int, int], kernel: tuple[int, int]) -> None:
+    """Groups that are seen whole, and such that are not. What lse lost to rounding shall not stand in sum_m p dp, which
+    would not cancel dp then."""
+    problem = Problem(sizes, kernel, (2, 2), 16, 64, rpb=False, spread=8.0)
+    results = problem.run()
+    results[0] = problem.expected(torch.float32)[0]  # its largest error is a lottery at such logits
+    problem.check(results)
+
+
 @pytest.mark.parametrize("sizes", [(12, 19), (6, 6)], ids=str)
 def test_peaked_softmax(sizes: tuple[int, int]) -> None:
     """Logits of hundreds: most probabilities underflow, none may become NaN.

@@ -170,8 +170,9 @@ struct ForwardTile {
 // ---- backward
 
 // One tile of keys: probabilities p and logit gradients dl, [queries][width]; row r is a query. The logits
-// are those of the forward pass to the last bit: the same factors, summed in the same order. Without lse the
-// tile has all keys and none is odd, and the softmax is taken along the rows.
+// are those of the forward pass to the last bit: the same factors, summed in the same order. lse is rounded
+// by as much as it is large, which e^(logit - lse) is off by; a tile with all keys divides that out again.
+// Without lse the tile has all keys and none is odd, and the softmax is taken along the rows.
 template <class T>
 struct BackwardTile {
   int queries, width, lanes, odd, head_dim, value_dim;
@@ -210,23 +211,33 @@ struct BackwardTile {
       T *pr = p + static_cast<ptrdiff_t>(r) * width, *dr = dl + static_cast<ptrdiff_t>(r) * width;
       if (!lse) softmax_row(pr, computed, unused);
       const Vec<T> shift = lse ? broadcast(lse[r]) : Vec<T>{};
-      Vec<T> sum = {};
+      Vec<T> sum = {}, weights = {};
       for (int i = 0; i < computed; i += kLanes<T>) {
         Vec<T> e = lse ? exp_softmax<T>(load(pr + i) - shift) : load(pr + i);
         if (i + kLanes<T> == computed) e = unused ? Vec<T>{} : e;
         store(pr + i, e);
         sum += e * load(dr + i);
+        weights += e;
       }
-      T total = whole ? across<T>(sum) : T(0);
-      for (int i = 0; i < odd; ++i) total += odd_p[i * padded + r] * odd_dl[i * padded + r];
+      T total = whole ? across<T>(sum) : T(0), weight = whole && lse ? across<T>(weights) : T(1);
+      for (int i = 0; i < odd; ++i) {
+        total += odd_p[i * padded + r] * odd_dl[i * padded + r];
+        weight += odd_p[i * padded + r];
+      }
+      const T inverse = 1 / weight;
+      total *= inverse;
       // Two subtractions: where one key takes all, dp - sum is exactly 0 and only grad_lse is left.
       const Vec<T> mean = broadcast(total), rest = broadcast(delta[r]);
-      for (int i = 0; i < computed; i += kLanes<T>)
-        store(dr + i, load(pr + i) * (load(dr + i) - mean - rest));
+      for (int i = 0; i < computed; i += kLanes<T>) {
+        const Vec<T> e = load(pr + i) * inverse;
+        store(pr + i, e);
+        store(dr + i, e * (load(dr + i) - mean - rest));
+      }
       if (odd) store(dr + computed, Vec<T>{});
       for (int i = 0; i < odd; ++i) {
-        T& d = odd_dl[i * padded + r];
-        d = odd_p[i * padded + r] * (d - total - delta[r]);
+        T &e = odd_p[i * padded + r], &d = odd_dl[i * padded + r];
+        e *= inverse;
+        d = e * (d - total - delta[r]);
         dr[computed + i] = d;
       }
       if (dl_sum) {
