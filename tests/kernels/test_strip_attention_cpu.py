@@ -147,6 +147,20 @@ def test_matches_reference(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     Problem(*case, dtype=dtype).check()
 
 
+# The gradients of keys and values in two parts of a head's queries, which are added up: by tiles of keys.
+PARTED: list[tuple[Any, ...]] = [
+    (450, 130, 1, 24, "packed", 0.1),
+    (450, 130, 1, 24, "packed", 2.0),
+    (450, 70, 3, 12, "offset", 0.4),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", PARTED, ids=named)
+def test_parts_of_the_queries_are_added(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    Problem(*case, dtype=dtype).check()
+
+
 BIASED: list[tuple[Any, ...]] = [
     (50, 49, 1, 16, "packed", 1.0, (2, 2, 50, 49)),
     (70, 130, 1, 66, "offset", 0.3, (1, 2, 1, 130)),
@@ -185,10 +199,26 @@ VALUES: dict[str, tuple[Callable[..., Any], float]] = {
     "negative": (lambda q, k: (q.abs_(), k.abs_().neg_()), -0.3),
     "all but equal": (lambda q, k: k.mul_(2**-8).add_(1), 0.5),
     "far from zero": (lambda q, k: (q.add_(30), k.add_(30)), 0.01),
+    "far below zero": (lambda q, k: q.mul_(0.05).sub_(40), 1.0),
+    "one key and one query": (lambda q, k: (q.fill_(0.3), k.fill_(0.7)), 0.5),
+    "within roundings": (lambda q, k: k.mul_(2**-18).add_(1), 0.5),
+    "most keys at one end": (
+        lambda q, k: (q.clamp_(-1.5, 1.5), k.mul_(0.02).add_(1)[:, :, 3].fill_(-1)),
+        1.0,
+    ),
+    "most keys at the other": (
+        lambda q, k: (q.clamp_(-1.5, 1.5), k.mul_(0.02).sub_(1)[:, :, 3].fill_(1)),
+        1.0,
+    ),
     "one huge key": (lambda q, k: k[:, :, 3].fill_(1000), 0.5),
+    "highest key last": (lambda q, k: k[:, :, -1].fill_(1000), 0.5),
+    "lowest key last": (lambda q, k: k[:, :, -1].fill_(-1000), 0.5),
     "one huge query": (lambda q, k: q[:, :, 3].fill_(1000), 0.5),
     "tiny": (lambda q, k: (q.mul_(1e-20), k.mul_(1e-20)), 0.5),
 }
+
+
+FAR_APART = ("far below zero", "one huge key", "highest key last", "lowest key last", "one huge query")
 
 
 @pytest.mark.parametrize("keys", [49, 130])
@@ -199,7 +229,7 @@ def test_values(what: str, keys: int) -> None:
     change(*problem.inputs[:2])
     want = problem.expected(torch.float64)
     results = problem.run()
-    if what in ("one huge key", "one huge query"):
+    if what in FAR_APART:
         # Logits of hundreds: float32 rounds them by 2e-5, for the reference as for the kernels.
         for name, got, true in zip(NAMES[:5], results, want, strict=False):
             assert torch.isfinite(got).all()
@@ -209,6 +239,20 @@ def test_values(what: str, keys: int) -> None:
             assert (got - true).abs().max() <= 3e-6 * true.abs().max() + 1e-30, name
     else:
         problem.check(results)
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_tiles_of_hidden_keys(r: int) -> None:
+    """Queries that see nothing of the first tiles of keys, of which the running maximum is -inf, and one of any."""
+    problem = Problem(40, 200, r, 24, bias=(40, 200))
+    q, k, v, bias = problem.inputs
+    for first, seen in enumerate((0, 70, 150, 190)):
+        bias[first::4, :seen] = -torch.inf
+    problem.check()
+    bias[7] = -torch.inf
+    got = ops.strip_attention(q, k, v, attn_bias=bias, scale=problem.scale, return_lse=True, backend="cpu")
+    for result, want in zip(got, reference.forward(q, k, v, bias, problem.scale), strict=True):
+        torch.testing.assert_close(result, want, equal_nan=True, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("spread", [1e-3, 0.3, 0.94, 0.96, 1.59, 1.61, 1.89, 1.91, 3.1])
