@@ -219,6 +219,21 @@ def test_scores_far_apart(mode: str, sizes: tuple[int, int]) -> None:
         assert (got - true).abs().max() <= 4e-4 * true.abs().max() + 1e-4
 
 
+@pytest.mark.parametrize("row", [0, 1])
+def test_weights_that_a_common_maximum_would_lose(row: int) -> None:
+    """For the first token the last one's score is the largest by 90, but one way to it decays by 86: e^-90 is no
+    normal float, e^-4 is a weight."""
+    problem = Problem((2, 2), 1, 8)
+    q, k, _, along, down = problem.inputs
+    q.zero_()[:, 0, 0] = 1
+    k.copy_(torch.tensor([-90.0, -200, -200, 0]).view(1, 2, 2, 1, 1))
+    along.zero_()[:, row, 1] = -86
+    down.zero_()
+    want = problem.expected(torch.float64)
+    for got, true in zip(problem.run(), want, strict=True):
+        assert (got - true).abs().max() <= 1e-3 * true.abs().max() + 1e-6
+
+
 @pytest.mark.parametrize("mode", ["whole", "criss_cross"])
 def test_absent_results_change_nothing(mode: str) -> None:
     """Up to rounding: without the decays' sums the compiler fuses other products and sums."""
@@ -242,6 +257,22 @@ def test_threads_do_not_change_a_bit(mode: str, sizes: tuple[int, int]) -> None:
 def test_heads_apart_and_lines_of_all_heads_give_the_same_bits(dtype: torch.dtype) -> None:
     """One head occupies one thread, which takes it through the sweeps alone; more threads share its lines."""
     same_bits_by_threads(Problem((31, 40), 20, 24, "criss_cross", dtype, batch=1, heads=1))
+
+
+def test_long_rows_whose_probabilities_are_computed_twice() -> None:
+    """Those of 16 rows of three tiles of queries take more than a head keeps."""
+    Problem((16, 131), 8, 8, "criss_cross", batch=1, heads=1).check()
+
+
+def test_more_criss_cross_maps_than_are_worked_on_together() -> None:
+    """A head of over 4 MB goes by lines, with as many maps at a time as 24 MB hold: of three, two and then one."""
+    together, alone = (Problem((25, 42), 8, 256, "criss_cross", batch=batch) for batch in (3, 1))
+    results = together.run()
+    for i in range(3):
+        alone.inputs = tuple(tensor[i : i + 1] for tensor in together.inputs)
+        alone.grad_out = together.grad_out[i : i + 1]
+        for got, want in zip(results, alone.run(), strict=True):
+            assert torch.equal(got[i : i + 1], want)
 
 
 def same_bits_by_threads(problem: Problem) -> None:
