@@ -312,6 +312,9 @@ def test_supported_backends_answers() -> None:
 
 
 def _edits() -> dict[str, Callable[[MergePlan], MergePlan]]:
+    pairs = MergePlan.from_rows(torch.tensor([[0, 0, 1, 2, 3, 3, 4, 4]] * 2), 5)
+    doubled = torch.tensor([[0, 0, 2, 3, 4, 4, 6, 6]] * 2, dtype=torch.int32)
+    fewer = MergePlan.from_rows(pairs.rows.clamp(max=3), 4)
     return {
         "members beyond the end": lambda p: replace(p, members=torch.full_like(p.members, 10**8)),
         "members below 0": lambda p: replace(p, members=p.members - 1),
@@ -319,6 +322,12 @@ def _edits() -> dict[str, Callable[[MergePlan], MergePlan]]:
         "starts beyond the end": lambda p: replace(p, starts=p.starts * 10**8),
         "falling starts": lambda p: replace(p, starts=p.starts.flip(1).contiguous()),
         "an empty row": lambda p: replace(p, starts=torch.cat([p.starts[:, :1], p.starts[:, :-1]], 1)),
+        "a first token in no row": lambda p: replace(pairs, starts=pairs.starts.clamp(min=1)),
+        "a last token in no row": lambda p: replace(pairs, starts=pairs.starts.clamp(max=7)),
+        "one token for the other of its row": lambda p: replace(pairs, members=doubled),
+        "a last row of none": lambda p: replace(
+            fewer, starts=torch.cat([fewer.starts, fewer.starts[:, -1:]], 1)
+        ),
         "other rows": lambda p: replace(p, rows=p.rows.roll(1, 1)),
         "rows beyond the end": lambda p: replace(p, rows=p.rows + 10**8),
     }
