@@ -113,6 +113,8 @@ def test_no_tokens(transposed):
     assert y.shape == (0, 50 if transposed else 70)
     y.sum().backward()
     assert (weight.values.grad == 0).all()
+    got = launch(native, Call(0, pattern((70, 50), (32, 16))))  # into memory that is not zero before
+    assert (got["values"] == 0).all()
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 3.0])
