@@ -53,6 +53,11 @@ def test_many_tokens_of_a_model(bias):
     check(launch(native, call), call)
 
 
+def test_half_sums_over_many_tokens_are_rounded_once():
+    call = Call(8000, pattern((70, 50), (32, 16)), torch.bfloat16)
+    check(launch(native, call), call)
+
+
 def test_a_strided_index_is_read_from_a_copy_that_is_still_there():
     """The copy was once freed before the kernels read it, which ended the process or took whatever lay there."""
     weight = pattern((2048, 1024), (32, 32))
