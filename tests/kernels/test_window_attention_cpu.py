@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded
+from guarded import Guarded, Layout
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels.bench.cases.window_attention import table_entries, table_terms
@@ -33,6 +33,7 @@ class Problem:
     heads: int = 2
     bias_dtype: torch.dtype | None = None
     spread: float = 1.0
+    layouts: tuple[str | Layout, ...] | None = None  # of q, k, v, out and its gradient, where they differ
 
     def __post_init__(self) -> None:
         wh, ww = self.window
@@ -40,11 +41,18 @@ class Problem:
         self.params = (wh, ww, self.bias == "signed", self.d**-0.5)
         self.entries = table_entries(self.window, self.bias)
         self.lse_dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        self.layouts = self.layouts or (self.layout,) * 5
         lead = (self.batch, self.heads, self.tokens)
+        self.lse_layout, self.table_layout = Layout((0, 1, 2)), Layout((0, 1))
         self.guarded = Guarded()
         q, k, v, g = (
-            self.guarded.random((*lead, c), self.dtype, self.layout).mul_(s)
-            for c, s in ((self.d, self.spread), (self.d, self.spread), (self.dv, 1), (self.dv, 1))
+            self.guarded.random((*lead, c), self.dtype, self.layouts[i]).mul_(s)
+            for i, c, s in (
+                (0, self.d, self.spread),
+                (1, self.d, self.spread),
+                (2, self.dv, 1),
+                (4, self.dv, 1),
+            )
         )
         table = None
         if self.bias is not None:
@@ -71,14 +79,15 @@ class Problem:
         """out, lse and the gradients; nothing beside them was written."""
         q, k, v, table = self.inputs
 
-        def fresh(like: torch.Tensor) -> torch.Tensor:
-            return self.guarded(tuple(like.shape), like.dtype, self.layout)
+        def fresh(like: torch.Tensor, layout: str | Layout) -> torch.Tensor:
+            return self.guarded(tuple(like.shape), like.dtype, layout)
 
-        out = fresh(v)
-        lse = self.guarded(tuple(v.shape[:3]), self.lse_dtype)
+        out = fresh(v, self.layouts[3])
+        lse = self.guarded(tuple(v.shape[:3]), self.lse_dtype, self.lse_layout)
         native.forward(out, lse, q, k, v, table, *self.params)
-        grads = [fresh(t) if want else None for t, want in zip((q, k, v), wanted, strict=False)]
-        grads.append(fresh(table) if table is not None and wanted[3] else None)
+        like = zip((q, k, v), self.layouts, wanted, strict=False)
+        grads = [fresh(t, layout) if want else None for t, layout, want in like]
+        grads.append(fresh(table, self.table_layout) if table is not None and wanted[3] else None)
         native.backward(
             *grads,
             self.grad_out if grad_out else None,
@@ -164,6 +173,38 @@ def test_windows_of_many_tiles(bias: str | None, layout: str) -> None:
 def test_a_last_tile_of_whole_vectors_writes_no_more(tokens: int, layout: str) -> None:
     """Fewer vectors than the tiles before it: the kernels once wrote the lanes that it lacks behind the tensor."""
     Problem((1, tokens), 8, 8, None, layout, torch.float32, batch=1, heads=1).check()
+
+
+PADDED_NCHW = Layout((0, 1, 3, 2), padding=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("nchw_offset", "nchw_offset", "offset", "offset", "nchw_offset"),
+        ("nchw_offset", "offset", "nchw_offset", "nchw_offset", "offset"),
+        ("offset", "nchw_offset", "nchw_offset", PADDED_NCHW, "nchw_offset"),
+        ("strided", "odd", "tokens_first", "tokens_first", "offset"),
+    ],
+    ids=["values", "keys", "queries", "none"],
+)
+@pytest.mark.parametrize("window", [(7, 7), (9, 9)], ids=str)
+def test_no_tensor_lies_as_another(
+    window: tuple[int, int], layouts: tuple[str | Layout, ...], dtype: torch.dtype
+) -> None:
+    """Of one tile with an odd token and of two tiles; 27 channels are whole vectors of no processor."""
+    problem = Problem(window, 16, 27, "signed", "", dtype, layouts=layouts)
+    q, k, v, table = problem.inputs
+    problem.lse_layout, problem.table_layout = Layout((2, 0, 1)), Layout((1, 0), step=2)
+    problem.inputs = (
+        q,
+        k,
+        v,
+        problem.guarded(tuple(table.shape), table.dtype, Layout((1, 0), step=3)).copy_(table),
+    )
+    problem.grad_lse = problem.grad_lse.transpose(0, 2).contiguous().transpose(0, 2)
+    problem.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
