@@ -128,10 +128,27 @@ def test_float32_vectors_with_half_weights(dtype: torch.dtype) -> None:
     Problem(2, 32, 64, (7, 7), "nchw", dtype, vector_dtype=torch.float32).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_that_are_not_dense(dtype: torch.dtype) -> None:
+    """More than one run of terms of either weight, so that a run begins where its stride says."""
+    problem = Problem(1, 150, 200, (3, 4), "nchw", dtype)
+    want = problem.forward()
+    for i in range(1, len(problem.inputs)):
+        given = problem.inputs[i]
+        # The dimensions in reverse order, and every third element.
+        layout = Layout(tuple(reversed(range(given.ndim))), step=3)
+        problem.inputs[i] = problem.guarded(tuple(given.shape), given.dtype, layout).copy_(given)
+        assert torch.equal(problem.forward(), want)
+
+
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_maps_of_many_bands(layout: str) -> None:
-    """A detection map: bands of rows, whose depthwise convolution reads the rows around them."""
-    problem = Problem(1, 96, 192, (84, 50), layout, torch.float32)
+@pytest.mark.parametrize("size", [(84, 50), (11, 180)], ids=str)
+def test_maps_of_many_bands(size: tuple[int, int], layout: str) -> None:
+    """Bands of rows, whose depthwise convolution reads the rows around them.
+
+    A detection map; and 11 rows cut for 7 bands, which makes 6, the last of them lower.
+    """
+    problem = Problem(1, 96, 192, size, layout, torch.float32)
     assert_close_to_truth(
         "out",
         problem.forward(),
@@ -176,7 +193,9 @@ def test_a_nan_reaches_exactly_its_neighbourhood() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [(1, 64, 128, (14, 14)), (16, 192, 384, (4, 4)), (1, 48, 96, (40, 41))], ids=str
+    "case",
+    [(1, 64, 128, (14, 14)), (1, 67, 131, (14, 14)), (16, 192, 384, (4, 4)), (1, 48, 96, (40, 41))],
+    ids=str,
 )
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_threads_do_not_change_a_bit(case: tuple[Any, ...], layout: str) -> None:
