@@ -243,6 +243,19 @@ def test_minus_infinity_in_the_bias_masks(sizes: tuple[int, int]) -> None:
         assert (got - true).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("sizes", [(12, 19), (6, 6)], ids=str)
+def test_a_head_that_sees_nothing(sizes: tuple[int, int]) -> None:
+    """As in plain PyTorch its out is NaN and its lse -inf; the other head goes on."""
+    problem = Problem(sizes, (3, 3), (2, 2), 16, 32)
+    before = problem.run()
+    problem.inputs[3][1] = float("-inf")
+    after = problem.run()
+    assert after[0][..., 1, :].isnan().all()
+    assert (after[1][..., 1] == float("-inf")).all()
+    for got, want in zip(after[:2], before[:2], strict=True):
+        assert torch.equal(got.select(3, 0), want.select(3, 0))
+
+
 @pytest.mark.parametrize("causal", [(False, False), (False, True)], ids=str)
 @pytest.mark.parametrize(
     ("sizes", "kernel", "dilation"), [((12, 21), (3, 5), (2, 2)), ((6, 10), (3, 5), (2, 2))], ids=str

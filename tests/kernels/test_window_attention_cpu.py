@@ -247,6 +247,19 @@ def test_minus_infinity_in_the_table_masks(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["nchw_offset", "offset"])
+def test_a_head_that_sees_nothing(layout: str) -> None:
+    """As in plain PyTorch its out is NaN and its lse -inf, in vectors and in the odd token; the other head goes on."""
+    problem = Problem((7, 7), 16, 32, "absolute", layout, torch.float32)
+    before = problem.run()
+    problem.inputs[3][1] = float("-inf")
+    after = problem.run()
+    assert after[0][:, 1].isnan().all()
+    assert (after[1][:, 1] == float("-inf")).all()
+    for got, want in zip(after[:2], before[:2], strict=True):
+        assert torch.equal(got[:, 0], want[:, 0])
+
+
+@pytest.mark.parametrize("layout", ["nchw_offset", "offset"])
 @pytest.mark.parametrize("window", [(7, 7), (12, 12)], ids=str)
 def test_nan_reaches_exactly_its_window(layout: str, window: tuple[int, int]) -> None:
     problem = Problem(window, 16, 32, "absolute", layout, torch.float32)
