@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded
+from guarded import Guarded, Layout
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels import ops
@@ -20,6 +20,11 @@ pytestmark = pytest.mark.skipif(bool(extension.why_missing()), reason="the compi
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INPUTS = operator.tensors
 NAMES = ("out", "heads", *(f"grad_{name}" for name in INPUTS))
+
+
+def reversed_layout(tensor: torch.Tensor) -> Layout:
+    """Nothing dense: the dimensions in reverse order, and every third element."""
+    return Layout(tuple(reversed(range(tensor.ndim))), step=3)
 
 
 @dataclass
@@ -36,6 +41,8 @@ class Problem:
     weight_dtype: torch.dtype | None = None
     spread: float = 1.0
     grad_heads: bool = False
+    out_layout: str | None = None  # of out and grad_x, where they lie otherwise than x
+    dense_gradients: bool = True
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -70,11 +77,12 @@ class Problem:
             torch.randn(self.windows, self.tokens, self.channels).to(self.dtype) if self.grad_heads else None
         )
 
-    def empty_map(self) -> torch.Tensor:
+    def empty_map(self, layout: str | None = None) -> torch.Tensor:
         batch, channels, (height, width) = self.batch, self.channels, self.size
-        if self.layout == "nhwc":
+        layout = layout or self.layout
+        if layout == "nhwc":
             return self.guarded((batch, height, width, channels), self.dtype, "offset").permute(0, 3, 1, 2)
-        layout = {"nchw": "offset"}.get(self.layout, self.layout)
+        layout = {"nchw": "offset"}.get(layout, layout)
         return self.guarded((batch, channels, height, width), self.dtype, layout)
 
     def map(self) -> torch.Tensor:
@@ -94,10 +102,19 @@ class Problem:
     def run(self, wanted: tuple[bool, ...] = (True,) * 8, grad_out: bool = True) -> list[torch.Tensor | None]:
         """out, heads and the gradients; nothing beside them was written."""
         tensors = list(self.inputs.values())
-        out = self.empty_map()
+        out = self.empty_map(self.out_layout)
         heads = self.guarded((self.windows, self.tokens, self.channels), self.dtype)
         native.forward(out, heads, *tensors, *self.params)
-        grads = [self.empty_map(), *(self.guarded(tuple(t.shape), t.dtype) for t in tensors[1:])]
+        lie = (
+            Layout(tuple(range(t.ndim))) if self.dense_gradients else reversed_layout(t) for t in tensors[1:]
+        )
+        grads = [
+            self.empty_map(self.out_layout),
+            *(
+                self.guarded(tuple(t.shape), t.dtype, layout)
+                for t, layout in zip(tensors[1:], lie, strict=True)
+            ),
+        ]
         grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         incoming = self.grad_out if grad_out else None
         native.backward(*grads, incoming, self.grad, out, heads, *tensors, *self.params)
@@ -177,6 +194,30 @@ def test_detection_map_with_padding() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float32_weights_with_half_maps(dtype: torch.dtype) -> None:
     Problem((7, 7), 64, (7, 7), (5, 3), "nchw", dtype, weight_dtype=torch.float32).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_and_gradients_that_are_not_dense(dtype: torch.dtype) -> None:
+    """Each parameter alone, since one of them is enough for copies of all to be made."""
+    problem = Problem((4, 8), 48, (4, 4), (5, 3, 3), "nchw", dtype)
+    want = problem.run()
+    problem.dense_gradients = False
+    for name, given in list(problem.inputs.items())[1:]:
+        spread = problem.guarded(tuple(given.shape), given.dtype, reversed_layout(given))
+        problem.inputs[name] = spread.copy_(given)
+        for result, got, expected in zip(NAMES, problem.run(), want, strict=True):
+            assert torch.equal(got, expected), f"{result} with another {name}"
+        problem.inputs[name] = given
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("layout", "out_layout"), [("nchw", "nhwc"), ("nhwc", "nchw"), ("odd", "nchw")])
+def test_out_that_lies_otherwise_than_the_map(layout: str, out_layout: str, dtype: torch.dtype) -> None:
+    problem = Problem((5, 9), 48, (4, 4), (5, 3, 3), layout, dtype)
+    want = problem.run()
+    problem.out_layout = out_layout
+    for got, expected in zip(problem.run(), want, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_gradient_that_reaches_the_heads() -> None:
