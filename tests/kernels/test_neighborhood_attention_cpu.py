@@ -58,6 +58,7 @@ class Problem:
         self.params = (self.kernel, (1,) * rank, self.dilation, causal, self.d**-0.5)
         self.lse_dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
         self.lead = (self.batch, *self.sizes, self.heads)
+        self.lse_layout = self.rpb_layout = "dense"
         self.view = layout_of(self.layout, rank)
         self.guarded = Guarded()
         q, k, v, g = (
@@ -90,10 +91,10 @@ class Problem:
         """out, lse and the gradients; nothing beside them was written."""
         q, k, v, rpb = self.inputs
         out = self.guarded(tuple(v.shape), self.dtype, layout_of("offset", len(self.sizes)))
-        lse = self.guarded(self.lead, self.lse_dtype)
+        lse = self.guarded(self.lead, self.lse_dtype, self.lse_layout)
         native.forward(out, lse, q, k, v, rpb, *self.params)
         grads = [
-            self.guarded(tuple(t.shape), t.dtype, self.view if t is not rpb else "dense")
+            self.guarded(tuple(t.shape), t.dtype, self.view if t is not rpb else self.rpb_layout)
             if t is not None and want
             else None
             for t, want in zip(self.inputs, wanted, strict=True)
@@ -201,6 +202,26 @@ def test_wrong_results_are_rejected() -> None:
             with pytest.raises(AssertionError, match=f"{name}: max .* exceeds"):
                 right.check(mixed)
     right.check()
+
+
+@pytest.mark.parametrize("sizes", [(12, 19), (6, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_lies_as_another(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """With the bias, lse and their gradients spread out as well."""
+    problem = Problem(sizes, (3, 4), (2, 2), 16, 27, dtype=dtype)
+    want = problem.run()
+    q, k, v, rpb = problem.inputs
+    problem.lse_layout, problem.rpb_layout = Layout((3, 2, 0, 1), step=2), Layout((2, 0, 1), step=3)
+    spread = zip((q, k, v), ("columns_first", "channels_first", "heads_first"), strict=True)
+    problem.inputs = (
+        *(problem.guarded(tuple(t.shape), dtype, LAYOUTS[name]).copy_(t) for t, name in spread),
+        problem.guarded(tuple(rpb.shape), dtype, problem.rpb_layout).copy_(rpb),
+    )
+    problem.view = LAYOUTS["strided"]
+    problem.grad_out = problem.guarded(tuple(v.shape), dtype, LAYOUTS["packed"]).copy_(problem.grad_out)
+    problem.grad_lse = problem.grad_lse.transpose(0, 2).contiguous().transpose(0, 2)
+    for got, expected in zip(problem.run(), want, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("sizes", [(12, 19), (6, 6)], ids=str)
