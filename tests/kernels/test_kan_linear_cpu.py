@@ -166,6 +166,30 @@ def test_nothing_is_read_or_written_outside(rows, dtype, weight_dtype):
             assert torch.equal(grads[name], want[name]), name
 
 
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
+def test_matrices_whose_rows_lie_apart(dtype, weight_dtype):
+    """x, the weight, y and the gradients of all three, as parts of wider matrices."""
+    rows, channels, outputs = 140, 21, 19
+    guarded, tensors = Guarded(), inputs(rows, channels, outputs, 8, dtype, weight_dtype)
+    grad_y = torch.randn(rows, outputs).to(weight_dtype)
+    want = launch(native, tensors, grad_y)
+
+    def apart(like):
+        return guarded(tuple(like.shape), like.dtype, Layout((0, 1), padding=7, before=65))
+
+    given = {name: apart(t).copy_(t) if t.ndim == 2 else t for name, t in tensors.items()}
+    y, grads = apart(want["y"]), {name: apart(t) if t.ndim == 2 else t.clone() for name, t in tensors.items()}
+    mean, rstd = torch.empty(2, rows, dtype=tensors["grid"].dtype)
+    native.forward(y, mean, rstd, *given.values(), *PARAMS)
+    native.backward(
+        *grads.values(), apart(grad_y).copy_(grad_y), None, None, y, mean, rstd, *given.values(), *PARAMS
+    )
+    guarded.check()
+    assert torch.equal(y, want["y"])
+    for name in NAMES:
+        assert torch.equal(grads[name], want[name]), name
+
+
 @pytest.mark.parametrize("wanted", [*NAMES, "x weight", "ln_bias grid"])
 def test_each_gradient_alone(wanted):
     tensors, grad_y = inputs(40, 12, 10), torch.randn(40, 10)
