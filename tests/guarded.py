@@ -1,7 +1,14 @@
-"""Tensors inside larger buffers of NaN: a read outside shows in a result, a write outside in `check`."""
+"""Tensors inside larger buffers of NaN: a read outside shows in a result, a write outside in `check`.
+
+With walls, memory that nobody may read lies behind `random` ones, so that a read whose value is thrown away ends the
+process, as it might a user's. pytest then prints which test it was.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from typing import NamedTuple
 
 import torch
@@ -42,14 +49,36 @@ ROWS = {
 }
 
 
+def _before_a_wall(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """NaN up to the end of a page, and none of the next page's bytes may be read."""
+    if sys.platform == "win32":
+        return torch.full((count,), float("nan"), dtype=dtype)
+    used = count * dtype.itemsize
+    whole = -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, whole + mmap.PAGESIZE)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + whole
+    no_access = 0
+    failed = ctypes.CDLL(None).mprotect(
+        ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), ctypes.c_int(no_access)
+    )
+    assert not failed
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=whole - used).fill_(float("nan"))
+
+
 class Guarded:
-    def __init__(self) -> None:
+    def __init__(self, walls: bool = False) -> None:
+        self._walls = walls
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(
         self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout = "dense"
     ) -> torch.Tensor:
         """A tensor of NaN, dense where the layout is for another number of dimensions."""
+        return self._inside(shape, dtype, layout, wall=False)
+
+    def _inside(
+        self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout, wall: bool
+    ) -> torch.Tensor:
         chosen = LAYOUTS[layout] if isinstance(layout, str) else layout
         order, padding, step, before = chosen
         if len(shape) != len(order):
@@ -57,7 +86,10 @@ class Guarded:
         stored = [shape[i] for i in order]
         stored[-1] += padding
         size = step * torch.Size(stored).numel()
-        buffer = torch.full((before + size + 64,), float("nan"), dtype=dtype)
+        if wall and size:
+            buffer = _before_a_wall(before + size, dtype)
+        else:
+            buffer = torch.full((before + size + 64,), float("nan"), dtype=dtype)
         inside = torch.zeros_like(buffer, dtype=torch.bool)
         inverse = [order.index(i) for i in range(len(shape))]
         views = [
@@ -71,7 +103,7 @@ class Guarded:
     def random(
         self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout = "dense"
     ) -> torch.Tensor:
-        return self(shape, dtype, layout).copy_(
+        return self._inside(shape, dtype, layout, wall=self._walls).copy_(
             torch.randn(shape, dtype=torch.promote_types(dtype, torch.float32))
         )
 

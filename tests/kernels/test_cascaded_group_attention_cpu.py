@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class Problem:
     channels: int
     window: tuple[int, int]
     kernels: tuple[int, ...]
-    layout: str = "nchw"
+    layout: str | Layout = "nchw"
     dtype: torch.dtype = torch.float32
     batch: int = 2
     key_dim: int = 16
@@ -56,7 +57,7 @@ class Problem:
         self.windows = self.batch * -(-height // wh) * -(-width // ww)
         self.tokens = wh * ww
         self.params = (wh, ww, list(self.kernels), k**-0.5, self.residual)
-        self.guarded = Guarded()
+        self.guarded = Guarded(walls=True)
         dtype = self.weight_dtype or self.dtype
 
         def weight(*shape: int, spread: float) -> torch.Tensor:
@@ -77,17 +78,18 @@ class Problem:
             torch.randn(self.windows, self.tokens, self.channels).to(self.dtype) if self.grad_heads else None
         )
 
-    def empty_map(self, layout: str | None = None) -> torch.Tensor:
+    def empty_map(
+        self, layout: str | Layout | None = None, make: Callable[..., torch.Tensor] | None = None
+    ) -> torch.Tensor:
         batch, channels, (height, width) = self.batch, self.channels, self.size
-        layout = layout or self.layout
+        layout, make = layout or self.layout, make or self.guarded
         if layout == "nhwc":
-            return self.guarded((batch, height, width, channels), self.dtype, "offset").permute(0, 3, 1, 2)
+            return make((batch, height, width, channels), self.dtype, "offset").permute(0, 3, 1, 2)
         layout = {"nchw": "offset"}.get(layout, layout)
-        return self.guarded((batch, channels, height, width), self.dtype, layout)
+        return make((batch, channels, height, width), self.dtype, layout)
 
     def map(self) -> torch.Tensor:
-        empty = self.empty_map()
-        return empty.copy_(torch.randn(empty.shape))
+        return self.empty_map(make=self.guarded.random)
 
     def expected(self, dtype: torch.dtype) -> list[torch.Tensor]:
         wide = dtype is not self.dtype
@@ -175,6 +177,7 @@ CASES: list[tuple[Any, ...]] = [
     ((6, 6), 40, (6, 6), (3, 3), "nhwc"),
     ((5, 6), 32, (1, 1), (3, 3), "nchw"),
     ((3, 5), 36, (2, 2), (5, 3, 1), "nchw"),
+    ((4, 4), 36, (2, 2), (5, 3, 1), "nchw"),  # two rows of the last window are less than a vector
     ((9, 20), 33, (3, 8), (3, 5, 7), "nhwc"),
     ((5, 17), 22, (5, 17), (1, 3), "nchw"),
 ]
@@ -218,6 +221,11 @@ def test_out_that_lies_otherwise_than_the_map(layout: str, out_layout: str, dtyp
     problem.out_layout = out_layout
     for got, expected in zip(problem.run(), want, strict=True):
         assert torch.equal(got, expected)
+
+
+def test_a_map_that_is_a_part_of_a_wider_one() -> None:
+    """Narrower than a window, whose width is that of the whole: its rows are not one after the other."""
+    Problem((14, 5), 32, (7, 7), (3, 5), Layout(padding=2, before=65)).check()
 
 
 def test_gradient_that_reaches_the_heads() -> None:

@@ -60,7 +60,7 @@ class Problem:
         self.lead = (self.batch, *self.sizes, self.heads)
         self.lse_layout = self.rpb_layout = "dense"
         self.view = layout_of(self.layout, rank)
-        self.guarded = Guarded()
+        self.guarded = Guarded(walls=True)
         q, k, v, g = (
             self.guarded.random((*self.lead, c), self.dtype, self.view).mul_(s)
             for c, s in ((self.d, self.spread), (self.d, self.spread), (self.dv, 1), (self.dv, 1))

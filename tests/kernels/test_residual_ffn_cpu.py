@@ -40,7 +40,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         channels, hidden, vectors = self.channels, self.hidden, self.vector_dtype or self.dtype
-        self.guarded = Guarded()
+        self.guarded = Guarded(walls=True)
         make = self.guarded.random
         shape = (self.batch, channels, *self.size)
         self.inputs: list[torch.Tensor | None] = [

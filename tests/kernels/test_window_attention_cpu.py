@@ -44,7 +44,7 @@ class Problem:
         self.layouts = self.layouts or (self.layout,) * 5
         lead = (self.batch, self.heads, self.tokens)
         self.lse_layout, self.table_layout = Layout((0, 1, 2)), Layout((0, 1))
-        self.guarded = Guarded()
+        self.guarded = Guarded(walls=True)
         q, k, v, g = (
             self.guarded.random((*lead, c), self.dtype, self.layouts[i]).mul_(s)
             for i, c, s in (
