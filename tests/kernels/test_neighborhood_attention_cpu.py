@@ -264,6 +264,16 @@ def test_minus_infinity_in_the_bias_masks(sizes: tuple[int, int]) -> None:
         assert (got - true).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("sizes", [(3, 5), (1, 1)], ids=str)
+def test_one_key_that_takes_all_leaves_the_gradient_of_lse(sizes: tuple[int, int]) -> None:
+    """However large the gradient of out is: no logit has an influence on out."""
+    problem = Problem(sizes, (1, 1), (1, 1), 16, 16, rpb=False)
+    problem.grad_out.mul_(1e6)
+    grad_q = problem.run()[2]
+    want = problem.grad_lse.unsqueeze(-1) * problem.inputs[1] * problem.params[-1]
+    torch.testing.assert_close(grad_q, want, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(12, 19), (6, 6)], ids=str)
 def test_a_head_that_sees_nothing(sizes: tuple[int, int]) -> None:
     """As in plain PyTorch its out is NaN and its lse -inf; the other head goes on."""

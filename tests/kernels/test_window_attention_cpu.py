@@ -246,6 +246,15 @@ def test_minus_infinity_in_the_table_masks(layout: str) -> None:
         assert (got - true).abs().max() < 1e-4
 
 
+def test_one_key_that_takes_all_leaves_the_gradient_of_lse() -> None:
+    """However large the gradient of out is: no logit has an influence on out."""
+    problem = Problem((1, 1), 16, 16, None, "offset", torch.float32)
+    problem.grad_out.mul_(1e6)
+    grad_q = problem.run()[2]
+    want = problem.grad_lse.unsqueeze(-1) * problem.inputs[1] * problem.params[-1]
+    torch.testing.assert_close(grad_q, want, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["nchw_offset", "offset"])
 def test_a_head_that_sees_nothing(layout: str) -> None:
     """As in plain PyTorch its out is NaN and its lse -inf, in vectors and in the odd token; the other head goes on."""
