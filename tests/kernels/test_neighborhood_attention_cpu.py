@@ -179,6 +179,12 @@ def test_head_dims(d: int) -> None:
     Problem((6, 6), (3, 3), (2, 2), d, d, dtype=torch.bfloat16).check()
 
 
+@pytest.mark.parametrize("sizes", [(6, 6), (8, 8)], ids=str)
+def test_chunks_of_several_groups(sizes: tuple[int, int]) -> None:
+    """132 groups in chunks of three, in which the bias gradient adds up."""
+    Problem(sizes, (3, 3), (2, 2), 4, 4, batch=33).check()
+
+
 @pytest.mark.parametrize("dilation", [1, 8], ids=lambda d: f"d{d}")
 def test_published_shape(dilation: int) -> None:
     """DiNAT's first stage; 3136 tokens sum up into one element of the bias gradient."""
