@@ -250,7 +250,7 @@ def test_gradients_of_large_logits(sizes: tuple[int, int], kernel: tuple[int, in
 def test_peaked_softmax(sizes: tuple[int, int]) -> None:
     """Logits of hundreds: most probabilities underflow, none may become NaN.
 
-    The backward pass knows a probability no better than lse is rounded, which is what bounds its error.
+    Logits are rounded by as much as they are large, which bounds what a probability may err.
     """
     problem = Problem(sizes, (3, 3), (2, 2), 16, 32, spread=12.0)
     want = problem.expected(torch.float64)

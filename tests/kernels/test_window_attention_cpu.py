@@ -226,7 +226,7 @@ def test_gradients_of_large_logits(window: tuple[int, int], layout: str) -> None
 def test_peaked_softmax(layout: str) -> None:
     """Logits of hundreds: most probabilities underflow, none may become NaN.
 
-    The backward pass knows a probability no better than lse is rounded, which is what bounds its error.
+    Logits are rounded by as much as they are large, which bounds what a probability may err.
     """
     problem = Problem((7, 7), 16, 32, "signed", layout, torch.float32, spread=12.0)
     want = problem.expected(torch.float64)
