@@ -198,10 +198,7 @@ struct Backward {
         sum2 += weights2;
       }
     }
-    // lse is rounded by as much as it is large, which these sums are off by; in lanes that have no query they
-    // are 0.
-    const V inverse1 = T(1) / (sum1 == T(0) ? broadcast(T(1)) : sum1),
-            inverse2 = T(1) / (sum2 == T(0) ? broadcast(T(1)) : sum2);
+    const V inverse1 = undo_rounding_of_lse<T>(sum1), inverse2 = undo_rounding_of_lse<T>(sum2);
     mean1 *= inverse1;
     mean2 *= inverse2;
     V own_along = {}, own_down = {};

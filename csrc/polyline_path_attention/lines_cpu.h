@@ -117,52 +117,48 @@ VITKERNELS_INLINE void visit_keys(const T* sums, int keys, int lane, Visit visit
   for (; key < keys; ++key) visit(key, sums[key] - queries);
 }
 
+// s, logits of a vector of queries, becomes e^(logit - shift); returns its sum.
+template <class T>
+VITKERNELS_INLINE Vec<T> exponentials(T* s, int keys, int width, Vec<T> shift) {
+  Vec<T> sum = {};
+  for (int key = 0; key < keys;) {
+    Vec<T> run = {};
+    for (const int end = imin(keys, key + kRun); key < end; ++key) {
+      T* at = s + static_cast<ptrdiff_t>(key) * width;
+      const Vec<T> e = exp_softmax<T>(load(at) - shift);
+      store(at, e);
+      run += e;
+    }
+    sum += run;
+  }
+  return sum;
+}
+
 // s, scores of a vector of queries, becomes e^(logit - max); then its sum's inverse and logarithm.
 template <class T>
 static __attribute__((noinline)) void softmax_of_line(const T* sums, int keys, int lane, T* s, int width,
                                                       T* inverse, T* lse) {
-  Vec<T> top = broadcast(-static_cast<T>(__builtin_inff())), sum = {};
+  Vec<T> top = broadcast(-static_cast<T>(__builtin_inff()));
   visit_keys(sums, keys, lane, [&](int key, Vec<T> mask) {
     T* at = s + static_cast<ptrdiff_t>(key) * width;
     const Vec<T> logit = load(at) + mask;
     store(at, logit);
     top = vmax(logit, top);
   });
-  for (int key = 0; key < keys;) {
-    Vec<T> run = {};
-    for (const int end = imin(keys, key + kRun); key < end; ++key) {
-      T* at = s + static_cast<ptrdiff_t>(key) * width;
-      const Vec<T> e = exp_softmax<T>(load(at) - top);
-      store(at, e);
-      run += e;
-    }
-    sum += run;
-  }
+  const Vec<T> sum = exponentials(s, keys, width, top);
   store(inverse, T(1) / sum);
   store(lse, top + log_softmax<T>(sum));
 }
 
-// The same from the logarithm that is known: scores become probabilities. lse is rounded by as much as it is
-// large, which their sum is off by and divides out again; in lanes that have no query it is 0.
+// The same from the logarithm that is known: scores become probabilities.
 template <class T>
 static __attribute__((noinline)) void recall_line(const T* sums, int keys, int lane, Vec<T> lse, T* s,
                                                   int width) {
   visit_keys(sums, keys, lane, [&](int key, Vec<T> mask) {
     T* at = s + static_cast<ptrdiff_t>(key) * width;
-    store(at, load(at) + mask - lse);
+    store(at, load(at) + mask);
   });
-  Vec<T> sum = {};
-  for (int key = 0; key < keys;) {
-    Vec<T> run = {};
-    for (const int end = imin(keys, key + kRun); key < end; ++key) {
-      T* at = s + static_cast<ptrdiff_t>(key) * width;
-      const Vec<T> e = exp_softmax<T>(load(at));
-      store(at, e);
-      run += e;
-    }
-    sum += run;
-  }
-  const Vec<T> inverse = T(1) / (sum == T(0) ? broadcast(T(1)) : sum);
+  const Vec<T> inverse = undo_rounding_of_lse<T>(exponentials(s, keys, width, lse));
   for (int key = 0; key < keys; ++key) {
     T* at = s + static_cast<ptrdiff_t>(key) * width;
     store(at, load(at) * inverse);

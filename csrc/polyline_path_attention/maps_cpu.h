@@ -150,6 +150,13 @@ VITKERNELS_INLINE IntVec<T> positions_from(int first) {
   return lanes + static_cast<typename Bits<T>::type>(first);
 }
 
+// What all of a query's e^(logit - lse) are to be multiplied by, from their sum: lse is rounded by as much as
+// it is large, which the sum is off from 1 by. In a lane that has no query it is 0.
+template <class T>
+VITKERNELS_INLINE Vec<T> undo_rounding_of_lse(Vec<T> sum) {
+  return T(1) / (sum == T(0) ? broadcast(T(1)) : sum);
+}
+
 // to[i] += the sum of the lanes of rows[i], for `count` rows that follow each other.
 template <class T>
 static void add_across(T* to, const T* rows, int count) {
