@@ -38,19 +38,16 @@ struct ProductScratch {
   }
 };
 
-// left[group of merged tokens][token][merged token of the group]
+// One token's weights as part of a packed left operand, [group of merged tokens][token][merged token of the
+// group].
 template <class T>
-void pack_columns(const T* weights, int pitch, int tokens, int merged, T* left) {
-  const RowGroups groups(merged);
-  for (int n = 0; n < tokens; ++n, weights += pitch)
-    for (int g = 0; g < groups.count; ++g) {
-      const int first = groups.start(g), size = groups.size(g);
-      T* to = left + static_cast<ptrdiff_t>(first) * tokens + n * size;
-      if (size == kRows)
-        __builtin_memcpy(to, weights + first, kRows * sizeof(T));
-      else
-        for (int r = 0; r < size; ++r) to[r] = weights[first + r];
-    }
+VITKERNELS_INLINE void pack_weights(const T* weights, int token, int tokens, int merged, T* left) {
+  const int whole = merged / kRows * kRows, rest = merged - whole;
+  T* to = left + token * kRows;
+  for (int r = 0; r < whole; r += kRows, to += static_cast<ptrdiff_t>(tokens) * kRows)
+    __builtin_memcpy(to, weights + r, kRows * sizeof(T));
+  to = left + static_cast<ptrdiff_t>(whole) * tokens + token * rest;
+  for (int r = 0; r < rest; ++r) to[r] = weights[whole + r];
 }
 
 template <class E, class M, bool Forward>
@@ -70,8 +67,9 @@ void product_range(const Params& p, int64_t begin, int64_t end, void* memory) {
       T* kept = nullptr;
       if (Forward && p.divisors && group == 0 && (p.g.stride[0] || b == 0))
         kept = static_cast<T*>(p.divisors.data) + b * p.divisors.stride[0];
-      fill_weights<E, M, T>(mask, w.numbers, kept, w.weights, pitch);
-      if (Forward) pack_columns(w.weights, pitch, tokens, merged, w.left);
+      fill_weights<E, M, T>(mask, w.numbers, kept, w.weights, pitch, [&](int token, const T* weights) {
+        if (Forward) pack_weights(weights, token, tokens, merged, w.left);
+      });
       filled = mask_of;
     }
     const bool second = group >= slices.first.groups;

@@ -82,9 +82,9 @@ struct Mask {
 
   // The weights of columns [first, first + vecs * L) of all tokens, to[token][pitch], which the columns
   // divide. Of each column `tops` gets the largest element of a softmax and `sums` what divides: the sum of
-  // exponentials, or the sum (1 for one of 0, where tops is 0).
-  template <class E>
-  void divide_columns(int first, int vecs, T* tops, T* sums, T* run, T* to, int pitch) const {
+  // exponentials, or the sum (1 for one of 0, where tops is 0). done(token, weights) follows each row.
+  template <class E, class Done>
+  void divide_columns(int first, int vecs, T* tops, T* sums, T* run, T* to, int pitch, Done done) const {
     constexpr int L = kLanes<T>;
     const int lanes = vecs * L;
     const bool softmax = kind == Normalize::softmax;
@@ -108,11 +108,13 @@ struct Mask {
       if (!softmax) store(sums + i, sum == T(0) ? broadcast(T(1)) : sum);
       store(run + i, T(1) / sum);
     }
-    for (int n = 0; n < tokens; ++n, to += pitch)
+    for (int n = 0; n < tokens; ++n, to += pitch) {
       for (int i = 0; i < lanes; i += L) {
         const Vec<T> x = load(to + i);
         store(to + i, rounded<E, T>(softmax ? x * load(run + i) : x / load(sums + i)));
       }
+      done(n, to);
+    }
   }
 
   // The weights of one token, divided by their own sum or not at all. Returns the logarithm of the sum.
@@ -146,19 +148,22 @@ struct Mask {
 };
 
 // All weights of a mask, [token][pitch], rounded to E; numbers are three arrays of `pitch`. Leaves the
-// divisors in `kept` unless it is null.
-template <class E, class M, class T>
-static void fill_weights(const Mask<M, T>& mask, T* numbers, T* kept, T* to, int pitch) {
+// divisors in `kept` unless it is null. done(token, weights) follows each row, which is in cache then.
+template <class E, class M, class T, class Done>
+VITKERNELS_INLINE void fill_weights(const Mask<M, T>& mask, T* numbers, T* kept, T* to, int pitch,
+                                    Done done) {
   constexpr int L = kLanes<T>;
   T *tops = numbers, *sums = numbers + pitch;
   if (!mask.by_columns()) {
     for (int n = 0; n < mask.tokens; ++n) {
-      const T log = mask.template divide_row<E>(n, to + static_cast<ptrdiff_t>(n) * pitch);
+      T* row = to + static_cast<ptrdiff_t>(n) * pitch;
+      const T log = mask.template divide_row<E>(n, row);
       if (kept) kept[n] = log;
+      done(n, row);
     }
     return;
   }
-  mask.template divide_columns<E>(0, pitch / L, tops, sums, numbers + 2 * pitch, to, pitch);
+  mask.template divide_columns<E>(0, pitch / L, tops, sums, numbers + 2 * pitch, to, pitch, done);
   for (int i = 0; kept && i < mask.merged; i += L) {
     const Vec<T> sum = load(sums + i);
     store_some<T, T>(kept + i, mask.kind == Normalize::sum ? sum : load(tops + i) + log_softmax<T>(sum),

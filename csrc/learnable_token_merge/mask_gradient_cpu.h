@@ -140,7 +140,7 @@ void chain_columns(const Mask<M, T>& mask, const Chunks<T>& chunks, bool shared_
                    const ChainScratch<T>& w, T* sums, M* to, ptrdiff_t row, int first, int vecs) {
   constexpr int L = kLanes<T>, pitch = kChainVecs * L;
   T *tops = w.numbers, *divisors = tops + pitch, *run = divisors + pitch, *means = run + pitch;
-  mask.template divide_columns<T>(first, vecs, tops, divisors, run, w.weights, pitch);
+  mask.template divide_columns<T>(first, vecs, tops, divisors, run, w.weights, pitch, [](int, const T*) {});
   ColumnSums<T> all(run, means, vecs);
   for (int n = 0; n < mask.tokens; ++n) {
     for (int i = 0; i < vecs * L; i += L) {

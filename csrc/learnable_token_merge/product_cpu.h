@@ -33,43 +33,32 @@ struct Panels {
 };
 constexpr int kGroupVecs = kGroupPanels * kPanelVecs;
 
-template <class T, int V>
-VITKERNELS_INLINE void multiply_group(const Product<T>& p) {
-  multiply_rows<T, V, kRows>(p, p.rows, 0, 0);
-}
-
-// Rows of the left operand, in equal groups of at most kRows.
-struct RowGroups {
-  int rows, count;
-  explicit RowGroups(int rows) : rows(rows), count(ceil_div(rows, kRows)) {}
-  int start(int group) const { return static_cast<int>(static_cast<int64_t>(rows) * group / count); }
-  int size(int group) const { return start(group + 1) - start(group); }
-};
-
 // Rows of the left operand by one panel of `vecs` vectors. Packed, the left operand is [group][depth][row of
-// the group].
+// the group], in groups of kRows rows and a last one of what remains.
 template <class T>
 static void multiply_panel(int vecs, const Product<T>& p, bool packed) {
-  const RowGroups groups(p.rows);
   const int terms = vecs == 1 ? kTermsOfOne : kTerms;
-  for (int g = 0; g < groups.count; ++g) {
-    const int row = groups.start(g);
-    Product<T> part = p;
-    part.rows = groups.size(g);
+  // A product of no terms is one run: it has zeros to store.
+  const int runs = p.depth ? ceil_div(p.depth, terms) : 1;
+  Product<T> part = p;
+  for (int row = 0; row < p.rows; row += kRows) {
+    part.rows = imin(kRows, p.rows - row);
     part.a_row = packed ? 1 : p.a_row;
     part.a_k = packed ? part.rows : p.a_k;
+    part.a = p.a + row * (packed ? p.depth : p.a_row);
+    part.b = p.b;
     part.c = p.c + row * p.c_row;
-    if (p.add) part.add = p.add + row * p.add_row;
-    const T* a = p.a + row * (packed ? p.depth : p.a_row);
-    // A product of no terms is one run: it has zeros to store.
-    for (int runs = p.depth ? ceil_div(p.depth, terms) : 1, k = 0; runs > 0; --runs, k += part.depth) {
-      part.depth = ceil_div(p.depth - k, runs);
-      part.a = a + k * part.a_k;
-      part.b = p.b + k * p.b_k;
+    part.add = p.add ? p.add + row * p.add_row : nullptr;
+    part.add_row = p.add_row;
+    for (int left = p.depth, run = runs; run > 0; --run) {
+      part.depth = ceil_div(left, run);
       if (vecs == 2)
-        multiply_group<T, 2>(part);
+        multiply_rows<T, 2, kRows>(part, part.rows, 0, 0);
       else
-        multiply_group<T, 1>(part);
+        multiply_rows<T, 1, kRows>(part, part.rows, 0, 0);
+      left -= part.depth;
+      part.a += part.depth * part.a_k;
+      part.b += part.depth * part.b_k;
       part.add = part.c;
       part.add_row = part.c_row;
     }
