@@ -5,6 +5,7 @@ import torch
 from randomise import randomise, relative_error
 from timm_import import import_timm
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitkernels import models
@@ -90,6 +91,17 @@ def test_a_network_built_on_the_meta_device_and_loaded(assign: bool) -> None:
     images = torch.randn(1, 3, 56, 56)
     with torch.no_grad():
         assert torch.equal(loaded(images), model(images))
+
+
+def test_averages_of_weights_and_buffers() -> None:
+    """PyTorch averages buffers too, by a subtraction that it refuses for bools: a mask was one."""
+    model = randomise(models.create_model("ltm_swin_tiny", **SMALL)).eval()
+    averaged = AveragedModel(model, use_buffers=True)
+    for _ in range(2):
+        averaged.update_parameters(model)
+    images = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        assert torch.equal(averaged(images), model(images))
 
 
 def test_another_size_than_the_announced_one() -> None:

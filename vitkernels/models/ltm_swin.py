@@ -43,11 +43,11 @@ def map_of(windows: Tensor, height: int, width: int) -> Tensor:
 class ShiftedWindowAttention(nn.Module):
     """Swin's attention within windows of 7 x 7, on a map `[B, H, W, dim]` whose sides they divide.
 
-    For maps of `sides` the masks of shifted windows are made once; others make them in each call.
+    For maps of `sides` the regions that shifted windows are masked by are made once; others make them in each call.
     """
 
     position_index: Tensor
-    apart: Tensor
+    regions: Tensor
 
     def __init__(
         self, dim: int, num_heads: int, shift: int, sides: tuple[int, int], backend: str | None
@@ -67,7 +67,7 @@ class ShiftedWindowAttention(nn.Module):
         dy, dx = row[:, None] - row, column[:, None] - column
         index = (dy + WINDOW - 1) * (2 * WINDOW - 1) + dx + WINDOW - 1
         self.register_buffer("position_index", index, persistent=False)
-        self.register_buffer("apart", self._seams(*self.sides).to(device), persistent=False)
+        self.register_buffer("regions", self._regions(*self.sides).to(device), persistent=False)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -80,8 +80,9 @@ class ShiftedWindowAttention(nn.Module):
             x = x.roll((-self.shift, -self.shift), (1, 2))
         q, k, v = self.qkv(windows_of(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if self.shift:
-            here = self.apart if (height, width) == self.sides else self._seams(height, width).to(x.device)
-            out = self._masked(q, k, v, here)
+            announced = (height, width) == self.sides
+            regions = self.regions if announced else self._regions(height, width).to(x.device)
+            out = self._masked(q, k, v, regions)
         else:
             table = self.relative_position_bias_table.mT
             mixed = ops.window_attention(
@@ -92,18 +93,21 @@ class ShiftedWindowAttention(nn.Module):
         x = map_of(self.proj(out.transpose(1, 2).flatten(2)), height, width)
         return x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
 
-    def _seams(self, height: int, width: int) -> Tensor:
-        """`[windows, 1, 49, 49]`: whether two tokens lie in different regions of the unshifted map."""
+    def _regions(self, height: int, width: int) -> Tensor:
+        """`[windows, 49]`: the region of the unshifted map that a token lies in.
+
+        Numbers, not the mask that follows from them: PyTorch averages buffers by subtraction, which bools have not.
+        """
         sides = [
             torch.arange(side).ge(side - WINDOW).int() + torch.arange(side).ge(side - self.shift).int()
             for side in (height, width)
         ]
-        regions = windows_of((3 * sides[0][:, None] + sides[1])[None, :, :, None])[..., 0]
-        return (regions[:, :, None] != regions[:, None, :]).unsqueeze(1)
+        return windows_of((3 * sides[0][:, None] + sides[1])[None, :, :, None])[..., 0]
 
-    def _masked(self, q: Tensor, k: Tensor, v: Tensor, apart: Tensor) -> Tensor:
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, regions: Tensor) -> Tensor:
         bias = self.relative_position_bias_table[self.position_index].permute(2, 0, 1).to(q.dtype)
-        windows = len(apart)
+        windows = len(regions)
+        apart = (regions[:, :, None] != regions[:, None, :]).unsqueeze(1)
         q, k, v = (t.unflatten(0, (-1, windows)).flatten(1, 2) for t in (q, k, v))
         mask = bias.masked_fill(apart, -torch.inf).flatten(0, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
