@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -325,6 +326,43 @@ def test_hooks_of_blocks() -> None:
         with pytest.warns(UserWarning, match="are not called while tokens merge"):
             model(torch.randn(1, 3, 64, 64))
     assert heard == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "listen"),
+    [
+        ("blocks.1", lambda module, hear: module.register_full_backward_hook(hear)),
+        ("blocks.1.attn", lambda module, hear: module.register_full_backward_pre_hook(hear)),
+        ("blocks.1.attn.attn_drop", lambda module, hear: module.register_forward_hook(hear)),
+        (
+            "blocks.1.attn",
+            lambda module, hear: setattr(module, "forward", partial(_heard, module.forward, hear)),
+        ),
+    ],
+    ids=["backward", "before_backward", "attention_weights", "forward"],
+)
+def test_other_listeners_of_blocks(layer: str, listen) -> None:
+    """Gradients for Grad-CAM, attention weights, wrapped forwards: none of them was refused, nor called."""
+    heard: list[str] = []
+    model = vit()
+    for attn in (block.attn for block in model.blocks):
+        attn.fused_attn = False
+    listen(model.get_submodule(layer), lambda *_: heard.append("called"))
+    x = torch.randn(1, 3, 64, 64)
+    model(x).sum().backward()
+    assert heard == ["called"]
+    with pytest.raises(ValueError, match="would not be called"):
+        vitkernels.apply(model, token_merging=4, verbose=False)
+    later = vit()
+    vitkernels.apply(later, token_merging=4, verbose=False)
+    listen(later.get_submodule(layer), lambda *_: heard.append("called"))
+    with pytest.warns(UserWarning, match="are not called while tokens merge"):
+        later(x)
+
+
+def _heard(forward, hear, *args, **kwargs):
+    hear()
+    return forward(*args, **kwargs)
 
 
 def test_features_of_single_blocks_are_refused() -> None:

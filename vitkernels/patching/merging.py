@@ -193,7 +193,8 @@ def why_not_stack(stack: nn.Module, owner: Any) -> str:
         assert block is not None
         if _hooked(block):
             return (
-                f"hooks on {type(block).__name__}s and their attention would not be called: remove them first"
+                f"hooks on {type(block).__name__}s and their attention would not be called, nor a forward set on "
+                "one of them: remove them first"
             )
         signature = signature_of(block)
         if signature not in proven:
@@ -206,8 +207,19 @@ def why_not_stack(stack: nn.Module, owner: Any) -> str:
 
 
 def _hooked(block: Any) -> bool:
-    """Whether somebody listens to what `run_block` does not call. Who listens to every module misses two of a block."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in (block, block.attn))
+    """Whether somebody listens to what `run_block` does not call, the dropout on attention weights included, or set a
+    forward of their own there. Who listens to every module misses these few of a block.
+    """
+    attn = block.attn
+    return any(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in part.__dict__
+        for part in (block, attn, attn._modules.get("attn_drop"))
+        if part is not None
+    )
 
 
 _FIX = "Call vitkernels.revert(model) first."
