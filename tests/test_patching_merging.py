@@ -365,6 +365,18 @@ def _heard(forward, hear, *args, **kwargs):
     return forward(*args, **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("r", [4, [4, 100, 4]], ids=["r", "more than there are"])
+def test_traces(r) -> None:
+    """Sizes are tensors in torch.jit.trace, and a bool was subtracted from one."""
+    model, x = vit(), torch.randn(2, 3, 64, 64)
+    vitkernels.apply(model, token_merging=r, verbose=False)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        for images in (x.flip(0), x[:1]):
+            assert torch.equal(traced(images), model(images))
+
+
 def test_features_of_single_blocks_are_refused() -> None:
     model, x = vit(), torch.randn(1, 3, 64, 64)
     before = model.forward_intermediates(x, intermediates_only=True)

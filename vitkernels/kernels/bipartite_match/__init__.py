@@ -78,7 +78,8 @@ def clipped(tokens: int, r: Any, class_token: bool, distill_token: bool) -> int:
     """How many of the tokens merge when r are asked for."""
     if distill_token and tokens < 4:
         return 0  # the only odd token is the one that nothing merges into
-    return max(0, min(r, (tokens - class_token - distill_token) // 2))
+    kept = int(class_token) + int(distill_token)  # torch.jit.trace has tensors for sizes, which take no bools
+    return max(0, min(r, (tokens - kept) // 2))
 
 
 def _check(metric: Any, r: Any, class_token: Any, distill_token: Any) -> tuple[Any, ...]:
