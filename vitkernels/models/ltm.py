@@ -64,6 +64,7 @@ class LTMViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + tokens, embed_dim))
         self.blocks = nn.ModuleList()
+        carry = False
         for index, rate in enumerate(torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()):
             block: nn.Module
             if index in merge_blocks:
@@ -73,8 +74,10 @@ class LTMViT(nn.Module):
                     tokens=tokens,
                     compression=compression,
                     drop_path=rate,
+                    carry=carry,
                     backend=backend,
                 )
+                carry = block.merged_tokens == tokens  # or the next mask is of another shape
                 tokens = block.merged_tokens
             else:
                 block = Block(embed_dim, num_heads, 4 * embed_dim, rate, nn.Linear)

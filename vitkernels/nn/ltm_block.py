@@ -40,7 +40,8 @@ class MergingMask(nn.Module):
         (merged_tokens,) = check_positive_ints("merged_tokens", merged_tokens, 1)
         self.fc1 = nn.Linear(dim, hidden or max(dim // 4, 1))
         self.fc2 = nn.Linear(self.fc1.out_features, merged_tokens)
-        self.register_parameter("carry", nn.Parameter(torch.zeros(())) if carry else None)
+        # Of one dimension: FSDP's fully_shard takes no scalars.
+        self.register_parameter("carry", nn.Parameter(torch.zeros(1)) if carry else None)
 
     def forward(self, z: Tensor, before: Tensor | None = None) -> Tensor:
         logits = self.fc2(F.gelu(self.fc1(z)))
@@ -101,6 +102,8 @@ class LTMBlock(nn.Module):
         drop_path: rate of skipping a branch while training.
         prefix_tokens: how many first tokens, such as the class token, stay out of the merging.
         restore: keep the length.
+        carry: whether the mask takes a share of the one before. False for a block that is given none, or one of
+            another shape: the share would be a parameter without a gradient, which DistributedDataParallel refuses.
         backend: of the merging, as in `ops.learnable_token_merge`.
 
     Shape: `[B, prefix_tokens + N, dim]` to `[B, prefix_tokens + P, dim]` (with `restore`, to the same), and the
@@ -130,6 +133,7 @@ class LTMBlock(nn.Module):
         drop_path: float = 0.0,
         prefix_tokens: int = 1,
         restore: bool = False,
+        carry: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -144,7 +148,7 @@ class LTMBlock(nn.Module):
         self.restore, self.backend = restore, backend
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = SelfAttention(dim, num_heads, qkv_bias)
-        self.mask = MergingMask(dim, self.merged_tokens)
+        self.mask = MergingMask(dim, self.merged_tokens, carry=carry)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
