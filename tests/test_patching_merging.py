@@ -382,12 +382,21 @@ def test_features_of_single_blocks_are_refused() -> None:
     before = model.forward_intermediates(x, intermediates_only=True)
     vitkernels.apply(model, token_merging=4, verbose=False)
     for changed in (model, copy.deepcopy(model)):
-        for method in ("forward_intermediates", "get_intermediate_layers"):
+        for method in ("forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers"):
             with pytest.raises(ValueError, match="no features of single blocks"):
                 getattr(changed, method)(x)
     vitkernels.revert(model)
     for got, want in zip(model.forward_intermediates(x, intermediates_only=True), before, strict=True):
         assert torch.equal(got, want)
+
+
+def test_another_pooling_is_taken_up_by_the_next_apply() -> None:
+    model, x = vit(), torch.randn(1, 3, 64, 64)
+    vitkernels.apply(model, token_merging=4, verbose=False)
+    model.reset_classifier(10, global_pool="avg")
+    vitkernels.apply(model, token_merging=4, verbose=False)
+    with torch.no_grad():
+        assert relative_error(model(x), plain(model, x, (4, 4, 4))) < 1e-4
 
 
 def test_the_report_leaves_out_attention_that_merges() -> None:

@@ -100,9 +100,10 @@ def apply(
             ...], block by block, 0 beyond the end; or (r, inflect), r on average, falling from block to block for
             inflect < 0, rising for > 0. No parameter is added, and LayerScale, key norms and fused attention stay.
             A model that pools its class token goes on with the merged tokens; any other gets them spread back over
-            their places after the last block, so that its mean weighs them by their sizes. Register tokens,
-            intermediate features, masks, gradient checkpointing and hooks on blocks or their attention, forwards set
-            on them included, are refused; of hooks that come later a warning says that they are not called.
+            their places after the last block, so that its mean weighs them by their sizes. Call apply again after
+            changing how it pools. Register tokens, intermediate features, masks, gradient checkpointing and hooks on
+            blocks or their attention, forwards set on them included, are refused; of hooks that come later a warning
+            says that they are not called.
         proportional_attention: with token_merging, a merged token counts in attention as often as the tokens that
             it stands for. Models that were trained without masks and are not fine-tuned want it; MAE's do not.
         trace_source: with token_merging, keep for `vitkernels.merged_source` where each token went.

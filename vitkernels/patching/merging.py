@@ -234,11 +234,13 @@ def _refuse_intermediates(*_: Any, **__: Any) -> None:
     raise ValueError(f"a model that merges tokens has no features of single blocks. {_FIX}")
 
 
-# In the place of the owner's methods of these names: timm's would run or read the blocks past the stack.
+# In the place of the owner's methods of these names: timm's would run or read the blocks past the stack, or put a part
+# of it in its place, which merges nothing.
 REFUSED: dict[str, Callable[..., None]] = {
     "set_grad_checkpointing": _refuse_checkpointing,
     "forward_intermediates": _refuse_intermediates,
     "get_intermediate_layers": _refuse_intermediates,
+    "prune_intermediate_layers": _refuse_intermediates,
 }
 
 
