@@ -7,7 +7,8 @@ constexpr int THREADS = 128;
 constexpr int AHEAD = 8;  // elements that a thread loads before it adds them up
 
 // A thread owns a row or a column of one head and walks along it, in index order: the sums of negative
-// numbers then never increase, not even by rounding.
+// numbers then never increase, not even by rounding. The first of a line is in no difference of two sums, and
+// may be anything, -inf too.
 struct Lines {
   int batch, heads, height, width;
 
@@ -82,7 +83,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 1)
   for (int first = 0; first < line.length; first += AHEAD) {
     double decays[AHEAD];
     VK_UNROLL
-    for (int e = 0; e < AHEAD; ++e) decays[e] = first + e < line.length ? to_double(source[first + e]) : 0.0;
+    for (int e = 0; e < AHEAD; ++e) {
+      const int position = first + e;
+      decays[e] = position > 0 && position < line.length ? to_double(source[position]) : 0.0;
+    }
     VK_UNROLL
     for (int e = 0; e < AHEAD; ++e) {
       if (first + e >= line.length) break;

@@ -98,21 +98,21 @@ VITKERNELS_INLINE void by_decay(const Params& p, Visit visit) {
 }
 
 // In double: what a float keeps of a sum is then its rounding alone, and sums of decays <= 0 fall
-// monotonously.
+// monotonously. The first of a line is in no difference of two sums, and may be anything, -inf too.
 template <class T, class D>
 static void sum_decays(const Params& p, int64_t batch, int head, D) {
   T *along = plane<T>(p.cum, 0, batch, head), *down = plane<T>(p.cum, 1, batch, head);
   for (int y = 0; y < p.height; ++y) {
     double sum = 0;
     for (int x = 0; x < p.width; ++x) {
-      sum += load_one(token<const D>(p.log_decay_w, batch, head, y, x));
+      if (x > 0) sum += load_one(token<const D>(p.log_decay_w, batch, head, y, x));
       along[static_cast<ptrdiff_t>(y) * p.width + x] = static_cast<T>(sum);
     }
   }
   for (int x = 0; x < p.width; ++x) {
     double sum = 0;
     for (int y = 0; y < p.height; ++y) {
-      sum += load_one(token<const D>(p.log_decay_h, batch, head, y, x));
+      if (y > 0) sum += load_one(token<const D>(p.log_decay_h, batch, head, y, x));
       down[static_cast<ptrdiff_t>(y) * p.width + x] = static_cast<T>(sum);
     }
   }

@@ -1,6 +1,6 @@
 // Polyline path masked attention on maps.
 //
-// Rows i, r and columns j, l. With the inclusive sums Cw of log_decay_w along each row and Ch of log_decay_h
+// Rows i, r and columns j, l. With the sums Cw of log_decay_w along each row and Ch of log_decay_h
 // down each column, by the order of the indices alone:
 //   T_i[j, l] = Cw[i, max(j, l)] - Cw[i, min(j, l)]      h_ir[l] = Ch[max(i, r), l] - Ch[min(i, r), l]
 //   M[(i, j), (r, l)] = T_i[j, l] + h_ir[l]              M^T[(i, j), (r, l)] = T_r[j, l] + h_ir[j]

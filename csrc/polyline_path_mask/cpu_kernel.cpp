@@ -25,7 +25,8 @@ int pitch_of(int width) {
   return ceil_div(width, kLanes<T>) * kLanes<T>;
 }
 
-// The sums of an image and head, [H][pitch]: of decay_w along its rows, of decay_h down its columns.
+// The sums of an image and head, [H][pitch]: of decay_w along its rows, of decay_h down its columns. Without
+// the first of a line, which is in no difference of two sums and may be anything.
 template <class T>
 struct Sums {
   T *w, *h;
@@ -52,11 +53,12 @@ struct Sums {
       T sum = 0;
       for (int l = 0; l < pitch; ++l) {
         const bool inside = l < width;
-        if (inside) sum += load_one(from_w + i * decay_w->stride[1] + l * decay_w->stride[2]);
+        if (inside && l > 0) sum += load_one(from_w + i * decay_w->stride[1] + l * decay_w->stride[2]);
         w[i * pitch + l] = sum;
-        const T above = i > 0 ? h[(i - 1) * pitch + l] : T(0);
         h[i * pitch + l] =
-            inside ? above + load_one(from_h + i * decay_h->stride[1] + l * decay_h->stride[2]) : T(0);
+            inside && i > 0
+                ? h[(i - 1) * pitch + l] + load_one(from_h + i * decay_h->stride[1] + l * decay_h->stride[2])
+                : T(0);
       }
     }
     return true;

@@ -17,6 +17,7 @@ struct Shape {
 };
 
 // A thread for each line: sums [planes][H][W] of decay_w along the rows, then of decay_h down the columns.
+// Without the first of a line, which is in no difference of two sums and may be anything.
 template <class T>
 VK_KERNEL void VK_LAUNCH_BOUNDS(SUM_THREADS, 1)
     sums_kernel(Shape s, View decay_w, View decay_h, accumulate_t<T>* sums) {
@@ -44,7 +45,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(SUM_THREADS, 1)
   Acc sum = Acc(0);
   VK_UNROLL
   for (int i = 0; i < count; ++i) {
-    sum += to_accumulate(from[i * from_step]);
+    sum += i > 0 ? to_accumulate(from[i * from_step]) : Acc(0);
     to[i * step] = sum;
   }
 }

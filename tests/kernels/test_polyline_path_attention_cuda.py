@@ -259,6 +259,17 @@ def test_absent_gradients(missing: tuple[str, ...], criss_cross: bool) -> None:
 
 
 @pytest.mark.parametrize("criss_cross", [False, True])
+def test_what_comes_before_a_line_plays_no_part(criss_cross: bool) -> None:
+    case = Case(4, 6, criss_cross, dtype=F32)
+    memory = Memory(case)
+    inputs = make_inputs(case, memory)
+    want = run_kernels(case, inputs, memory)
+    inputs.tensors[3][:, :, 0] = inputs.tensors[4][:, 0] = -torch.inf
+    got = run_kernels(case, inputs, memory)
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+@pytest.mark.parametrize("criss_cross", [False, True])
 def test_constant_decays_without_a_stride(criss_cross: bool) -> None:
     """Decays expanded from one number a head, as those of RMT."""
     case = Case(4, 6, criss_cross, dtype=F32, heads=2, missing=NAMES[3:])

@@ -201,6 +201,16 @@ def test_no_decay_and_strong_decay(decay: float, criss_cross: bool, guarded: Gua
 
 
 @pytest.mark.parametrize("criss_cross", [False, True], ids=["whole", "criss_cross"])
+def test_what_comes_before_a_line_plays_no_part(criss_cross: bool, guarded: Guarded) -> None:
+    case = Case(3, 4, criss_cross)
+    inputs, grad_out = make_inputs(case, guarded)
+    want = run_kernels(case, inputs, grad_out, guarded)
+    inputs["log_decay_w"][:, :, 0] = inputs["log_decay_h"][:, 0] = -torch.inf
+    got = run_kernels(case, inputs, grad_out, guarded)
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+@pytest.mark.parametrize("criss_cross", [False, True], ids=["whole", "criss_cross"])
 def test_large_logits_and_expanded_tensors(criss_cross: bool, guarded: Guarded) -> None:
     """Decays constant by head, as RMT's, and the gradient of out.sum(), have strides of 0."""
     case = Case(4, 5, criss_cross, dtype=F16, heads=2)

@@ -57,6 +57,16 @@ def test_strong_decay(log, transpose, kernels):
 
 
 @each_option
+def test_what_comes_before_a_line_plays_no_part(log, transpose, kernels):
+    tensors = decays(1, 3, 4, 2)
+    grad = gradient_like(tensors)
+    want = launch(native, tensors, grad, log, transpose, **kernels)
+    tensors["log_decay_w"][:, :, 0] = tensors["log_decay_h"][:, 0] = -torch.inf
+    got = launch(native, tensors, grad, log, transpose, **kernels)
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+@each_option
 def test_every_schedule_gives_the_same(log, transpose, kernels):
     """A missing barrier would show as a difference between orders of threads."""
     tensors = decays(1, 7, 9, 1)

@@ -42,6 +42,16 @@ def test_forward_and_gradients(grid, dtype, log, transpose):
     check(launch(launcher, tensors, grad, log, transpose), tensors, grad, log, transpose)
 
 
+@pytest.mark.parametrize("log", [True, False])
+def test_what_comes_before_a_line_plays_no_part(log):
+    tensors = decays(1, 3, 4, 1)
+    grad = gradient_like(tensors)
+    want = launch(launcher, tensors, grad, log, False)
+    tensors["log_decay_w"][:, :, 0] = tensors["log_decay_h"][:, 0] = -torch.inf
+    got = launch(launcher, tensors, grad, log, False)
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
 @each_option
 @pytest.mark.parametrize("grid", [(3, 5), pytest.param((9, 5), marks=pytest.mark.thorough)])
 def test_several_tiles_of_keys(grid, log, transpose, monkeypatch):

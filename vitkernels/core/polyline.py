@@ -7,10 +7,14 @@ import torch
 
 
 def cumulative(log_decay_w: torch.Tensor, log_decay_h: torch.Tensor) -> torch.Tensor:
-    """[2, B, heads, H, W]: the sums of log_decay_w along the rows, and of log_decay_h down the columns."""
+    """[2, B, heads, H, W]: the sums of log_decay_w along the rows, and of log_decay_h down the columns.
+
+    Without the first of a line, which is in no difference of two sums, but of which -inf would make each NaN.
+    """
     accumulate = torch.float64 if log_decay_w.dtype is torch.float64 else torch.float32
-    along = log_decay_w.to(accumulate).cumsum(2)
-    down = log_decay_h.to(accumulate).cumsum(1)
+    row, column = (torch.arange(size, device=log_decay_w.device) for size in log_decay_w.shape[1:3])
+    along = torch.where(column[:, None] > 0, log_decay_w.to(accumulate), 0).cumsum(2)
+    down = torch.where(row[:, None, None] > 0, log_decay_h.to(accumulate), 0).cumsum(1)
     return torch.stack((along, down)).permute(0, 1, 4, 2, 3)
 
 

@@ -50,9 +50,9 @@ def polyline_path_attention(
             projection are read in place.
         k: keys, as q.
         v: values, [batch, height, width, heads, value_dim]; value_dim may differ from head_dim.
-        log_decay_w: [batch, height, width, heads], logarithm (<= 0, which is not checked) of the decay between a
-            token and its left neighbor, before any cumulative sum; float32 or q's dtype. May be expanded. The first
-            column's entries belong to no step: they have no influence, and gradient 0.
+        log_decay_w: [batch, height, width, heads], logarithm (<= 0 and finite, which is not checked) of the decay
+            between a token and its left neighbor, before any cumulative sum; float32 or q's dtype. May be expanded.
+            The first column's entries belong to no step: whatever they are, they have no influence, and gradient 0.
         log_decay_h: likewise of the decay between a token and its upper neighbor, in log_decay_w's dtype.
         mode: "whole" or "criss_cross".
         scale: factor on the dot products. Default: ``head_dim ** -0.5``. Only None asks for the default; 0.0 is 0.

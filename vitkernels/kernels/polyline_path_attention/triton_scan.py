@@ -28,7 +28,8 @@ def sum_decays(
 ):  # fmt: skip
     """Inclusive sums [batch, heads, height, width] along lines; decay_s goes (batch, line, position, head).
 
-    In float64, rounded once: the masks are differences of these sums.
+    In float64, rounded once: the masks are differences of these sums. A line's first decay is in none, and is not
+    read: it may be anything.
     """
     batch, head, lines, line_valid = line_place(size, heads, LINES)
     source = log_decay + batch * decay_s[0] + head * decay_s[3] + (lines.to(tl.int64) * decay_s[1])[:, None]
@@ -38,7 +39,8 @@ def sum_decays(
         positions = first + tl.arange(0, BLOCK)
         inside = line_valid[:, None] & (positions < size[1])[None, :]
         place = positions.to(tl.int64)[None, :]
-        tile = tl.load(source + place * decay_s[2], mask=inside, other=0.0).to(tl.float64)
+        inner = inside & (positions > 0)[None, :]
+        tile = tl.load(source + place * decay_s[2], mask=inner, other=0.0).to(tl.float64)
         tl.store(
             target + place * plane_s[1], (tl.cumsum(tile, 1) + carry[:, None]).to(tl.float32), mask=inside
         )
