@@ -82,7 +82,7 @@ def _check(q: Any, k: Any, v: Any, size: Any, scale: Any) -> tuple[Any, ...]:
     check_dtype("k", k, (q.dtype,), _ONE_DTYPE)
     check_dtype("v", v, (q.dtype,), _ONE_DTYPE)
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    check_dtype("size", size, (wide,), "Sizes are counts that half precision cannot hold.")
+    check_dtype("size", size, (wide,), f"Cast it with size.to({wide}): half precision holds no large counts.")
     return q, k, v, size, scale
 
 

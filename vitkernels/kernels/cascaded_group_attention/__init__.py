@@ -75,7 +75,7 @@ def cascaded_group_attention(
             ``vitkernels.backend`` scope, else of ``VITKERNELS_BACKEND``, else the fastest that fits.
 
     Returns:
-        [B, C, H, W] in x's dtype and memory format.
+        [B, C, H, W] in x's dtype and memory format (the reference promises no format).
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

@@ -13,5 +13,6 @@ def forward(
     if attn_bias is not None:
         logits = logits + attn_bias  # a float32 bias promotes half-precision logits
     out = torch.matmul(torch.softmax(logits, dim=-1).to(v.dtype), v)
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # in memory as the kernels' is
     accumulate = torch.float64 if q.dtype is torch.float64 else torch.float32
     return out, torch.logsumexp(logits.to(accumulate), dim=-1)

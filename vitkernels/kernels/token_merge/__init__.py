@@ -90,7 +90,9 @@ def _check(x: Any, size: Any, rows: Any, starts: Any, members: Any, mode: Any) -
         check_tensor("size", size, tuple(rows.shape), "[batch, tokens]")
         check_device("size", size, x.device, "x")
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        check_dtype("size", size, (wide,), "Sizes are counts that half precision cannot hold.")
+        check_dtype(
+            "size", size, (wide,), f"Cast it with size.to({wide}): half precision holds no large counts."
+        )
     return x, size, rows, starts, members, mode
 
 

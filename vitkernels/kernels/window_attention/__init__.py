@@ -62,8 +62,9 @@ def window_attention(
             ``vitkernels.backend`` scope, else of ``VITKERNELS_BACKEND``, else the fastest that fits.
 
     Returns:
-        out, [batch, heads, tokens, value_dim], in v's dtype and memory format; with ``return_lse`` also lse,
-        [batch, heads, tokens], float32 (float64 for float64), natural logarithm, differentiable.
+        out, [batch, heads, tokens, value_dim], in v's dtype and memory format (the reference's is contiguous); with
+        ``return_lse`` also lse, [batch, heads, tokens], float32 (float64 for float64), natural logarithm,
+        differentiable.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
