@@ -119,6 +119,27 @@ def test_any_number_of_operands(count: int, backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize(
+    ("wrong", "kind", "expected"),
+    [
+        (lambda x: x.float(), TypeError, "expected dtype float64; got float32"),
+        (lambda x: x[:1], ValueError, r"expected shape \[batch, N, D\] = \[3, 11, \*\]"),
+        (lambda x: x[:, 1:], ValueError, r"expected shape \[batch, N, D\] = \[3, 11, \*\]"),
+        (lambda x: x[..., :0], ValueError, "expected at least one channel"),
+        (lambda x: x.to("meta"), ValueError, "expected device cpu, as `z`"),
+        (lambda x: "text", TypeError, "expected a tensor"),
+    ],
+    ids=["dtype", "batch", "tokens", "channels", "device", "type"],
+)
+def test_later_operands_are_held_to_the_first(wrong, kind, expected, backend: str) -> None:
+    """Each pair of them is a call, in which one of them stands for z."""
+    z, g, _ = random_call(False)
+    for operands, name in (((z, wrong(z)), "1"), ((z, z, wrong(z)), "2")):
+        with pytest.raises(kind, match=rf"argument `others\[{name}\]`: {expected}"):
+            ops.learnable_token_merge(z, g, *operands, backend=backend)
+
+
+@each_backend
 def test_a_float32_mask_under_half_precision(backend: str) -> None:
     z, g = torch.randn(2, 9, 4), torch.randn(9, 3, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

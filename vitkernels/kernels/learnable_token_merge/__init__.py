@@ -65,6 +65,12 @@ def learnable_token_merge(
     y, second, _ = operator((z, g, others[0] if others else None), (normalize,), backend)
     if not others:
         return y
+    for i, other in enumerate(others[1:], 1):  # the calls below would take it for their z
+        check_tensor(f"others[{i}]", other, (*z.shape[:2], None), "[batch, N, D]")
+        check_device(f"others[{i}]", other, z.device, "z")
+        check_dtype(f"others[{i}]", autocast(other)[0], (y.dtype,), "Cast it to z.dtype.")
+        if other.shape[2] == 0:
+            fail(f"others[{i}]", "at least one channel", other)
     merged = [y, second]
     for i in range(1, len(others), 2):  # a pair in a call, which reads and normalises the mask once
         pair = others[i : i + 2]
