@@ -8,7 +8,6 @@ from typing import Any
 from vitkernels import models, nn, ops
 from vitkernels.core.backends import PROBE, BackendError, Probed, backend
 from vitkernels.core.merge_plan import MergePlan
-from vitkernels.core.operator import REGISTRY
 from vitkernels.kernels.block_sparse_linear.tensor import BlockSparseTensor
 from vitkernels.patching import apply, merged_source, revert
 from vitkernels.sparsity import densify, sparsify
@@ -48,8 +47,8 @@ def supported_backends(op: str, *args: Any, **kwargs: Any) -> dict[str, list[str
     Raises:
         ValueError: unknown operator, or whatever the operator itself raises for bad arguments.
     """
-    if op not in REGISTRY:
-        raise ValueError(f"argument `op`: expected one of {', '.join(sorted(REGISTRY))}; got {op!r}.")
+    if op not in ops.__all__:
+        raise ValueError(f"argument `op`: expected one of {', '.join(ops.__all__)}; got {op!r}.")
     try:
         getattr(ops, op)(*args, **{**kwargs, "backend": PROBE})
     except Probed as probed:

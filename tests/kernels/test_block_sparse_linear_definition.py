@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitkernels import BlockSparseTensor, ops
+from vitkernels import BlockSparseTensor, ops, supported_backends
 
 # O = 5, I = 7, blocks 2 x 3: the last block row and column are partial, block row 1 is empty.
 CROW, COL = [0, 2, 2, 4], [0, 2, 0, 1]
@@ -302,3 +302,10 @@ def test_an_edited_matrix_is_refused(edit, kind, message):
     with pytest.raises(kind) as error:
         ops.block_sparse_linear(x, weight)
     assert message in str(error.value)
+
+
+def test_supported_backends_knows_the_product_with_a_matrix() -> None:
+    """It is in `vitkernels.ops`, though it has no kernels but those of block_sparse_linear."""
+    reasons = supported_backends("block_sparse_matmul", torch.randn(2, 5).double(), golden())
+    assert reasons["cpu"] == reasons["reference"] == []
+    assert set(reasons) == {"cuda", "triton", "cpu", "reference"}
