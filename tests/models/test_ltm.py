@@ -112,11 +112,19 @@ def test_autocast_and_compile(dtype: torch.dtype) -> None:
             assert relative_error(compiled(images), exact) < 1e-5
 
 
+def test_the_share_that_is_left_is_rounded_up_from_its_decimal_value() -> None:
+    """0.55 * 20 and 0.28 * 25 are a hair above whole numbers in binary."""
+    for share, count, left in ((0.55, 20, 11), (0.28, 25, 7), (0.8, 196, 157), (1.0, 9, 9), (1e-9, 9, 1)):
+        assert LTMBlock(8, 1, tokens=count, compression=share).merged_tokens == left
+
+
 def test_errors_name_the_argument() -> None:
     for call, message in (
         (lambda: LTMBlock(24, 5, tokens=4), "argument `dim`: expected a multiple"),
         (lambda: LTMBlock(24, 3, tokens=4, compression=0.0), "argument `compression`: expected a share"),
         (lambda: LTMBlock(24, 3, tokens=0), "argument `tokens`: expected a positive int"),
+        (lambda: LTMBlock(24, 3, tokens=4, prefix_tokens=-1), "argument `prefix_tokens`: expected an int"),
+        (lambda: LTMBlock(0, 3, tokens=4), "argument `dim`: expected a multiple"),
         (lambda: block()(tokens(15)), "argument `x`: expected 1 [+] 15 tokens"),
         (lambda: MergingMask(64, 0), "argument `merged_tokens`: expected 1 positive ints"),
         (

@@ -125,6 +125,9 @@ def test_state_and_errors() -> None:
         (lambda: loss(f, y.int()), TypeError, "argument `targets`: expected classes in int64"),
         (lambda: loss.set_centroids(torch.ones(9, 5)), ValueError, "argument `centroids`: expected shape"),
         (lambda: nn.InformationBottleneckLoss(6)(f, y, x), ValueError, "argument `images`: expected None"),
+        (lambda: loss(f, y, x[:, 1:]), ValueError, "argument `images`: expected shape"),
+        (lambda: loss(f, y, x[1:]), ValueError, "argument `images`: expected shape"),
+        (lambda: loss(f, y, "text"), TypeError, "argument `images`: expected a tensor"),
         (lambda: nn.InformationBottleneckLoss(0), ValueError, "argument `feature_dim`: expected a positive"),
     ):
         with pytest.raises(kind, match=message):

@@ -114,6 +114,8 @@ def test_scales() -> None:
     assert StripSelfAttention(48, 3, scale=-2).scale == -2
     with pytest.raises(TypeError, match="scale"):
         StripSelfAttention(48, 3)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="argument `scale`: expected 'value_dim' or 'qk_dim', or a number"):
+        StripSelfAttention(48, 3, scale=None)  # type: ignore[arg-type]
 
 
 def test_parameters() -> None:

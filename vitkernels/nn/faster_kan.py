@@ -26,8 +26,8 @@ class ReflectionalSwitch(nn.Module):
     def __init__(self, grid_min: float, grid_max: float, num_grids: int, denominator: float) -> None:
         super().__init__()
         (num_grids,) = check_positive_ints("num_grids", num_grids, 1)
-        if denominator == 0:
-            fail("denominator", "a number other than 0, the width of the basis functions", denominator)
+        if not denominator > 0:
+            fail("denominator", "a number above 0, the width of the basis functions", denominator)
         self.grid = nn.Parameter(torch.linspace(grid_min, grid_max, num_grids), requires_grad=False)
         self.inv_denominator = 1 / denominator
 

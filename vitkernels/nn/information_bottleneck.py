@@ -128,7 +128,7 @@ class InformationBottleneckLoss(nn.Module):
             images: [batch, ...], what the model saw, to have the published value; the gradient needs none.
 
         Raises:
-            TypeError: targets of another dtype, or no tensor.
+            TypeError: targets of another dtype, or an argument that is no tensor.
             ValueError: wrong shapes; images before `set_centroids` was given input_centroids.
         """
         self._check(features, targets)
@@ -139,8 +139,11 @@ class InformationBottleneckLoss(nn.Module):
                 fix = "Call set_centroids(centroids, input_centroids) first."
                 fail("images", "None without centroids of images", images, fix)
             assert self.input_centroids is not None
+            pixels = images.flatten(1) if isinstance(images, torch.Tensor) and images.ndim > 2 else images
+            wanted = (features.shape[0], self.input_centroids.shape[1])
+            check_tensor("images", pixels, wanted, "[batch, pixels], flattened,")
             with torch.no_grad():
-                log_phi = self.log_membership(images.flatten(1), self.input_centroids)
+                log_phi = self.log_membership(pixels, self.input_centroids)
                 constant = (log_phi.exp() * log_phi).sum(1).mean()
             loss = loss + constant
         return loss

@@ -137,14 +137,17 @@ class LTMBlock(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        if num_heads < 1 or dim < 1 or dim % num_heads:
             fail("dim", f"a multiple of num_heads = {num_heads}", dim)
         if not 0 < compression <= 1:
             fail("compression", "a share above 0, at most 1", compression)
         if type(tokens) is not int or tokens < 1:
             fail("tokens", "a positive int", tokens)
+        if type(prefix_tokens) is not int or prefix_tokens < 0:
+            fail("prefix_tokens", "an int of at least 0", prefix_tokens)
         self.tokens, self.prefix_tokens = tokens, prefix_tokens
-        self.merged_tokens = math.ceil(compression * tokens)
+        # A hair less, lest a share that gives a whole number rounds to one more: 0.55 * 20 is above 11.
+        self.merged_tokens = max(1, math.ceil(compression * tokens - 1e-6))
         self.restore, self.backend = restore, backend
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = SelfAttention(dim, num_heads, qkv_bias)

@@ -168,7 +168,7 @@ class PolylinePathAttention(nn.Module):
 
     def __init__(self, embed_dim: int, num_heads: int, *, mode: str = "whole") -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             fail("embed_dim", f"a multiple of num_heads = {num_heads}", embed_dim)
         if embed_dim // num_heads % 2:
             fail("embed_dim", "an even number of channels a head: they are rotated in pairs", embed_dim)

@@ -78,7 +78,7 @@ class StripSelfAttention(nn.Module):
         for name, value in {"reduction": reduction, "norm": norm, "act": act}.items():
             if value not in choices[name]:
                 fail(name, " or ".join(map(repr, choices[name])), value)
-        if isinstance(scale, str) and scale not in _SCALES:
+        if scale is None or (isinstance(scale, str) and scale not in _SCALES):
             fail("scale", f"{' or '.join(map(repr, _SCALES))}, or a number", scale)
         self.dim = dim
         self.num_heads = num_heads
