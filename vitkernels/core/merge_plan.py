@@ -15,8 +15,8 @@ class MergePlan:
     """A partition of each image's t tokens into t' = t - r groups, one for every token of the merged sequence.
 
     The plan is constant: no gradient passes through it. All tensors are int32, contiguous, on one device. `from_rows`
-    makes one of another matching; indices that were put together by hand and are no such partition are an error on
-    the CPU only: GPU kernels read where they say.
+    makes one of another matching; indices that were put together by hand and are no such partition are an error of
+    the CPU kernels only: GPU kernels read where they say.
 
     Attributes:
         rows: [batch, t], the merged sequence's row that a token goes to.

@@ -66,10 +66,10 @@ def create_model(
         weights: a `.pth` or `.safetensors` file in the official or in timm's layout, which is recognised.
             EfficientViT's bias tables are resized to the model's windows; NAT's and DiNAT's tell the numbers
             of heads and the kernel size; PPMA reads classifiers, detectors and segmenters; a block-sparse DeiT reads
-            block-sparse files and dense ones; LTM's ViTs read those of a plain ViT; with num_classes=0 the file's
-            classifier is left out. Nothing is ever downloaded.
-        **kwargs: the model's other arguments, as in `EfficientViT`, `NAT`, `MedViT`, `PPMA`, `S2AFormer`, `DeiT` and
-            `LTMViT`.
+            block-sparse files and dense ones; LTM's networks read those of a plain ViT or Swin; with num_classes=0 the
+            file's classifier is left out. Nothing is ever downloaded.
+        **kwargs: the model's other arguments, as in `EfficientViT`, `NAT`, `MedViT`, `PPMA`, `S2AFormer`, `DeiT`,
+            `LTMViT` and `LTMSwin`.
 
     Raises:
         ValueError: an unknown name, or weights whose keys or shapes are not the model's (all are listed).
