@@ -157,5 +157,17 @@ def test_bad_input_to_unnormalized_attention():
     q, tensors = torch.randn(1, 3, 4, 2, 4), decays(1, 3, 4, 2)
     with pytest.raises(ValueError, match="argument `kind`: expected 'softmax' or 'linear'; got 'sigmoid'"):
         polyline_path_attention_unnormalized(q, q, q, **tensors, kind="sigmoid")
-    with pytest.raises(ValueError, match="argument `k`: expected shape"):
-        polyline_path_attention_unnormalized(q, q[:, 1:], q, **tensors)
+    turned = tensors["log_decay_w"].transpose(1, 2)  # as many tokens, on another map
+    for kind in ("softmax", "linear"):
+        for change, error, message in (
+            ({"k": q[:, 1:]}, ValueError, "argument `k`: expected shape"),
+            ({"k": q.double()}, TypeError, "argument `k`: expected dtype float32"),
+            ({"v": q.half()}, TypeError, "argument `v`: expected dtype float32"),
+            ({"v": q.to("meta")}, ValueError, "argument `v`: expected device cpu"),
+            ({"q": q[..., :0], "k": q[..., :0]}, ValueError, "argument `q`: expected a last dimension"),
+            ({"log_decay_w": turned, "log_decay_h": turned}, ValueError, "argument `log_decay_w`: expected"),
+        ):
+            with pytest.raises(error, match=message):
+                polyline_path_attention_unnormalized(
+                    **{"q": q, "k": q, "v": q, **tensors, **change}, kind=kind
+                )
