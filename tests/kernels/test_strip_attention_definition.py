@@ -168,8 +168,7 @@ def test_hidden_keys(r: int, backend: str) -> None:
 def test_output_lies_as_a_projection_reads_it(backend: str) -> None:
     call = random_call(1)
     out, _ = attend(**call, backend=backend)
-    if backend == "cpu":
-        assert out.transpose(1, 2).is_contiguous()
+    assert out.transpose(1, 2).is_contiguous()
     assert out.shape == (2, 3, 11, 6)
 
 

@@ -270,3 +270,11 @@ def test_bad_arguments_and_inputs() -> None:
         RasterRotation(7)
     with pytest.raises(ValueError, match=r"argument `x`: expected shape \[batch, H, W, 16\], channels last"):
         layer("whole")(torch.randn(2, 16, 8, 9))
+    module, x = layer("whole"), torch.randn(2, 4, 5, 16)
+    one_row = RasterRotation(module.head_dim)(1, 5)
+    pair = one_row.new_zeros(4, 1, module.head_dim), one_row.new_zeros(4, 1, module.head_dim)
+    for rel_pos in (one_row, pair, RasterRotation(module.head_dim)(5, 4), RasterRotation(2)(4, 5)):
+        with pytest.raises(
+            ValueError, match="argument `rel_pos`: expected the rotation of a map 4 x 5 by heads"
+        ):
+            module(x, rel_pos)

@@ -96,9 +96,14 @@ def rotation_of(
     if rel_pos is None:
         return _rotation_table(_angles(head_dim).to(x.device), x.shape[1], x.shape[2], dtype)
     if isinstance(rel_pos, torch.Tensor):
-        return rel_pos
-    sin, cos = (table[..., None, ::2] for table in rel_pos)
-    return torch.stack((cos, sin), -1).to(dtype)
+        table = rel_pos
+    else:
+        sin, cos = (part[..., None, ::2] for part in rel_pos)
+        table = torch.stack((cos, sin), -1).to(dtype)
+    if table.shape != (*x.shape[1:3], 1, head_dim // 2, 2):  # a row of angles would broadcast over all
+        wanted = f"the rotation of a map {x.shape[1]} x {x.shape[2]} by heads of {head_dim} channels"
+        fail("rel_pos", wanted, table, "RasterRotation(head_dim)(height, width) makes one.")
+    return table
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -161,7 +166,7 @@ class PolylinePathAttention(nn.Module):
     Shape: `[B, H, W, embed_dim]`, channels last, to the same.
 
     Raises:
-        ValueError: bad values; in forward, an input of another shape.
+        ValueError: bad values; in forward, an input or rel_pos of another shape.
 
     Paper: Polyline Path Masked Attention for Vision Transformer (Zhao et al., NeurIPS 2025).
     """
