@@ -113,7 +113,7 @@ def apply(
         what was replaced, and why the rest was left; print it for a table.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or token_merging is of another type.
         ValueError: an unknown backend; fold_bn for a model in train mode; token_merging for a model without a stack
             of transformer blocks that can merge.
     """
