@@ -158,6 +158,25 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and run() == firs
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=env)
 
 
+def test_pool_without_a_thread(built: Path) -> None:
+    """Where the system refuses even the first worker, the caller takes all."""
+    script = f"""
+import ctypes, os, resource
+library = ctypes.CDLL({str(built)!r})
+found, ids = (ctypes.c_int64 * 4)(*[-1] * 4), (ctypes.c_uint64 * 2)()
+library.runtime()
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (size + 0x40000, most))  # less than a stack
+library.ranges(ctypes.c_int64(10), 2, found, ids)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+assert len(os.listdir("/proc/self/task")) == 1, "a worker after all"
+assert list(found) == [0, 10, -1, -1], list(found)
+"""
+    env = {**os.environ, "VITKERNELS_OPENMP": "0"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=env)
+
+
 def test_scratch_is_aligned_and_kept(library: ctypes.CDLL) -> None:
     first = library.scratch(1000)
     assert first % 64 == 0
@@ -165,7 +184,9 @@ def test_scratch_is_aligned_and_kept(library: ctypes.CDLL) -> None:
     large = library.scratch(1 << 26)
     assert large % 64 == 0
     ctypes.memset(large, 1, 1 << 26)
-    ctypes.memset(library.scratch(1 << 10), 2, 1 << 10)
+    small = library.scratch(1 << 10)
+    assert small != large, "a rare large problem pins its memory"
+    ctypes.memset(small, 2, 1 << 10)
 
 
 def test_small_work_stays_on_one_thread(library: ctypes.CDLL) -> None:

@@ -52,6 +52,26 @@ def test_one_row_of_a_whole_image(mode):
     assert ones["sizes"].item() == 3000
 
 
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=["fp16", "bf16"])
+def test_half_precision_is_rounded_to_the_nearest(dtype):
+    """Every number of the dtype beside another: ties, subnormals, overflow, infinities and what is no number."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    partners = torch.stack([every[torch.randperm(1 << 16)], every.roll(0x83), torch.zeros_like(every)])
+    x = torch.stack([every.expand(3, -1), partners], 1)
+    plan = random_plan(3, 2, 1)
+    for mode in ("sum", "mean"):
+        got = launch_merge(native, x, None, plan, mode, torch.zeros(3, 1, 1 << 16, dtype=dtype))["y"]
+        want = getattr(x.float(), mode)(1, keepdim=True).to(dtype)
+        nothing = want.isnan()
+        assert torch.equal(got.isnan(), nothing), mode
+        assert torch.equal(got[~nothing], want[~nothing]), mode
+    # Rounding would carry what is no number, with all bits set, into a zero.
+    size = torch.full((3, 2), -1, dtype=torch.int32).view(torch.float32)
+    ones = torch.ones(3, 2, 16, dtype=dtype)
+    got = launch_merge(native, ones, size, plan, "wavg", torch.zeros(3, 1, 16, dtype=dtype))["y"]
+    assert got.isnan().all()
+
+
 @each_dtype
 @each_mode
 def test_a_token_alone_is_copied(mode, dtype):

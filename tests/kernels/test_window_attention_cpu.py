@@ -285,6 +285,21 @@ def test_nan_reaches_exactly_its_window(layout: str, window: tuple[int, int]) ->
         assert torch.equal(lse.isnan(), hit)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["nchw_offset", "offset"])
+@pytest.mark.parametrize("window", [(7, 7), (12, 12)], ids=str)
+def test_a_key_of_nan_is_not_overlooked(window: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
+    """No key may pass for one that is merely far away."""
+    for key in (0, 20, window[0] * window[1] - 1):
+        problem = Problem(window, 16, 32, "absolute", layout, dtype)
+        problem.inputs[1][1, 0, key, 3] = float("nan")
+        out, lse = problem.run((False,) * 4)[:2]
+        hit = torch.zeros(lse.shape, dtype=torch.bool)
+        hit[1, 0] = True
+        assert torch.equal(out.isnan(), hit.unsqueeze(-1).expand_as(out))
+        assert torch.equal(lse.isnan(), hit)
+
+
 def test_absent_results_change_nothing() -> None:
     problem = Problem((7, 7), 16, 32, "absolute", "nchw_offset", torch.float32)
     full = problem.run()
