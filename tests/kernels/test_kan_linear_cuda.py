@@ -57,7 +57,8 @@ def test_every_schedule_gives_the_same(dtype, weight_dtype, kernels):
 
 
 def test_rows_of_one_value(kernels):
-    check_rows_of_one_value(lambda tensors: launch(native, tensors, torch.randn(3, 5), **kernels))
+    grad_y = torch.randn(3, 5)
+    check_rows_of_one_value(lambda tensors: launch(native, tensors, grad_y, **kernels))
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES[1:])
@@ -89,16 +90,28 @@ def test_any_grid(grid, inverse, dtype, kernels):
     check(launch(native, tensors, grad_y, params, **kernels), tensors, grad_y, params)
 
 
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES[1:3])
+def test_partial_sums_that_warps_share(dtype, weight_dtype, kernels):
+    """Of the gradient of the grid, one a channel here: more than a warp takes at once."""
+    tensors, grad_y = inputs(5, 43, 3, 64, dtype, weight_dtype), torch.randn(5, 3)
+    check(launch(native, tensors, grad_y, **kernels), tensors, grad_y)
+
+
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [DTYPES[1], DTYPES[2], DTYPES[4]])
-@pytest.mark.parametrize(("grids", "padding", "before"), [(8, 0, 64), (8, 0, 65), (8, 1, 64), (5, 6, 64)])
-def test_nothing_is_read_or_written_outside(dtype, weight_dtype, grids, padding, before, kernels):
+@pytest.mark.parametrize(
+    ("grids", "padding", "of_x", "before"), [(8, 0, 7, 64), (8, 0, 6, 65), (8, 1, 6, 64), (5, 6, 7, 64)]
+)
+def test_nothing_is_read_or_written_outside(dtype, weight_dtype, grids, padding, of_x, before, kernels):
     """With rows that asynchronous copies can take, and with rows that they cannot: of the weight not even the first,
-    all but the first, and those that do not end where a copy does."""
+    all but the first, and those that do not end where a copy does. Rows of x that vectors can take but for where the
+    first begins, where they end, or where the second begins."""
     guarded, rows, outputs = Guarded(), 37, 24
     plain = inputs(rows, 10, outputs, grids, dtype, weight_dtype)
     layout = Layout(before=before)
     tensors = {name: guarded(tuple(t.shape), t.dtype, layout).copy_(t) for name, t in plain.items()}
-    tensors["x"] = guarded((1, 1, rows, 10), dtype, Layout(padding=7, before=before))[0, 0].copy_(plain["x"])
+    tensors["x"] = guarded((1, 1, rows, 10), dtype, Layout(padding=of_x, before=before))[0, 0].copy_(
+        plain["x"]
+    )
     weight = plain["weight"]
     of_weight = Layout((0, 1), padding=padding, before=before)
     tensors["weight"] = guarded(tuple(weight.shape), weight.dtype, of_weight).copy_(weight)

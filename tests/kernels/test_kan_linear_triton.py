@@ -46,7 +46,8 @@ def test_forward_and_gradients(rows, channels, outputs, grids, dtype, weight_dty
 
 
 def test_rows_of_one_value():
-    check_rows_of_one_value(lambda tensors: launch(launcher, tensors, torch.randn(3, 5)))
+    grad_y = torch.randn(3, 5)
+    check_rows_of_one_value(lambda tensors: launch(launcher, tensors, grad_y))
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)

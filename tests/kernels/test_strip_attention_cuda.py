@@ -134,6 +134,7 @@ def _cases() -> Iterator[Case]:
     yield Case(10, 9, 2, 24, F16, bias=(2, 2, 10, 9), batch=2)  # one small tile
     yield Case(70, 49, 3, 16, F16, bias=(2, 1, 49), bias_dtype=F32)
     yield Case(33, 30, 1, 48, BF16, bias=(1, 2, 33, 30), bias_dtype=F32)
+    yield Case(33, 30, 2, 48, BF16, bias=(33, 1))
 
 
 @pytest.mark.parametrize("case", list(_cases()), ids=str)
@@ -219,14 +220,43 @@ def test_values(values: str, dtype: torch.dtype) -> None:
     compare(case, got, baseline, truth)
 
 
+def test_one_key_leaves_the_gradient_of_lse() -> None:
+    """What else a logit's gradient is made of cancels to the last bit, however large it is."""
+    case = Case(33, 1, dv=24, dtype=F32)
+    inputs = make_inputs(case, Guarded())
+    q, k, v = (inputs.tensors[name] for name in "qkv")
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert inputs.grad_lse is not None
+    v.mul_(1e5)
+    got = run_kernels(case, inputs, Guarded())
+    wanted = case.scale * inputs.grad_lse.double().unsqueeze(-1)
+    torch.testing.assert_close(got["grad_q"].double(), wanted * k.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got["grad_k"].double(), (wanted * q.double()).sum(2, keepdim=True), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("case", [Case(70, 50), Case(33, 30, dtype=F32), Case(r=2)], ids=str)
+def test_an_lse_that_is_not_wanted(case: Case) -> None:
+    guarded = Guarded()
+    inputs = make_inputs(case, guarded)
+    out = guarded((case.batch, case.heads, case.queries, case.dv), case.dtype)
+    native.forward(out, None, *inputs.tensors.values(), case.scale, module=twin.load(), cuda=True)
+    guarded.check()
+    assert torch.equal(out, run_kernels(case, inputs, Guarded())["out"])
+
+
+@pytest.mark.parametrize("layout", ["dense", "tokens_first"])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("factor", [100.0, 6e4])
-def test_scores_beyond_half_precision(dtype: torch.dtype, factor: float) -> None:
+def test_scores_beyond_half_precision(dtype: torch.dtype, factor: float, layout: str) -> None:
     """Scores up to 1e4 and to 1e9, where one step of the fp32 maximum would overflow an exponential.
 
     PyTorch's own scores are infinite here, so the truth itself, rounded, takes its place.
     """
-    case = Case(70, 70, dv=24, dtype=dtype, grad_lse=False)
+    case = Case(70, 70, dv=24, dtype=dtype, grad_lse=False, layout=layout)
     inputs = make_inputs(case, Guarded())
     for name in "qk":
         tensor = inputs.tensors[name]
