@@ -76,15 +76,18 @@ def test_far_from_the_grid(dtype, weight_dtype, kernels):
     ("grid", "inverse"),
     [
         (torch.linspace(-30, 30, 8), 1 / 0.33),
+        (torch.linspace(-30, 1, 8), 1 / 0.33),
+        (torch.linspace(-1, 30, 8), 1 / 0.33),
         (torch.tensor([2.0, -0.5, 0.0, 0.0, 7.0]), 3.0),
         (torch.linspace(-2, 2, 8), 40.0),
         (torch.linspace(-2, 2, 8), 0.01),
     ],
-    ids=["wide", "unsorted", "narrow functions", "broad functions"],
+    ids=["wide", "wide below", "wide above", "unsorted", "narrow functions", "broad functions"],
 )
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_any_grid(grid, inverse, dtype, kernels):
     tensors = {**inputs(50, 12, 20, len(grid), dtype), "grid": grid}
+    tensors["ln_bias"] += grid.mean()
     grad_y = torch.randn(50, 20)
     params = (inverse, 1e-5)
     check(launch(native, tensors, grad_y, params, **kernels), tensors, grad_y, params)
