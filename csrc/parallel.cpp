@@ -108,8 +108,7 @@ const OpenMp& openmp() {
 class Pool {
  public:
   void run(const Job& job, int threads) {
-    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
-    if (!busy) return job.run(0, 1);
+    if (busy_.test_and_set(std::memory_order_acquire)) return job.run(0, 1);
     int slots = threads;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -128,8 +127,11 @@ class Pool {
     }
     wake_.notify_all();
     job.run(0, slots);
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return pending_ == 0; });
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, [this] { return pending_ == 0; });
+    }
+    busy_.clear(std::memory_order_release);
   }
 
   static bool& inside_worker() {
@@ -154,7 +156,9 @@ class Pool {
     }
   }
 
-  std::mutex busy_, mutex_;
+  // No mutex: the thread that has it set asks again, in a loop within its own slot.
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  std::mutex mutex_;
   std::condition_variable wake_, done_;
   Job job_{};
   int slots_ = 0, workers_ = 0, pending_ = 0;

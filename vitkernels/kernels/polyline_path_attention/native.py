@@ -6,8 +6,9 @@ float64 for float64 inputs; all contiguous)::
     out      [B, H, W, heads, dv]      v's dtype
     lse      [2, B, heads, H, W]       accumulate; log of the softmax denominators.
                                        whole: of scores + M, of scores + M^T; criss-cross: of the rows, of the columns
-    cum      [2, B, heads, H, W]       accumulate; inclusive sums of log_decay_w along each row, and of log_decay_h
-                                       down each column, rounded once: sum in float64 or compensated, in index order
+    cum      [2, B, heads, H, W]       accumulate; sums of log_decay_w along each row, and of log_decay_h down each
+                                       column, up to and with the element's own, the first of a line counting as 0;
+                                       rounded once: sum in float64 or compensated, in index order
     partial  [P, B, H, W, heads * dv]  v's dtype; what the backward pass would have to compute again, heads and
                                        channels laid out as in out.
                                        whole: (P1 v), the first of the two unhalved softmax outputs; the other is
