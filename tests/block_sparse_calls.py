@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from guarded import drawn
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels import BlockSparseTensor
@@ -48,9 +49,11 @@ class Call:
         taken, given = reversed(weight.shape) if not transposed else weight.shape
         self.weight = weight.to(dtype)
         self.values = self.weight.values
-        self.x = torch.randn(tokens, taken).to(dtype)
-        self.bias = torch.randn(given).to(dtype) if bias else None
-        self.grad = torch.randn(tokens, given).to(dtype)
+        if dtype is torch.float64:
+            self.values /= 3  # to digits that float32 does not have
+        self.x = drawn(tokens, taken, dtype=dtype)
+        self.bias = drawn(given, dtype=dtype) if bias else None
+        self.grad = drawn(tokens, given, dtype=dtype)
         self.activation, self.transposed = activation, transposed
         self.params = (weight.index, *weight.shape, activation, transposed)
 

@@ -49,6 +49,12 @@ ROWS = {
 }
 
 
+def drawn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal, in as many digits as dtype has: a float64 kernel that rounds an input to float32 does not show with
+    numbers that were float32."""
+    return torch.randn(shape, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+
+
 def _before_a_wall(count: int, dtype: torch.dtype) -> torch.Tensor:
     """NaN up to the end of a page, and none of the next page's bytes may be read."""
     if sys.platform == "win32":
@@ -103,9 +109,7 @@ class Guarded:
     def random(
         self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout = "dense"
     ) -> torch.Tensor:
-        return self._inside(shape, dtype, layout, wall=self._walls).copy_(
-            torch.randn(shape, dtype=torch.promote_types(dtype, torch.float32))
-        )
+        return self._inside(shape, dtype, layout, wall=self._walls).copy_(drawn(*shape, dtype=dtype))
 
     def check(self) -> None:
         for buffer, inside in self._kept:

@@ -27,8 +27,8 @@ def inputs(
     """`spread` scales the norm, so that u reaches beyond the grid."""
     small = torch.float64 if dtype is torch.float64 else torch.float32
     return {
-        "x": (2 * torch.randn(rows, channels) + 0.5).to(dtype),
-        "weight": (torch.randn(outputs, channels * grids) / (channels * grids) ** 0.5).to(
+        "x": (2 * torch.randn(rows, channels, dtype=small) + 0.5).to(dtype),
+        "weight": (torch.randn(outputs, channels * grids, dtype=small) / (channels * grids) ** 0.5).to(
             weight_dtype or dtype
         ),
         "ln_weight": spread * (1 + 0.2 * torch.randn(channels, dtype=small)),

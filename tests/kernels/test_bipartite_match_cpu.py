@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from guarded import drawn
 from token_merge_calls import (
     NAMES,
     NOTHING,
@@ -30,7 +31,7 @@ MOST = 10**6
 @each_dtype
 @pytest.mark.parametrize(("tokens", "channels"), SMALL)
 def test_the_plan(tokens, channels, dtype):
-    metric = torch.randn(3, tokens, channels).to(dtype)
+    metric = drawn(3, tokens, channels, dtype=dtype)
     for class_token, distill_token in PROTECTED:
         for r in (1, max(1, tokens // 5), MOST):
             if clipped(tokens, r, class_token, distill_token) > 0:
@@ -54,15 +55,16 @@ def test_the_plan(tokens, channels, dtype):
 def test_the_models_shapes(batch, tokens, channels, r):
     told = (tokens != 4096, tokens == 198)
     for dtype in (torch.float32, torch.float16):
-        metric = torch.randn(batch, tokens, channels).to(dtype)
+        metric = drawn(batch, tokens, channels, dtype=dtype)
         check_match(launch_match(native, metric, r, *told), metric, r, *told)
 
 
 @pytest.mark.parametrize(("tokens", "channels"), [(8, 5), (37, 7), (100, 64), (290, 6)])
 def test_without_ties_the_plan_is_the_definitions(tokens, channels):
     """In float64 and float32, which leave no two scores nearer than their rounding here."""
+    wide = drawn(1, tokens, channels, dtype=torch.float64)
     for dtype in DTYPES[:2]:
-        metric = torch.randn(1, tokens, channels).to(dtype)
+        metric = wide.to(dtype)
         got = launch_match(native, metric, tokens // 4, True)
         assert check_match(got, metric, tokens // 4, True), "choose another seed: two scores are too near"
 
@@ -125,7 +127,7 @@ def test_one_destination_receives_every_source():
 @each_dtype
 @pytest.mark.parametrize(("tokens", "channels"), [(50, 16), (71, 24)])
 def test_strided_metrics(tokens, channels, dtype):
-    plain = torch.randn(2, tokens, channels).to(dtype)
+    plain = drawn(2, tokens, channels, dtype=dtype)
     want = launch_match(native, plain, 9)
     packed = torch.full((2, tokens, 3, channels), float("nan"), dtype=dtype)
     packed[:, :, 1] = plain
@@ -169,7 +171,7 @@ def test_threads_change_nothing(batch):
 @pytest.mark.parametrize(("tokens", "channels", "before"), [(37, 7, 65), (52, 64, 64), (71, 12, 64)])
 def test_nothing_is_read_or_written_outside(tokens, channels, before, dtype):
     kept = []
-    plain = torch.randn(2, tokens, channels).to(dtype)
+    plain = drawn(2, tokens, channels, dtype=dtype)
     buffer = torch.full((before + plain.numel() + 64,), float("nan"), dtype=dtype)
     metric = buffer[before : before + plain.numel()].view(plain.shape).copy_(plain)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded, Layout
+from guarded import Guarded, Layout, drawn
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels import ops
@@ -75,7 +75,7 @@ class Problem:
         }
         self.grad_out = self.map()
         self.grad = (
-            torch.randn(self.windows, self.tokens, self.channels).to(self.dtype) if self.grad_heads else None
+            drawn(self.windows, self.tokens, self.channels, dtype=self.dtype) if self.grad_heads else None
         )
 
     def empty_map(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded, Layout
+from guarded import Guarded, Layout, drawn
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels import ops
@@ -66,10 +66,10 @@ class Problem:
             for c, s in ((self.d, self.spread), (self.d, self.spread), (self.dv, 1), (self.dv, 1))
         )
         entries = [2 * k - 1 for k in self.kernel]
-        rpb = torch.randn(self.heads, *entries).to(self.rpb_dtype or self.dtype) if self.rpb else None
+        rpb = drawn(self.heads, *entries, dtype=self.rpb_dtype or self.dtype) if self.rpb else None
         self.inputs: tuple[Any, ...] = (q, k, v, rpb)
         self.grad_out = g
-        self.grad_lse = torch.randn(self.lead).to(self.lse_dtype)
+        self.grad_lse = drawn(*self.lead, dtype=self.lse_dtype)
         pairs = self.batch * count_pairs(self.sizes, self.kernel, self.dilation, causal)
         self.terms = max(1, pairs // torch.Size(entries).numel())
 

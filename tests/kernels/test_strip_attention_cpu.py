@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded
+from guarded import Guarded, drawn
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels import ops
@@ -52,10 +52,10 @@ class Problem:
         )
         bias = None
         if self.bias is not None:
-            bias = torch.randn(self.bias).to(self.bias_dtype or self.dtype)
+            bias = drawn(*self.bias, dtype=self.bias_dtype or self.dtype)
         self.inputs: tuple[Any, ...] = (q, k, v, bias)
         self.lse_dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
-        self.grad_lse = torch.randn(*lead, self.queries).to(self.lse_dtype)
+        self.grad_lse = drawn(*lead, self.queries, dtype=self.lse_dtype)
 
     def expected(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
         leaves = [

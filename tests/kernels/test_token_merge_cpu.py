@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from guarded import Guarded, Layout
+from guarded import Guarded, Layout, drawn
 from token_merge_calls import MODES, check_merge, launch_merge, random_plan
 
 from vitkernels import MergePlan, ops
@@ -24,8 +24,8 @@ LARGE = [(197, 181, 768), (577, 300, 96), (4096, 2048, 320)]
 def tensors(batch, tokens, merged, channels, dtype):
     """x, size, a plan, and the gradient of y; sizes from 1 to 197, as after many layers."""
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    x, size = torch.randn(batch, tokens, channels).to(dtype), torch.randint(1, 198, (batch, tokens)).to(wide)
-    return x, size, random_plan(batch, tokens, merged), torch.randn(batch, merged, channels).to(dtype)
+    x, size = drawn(batch, tokens, channels, dtype=dtype), torch.randint(1, 198, (batch, tokens)).to(wide)
+    return x, size, random_plan(batch, tokens, merged), drawn(batch, merged, channels, dtype=dtype)
 
 
 @each_dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from guarded import Guarded, Layout
+from guarded import Guarded, Layout, drawn
 from token_merge_calls import check_unmerge, launch_merge, launch_unmerge, random_plan
 
 from vitkernels import MergePlan, ops
@@ -23,8 +23,8 @@ LARGE = [(197, 181, 768), (4096, 2048, 320)]
     SHAPES + [pytest.param(*shape, marks=pytest.mark.thorough) for shape in LARGE],
 )
 def test_forward_and_gradient(tokens, merged, channels, dtype):
-    y, plan = torch.randn(2, merged, channels).to(dtype), random_plan(2, tokens, merged)
-    grad_x = torch.randn(2, tokens, channels).to(dtype)
+    y, plan = drawn(2, merged, channels, dtype=dtype), random_plan(2, tokens, merged)
+    grad_x = drawn(2, tokens, channels, dtype=dtype)
     got = launch_unmerge(native, y, plan, grad_x)
     check_unmerge(got, y, plan, grad_x)
     index = plan[0].long().unsqueeze(2).expand(-1, -1, channels)
@@ -36,8 +36,8 @@ def test_forward_and_gradient(tokens, merged, channels, dtype):
 @each_dtype
 @pytest.mark.parametrize("channels", [8, 77])
 def test_strided_tensors(channels, dtype):
-    y, plan = torch.randn(2, 15, channels).to(dtype), random_plan(2, 26, 15)
-    grad_x = torch.randn(2, 26, channels).to(dtype)
+    y, plan = drawn(2, 15, channels, dtype=dtype), random_plan(2, 26, 15)
+    grad_x = drawn(2, 26, channels, dtype=dtype)
     want = launch_unmerge(native, y, plan, grad_x)
     odd = torch.full((2, 15, channels + 3), float("nan"), dtype=dtype)
     odd[:, :, 1:-2] = y
@@ -81,7 +81,7 @@ def test_threads_change_no_bit(threads):
 def test_nothing_is_read_or_written_outside(before, dtype):
     guarded, padded = Guarded(), Layout((0, 1, 2), padding=8, before=before)
     dense = Layout((0, 1, 2), before=before)
-    plain, upstream = torch.randn(2, 12, 77).to(dtype), torch.randn(2, 19, 77).to(dtype)
+    plain, upstream = drawn(2, 12, 77, dtype=dtype), drawn(2, 19, 77, dtype=dtype)
     plan = random_plan(2, 19, 12)
     want = launch_unmerge(native, plain, plan, upstream)
     y, grad_x = (guarded(t.shape, dtype, padded).copy_(t) for t in (plain, upstream))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded, Layout
+from guarded import Guarded, Layout, drawn
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels.bench.cases.window_attention import table_entries, table_terms
@@ -56,10 +56,10 @@ class Problem:
         )
         table = None
         if self.bias is not None:
-            table = torch.randn(self.heads, self.entries).to(self.bias_dtype or self.dtype)
+            table = drawn(self.heads, self.entries, dtype=self.bias_dtype or self.dtype)
         self.inputs = (q, k, v, table)
         self.grad_out = g
-        self.grad_lse = torch.randn(lead).to(self.lse_dtype)
+        self.grad_lse = drawn(*lead, dtype=self.lse_dtype)
 
     def expected(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
         leaves = [None if t is None else t.to(self._as(t, dtype)).requires_grad_() for t in self.inputs]

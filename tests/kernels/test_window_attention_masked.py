@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import twin
-from guarded import Guarded
+from guarded import Guarded, drawn
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels.bench.cases.window_attention import table_terms
@@ -61,14 +61,14 @@ def run(backend: str, tensors: dict[str, torch.Tensor], params: tuple[Any, ...],
 def test_fully_masked_row(backend: str, window: tuple[int, int], dtype: torch.dtype) -> None:
     tokens = window[1]
     shape = (2, 2, tokens)
-    tensors = {name: torch.randn(*shape, 16).to(dtype) for name in "qkv"}
-    table = torch.randn(2, 2 * tokens - 1).to(dtype)
+    tensors = {name: drawn(*shape, 16, dtype=dtype) for name in "qkv"}
+    table = drawn(2, 2 * tokens - 1, dtype=dtype)
     # Entry n - m + tokens - 1: head 1 forbids query 0 all keys, and every other query the keys from its own
     # on; head 0 forbids nothing.
     table[1, :tokens] = float("-inf")
     tensors["bias_table"] = table
     accumulate = torch.float64 if dtype is torch.float64 else torch.float32
-    grads = (torch.randn(*shape, 16).to(dtype), torch.randn(shape).to(accumulate))
+    grads = (drawn(*shape, 16, dtype=dtype), drawn(*shape, dtype=accumulate))
     params = (*window, True, 0.25)
     got = run(backend, tensors, params, grads)
     baseline = reference_results(tensors, params, grads)
