@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from guarded import drawn
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels.kernels import polyline_path_mask, polyline_path_scan
@@ -20,7 +21,8 @@ LARGER = [(14, 14), (25, 42), (5, 67)]
 def decays(
     batch: int, height: int, width: int, heads: int, dtype: torch.dtype = torch.float32, rate: float = 0.3
 ) -> Inputs:
-    return {name: (-rate * torch.rand(batch, height, width, heads)).to(dtype) for name in DECAYS}
+    wide = torch.promote_types(dtype, torch.float32)
+    return {name: (-rate * torch.rand(batch, height, width, heads, dtype=wide)).to(dtype) for name in DECAYS}
 
 
 def scan_inputs(
@@ -33,7 +35,7 @@ def scan_inputs(
     decay_dtype: torch.dtype | None = None,
     rate: float = 0.3,
 ) -> Inputs:
-    x = torch.randn(batch, height, width, heads, d).to(dtype)
+    x = drawn(batch, height, width, heads, d, dtype=dtype)
     return {"x": x, **decays(batch, height, width, heads, decay_dtype or dtype, rate)}
 
 
@@ -50,7 +52,7 @@ def output_shape(tensors: Inputs) -> tuple[int, ...]:
 
 def gradient_like(tensors: Inputs) -> torch.Tensor:
     first = next(iter(tensors.values()))
-    return torch.randn(output_shape(tensors)).to(first.dtype)
+    return drawn(*output_shape(tensors), dtype=first.dtype)
 
 
 def results(
@@ -105,10 +107,14 @@ def check(got: dict[str, torch.Tensor], tensors: Inputs, grad: torch.Tensor, *pa
 
 def strided(tensors: Inputs) -> Iterator[tuple[str, Inputs]]:
     """The same values in the memory layouts that models produce, and in some that they do not."""
-    yield "heads first", {n: t.movedim(3, 1).contiguous().movedim(1, 3) for n, t in tensors.items()}
-    yield "columns first", {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in tensors.items()}
-    yield "offset", {n: torch.nn.functional.pad(t, (3, 2))[..., 3:-2] for n, t in tensors.items()}
-    yield "strided", {n: t.repeat_interleave(2, -1)[..., ::2] for n, t in tensors.items()}
+    layouts = {
+        "heads first": {n: t.movedim(3, 1).contiguous().movedim(1, 3) for n, t in tensors.items()},
+        "columns first": {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in tensors.items()},
+        "offset": {n: torch.nn.functional.pad(t, (3, 2))[..., 3:-2] for n, t in tensors.items()},
+        "strided": {n: t.repeat_interleave(2, -1)[..., ::2] for n, t in tensors.items()},
+    }
+    yield from layouts.items()
+    yield "each another", {n: views[n] for n, views in zip(tensors, layouts.values(), strict=False)}
 
 
 def path_sums(log_decay_w: torch.Tensor, log_decay_h: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from guarded import Guarded, Layout
 from polyline_calls import GRIDS, LARGER, check, decays, gradient_like, launch, strided
 
 from vitkernels import ops
-from vitkernels.kernels.polyline_path_mask import native
+from vitkernels.kernels.polyline_path_mask import native, reference
 
 DTYPES = [
     pytest.param(torch.float64, id="fp64"),
@@ -54,7 +54,7 @@ def test_strong_and_absent_decay(log, transpose):
 @pytest.mark.parametrize("threads", [2, 3])
 @each_option
 def test_threads_change_no_bit(log, transpose, threads):
-    tensors = decays(2, 9, 11, 3)
+    tensors = decays(1, 25, 31, 2)  # work for three threads, and a mask that is written past the caches
     grad = gradient_like(tensors)
     before = torch.get_num_threads()
     try:
@@ -100,6 +100,18 @@ def test_nothing_is_read_or_written_outside(log, transpose, dtype):
     assert torch.equal(out, want["out"])
     for name, gradient in grads.items():
         assert torch.equal(gradient, want[name]), name
+
+
+@each_option
+def test_a_large_mask_need_not_begin_and_end_with_a_cache_line(log, transpose):
+    """One that is written past the caches, for which only whole lines can be."""
+    tensors = decays(1, 5, 207, 1)
+    guarded = Guarded()
+    out = guarded((1, 1, 1035, 1035), torch.float32, "offset")
+    native.forward(out, *tensors.values(), log, transpose)
+    guarded.check()
+    (want,) = reference.forward(*tensors.values(), log, transpose)
+    torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("wanted", ["log_decay_w", "log_decay_h"])
