@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded
+from guarded import Guarded, drawn
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels import ops
@@ -50,7 +50,7 @@ class Problem:
         size = self.guarded((self.batch, self.keys), self.wide)
         size.copy_(torch.randint(1, self.largest + 1, size.shape))
         self.inputs: tuple[torch.Tensor, ...] = (q, k, v, size)
-        self.grad_lse = torch.randn(*lead, self.queries).to(self.wide)
+        self.grad_lse = drawn(*lead, self.queries, dtype=self.wide)
 
     def expected(self, dtype: torch.dtype) -> list[torch.Tensor]:
         q, k, v = (t.detach().to(dtype).requires_grad_() for t in self.inputs[:3])
@@ -248,6 +248,37 @@ def test_sizes_of_any_magnitude_and_what_is_no_size() -> None:
     for bad in (-1.0, float("nan"), float("inf")):
         size[0, 4] = bad
         assert ops.attention_with_size(q, k, v, size, backend="cpu").isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_only_the_proportions_of_sizes_matter(dtype: torch.dtype) -> None:
+    """Also of those on both sides of the smallest normal number."""
+    q, k, v = torch.randn(3, 1, 2, 9, 8, dtype=dtype)
+    size = torch.arange(1, 10, dtype=dtype)[None]
+    want = ops.attention_with_size(q, k, v, size, backend="cpu")
+    got = ops.attention_with_size(q, k, v, size * (torch.finfo(dtype).tiny / 4), backend="cpu")
+    allowed = 1024 * torch.finfo(dtype).eps  # of logarithms as large as the exponents
+    torch.testing.assert_close(got, want, atol=allowed, rtol=allowed)
+
+
+def test_what_lse_lost_is_in_no_weight() -> None:
+    """Large sizes make lse large: all weights of a query would share its rounding, many times their own."""
+    problem = Problem(1, 70, 16, 1, batch=8, heads=3)
+    problem.inputs[3].mul_(2.0**60)
+    problem.inputs[2].fill_(1)
+    problem.grad_out.fill_(1)
+    grad_q, grad_k, grad_v = problem.run(grad_lse=False)[2:]
+    assert not grad_q.any(), "one is the mean of ones"
+    assert not grad_k.any()
+    assert (grad_v.double().sum(2) - 1).abs().max() < 4 * torch.finfo(torch.float32).eps
+
+
+def test_one_key_takes_all_and_leaves_grad_lse_alone() -> None:
+    """What it gains from the values and what it loses to their mean are the same number."""
+    problem = Problem(40, 1, 16, 16, largest=100)
+    both, alone = problem.run(), problem.run(grad_out=False)
+    assert torch.equal(both[2], alone[2])
+    assert torch.equal(both[3], alone[3])
 
 
 def test_nan_stays_where_it_is() -> None:
