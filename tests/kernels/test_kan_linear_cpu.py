@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from guarded import Guarded, Layout
+from guarded import Guarded, Layout, drawn
 from kan_linear_calls import NAMES, PARAMS, check, check_rows_of_one_value, inputs, launch, results
 
 from vitkernels import ops
@@ -59,7 +59,7 @@ def _check_one_channel(tensors):
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_threads_change_no_bit(threads):
-    tensors, grad_y = inputs(300, 40, 72), torch.randn(300, 72)
+    tensors, grad_y = inputs(300, 40, 71), torch.randn(300, 71)  # outputs that no number of threads divides
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -102,6 +102,12 @@ def test_any_grid(grid, inverse):
     tensors = {**inputs(50, 12, 20, len(grid)), "grid": grid}
     grad_y = torch.randn(50, 20)
     check(launch(native, tensors, grad_y, (inverse, 1e-5)), tensors, grad_y, (inverse, 1e-5))
+
+
+def test_far_from_a_grid_of_narrow_functions():
+    """The exponential of a distance in their units overflows, but for a limit in the same units."""
+    tensors, grad_y, params = inputs(50, 12, 20, spread=8), torch.randn(50, 20), (5.0, 1e-5)
+    check(launch(native, tensors, grad_y, params), tensors, grad_y, params)
 
 
 def test_slope_near_a_centre():
@@ -147,13 +153,13 @@ def test_an_infinite_row_spoils_itself_only(wide):
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
 @pytest.mark.parametrize("rows", [1, 61, 200])
 def test_nothing_is_read_or_written_outside(rows, dtype, weight_dtype):
-    guarded, plain = Guarded(), inputs(rows, 21, 19, 8, dtype, weight_dtype)
-    tensors = {name: guarded(tuple(t.shape), t.dtype, "offset").copy_(t) for name, t in plain.items()}
+    guarded, plain = Guarded(walls=True), inputs(rows, 23, 23, 8, dtype, weight_dtype)
+    tensors = {n: guarded.random(tuple(t.shape), t.dtype, "offset").copy_(t) for n, t in plain.items()}
     # rows of x as views into wider ones
-    padded = guarded((1, 1, rows, 21), dtype, Layout(padding=7, before=65))[0, 0].copy_(plain["x"])
-    grad_y = guarded.random((rows, 19), weight_dtype)
+    padded = guarded((1, 1, rows, 23), dtype, Layout(padding=7, before=65))[0, 0].copy_(plain["x"])
+    grad_y = guarded.random((rows, 23), weight_dtype)
     small = plain["grid"].dtype
-    y = guarded((rows, 19), weight_dtype, "offset")
+    y = guarded((rows, 23), weight_dtype, "offset")
     mean, rstd = guarded((rows,), small, "offset"), guarded((rows,), small, "offset")
     want = launch(native, plain, grad_y)
     for x in (tensors["x"], padded):
@@ -172,7 +178,7 @@ def test_matrices_whose_rows_lie_apart(dtype, weight_dtype):
     """x, the weight, y and the gradients of all three, as parts of wider matrices."""
     rows, channels, outputs = 140, 21, 19
     guarded, tensors = Guarded(), inputs(rows, channels, outputs, 8, dtype, weight_dtype)
-    grad_y = torch.randn(rows, outputs).to(weight_dtype)
+    grad_y = drawn(rows, outputs, dtype=weight_dtype)
     want = launch(native, tensors, grad_y)
 
     def apart(like):
