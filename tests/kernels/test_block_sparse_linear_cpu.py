@@ -53,9 +53,17 @@ def test_many_tokens_of_a_model(bias):
     check(launch(native, call), call)
 
 
+def test_many_tokens_and_blocks_of_no_whole_vectors():
+    """What earlier slices of tokens summed is read back in rows that are cut off."""
+    call = Call(1000, pattern((70, 51), (14, 12)))
+    check(launch(native, call), call)
+
+
 def test_half_sums_over_many_tokens_are_rounded_once():
     call = Call(8000, pattern((70, 50), (32, 16)), torch.bfloat16)
-    check(launch(native, call), call)
+    got = launch(native, call)
+    check(got, call)
+    assert torch.equal(launch(native, call, ("bias",))["bias"], got["bias"]), "rounded as often alone"
 
 
 def test_a_strided_index_is_read_from_a_copy_that_is_still_there():
@@ -133,7 +141,7 @@ def test_what_lies_beyond_the_matrix_is_used_for_nothing(junk):
     for name, tensor in want.items():
         assert torch.equal(got[name], tensor), name
     assert (got["values"][beyond] == 0).all()
-    call.x[3, 4] = call.grad[5, 6] = float("inf")
+    call.x[3, 4] = call.grad[5] = float("inf")
     assert (launch(native, call)["values"][beyond] == 0).all()
 
 
@@ -156,6 +164,13 @@ def test_nan_reaches_what_it_meets_and_nothing_else(where, activation):
     assert torch.equal(y[~want], clean[~want])
 
 
+def test_the_gradient_passes_a_relu_of_nan():
+    """As in PyTorch, so that a loss does not look stationary where it is not a number."""
+    call = Call(20, pattern((64, 96), (32, 32)), activation="relu")
+    call.bias[5] = float("nan")
+    torch.testing.assert_close(launch(native, call)["bias"][5], call.grad[:, 5].sum())
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("skewed", [False, True])
 def test_threads_change_no_bit(threads, skewed):
@@ -172,6 +187,17 @@ def test_threads_change_no_bit(threads, skewed):
             got = launch(native, call)
             for name, tensor in want.items():
                 assert torch.equal(got[name], tensor), name
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_block_on_the_border_of_two_shares_is_summed_once():
+    """The second of two blocks, for two threads; to what earlier slices of tokens gave it is added once."""
+    call = Call(1000, pattern((128, 32), (32, 32), mask=torch.tensor([[1], [1], [0], [0]])))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        check(launch(native, call), call)
     finally:
         torch.set_num_threads(before)
 
