@@ -212,12 +212,14 @@ def test_infinite_maxima_share_the_gradient_too(backend: str) -> None:
 
 @each_backend
 def test_half_precision_is_summed_in_float32(backend: str) -> None:
-    x = torch.full((1, 4000, 1), 1.0, dtype=torch.float16)  # 2049 cannot be counted to in float16
+    # 2049 cannot be counted to in float16. So many channels that some go through the registers by whole vectors.
+    x = torch.full((1, 4000, 129), 1.0, dtype=torch.float16)
     plan = plan_of([[0] * 4000], 1)
-    assert ops.token_merge(x, plan, mode="sum", backend=backend)[0].item() == 4000
+    assert (ops.token_merge(x, plan, mode="sum", backend=backend)[0] == 4000).all()
     size = torch.full((1, 4000), 1.0)
     y, sizes = ops.token_merge(x, plan, size=size, backend=backend)
-    assert (y.item(), sizes.item(), sizes.dtype) == (1, 4000, torch.float32)
+    assert (y == 1).all()
+    assert (sizes.item(), sizes.dtype) == (4000, torch.float32)
 
 
 def test_autocast_changes_no_plan() -> None:
