@@ -212,7 +212,7 @@ INDEX = (torch.tensor(CROW), torch.tensor(COL))
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda v, c, j: (v[0], c, j, (5, 7)), TypeError, "argument `values`: expected a dense tensor"),
+        (lambda v, c, j: (v[0], c, j, (5, 7)), ValueError, "argument `values`: expected shape [nnz, bh, bw]"),
         (lambda v, c, j: (v.int(), c, j, (5, 7)), TypeError, "argument `values`: expected a floating dtype"),
         (lambda v, c, j: (v, c, j, (5, 7, 1)), TypeError, "argument `shape`: expected 2 ints"),
         (lambda v, c, j: (v, c, j, (0, 7)), ValueError, "argument `shape`: expected 2 positive ints"),
@@ -236,20 +236,27 @@ def test_bad_index(make, kind, message):
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda w: BlockSparseTensor.from_dense("w", 2), TypeError, "argument `weight`: expected a dense"),
-        (lambda w: BlockSparseTensor.from_dense(w[0], 2), TypeError, "argument `weight`: expected a dense"),
+        (lambda w: BlockSparseTensor.from_dense("w", 2), TypeError, "argument `weight`: expected a tensor"),
+        (lambda w: BlockSparseTensor.from_dense(w[0], 2), ValueError, "argument `weight`: expected shape"),
         (lambda w: BlockSparseTensor.from_dense(w, (2, 0)), ValueError, "argument `block_shape`: expected 2"),
         (
             lambda w: BlockSparseTensor.from_dense(w, 2, w),
-            TypeError,
-            "argument `mask`: expected a tensor [2,",
+            ValueError,
+            "argument `mask`: expected shape [block rows, block columns] = [2, 3]",
         ),
         (
             lambda w: BlockSparseTensor.from_dense(w, 2, w[:2, :3]),
             ValueError,
             "argument `mask`: expected only",
         ),
-        (lambda w: BlockSparseTensor.from_masked(w, w[1:], 2), TypeError, "argument `weight_mask`: expected"),
+        (
+            lambda w: BlockSparseTensor.from_dense(w, 2, [[1] * 3] * 2),
+            TypeError,
+            "argument `mask`: expected a tensor",
+        ),
+        (lambda w: BlockSparseTensor.from_masked(w[0], w[0], 2), ValueError, "argument `weight`: expected"),
+        (lambda w: BlockSparseTensor.from_masked(w, w[1:], 2), ValueError, "`weight_mask`: expected shape"),
+        (lambda w: BlockSparseTensor.from_masked(w, None, 2), TypeError, "`weight_mask`: expected a tensor"),
         (lambda w: BlockSparseTensor.from_masked(w, w, 2), ValueError, "argument `weight_mask`: expected 0"),
         (
             lambda w: BlockSparseTensor.from_masked(w, torch.eye(4, 6), 2),
@@ -265,10 +272,10 @@ def test_bad_index(make, kind, message):
         ),
         (lambda w: ops.block_sparse_matmul(w, w), TypeError, "argument `b`: expected a BlockSparseTensor"),
         (lambda w: ops.block_sparse_matmul(golden(), golden()), TypeError, "argument `b`: expected a dense"),
-        (lambda w: ops.block_sparse_matmul(golden(), "text"), TypeError, "argument `b`: expected a dense"),
-        (lambda w: ops.block_sparse_matmul(golden(), w[0]), TypeError, "argument `b`: expected a dense"),
-        (lambda w: ops.block_sparse_matmul("text", golden()), TypeError, "argument `a`: expected a dense"),
-        (lambda w: ops.block_sparse_matmul(w[0, 0], golden()), TypeError, "argument `a`: expected a dense"),
+        (lambda w: ops.block_sparse_matmul(golden(), "text"), TypeError, "argument `b`: expected a tensor"),
+        (lambda w: ops.block_sparse_matmul(golden(), w[0]), ValueError, "argument `b`: expected shape"),
+        (lambda w: ops.block_sparse_matmul("text", golden()), TypeError, "argument `a`: expected a tensor"),
+        (lambda w: ops.block_sparse_matmul(w[0, 0], golden()), ValueError, "argument `a`: expected shape"),
         (lambda w: ops.block_sparse_matmul(golden(), w), ValueError, "argument `b`: expected 7 rows beside"),
         (lambda w: ops.block_sparse_matmul(w, golden()), ValueError, "argument `a`: expected 5 columns"),
         (lambda w: ops.block_sparse_matmul(w, golden(), transpose=1), TypeError, "argument `transpose`"),

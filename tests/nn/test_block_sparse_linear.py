@@ -214,7 +214,9 @@ def test_states_that_do_not_fit() -> None:
         (lambda: BlockSparseLinear(8, 8, 4, density=1.5), r"`density`: expected a number from 0 to 1"),
         (lambda: BlockSparseLinear(8, 8, (4, 4, 4)), r"`block_shape`: expected 2 ints"),
         (lambda: BlockSparseLinear(0, 8, 4), r"`in_features`"),
-        (lambda: BlockSparseLinear(8, 8, 4, mask=torch.ones(3, 2)), r"`mask`: expected a tensor \[2, 2\]"),
+        (lambda: BlockSparseLinear(8, 8, 4, mask=torch.ones(3, 2)), r"`mask`: expected shape .* = \[2, 2\]"),
+        (lambda: BlockSparseLinear(8, 8, 4, mask=[[1, 0], [0, 1]]), r"`mask`: expected a tensor .*got \[\["),
+        (lambda: BlockSparseLinear.from_linear(dense_layer(), 32, [[1]]), r"`mask`: expected a tensor .*got"),
         (lambda: BlockSparseLinear.from_linear(nn.Identity(), 4), r"`linear`: expected a torch.nn.Linear"),
         (
             lambda: BlockSparseLinear.from_linear(dense_layer(), 32, torch.ones(3, 2), density=0.5),

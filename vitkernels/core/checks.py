@@ -19,10 +19,11 @@ def fail(name: str, expected: str, got: Any, fix: str = "", kind: type[Exception
     raise kind(f"argument `{name}`: expected {expected}; got {describe(got)}.{f' {fix}' if fix else ''}")
 
 
-def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], layout: str) -> None:
+def check_tensor(name: str, value: Any, shape: tuple[Any, ...], layout: str) -> None:
     """Checks that value is a strided tensor of that rank and of those sizes, None meaning any.
 
     Args:
+        shape: a first entry of `...` stands for any dimensions, or none.
         layout: the shape in words, for the message, as in "[batch, heads, tokens, head_dim]".
     """
     if not isinstance(value, torch.Tensor):
@@ -33,6 +34,8 @@ def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], layout: s
         sizes = value.shape
     except RuntimeError:  # a nested tensor, whose sizes nobody can tell
         fail(name, f"a tensor {layout}", "a nested tensor", "Call .to_padded_tensor(0.0) first.", TypeError)
+    if shape and shape[0] is ...:
+        shape = (None,) * (len(sizes) - len(shape) + 1) + shape[1:]
     fits = len(sizes) == len(shape)
     for size, wanted in zip(sizes, shape):  # noqa: B905 (strict costs a keyword call in every op's hot path)
         if wanted is not None and size != wanted:

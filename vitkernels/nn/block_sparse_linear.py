@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.core import backends
-from vitkernels.core.checks import check_positive_ints, fail
+from vitkernels.core.checks import check_positive_ints, check_tensor, fail
 from vitkernels.kernels.block_sparse_linear.tensor import BlockSparseTensor
 
 
@@ -75,6 +75,7 @@ class BlockSparseLinear(nn.Module):
         grid = (-(-out_features // bh), -(-in_features // bw))
         if mask is None:
             mask = _best_blocks(torch.rand(grid, device="cpu"), density)
+        check_tensor("mask", mask, grid, "[block rows, block columns]")
         # The index is made on the CPU, so that a layer may be built on the meta device.
         whole = torch.ones((), device="cpu").expand(out_features, in_features)
         pattern = BlockSparseTensor.from_dense(whole, (bh, bw), mask.cpu())
@@ -114,6 +115,8 @@ class BlockSparseLinear(nn.Module):
         if density is not None:
             elements = block_sums(torch.ones_like(weight), block)
             mask = _best_blocks(block_sums(weight.abs(), block) / elements, density)
+        if mask is not None and not isinstance(mask, Tensor):
+            fail("mask", "a tensor [block rows, block columns] or None", mask, kind=TypeError)
         if mask is not None and mask.shape == weight.shape and block != (1, 1):
             pattern = BlockSparseTensor.from_masked(weight, mask.to(weight.device), block)
         else:

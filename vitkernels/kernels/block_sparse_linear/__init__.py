@@ -104,13 +104,11 @@ def block_sparse_matmul(
     if isinstance(a, BlockSparseTensor):
         if isinstance(b, BlockSparseTensor):
             fail("b", "a dense tensor beside a BlockSparseTensor", b, "Take b.to_dense().", TypeError)
-        if not isinstance(b, torch.Tensor) or b.dim() < 2:
-            fail("b", "a dense tensor [..., rows, columns]", b, kind=TypeError)
+        check_tensor("b", b, (..., None, None), "[..., rows, columns]")
         assert isinstance(b, torch.Tensor)
         return _product(b.mT, a, not transpose, backend, "b").mT
     _check_sparse("b", b)
-    if not isinstance(a, torch.Tensor) or a.dim() == 0:
-        fail("a", "a dense tensor [..., columns]", a, kind=TypeError)
+    check_tensor("a", a, (..., None), "[..., columns]")
     return _product(a, b, transpose, backend, "a")
 
 
@@ -142,10 +140,8 @@ def _check(
     activation: Any,
     transposed: bool,
 ) -> tuple[Any, ...]:
-    if not isinstance(x, torch.Tensor) or x.dim() == 0:
-        fail("x", "a tensor [..., in_features]", x, kind=TypeError)
     taken, given = (out_features, in_features) if transposed else (in_features, out_features)
-    check_tensor("x", x, (*[None] * (x.dim() - 1), taken), "[..., in_features]")
+    check_tensor("x", x, (..., taken), "[..., in_features]")
     check_dtype("x", x, FLOAT_DTYPES, "Cast it with x.float().")
     if activation not in ACTIVATIONS:
         fail("activation", "None, 'gelu' or 'relu'", activation)

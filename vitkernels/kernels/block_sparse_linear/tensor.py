@@ -49,8 +49,7 @@ class BlockSparseTensor:
     def __init__(
         self, values: torch.Tensor, crow_indices: torch.Tensor, col_indices: torch.Tensor, shape: Any
     ) -> None:
-        if not isinstance(values, torch.Tensor) or values.dim() != 3 or values.layout is not torch.strided:
-            fail("values", "a dense tensor [nnz, bh, bw]", values, kind=TypeError)
+        check_tensor("values", values, (None, None, None), "[nnz, bh, bw]")
         if not values.is_floating_point():
             fail("values", "a floating dtype", values, kind=TypeError)
         sizes = check_positive_ints("shape", tuple(shape) if isinstance(shape, torch.Size) else shape, 2)
@@ -86,8 +85,7 @@ class BlockSparseTensor:
             mask: which blocks to keep, [ceil(O / bh), ceil(I / bw)], bool or 0 and 1.
         """
         block = _check_block(block_shape)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.layout is not torch.strided:
-            fail("weight", "a dense tensor [out_features, in_features]", weight, kind=TypeError)
+        check_tensor("weight", weight, (None, None), "[out_features, in_features]")
         if not weight.is_floating_point():
             fail("weight", "a floating dtype", weight, kind=TypeError)
         if weight.numel() == 0:
@@ -97,8 +95,7 @@ class BlockSparseTensor:
         if mask is None:
             keep = (blocks.detach() != 0).any(-1).any(-1)
         else:
-            if not isinstance(mask, torch.Tensor) or mask.shape != grid:
-                fail("mask", f"a tensor {list(grid)}, one entry a block", mask, kind=TypeError)
+            check_tensor("mask", mask, grid, "[block rows, block columns]")
             check_device("mask", mask, weight.device, "weight")
             if mask.dtype is not torch.bool and not ((mask == 0) | (mask == 1)).all():
                 fail("mask", "only 0 and 1", mask, "Compare your scores with a threshold first.")
@@ -123,10 +120,8 @@ class BlockSparseTensor:
             the matrix weight_mask * weight.
         """
         block = _check_block(block_shape)
-        if not isinstance(weight, torch.Tensor) or weight.dim() < 2:
-            fail("weight", "a tensor [out_features, ...]", weight, kind=TypeError)
-        if not isinstance(weight_mask, torch.Tensor) or weight_mask.shape != weight.shape:
-            fail("weight_mask", f"a tensor {list(weight.shape)}, as `weight`", weight_mask, kind=TypeError)
+        check_tensor("weight", weight, (..., None, None), "[out_features, ...]")
+        check_tensor("weight_mask", weight_mask, weight.shape, "of weight")
         flat = weight_mask.flatten(1)
         # Elements beyond the matrix must not make a partial block look mixed, whichever value it holds.
         kept = _blocks(flat != 0, block).any(-1).any(-1)

@@ -83,9 +83,7 @@ def _check_number(name: str, value: Any) -> float:
 def _check(
     x: Any, weight: Any, ln_weight: Any, ln_bias: Any, grid: Any, inv_denominator: Any, eps: Any
 ) -> tuple[Any, ...]:
-    if not isinstance(x, torch.Tensor) or x.dim() == 0:
-        fail("x", "a tensor [..., channels]", x, kind=TypeError)
-    check_tensor("x", x, (None,) * x.dim(), "[..., channels]")
+    check_tensor("x", x, (..., None), "[..., channels]")
     channels = x.shape[-1]
     if channels == 0:
         fail("x", "a last dimension of at least 1", x)
