@@ -215,3 +215,18 @@ def test_an_infinite_gradient_stops_at_a_dead_relu() -> None:
     out = ops.residual_ffn(x, -one, torch.zeros(1), 2 * one, torch.zeros(1))
     (grad,) = torch.autograd.grad(out, x, torch.full_like(out, 3e38))
     assert grad.item() == torch.tensor(3e38).item()
+
+
+@pytest.mark.parametrize("dw", [False, True])
+@pytest.mark.parametrize("size", [(0, 4), (4, 0), (0, 0)])
+def test_a_map_without_positions_on_the_reference(size: tuple[int, int], dw: bool) -> None:
+    """The kernels return it, and PyTorch's convolutions, of which the reference is made, refuse it."""
+    shapes = ((8, 4), (8,), (4, 8), (4,))
+    depthwise = {"dw_weight": torch.randn(4, 3, 3), "dw_bias": torch.randn(4)} if dw else {}
+    for backend in ("cpu", "reference"):
+        tensors = [torch.randn(shape).requires_grad_() for shape in ((2, 4, *size), *shapes)]
+        vectors = {name: tensor.clone().requires_grad_() for name, tensor in depthwise.items()}
+        out = ops.residual_ffn(*tensors, **vectors, backend=backend)
+        assert out.shape == (2, 4, *size)
+        gradients = torch.autograd.grad(out.sum(), [*tensors, *vectors.values()])
+        assert all(not gradient.any() for gradient in gradients)

@@ -18,6 +18,12 @@ def forward(
     dw_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor]:
     """out, [B, C, H, W], in x's dtype."""
+    height, width = x.shape[2:]
+    if height == 0 or width == 0:
+        # PyTorch's convolutions refuse such a map: a row and a column are put on, and cut off again.
+        padded = F.pad(x, (0, 1, 0, 1))
+        (out,) = forward(padded, weight1, bias1, weight2, bias2, scale1, scale2, dw_weight, dw_bias)
+        return (out[:, :, :height, :width],)
     u = x
     if dw_weight is not None and dw_bias is not None:
         taps = dw_weight[:, None].to(x.dtype)
