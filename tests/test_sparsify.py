@@ -431,6 +431,7 @@ def test_the_report_says_which_layers_the_dense_one_beats() -> None:
             r"`model`: expected at least one Linear.*Left are embed: excluded; .*; and 2 more\.",
         ),
         ({"density": 0.5, "criterion": "magnitude", "include": [3]}, r"`include`"),
+        ({"flops": 0.5, "calibration": 3}, r"`calibration`: expected a tensor of images .*got 3\.$"),
         ({"flops": 1e-3, "calibration": torch.randn(2, 6, 12)}, r"`flops`: expected at least 0\.0"),
         (
             {"density": 0.5, "calibration": torch.full((2, 6, 12), torch.nan)},

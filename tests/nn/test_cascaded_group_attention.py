@@ -334,6 +334,27 @@ def test_resized_biases() -> None:
     torch.testing.assert_close(stretched[:, 0], torch.arange(14.0) / 2 - 0.25, rtol=0, atol=0.3)
     with pytest.raises(ValueError, match=r"argument `table`.*\[2, 50\]"):
         resize_attention_biases(torch.zeros(2, 50), 7)
+    with pytest.raises(ValueError, match="argument `table`: expected shape"):
+        resize_attention_biases(table[0], 7)
+    with pytest.raises(ValueError, match=r"argument `resolution`: expected 1 positive ints; got .*0"):
+        resize_attention_biases(table, 0)
+    with pytest.raises(TypeError, match="argument `resolution`: expected 1 ints; got"):
+        resize_attention_biases(table, 7.5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", [CascadedGroupAttention, LocalWindowAttention])
+def test_a_wrong_map_is_refused(kind: type, training: bool) -> None:
+    module = randomise(kind(32, 16, 2, 1, 7)).train(training)
+    calls = [module, module.residual] if kind is LocalWindowAttention else [module]
+    for call in calls:
+        for shape in ((32, 7, 7), (1, 16, 7, 7), (1, 64, 14, 14)):
+            with pytest.raises(
+                ValueError, match=r"argument `x`: expected shape \[B, C, H, W\] = \[\*, 32, \*, \*\]"
+            ):
+                call(torch.randn(shape))
+        with pytest.raises(TypeError, match="argument `x`: expected a tensor"):
+            call("a map")
 
 
 @pytest.mark.parametrize(

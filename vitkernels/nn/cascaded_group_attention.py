@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitkernels import ops
-from vitkernels.core.checks import check_positive_ints, fail
+from vitkernels.core.checks import check_positive_ints, check_tensor, fail
 from vitkernels.nn.conv_norm import ConvNorm, has_hooks
 from vitkernels.nn.folded_cascade import mix_folded
 from vitkernels.nn.kept import KEPT, drop
@@ -117,6 +117,10 @@ def mix_windows(attn: Any, x: torch.Tensor) -> torch.Tensor:
     return attn(x)
 
 
+def _check_map(x: Any, channels: int) -> None:
+    check_tensor("x", x, (None, channels, None, None), "[B, C, H, W]")
+
+
 def _tokens(x: torch.Tensor) -> torch.Tensor:
     """A map `[B, C, R, R]` as one head of tokens `[B, 1, R * R, C]`: a view in either memory format."""
     return x.flatten(2).transpose(1, 2).unsqueeze(1)
@@ -162,6 +166,7 @@ class CascadedGroupAttention(nn.Module):
         for size in check_positive_ints("kernels", tuple(kernels[:num_heads]), num_heads):
             if size % 2 == 0:
                 fail("kernels", "odd sizes, whose convolutions keep the size of the map", tuple(kernels))
+        self.dim = dim
         self.num_heads = num_heads
         self.scale = key_dim**-0.5
         self.key_dim = key_dim
@@ -189,6 +194,7 @@ class CascadedGroupAttention(nn.Module):
         return bias_side(self.attention_biases)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_map(x, self.dim)
         return mix(self, x)
 
     def train(self, mode: bool = True) -> CascadedGroupAttention:
@@ -244,10 +250,12 @@ class LocalWindowAttention(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_map(x, self.dim)
         return mix_windows(self.attn, x)
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         """x + self(x), in one kernel where the mixer is one and nobody hooked into it."""
+        _check_map(x, self.dim)
         y = None
         if not (has_hooks(self) or has_hooks(self.attn)):
             backend = getattr(self.attn, "vitkernels_backend", None)  # given to a layer by `apply`
@@ -264,9 +272,15 @@ def resize_attention_biases(table: torch.Tensor, resolution: int) -> torch.Tenso
 
     Returns:
         `[heads, resolution * resolution]` of table's dtype; table itself when the side is the same.
+
+    Raises:
+        TypeError: table is no tensor, or resolution no int.
+        ValueError: a table that belongs to no square window, or a resolution below 1.
     """
+    check_tensor("table", table, (None, None), "[heads, R * R]")
+    (resolution,) = check_positive_ints("resolution", resolution, 1)
     side = bias_side(table)
-    if table.ndim != 2 or side * side != table.shape[1]:
+    if side * side != table.shape[1]:
         fail("table", "shape [heads, R * R] with a whole R", table)
     if resolution == side:
         return table

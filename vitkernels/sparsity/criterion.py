@@ -146,15 +146,13 @@ def _kept_statistics(model: nn.Module) -> Any:
 
 
 def _batches(calibration: Any) -> Iterable[Tensor]:
+    expected = "a tensor of images [batch, ...], or an iterable of those or of tuples that begin with one"
+    if not (isinstance(calibration, Iterable) or hasattr(calibration, "__getitem__")):
+        fail("calibration", expected, calibration, kind=TypeError)
     for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
         images = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
         if not isinstance(images, Tensor) or images.ndim < 2 or not len(images):
-            fail(
-                "calibration",
-                "a tensor of images [batch, ...], or an iterable of those or of tuples that begin with one",
-                images,
-                kind=TypeError,
-            )
+            fail("calibration", expected, images, kind=TypeError)
         yield images
 
 
