@@ -85,6 +85,7 @@ def test_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
         (["--op", "window_attention", "--seconds", "inf"], "seconds: expected a positive number; got inf"),
         (["--op", "window_attention", "--seed", str(2**64)], "seed: expected a number of at most 64 bits"),
         (["--op", "window_attention", "--channels-last"], "channels-last: expected it beside --model"),
+        (["--model", "efficientvit_m0", "--refresh-peaks"], "refresh-peaks: expected it beside --op"),
         (["--op", "window_attention", "--csv", "."], "csv: expected a file; got the folder '.'"),
         (["--op", "window_attention", "--json", "README.md/x.json"], "json: expected a file that can be"),
         (["--op", "window_attention", "--plot", "x.foo"], "plot: expected a file of "),
@@ -103,6 +104,40 @@ def test_bad_arguments_are_one_line_on_stderr_before_anything_is_measured(
     captured = capsys.readouterr().err
     assert message in captured
     assert "Traceback" not in captured
+
+
+def test_what_was_measured_before_the_memory_ended_is_kept(tmp_path, capsys, monkeypatch):
+    run_problem = runner.run_problem
+
+    def limited(case, preset, problem, batch, *rest):
+        if batch > 1:
+            raise RuntimeError("can't allocate memory\nand where")
+        return run_problem(case, preset, problem, batch, *rest)
+
+    monkeypatch.setattr(runner, "run_problem", limited)
+    monkeypatch.setattr("vitkernels.bench.peaks.measured_peaks", lambda *_, **__: None)
+    file = tmp_path / "out.json"
+    arguments = ["bench", "--op", "window_attention", "--device", "cpu", "--shape", SHAPE, "--mode", "fwd"]
+    arguments += ["--providers", "vitkernels-reference", "--seconds", "0.01", "--rounds", "2", "--quiet"]
+    assert main([*arguments, "--batch", "1", "2", "--json", str(file)]) == 1
+    assert {row["batch"] for row in json.loads(file.read_text())["rows"]} == {1}
+    printed = capsys.readouterr().out
+    assert "RuntimeError: can't allocate memory: this is what was measured until then" in printed
+    assert "geometric mean" in printed
+    with pytest.raises(RuntimeError, match="allocate"):
+        main([*arguments, "--batch", "2"])
+
+
+def test_a_batch_or_mode_named_twice_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitkernels.bench.peaks.measured_peaks", lambda *_, **__: None)
+    file = tmp_path / "out.json"
+    arguments = ["bench", "--op", "window_attention", "--device", "cpu", "--shape", SHAPE, "--quiet"]
+    arguments += ["--providers", "vitkernels-reference", "--seconds", "0.01", "--rounds", "2"]
+    assert main([*arguments, "--batch", "1", "1", "--mode", "fwd", "fwd", "--json", str(file)]) == 0
+    assert [row["provider"] for row in json.loads(file.read_text())["rows"]] == [
+        "eager",
+        "vitkernels-reference",
+    ]
 
 
 def test_missing_extra_says_how_to_install(monkeypatch, capsys):

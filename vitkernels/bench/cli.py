@@ -80,8 +80,9 @@ def settings_of(args: argparse.Namespace) -> Any:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = DTYPES[args.dtype] if args.dtype else torch.float16 if device.type == "cuda" else torch.float32
-    modes = args.mode or (["fwd"] if args.model else ["fwd", "fwd+bwd"])
-    return Settings(device, dtype, modes, args.batch, args.seconds, args.rounds, args.seed)
+    modes = list(dict.fromkeys(args.mode or (["fwd"] if args.model else ["fwd", "fwd+bwd"])))
+    batches = list(dict.fromkeys(args.batch))
+    return Settings(device, dtype, modes, batches, args.seconds, args.rounds, args.seed)
 
 
 def print_list(device: torch.device) -> None:
@@ -118,6 +119,8 @@ def check_what(args: argparse.Namespace) -> None:
         raise ValueError("token-merging: expected it beside --model, whose blocks merge; got --op")
     if args.op and args.channels_last:
         raise ValueError("channels-last: expected it beside --model, whose images it lays out; got --op")
+    if args.model and args.refresh_peaks:
+        raise ValueError("refresh-peaks: expected it beside --op, whose floor they give; got --model")
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -251,6 +254,7 @@ def execute(args: argparse.Namespace, ready: Callable[[], None] = lambda: None) 
     peaks = None
     rows: list[Any] = []
     progress = Progress(args.quiet)
+    failure: RuntimeError | None = None
     try:
         with progress.bar:
             if operator:
@@ -261,10 +265,12 @@ def execute(args: argparse.Namespace, ready: Callable[[], None] = lambda: None) 
                 run_operator(*operator, settings, peaks, progress, rows)
             else:
                 run_network(args, settings, progress, console, rows, ready)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:  # PyTorch's, as where the memory ends
         if not rows:
             raise
-        console.print("interrupted: this is what was measured until then", style="yellow")
+        failure = error if isinstance(error, RuntimeError) else None
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0] if failure else "interrupted"
+        console.print(f"{reason}: this is what was measured until then", style="yellow", markup=False)
     environment = info.collect()
     peaks_dict = dataclasses.asdict(peaks) if peaks else None
     summary = runner.summarize(rows)
@@ -284,7 +290,7 @@ def execute(args: argparse.Namespace, ready: Callable[[], None] = lambda: None) 
         draw = plot.plot_models if args.model else plot.plot_operator
         threads = f", {torch.get_num_threads()} CPU thread(s)" if settings.device.type == "cpu" else ""
         draw(args.plot, rows, title + threads)
-    return 1 if any(row.ours and row.status == "wrong" for row in rows) else 0
+    return 1 if failure or any(row.ours and row.status == "wrong" for row in rows) else 0
 
 
 def run(args: argparse.Namespace) -> int:

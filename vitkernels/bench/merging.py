@@ -126,7 +126,10 @@ def contest(schedule: Any) -> Contest:
 
     def theirs(model: Any) -> nn.Module:
         if not hasattr(model, "_pos_embed") or getattr(model, "cls_token", None) is None:
-            raise ValueError("token merging in plain PyTorch is written for timm's ViTs with a class token")
+            raise ValueError(
+                "token-merging: expected one of timm's ViTs with a class token, which plain PyTorch merges; got "
+                f"{type(model).__name__}"
+            )
         return PlainMerging(clone(model), schedule_of(schedule, len(model.blocks)))
 
     def judge(model: nn.Module, images: Tensor) -> Callable[[str, Any], gate.Check]:
