@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from vitkernels.__main__ import main
 from vitkernels.bench import host_model, models, photo
@@ -78,6 +79,14 @@ def test_photo_and_crops(picture):
     assert crops.shape == (3, 3, 64, 64)
     assert 0 <= crops.min() <= crops.max() <= 1
     assert not torch.equal(crops[0], crops[1])
+
+
+def test_a_photograph_from_a_file_may_be_written_to(tmp_path):
+    """PyTorch warned of every --image that it could not be."""
+    path = tmp_path / "grey.png"
+    Image.new("RGB", (4, 3), (128, 128, 128)).save(path)
+    assert photo._read(path).flags.writeable
+    assert photo.load_photo(path)[0].shape == (3, 3, 4)
 
 
 def test_randomized_network_uses_its_mixers(picture):

@@ -28,7 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", type=Path, help="a file of timm's or the official deit_*_patch16_224")
     parser.add_argument("--r", type=int, default=13, help="tokens merged in each block (default: 13)")
-    parser.add_argument("--output", type=Path, default=Path("merged_tokens.png"), metavar="PLOT")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("merged_tokens.png"),
+        metavar="PLOT",
+        help="default: merged_tokens.png",
+    )
 
 
 def paint(photo: Tensor, source: Tensor) -> Tensor:

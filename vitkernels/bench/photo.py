@@ -35,7 +35,7 @@ def _read(path: Path) -> np.ndarray:
 
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))  # a copy: PyTorch warns of memory that it may not write
     except OSError as error:
         raise ValueError(f"image: expected a readable image file; got {str(path)!r} ({error})") from error
 
