@@ -154,7 +154,6 @@ class LTMSwinBlock(nn.Module):
 
     def _merge(self, z: Tensor, logits: Tensor) -> Tensor:
         y = ops.learnable_token_merge(z, logits, normalize="softmax", backend=self.backend)
-        assert isinstance(y, Tensor)
         return y.to(z.dtype)  # autocast's product is not the residual stream's dtype
 
 

@@ -30,7 +30,7 @@ class BlockSparseLinear(nn.Module):
     dense layer, then make this one of it.
 
     Args:
-        in_features, out_features, bias: as in `nn.Linear`.
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         block_shape: (bh, bw), height over out_features and width over in_features, or one number for both. Partial
             blocks at the edges are fine.
         density: share of the blocks that are stored, drawn at random.

@@ -75,7 +75,7 @@ def cascade(
     for chunk, qkv, dw, table in zip(chunks, qkvs, dws, tables, strict=True):
         y = qkv(features[-1] + chunk if features else chunk)
         tokens = _tokens(y)
-        out: Any = ops.window_attention(
+        out = ops.window_attention(
             _tokens(dw(y.narrow(1, 0, key_dim))),
             tokens.narrow(3, key_dim, key_dim),
             tokens.narrow(3, 2 * key_dim, y.shape[1] - 2 * key_dim),

@@ -178,7 +178,6 @@ class LTMBlock(nn.Module):
 
     def _merge(self, z: Tensor, logits: Tensor) -> Tensor:
         y = ops.learnable_token_merge(z, logits, normalize="softmax", backend=self.backend)
-        assert isinstance(y, Tensor)
         return y.to(z.dtype)  # autocast's product is not the residual stream's dtype
 
     def extra_repr(self) -> str:

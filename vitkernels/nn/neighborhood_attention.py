@@ -128,7 +128,7 @@ def attend(
     """The layer from its parts: q, k and v are views of what `qkv` returns, read in place by the kernel."""
     packed = qkv(x)
     q, k, v = packed.unflatten(-1, (3, num_heads, packed.shape[-1] // (3 * num_heads))).unbind(-3)
-    out: Any = ops.neighborhood_attention(
+    out = ops.neighborhood_attention(
         q,
         k,
         v,

@@ -111,7 +111,7 @@ class StripSelfAttention(nn.Module):
             linear(tokens).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for linear, tokens in ((self.q, x), (self.k, reduced), (self.v, reduced))
         )
-        out: Any = ops.strip_attention(q, k, v, scale=self.scale)
+        out = ops.strip_attention(q, k, v, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
 
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -14,6 +14,28 @@ from vitkernels.kernels.learnable_token_merge import reference
 NORMALIZATIONS = (None, "sum", "softmax", "softmax_rows")
 
 
+@overload
+def learnable_token_merge(
+    z: torch.Tensor, g: torch.Tensor, *, normalize: str | None = None, backend: str | None = None
+) -> torch.Tensor: ...
+@overload
+def learnable_token_merge(
+    z: torch.Tensor,
+    g: torch.Tensor,
+    other: torch.Tensor,
+    /,
+    *others: torch.Tensor,
+    normalize: str | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, ...]: ...
+@overload
+def learnable_token_merge(
+    z: torch.Tensor,
+    g: torch.Tensor,
+    *others: torch.Tensor,
+    normalize: str | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]: ...
 def learnable_token_merge(
     z: torch.Tensor,
     g: torch.Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -24,6 +24,48 @@ _LAYOUT = "[batch, *map, heads, head_dim]"
 _ONE_DTYPE = "Cast q, k and v to one dtype, or run under torch.autocast."
 
 
+@overload
+def neighborhood_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kernel_size: int | tuple[int, ...],
+    *,
+    dilation: int | tuple[int, ...] = 1,
+    is_causal: bool | tuple[bool, ...] = False,
+    scale: float | None = None,
+    rpb: torch.Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def neighborhood_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kernel_size: int | tuple[int, ...],
+    *,
+    dilation: int | tuple[int, ...] = 1,
+    is_causal: bool | tuple[bool, ...] = False,
+    scale: float | None = None,
+    rpb: torch.Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def neighborhood_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kernel_size: int | tuple[int, ...],
+    *,
+    dilation: int | tuple[int, ...] = 1,
+    is_causal: bool | tuple[bool, ...] = False,
+    scale: float | None = None,
+    rpb: torch.Tensor | None = None,
+    return_lse: bool,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def neighborhood_attention(
     q: torch.Tensor,
     k: torch.Tensor,

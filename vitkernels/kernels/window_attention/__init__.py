@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 
@@ -23,6 +23,45 @@ _LAYOUT = "[batch, heads, tokens, head_dim]"
 _ONE_DTYPE = "Cast q, k and v to one dtype, or run under torch.autocast."
 
 
+@overload
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    bias_table: torch.Tensor | None = None,
+    bias_index: Literal["absolute", "signed"] = "absolute",
+    window: int | tuple[int, int],
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    bias_table: torch.Tensor | None = None,
+    bias_index: Literal["absolute", "signed"] = "absolute",
+    window: int | tuple[int, int],
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    bias_table: torch.Tensor | None = None,
+    bias_index: Literal["absolute", "signed"] = "absolute",
+    window: int | tuple[int, int],
+    scale: float | None = None,
+    return_lse: bool,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
