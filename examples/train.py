@@ -205,6 +205,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(
             f"--batch-size: expected a positive multiple of the processes, {WORLD}; got {args.batch_size}"
         )
+    for name in ("size", "epochs", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1; got {getattr(args, name)}")
+    if not 0 < args.crop <= 1:
+        parser.error(f"--crop: expected a share above 0 and at most 1; got {args.crop}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected one that is there; got 'cuda', but torch finds no CUDA device")
+    if bad := [argument for argument in args.model_args if "=" not in argument]:
+        parser.error(f"--model-args: expected KEY=VALUE; got {bad[0]!r}")
     if args.data != "digits" and not Path(args.data).is_dir():
         parser.error(f"--data: expected 'digits' or a folder; got {args.data!r}")
     if args.resume and not args.checkpoint:
@@ -217,6 +226,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if WORLD > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     training, validation = (samples[: args.limit] for samples in load_data(args.data))
+    if not training:
+        raise SystemExit(f"--data: expected a folder of images a class in {args.data!r}; got no image")
     if len(training) < args.batch_size:
         raise SystemExit(f"--batch-size: expected at most {len(training)}, the images to train on")
     trainer = Trainer(args, training, validation)

@@ -125,16 +125,21 @@ def test_batches_are_shared_out_and_crops_follow_from_the_key(train: ModuleType)
     assert torch.equal(whole, train.Images(training, args)[0][0])
 
 
-def test_bad_arguments(train: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments(train: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.main(["--resume"])
     assert "--checkpoint" in capsys.readouterr().err
-    for name, bad in (("--batch-size", "0"), ("--batch-size", "-4"), ("--data", "no/such/folder")):
+    wrong = [("--batch-size", "0"), ("--batch-size", "-4"), ("--data", "no/such/folder"), ("--limit", "-5")]
+    wrong += [("--size", "0"), ("--epochs", "0"), ("--crop", "2"), ("--model-args", "depths")]
+    for name, bad in wrong:
         with pytest.raises(SystemExit):
             train.parse_arguments([name, bad])
         assert f"error: {name}: expected" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="expected at most 16"):
         train.main(["--limit", "16"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="--data: expected a folder of images a class"):
+        train.main(["--data", str(tmp_path)])
 
 
 def test_a_small_medvit_learns_the_digits_on_the_fused_kernels(train: ModuleType) -> None:
