@@ -162,6 +162,34 @@ def test_list(capsys):
         assert word in printed
 
 
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_no_number_is_cut_short_on_a_narrow_terminal(width, capsys):
+    from rich.console import Console
+
+    row = runner.Row(
+        "op", "p", "preset stage 1", "16x1 67200x1050 1|64", 16, "float32", "cpu", "fwd", "mine", True
+    )
+    row.provider, row.method, row.median, row.p20, row.p80 = (
+        "vitkernels-reference",
+        "wall",
+        1.2e-3,
+        1.1e-3,
+        1.3e-3,
+    )
+    row.speedup, row.flops_per_second, row.bytes_per_second = 12.34, 1.234e12, 1.2e9
+    row.floor_share, row.bound = 0.2, "memory"
+    console = Console(width=width, color_system=None)
+    report.print_report(console, [row], runner.summarize([row]))
+    row.images_per_second = 1234.5
+    report.print_report(console, [row], [])
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert all(len(line) <= width for line in printed.splitlines())
+    for number in ("vitkernels-reference", "1.20 ms", "12.34", "20 % memory", "1234.5"):
+        assert number in printed
+    assert ("1.10 ms - 1.30 ms" in printed) == (width > 80)
+
+
 def test_failures_are_printed_with_their_reason(capsys):
     from rich.console import Console
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vitkernels.bench.runner import SHORT_CALL, Row
 
 SCHEMA = 1
+FOLDED = 12  # characters a line that a shape needs at least
 METHODS = {
     "wall": "wall clock, caches warm",
     "call": "events around one call, cold L2",
@@ -61,8 +62,8 @@ def operator_table(rows: Sequence[Row], mode: str, method: str) -> Table:
     memory = any(row.peak_memory is not None for row in rows)
     title = f"{rows[0].subject}, {mode}, {rows[0].dtype} ({METHODS[method]})"
     table = Table(title=title, title_justify="left")
-    for header in ("shape [batch, heads, N, d]", "provider"):
-        table.add_column(header, no_wrap=True)
+    table.add_column("shape", overflow="fold")
+    table.add_column("provider", no_wrap=True)
     for header in ("median", "p20 - p80", "x eager", "GFLOP/s", "GB/s", "of floor"):
         table.add_column(header, justify="right", no_wrap=True)
     if memory:
@@ -120,6 +121,22 @@ def model_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def fitted(table: Table, console: Console) -> Table:
+    """The table less the columns that a narrow console has no room for, those that say least: none is cut short."""
+    unbounded = console.options.update(max_width=10_000)
+
+    def width(column: Column) -> int:
+        return max(console.measure(c, options=unbounded).maximum for c in (column.header, *column.cells))
+
+    for header in ("p20 - p80", "GB/s", "GFLOP/s"):
+        first, *others = table.columns  # the first may wrap
+        edges = 3 * len(table.columns) + 1
+        if min(width(first), FOLDED) + sum(map(width, others)) + edges <= console.width:
+            break
+        table.columns = [column for column in table.columns if column.header != header]
+    return table
+
+
 def summary_table(summary: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="geometric mean over the shapes above", title_justify="left")
     for header in ("mode", "timing", "provider"):
@@ -144,7 +161,8 @@ def print_report(console: Console, rows: Sequence[Row], summary: Sequence[dict[s
     for mode, method in timed:
         # A row that failed its gate was never timed and belongs under every timing method.
         shown = [row for row in rows if row.mode == mode and row.method in (method, "")]
-        console.print(model_table(shown) if is_model else operator_table(shown, mode, method))
+        table = model_table(shown) if is_model else operator_table(shown, mode, method)
+        console.print(fitted(table, console))
     failures: dict[str, str] = {}
     for row in rows:
         if row.status != "ok":
