@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from guarded import Guarded
 
 import vitkernels
 from vitkernels.core.operator import REGISTRY
@@ -59,6 +60,17 @@ def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     for operator in REGISTRY.values():
         monkeypatch.setattr(operator, "allocate", tuple(map(_poison, operator.allocate)))
         monkeypatch.setattr(operator, "like", _poison(operator.like))
+
+
+@pytest.fixture
+def walls_in_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts what `Guarded` walls off in front of its tensors, not behind them."""
+    monkeypatch.setattr(Guarded, "in_front", True)
+
+
+@pytest.fixture(params=["behind", "in_front"])
+def either_wall(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guarded, "in_front", request.param == "in_front")
 
 
 @pytest.fixture

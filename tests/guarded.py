@@ -1,7 +1,7 @@
 """Tensors inside larger buffers of NaN: a read outside shows in a result, a write outside in `check`.
 
-With walls, memory that nobody may read lies behind `random` ones, so that a read whose value is thrown away ends the
-process, as it might a user's. pytest then prints which test it was.
+With walls, memory that nobody may touch lies behind them, or in front, so that a read whose value is thrown away ends
+the process, as it might a user's. pytest then prints which test it was.
 """
 
 from __future__ import annotations
@@ -55,23 +55,33 @@ def drawn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
 
 
-def _before_a_wall(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """NaN up to the end of a page, and none of the next page's bytes may be read."""
+def _at_a_wall(count: int, dtype: torch.dtype, in_front: bool) -> torch.Tensor:
+    """From a page's start, or up to its end; none of the bytes of the page before it, or behind it, may be read."""
     if sys.platform == "win32":
-        return torch.full((count,), float("nan"), dtype=dtype)
+        return torch.empty(count, dtype=dtype)
     used = count * dtype.itemsize
     whole = -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
     pages = mmap.mmap(-1, whole + mmap.PAGESIZE)
-    wall = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + whole
+    wall, offset = (0, mmap.PAGESIZE) if in_front else (whole, whole - used)
     no_access = 0
     failed = ctypes.CDLL(None).mprotect(
-        ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), ctypes.c_int(no_access)
+        ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(pages)) + wall),
+        ctypes.c_size_t(mmap.PAGESIZE),
+        ctypes.c_int(no_access),
     )
     assert not failed
-    return torch.frombuffer(pages, dtype=dtype, count=count, offset=whole - used).fill_(float("nan"))
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=offset)
+
+
+def _nothing(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 class Guarded:
+    """Makes tensors; with walls, behind the last element of each, or where tests say so in front of the first."""
+
+    in_front = False  # of all tensors of a test; fixtures set it
+
     def __init__(self, walls: bool = False) -> None:
         self._walls = walls
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -79,38 +89,35 @@ class Guarded:
     def __call__(
         self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout = "dense"
     ) -> torch.Tensor:
-        """A tensor of NaN, dense where the layout is for another number of dimensions."""
-        return self._inside(shape, dtype, layout, wall=False)
-
-    def _inside(
-        self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout, wall: bool
-    ) -> torch.Tensor:
+        """A tensor of NaN, or of the smallest integer, dense where the layout is for another number of dimensions."""
         chosen = LAYOUTS[layout] if isinstance(layout, str) else layout
         order, padding, step, before = chosen
         if len(shape) != len(order):
             order, padding, step = tuple(range(len(shape))), 0, 1
-        stored = [shape[i] for i in order]
-        stored[-1] += padding
-        size = step * torch.Size(stored).numel()
-        if wall and size:
-            buffer = _before_a_wall(before + size, dtype)
+        stride, strides = step, [0] * len(shape)
+        for i in reversed(order):
+            strides[i] = stride
+            stride *= shape[i] + (padding if i == order[-1] else 0)
+        used = 1 + sum((size - 1) * apart for size, apart in zip(shape, strides, strict=True))
+        if self._walls and 0 not in shape:
+            # With nothing but what misaligns it between a wall in front and the first element.
+            before = before % 64 if self.in_front else before
+            buffer = _at_a_wall(before + used, dtype, self.in_front)
         else:
-            buffer = torch.full((before + size + 64,), float("nan"), dtype=dtype)
+            buffer = torch.empty(before + stride + 64, dtype=dtype)
+        buffer.fill_(_nothing(dtype))
         inside = torch.zeros_like(buffer, dtype=torch.bool)
-        inverse = [order.index(i) for i in range(len(shape))]
-        views = [
-            whole[before : before + size].view(*stored, step)[..., : shape[order[-1]], 0].permute(inverse)
-            for whole in (buffer, inside)
-        ]
-        views[1].fill_(True)
+        inside.as_strided(shape, strides, before).fill_(True)
         self._kept.append((buffer, inside))
-        return views[0]
+        return buffer.as_strided(shape, strides, before)
 
     def random(
         self, shape: tuple[int, ...], dtype: torch.dtype, layout: str | Layout = "dense"
     ) -> torch.Tensor:
-        return self._inside(shape, dtype, layout, wall=self._walls).copy_(drawn(*shape, dtype=dtype))
+        return self(shape, dtype, layout).copy_(drawn(*shape, dtype=dtype))
 
     def check(self) -> None:
         for buffer, inside in self._kept:
-            assert buffer[~inside].isnan().all(), "a kernel wrote outside a tensor"
+            outside = buffer[~inside]
+            untouched = outside.isnan() if outside.is_floating_point() else outside == _nothing(outside.dtype)
+            assert untouched.all(), "a kernel wrote outside a tensor"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded, drawn
+from guarded import Guarded, Layout
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels import ops
@@ -36,7 +36,7 @@ class Problem:
     heads: int = 2
 
     def __post_init__(self) -> None:
-        self.guarded = Guarded()
+        self.guarded = Guarded(walls=True)
         self.factor = self.d**-0.5 if self.scale is None else self.scale
         lead = (self.batch, self.heads)
         shapes = [
@@ -50,7 +50,7 @@ class Problem:
         size = self.guarded((self.batch, self.keys), self.wide)
         size.copy_(torch.randint(1, self.largest + 1, size.shape))
         self.inputs: tuple[torch.Tensor, ...] = (q, k, v, size)
-        self.grad_lse = drawn(*lead, self.queries, dtype=self.wide)
+        self.grad_lse = self.guarded.random((*lead, self.queries), self.wide)
 
     def expected(self, dtype: torch.dtype) -> list[torch.Tensor]:
         q, k, v = (t.detach().to(dtype).requires_grad_() for t in self.inputs[:3])
@@ -119,6 +119,13 @@ CASES: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_matches_reference(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     Problem(*case, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.usefixtures("walls_in_front")
+def test_nothing_in_front_is_read_or_written(case: tuple[Any, ...]) -> None:
+    for dtype in DTYPES:
+        Problem(*case, dtype=dtype).run()
 
 
 @pytest.mark.thorough
@@ -295,9 +302,8 @@ def test_nan_stays_where_it_is() -> None:
 def test_strided_sizes() -> None:
     problem = Problem(20, 70, 8, 8)
     want = problem.run()
-    columns = torch.full((70, 5), float("nan"))
-    columns[:, 1:5:2] = problem.inputs[3].T
-    problem.inputs = (*problem.inputs[:3], columns[:, 1:5:2].T)
+    size = problem.guarded((2, 70), torch.float32, Layout((1, 0), padding=3, step=2)).copy_(problem.inputs[3])
+    problem.inputs = (*problem.inputs[:3], size)
     for got, expected in zip(problem.run(), want, strict=True):
         assert torch.equal(got, expected)
 

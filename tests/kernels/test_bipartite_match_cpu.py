@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from guarded import drawn
+from guarded import Guarded, Layout, drawn
 from token_merge_calls import (
     NAMES,
-    NOTHING,
     PROTECTED,
     assert_same,
     check_match,
@@ -167,24 +166,17 @@ def test_threads_change_nothing(batch):
         assert torch.equal(alone[name][0], want[name][-1]), f"{name} depends on the other images"
 
 
+@pytest.mark.usefixtures("either_wall")
 @each_dtype
 @pytest.mark.parametrize(("tokens", "channels", "before"), [(37, 7, 65), (52, 64, 64), (71, 12, 64)])
 def test_nothing_is_read_or_written_outside(tokens, channels, before, dtype):
-    kept = []
-    plain = drawn(2, tokens, channels, dtype=dtype)
-    buffer = torch.full((before + plain.numel() + 64,), float("nan"), dtype=dtype)
-    metric = buffer[before : before + plain.numel()].view(plain.shape).copy_(plain)
-
-    def allocate(shape):
-        count = torch.Size(shape).numel()
-        kept.append((torch.full((count + 128,), NOTHING, dtype=torch.int32), count))
-        return kept[-1][0][64 : 64 + count].view(shape)
-
-    got = launch_match(native, metric, 9, allocate=allocate)
-    assert_same(got, launch_match(native, plain, 9))
-    for written, count in kept:
-        assert (written[:64] == NOTHING).all()
-        assert (written[64 + count :] == NOTHING).all()
+    guarded, plain = Guarded(walls=True), drawn(2, tokens, channels, dtype=dtype)
+    want = launch_match(native, plain, 9)
+    for padding in (0, 3):
+        metric = guarded(plain.shape, dtype, Layout((0, 1, 2), padding=padding, before=before)).copy_(plain)
+        got = launch_match(native, metric, 9, allocate=lambda shape: guarded(shape, torch.int32))
+        guarded.check()
+        assert_same(got, want)
 
 
 def test_the_mean_of_keys_is_a_metric():

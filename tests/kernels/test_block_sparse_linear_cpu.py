@@ -202,11 +202,14 @@ def test_a_block_on_the_border_of_two_shares_is_summed_once():
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("either_wall")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_nothing_is_read_or_written_outside(dtype, transposed):
-    guarded, call = Guarded(), Call(29, pattern((70, 50), (32, 16)), dtype, "gelu", transposed)
+    guarded, call = Guarded(walls=True), Call(29, pattern((70, 50), (32, 16)), dtype, "gelu", transposed)
     want = launch(native, call)
+    index, *options = call.params
+    index = guarded(tuple(index.shape), index.dtype).copy_(index)
     values = guarded(tuple(call.values.shape), dtype, "offset").copy_(call.values)
     bias = guarded(tuple(call.bias.shape), dtype, "offset").copy_(call.bias)
     taken, given = call.x.shape[1], call.grad.shape[1]
@@ -214,9 +217,9 @@ def test_nothing_is_read_or_written_outside(dtype, transposed):
     x = guarded((1, 1, 29, taken), dtype, Layout(padding=7, before=65))[0, 0].copy_(call.x)
     grad = guarded((1, 1, 29, given), dtype, Layout(padding=3, before=65))[0, 0].copy_(call.grad)
     y, before = (guarded((29, given), dtype, "offset") for _ in range(2))
-    native.forward(y, before, x, values, bias, *call.params)
+    native.forward(y, before, x, values, bias, index, *options)
     grads = {name: guarded(tuple(t.shape), dtype, "offset") for name, t in want.items() if name != "y"}
-    native.backward(*grads.values(), None, grad, None, y, before, x, values, bias, *call.params)
+    native.backward(*grads.values(), None, grad, None, y, before, x, values, bias, index, *options)
     guarded.check()
     assert torch.equal(y, want["y"])
     for name, tensor in grads.items():

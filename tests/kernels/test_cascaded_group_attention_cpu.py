@@ -190,6 +190,13 @@ def test_matches_reference(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     Problem(*case, dtype, key_dim=key_dim, residual=case[1] != 64, batch=3 if case[0][0] < 6 else 1).check()
 
 
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.usefixtures("walls_in_front")
+def test_nothing_in_front_is_read_or_written(case: tuple[Any, ...]) -> None:
+    for dtype in DTYPES:
+        Problem(*case, dtype, key_dim=16 if case[1] % 16 == 0 else 5).run()
+
+
 def test_detection_map_with_padding() -> None:
     Problem((84, 50), 128, (7, 7), (7, 5, 3, 3), "nchw", batch=1).check()
 

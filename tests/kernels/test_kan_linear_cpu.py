@@ -150,6 +150,7 @@ def test_an_infinite_row_spoils_itself_only(wide):
     assert y[3].isnan().all()
 
 
+@pytest.mark.usefixtures("either_wall")
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
 @pytest.mark.parametrize("rows", [1, 61, 200])
 def test_nothing_is_read_or_written_outside(rows, dtype, weight_dtype):
@@ -173,11 +174,12 @@ def test_nothing_is_read_or_written_outside(rows, dtype, weight_dtype):
             assert torch.equal(grads[name], want[name]), name
 
 
+@pytest.mark.usefixtures("either_wall")
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
 def test_matrices_whose_rows_lie_apart(dtype, weight_dtype):
     """x, the weight, y and the gradients of all three, as parts of wider matrices."""
     rows, channels, outputs = 140, 21, 19
-    guarded, tensors = Guarded(), inputs(rows, channels, outputs, 8, dtype, weight_dtype)
+    guarded, tensors = Guarded(walls=True), inputs(rows, channels, outputs, 8, dtype, weight_dtype)
     grad_y = drawn(rows, outputs, dtype=weight_dtype)
     want = launch(native, tensors, grad_y)
 

@@ -44,7 +44,7 @@ class Problem:
     spread: float = 1.0
 
     def __post_init__(self) -> None:
-        self.guarded = Guarded()
+        self.guarded = Guarded(walls=True)
         layout = self.chosen = Layout(**{"order": (0, 1, 2), **LAYOUTS[self.layout]})
         z = self.guarded.random((self.batch, self.tokens, self.width), self.dtype, layout)
         other = None
@@ -141,6 +141,15 @@ CASES: list[tuple[Any, ...]] = [
 def test_matches_reference(case: tuple[Any, ...], normalize: str, dtype: torch.dtype) -> None:
     *sizes, shared, layout = case
     Problem(*sizes, normalize, shared, layout, dtype).check()
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.usefixtures("walls_in_front")
+def test_nothing_in_front_is_read_or_written(case: tuple[Any, ...], normalize: str) -> None:
+    *sizes, shared, layout = case
+    for dtype in DTYPES:
+        Problem(*sizes, normalize, shared, layout, dtype).run()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded, Layout, drawn
+from guarded import Guarded, Layout
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels import ops
@@ -66,10 +66,10 @@ class Problem:
             for c, s in ((self.d, self.spread), (self.d, self.spread), (self.dv, 1), (self.dv, 1))
         )
         entries = [2 * k - 1 for k in self.kernel]
-        rpb = drawn(self.heads, *entries, dtype=self.rpb_dtype or self.dtype) if self.rpb else None
+        rpb = self.guarded.random((self.heads, *entries), self.rpb_dtype or self.dtype) if self.rpb else None
         self.inputs: tuple[Any, ...] = (q, k, v, rpb)
         self.grad_out = g
-        self.grad_lse = drawn(*self.lead, dtype=self.lse_dtype)
+        self.grad_lse = self.guarded.random(self.lead, self.lse_dtype)
         pairs = self.batch * count_pairs(self.sizes, self.kernel, self.dilation, causal)
         self.terms = max(1, pairs // torch.Size(entries).numel())
 
@@ -171,6 +171,13 @@ CASES: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_matches_reference(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     Problem(*case, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.usefixtures("walls_in_front")
+def test_nothing_in_front_is_read_or_written(case: tuple[Any, ...]) -> None:
+    for dtype in DTYPES:
+        Problem(*case, dtype=dtype).run()
 
 
 @pytest.mark.parametrize("d", [8, 24, 40, 72, 80, 96, 160, 256])

@@ -49,7 +49,7 @@ class Problem:
         self.params = (self.mode == "criss_cross", self.d**-0.5)
         self.lead = (self.batch, *self.sizes, self.heads)
         self.view = LAYOUTS[self.layout]
-        self.guarded = Guarded()
+        self.guarded = Guarded(walls=True)
         q, k, v, g = (
             self.guarded.random((*self.lead, c), self.dtype, self.view).mul_(s)
             for c, s in ((self.d, self.spread), (self.d, self.spread), (self.dv, 1), (self.dv, 1))
@@ -141,6 +141,15 @@ LARGE: list[tuple[tuple[int, int], int, int, str]] = [
 def test_matches_reference(case: tuple[Any, ...], dtype: torch.dtype, mode: str) -> None:
     sizes, d, dv, layout = case
     Problem(sizes, d, dv, mode, dtype, layout).check()
+
+
+@pytest.mark.parametrize("mode", ["whole", "criss_cross"])
+@pytest.mark.parametrize("case", GRIDS, ids=named)
+@pytest.mark.usefixtures("walls_in_front")
+def test_nothing_in_front_is_read_or_written(case: tuple[Any, ...], mode: str) -> None:
+    sizes, d, dv, layout = case
+    for dtype in DTYPES:
+        Problem(sizes, d, dv, mode, dtype, layout).run()
 
 
 @pytest.mark.parametrize("mode", ["whole", "criss_cross"])

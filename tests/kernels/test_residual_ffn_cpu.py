@@ -116,6 +116,13 @@ def test_matches_reference(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     Problem(*case, dtype).check()
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[1]}-{c[3][0]}x{c[3][1]}-{c[4]}")
+@pytest.mark.usefixtures("walls_in_front")
+def test_nothing_in_front_is_read_or_written(case: tuple[Any, ...]) -> None:
+    for dtype in DTYPES:
+        Problem(*case, dtype).run()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scales", [False, True], ids=["ones", "scales"])
 @pytest.mark.parametrize("dw", [False, True], ids=["ffn", "dw"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded, drawn
+from guarded import Guarded
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels import ops
@@ -39,7 +39,7 @@ class Problem:
     bias_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        self.guarded = Guarded()
+        self.guarded = Guarded(walls=True)
         lead = (self.batch, self.heads)
         shapes = {
             "q": (*lead, self.queries, self.r),
@@ -52,10 +52,10 @@ class Problem:
         )
         bias = None
         if self.bias is not None:
-            bias = drawn(*self.bias, dtype=self.bias_dtype or self.dtype)
+            bias = self.guarded.random(self.bias, self.bias_dtype or self.dtype)
         self.inputs: tuple[Any, ...] = (q, k, v, bias)
         self.lse_dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
-        self.grad_lse = drawn(*lead, self.queries, dtype=self.lse_dtype)
+        self.grad_lse = self.guarded.random((*lead, self.queries), self.lse_dtype)
 
     def expected(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
         leaves = [
@@ -173,6 +173,13 @@ BIASED: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize("case", BIASED, ids=named)
 def test_bias_and_its_gradient(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     Problem(*case, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("case", [*CASES, *BIASED], ids=named)
+@pytest.mark.usefixtures("walls_in_front")
+def test_nothing_in_front_is_read_or_written(case: tuple[Any, ...]) -> None:
+    for dtype in DTYPES:
+        Problem(*case, dtype=dtype).run()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

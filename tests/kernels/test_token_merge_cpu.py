@@ -176,17 +176,19 @@ def test_threads_change_no_bit(mode, threads):
         assert torch.equal(got[name], tensor), name
 
 
+@pytest.mark.usefixtures("either_wall")
 @each_mode
 @each_dtype
 @pytest.mark.parametrize("before", [64, 65])
 def test_nothing_is_read_or_written_outside(before, dtype, mode):
-    guarded, layout = Guarded(), Layout((0, 1, 2), padding=8, before=before)
+    guarded, layout = Guarded(walls=True), Layout((0, 1, 2), padding=8, before=before)
     plain, size, plan, upstream = tensors(2, 19, 12, 77, dtype)
     want = launch_merge(native, plain, size, plan, mode, upstream)
     x, grad_x = (guarded(plain.shape, dtype, layout) for _ in range(2))
     grad_y = guarded(upstream.shape, dtype, layout).copy_(upstream)
     y, sizes = guarded((2, 12, 77), dtype, Layout((0, 1, 2), before=before)), guarded((2, 12), size.dtype)
     x.copy_(plain)
+    size, *plan = (guarded(tuple(t.shape), t.dtype).copy_(t) for t in (size, *plan))
     native.forward(y, sizes, x, size, *plan, mode)
     native.backward(grad_x, None, None, None, None, grad_y, None, y, sizes, x, size, *plan, mode)
     guarded.check()

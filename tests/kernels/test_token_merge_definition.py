@@ -8,6 +8,7 @@ from dataclasses import replace
 import plain_token_merge as plain
 import pytest
 import torch
+from guarded import Guarded
 
 import vitkernels
 from vitkernels import MergePlan, ops
@@ -317,6 +318,8 @@ def _edits() -> dict[str, Callable[[MergePlan], MergePlan]]:
     pairs = MergePlan.from_rows(torch.tensor([[0, 0, 1, 2, 3, 3, 4, 4]] * 2), 5)
     doubled = torch.tensor([[0, 0, 2, 3, 4, 4, 6, 6]] * 2, dtype=torch.int32)
     fewer = MergePlan.from_rows(pairs.rows.clamp(max=3), 4)
+    last, longer = pairs.rows.clone(), pairs.starts.clone()
+    last[1, 6:], longer[1, 4] = 3, 9
     return {
         "members beyond the end": lambda p: replace(p, members=torch.full_like(p.members, 10**8)),
         "members below 0": lambda p: replace(p, members=p.members - 1),
@@ -330,6 +333,7 @@ def _edits() -> dict[str, Callable[[MergePlan], MergePlan]]:
         "a last row of none": lambda p: replace(
             fewer, starts=torch.cat([fewer.starts, fewer.starts[:, -1:]], 1)
         ),
+        "a row of the last image beyond the end": lambda p: replace(pairs, rows=last, starts=longer),
         "other rows": lambda p: replace(p, rows=p.rows.roll(1, 1)),
         "rows beyond the end": lambda p: replace(p, rows=p.rows + 10**8),
     }
@@ -339,7 +343,11 @@ def _edits() -> dict[str, Callable[[MergePlan], MergePlan]]:
 @pytest.mark.parametrize("edit", _edits())
 def test_a_plan_that_is_no_partition_reads_nothing(edit: str) -> None:
     x = torch.randn(2, 8, 4)
-    plan = _edits()[edit](ops.bipartite_match(x, 3))
+    plan, guarded = _edits()[edit](ops.bipartite_match(x, 3)), Guarded(walls=True)
+    rows, starts, members = (
+        guarded(tuple(t.shape), t.dtype).copy_(t) for t in (plan.rows, plan.starts, plan.members)
+    )
+    plan = MergePlan(rows, starts, members)
     for call in (lambda: ops.token_merge(x, plan), lambda: ops.token_unmerge(x[:, :5], plan)):
         with pytest.raises(
             ValueError, match="argument `plan`: expected rows, starts and members of one partition"

@@ -76,16 +76,18 @@ def test_threads_change_no_bit(threads):
         assert torch.equal(got[name], tensor), name
 
 
+@pytest.mark.usefixtures("either_wall")
 @each_dtype
 @pytest.mark.parametrize("before", [64, 65])
 def test_nothing_is_read_or_written_outside(before, dtype):
-    guarded, padded = Guarded(), Layout((0, 1, 2), padding=8, before=before)
+    guarded, padded = Guarded(walls=True), Layout((0, 1, 2), padding=8, before=before)
     dense = Layout((0, 1, 2), before=before)
     plain, upstream = drawn(2, 12, 77, dtype=dtype), drawn(2, 19, 77, dtype=dtype)
     plan = random_plan(2, 19, 12)
     want = launch_unmerge(native, plain, plan, upstream)
     y, grad_x = (guarded(t.shape, dtype, padded).copy_(t) for t in (plain, upstream))
     x, grad_y = guarded(upstream.shape, dtype, dense), guarded(plain.shape, dtype, padded)
+    plan = [guarded(tuple(t.shape), t.dtype).copy_(t) for t in plan]
     native.forward(x, y, *plan)
     native.backward(grad_y, None, None, None, grad_x, x, y, *plan)
     guarded.check()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from guarded import Guarded, Layout, drawn
+from guarded import Guarded, Layout
 from tolerance import FORWARD, GRADIENT, assert_close_to_truth
 
 from vitkernels.bench.cases.window_attention import table_entries, table_terms
@@ -56,10 +56,10 @@ class Problem:
         )
         table = None
         if self.bias is not None:
-            table = drawn(self.heads, self.entries, dtype=self.bias_dtype or self.dtype)
+            table = self.guarded.random((self.heads, self.entries), self.bias_dtype or self.dtype)
         self.inputs = (q, k, v, table)
         self.grad_out = g
-        self.grad_lse = drawn(*lead, dtype=self.lse_dtype)
+        self.grad_lse = self.guarded.random(lead, self.lse_dtype)
 
     def expected(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
         leaves = [None if t is None else t.to(self._as(t, dtype)).requires_grad_() for t in self.inputs]
@@ -141,6 +141,13 @@ CASES: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0][0]}x{c[0][1]}-{c[1]}-{c[2]}-{c[3]}-{c[4]}")
 def test_matches_reference(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     Problem(*case, dtype).check()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0][0]}x{c[0][1]}-{c[1]}-{c[2]}-{c[3]}-{c[4]}")
+@pytest.mark.usefixtures("walls_in_front")
+def test_nothing_in_front_is_read_or_written(case: tuple[Any, ...]) -> None:
+    for dtype in DTYPES:
+        Problem(*case, dtype).run()
 
 
 def test_wrong_results_are_rejected() -> None:
