@@ -72,7 +72,8 @@ struct BackwardOwn {
     v = scratch.take<T>(d * width);
     k_tokens = scratch.take<T>(n * key_row);
     dq_tokens = scratch.take<T>(n * key_row);
-    tile = scratch.take<T>((d > kd ? d : kd) * width);
+    // A window's rows are read by whole vectors.
+    tile = scratch.take<T>((d > kd ? d : kd) * width + kLanes<T>);
     bias = scratch.take<T>(n * width + kLanes<T>);
     p = scratch.take<T>(n * width);
     dl = scratch.take<T>(n * width);
