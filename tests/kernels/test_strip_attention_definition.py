@@ -152,6 +152,16 @@ def test_bias(shape: tuple[int, ...], r: int, backend: str) -> None:
     torch.testing.assert_close(grads[1].sum(-1), seeds[1])
 
 
+@pytest.mark.parametrize("shape", [(3, 11, 7), (11, 1), (7,)], ids=str)
+def test_bias_that_is_a_parameter_in_a_dynamic_graph(shape: tuple[int, ...]) -> None:
+    """Its sizes are numbers among symbols there, and were once found not to broadcast."""
+    torch._dynamo.reset()
+    call = {name: tensor.detach() for name, tensor in random_call(3).items()}
+    bias = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    compiled = torch.compile(ops.strip_attention, backend="eager", fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(**call, attn_bias=bias), ops.strip_attention(**call, attn_bias=bias))
+
+
 @each_backend
 @each_width
 def test_hidden_keys(r: int, backend: str) -> None:

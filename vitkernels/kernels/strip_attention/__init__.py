@@ -148,7 +148,7 @@ def _check_bias(attn_bias: Any, shape: tuple[int, ...]) -> None:
     check_tensor("attn_bias", attn_bias, (None,) * attn_bias.ndim, "that broadcasts")
     fits = attn_bias.ndim <= 4
     for size, wanted in zip(reversed(attn_bias.shape), reversed(shape)):  # noqa: B905 (fewer dimensions are fine)
-        fits = fits and size in (1, wanted)
+        fits = fits and (size == 1 or size == wanted)  # not `in`, which Dynamo answers wrongly for symbols
     if not fits:
         sizes = ", ".join(str(size) for size in shape)
         fail("attn_bias", f"a shape that broadcasts to [batch, heads, N, M] = [{sizes}]", attn_bias)
