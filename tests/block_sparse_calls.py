@@ -49,7 +49,7 @@ class Call:
         taken, given = reversed(weight.shape) if not transposed else weight.shape
         self.weight = weight.to(dtype)
         self.values = self.weight.values
-        if dtype is torch.float64:
+        if dtype is torch.float64 and weight.values.dtype is not dtype:
             self.values /= 3  # to digits that float32 does not have
         self.x = drawn(tokens, taken, dtype=dtype)
         self.bias = drawn(given, dtype=dtype) if bias else None
