@@ -85,11 +85,9 @@ class ShiftedWindowAttention(nn.Module):
             out = self._masked(q, k, v, regions)
         else:
             table = self.relative_position_bias_table.mT
-            mixed = ops.window_attention(
+            out = ops.window_attention(
                 q, k, v, bias_table=table, bias_index="signed", window=WINDOW, backend=self.backend
             )
-            assert isinstance(mixed, Tensor)
-            out = mixed
         x = map_of(self.proj(out.transpose(1, 2).flatten(2)), height, width)
         return x.roll((self.shift, self.shift), (1, 2)) if self.shift else x
 

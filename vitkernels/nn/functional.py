@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from vitkernels import ops
-from vitkernels.core.backends import FLOAT_DTYPES
-from vitkernels.core.checks import autocast, check_device, check_dtype, check_scale, check_tensor, fail
+from vitkernels.core.checks import fail
+from vitkernels.kernels.polyline_path_attention import check_inputs
 
 
 def polyline_path_attention_unnormalized(
@@ -58,26 +58,11 @@ def polyline_path_attention_unnormalized(
         >>> polyline_path_attention_unnormalized(q, k, v, *decays, kind="linear").shape
         torch.Size([2, 7, 9, 4, 16])
     """
-    check_tensor("q", q, (None,) * 5, "[batch, height, width, heads, head_dim]")
-    check_tensor("k", k, q.shape, "[batch, height, width, heads, head_dim]")
-    check_tensor("v", v, (*q.shape[:-1], None), "[batch, height, width, heads, value_dim]")
     # Not left to the operators: a mask knows the number of tokens alone, not the sides of their map.
-    for name, decay in (("log_decay_w", log_decay_w), ("log_decay_h", log_decay_h)):
-        check_tensor(name, decay, q.shape[:-1], "[batch, height, width, heads]")
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
-    if head_dim == 0 or value_dim == 0:
-        fail("v" if head_dim else "q", "a last dimension of at least 1", v if head_dim else q)
-    for name, tensor in (("k", k), ("v", v), ("log_decay_w", log_decay_w), ("log_decay_h", log_decay_h)):
-        check_device(name, tensor, q.device, "q")
-    first, *others = autocast(q, k, v)
-    check_dtype("q", first, FLOAT_DTYPES)
-    for name, tensor in zip("kv", others, strict=True):
-        check_dtype(
-            name, tensor, (first.dtype,), "Cast q, k and v to one dtype, or run under torch.autocast."
-        )
+    *_, scale = check_inputs(q, k, v, log_decay_w, log_decay_h, "whole", scale)
     if kind not in ("softmax", "linear"):
         fail("kind", "'softmax' or 'linear'", kind)
-    scale = check_scale(scale, head_dim**-0.5)
+    head_dim, value_dim = q.shape[-1], v.shape[-1]
     decays = (log_decay_w, log_decay_h)
     if kind == "linear":
         outer = (k.unsqueeze(-1) * v.unsqueeze(-2)).flatten(-2)

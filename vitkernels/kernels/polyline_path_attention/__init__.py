@@ -79,7 +79,7 @@ def polyline_path_attention(
     return operator((q, k, v, log_decay_w, log_decay_h), (mode, scale), backend, False)[0]
 
 
-def _check(
+def check_inputs(
     q: Any, k: Any, v: Any, log_decay_w: Any, log_decay_h: Any, mode: Any, scale: Any
 ) -> tuple[Any, ...]:
     check_tensor("q", q, (None,) * 5, _LAYOUT)
@@ -200,7 +200,7 @@ operator = Operator(
     tensors=("q", "k", "v", "log_decay_w", "log_decay_h"),
     params="bool criss_cross, float scale",
     outputs=("out", "lse", "cum", "partial"),
-    check=_check,
+    check=check_inputs,
     allocate=(_allocate_out, _allocate_pair, _allocate_pair, _allocate_partial),
     reference=reference.forward,
     backends=(
