@@ -9,7 +9,8 @@
 //   split     Two launches with the hidden layer, and u, in a workspace between them, for so few tokens that
 //             the tiles would leave most of the device idle: a block has 16 tokens and some rows of the
 //             weight, and its warps share the depth of the product.
-// The second launch fetches its weights while the first one runs.
+// The second launch fetches its weights while the first one runs. On Hopper many tokens take another way:
+// forward_hopper.cu.
 // x is read with its neighbours where it lies; the nine reads of an element meet in the first-level cache.
 #include "way.h"
 
@@ -46,6 +47,7 @@ template <class T>
 void forward_tensor(const Problem& problem, const Way& way, Stream stream) {
   if (way.kind == Kind::TILES) return launch_tiles<T>(problem, way, stream);
   if (way.kind == Kind::SPLIT) return launch_split<T>(problem, way, stream);
+  if (way.kind == Kind::HOPPER) return forward_hopper<T>(problem, stream);
   const FusedLayout layout(problem.params, way.first.row_bits, way.first.depth);
   launch(forward_fused_kernel<T>, Dim3{tiles_of(problem, way.first.row_bits)}, THREADS,
          static_cast<size_t>(layout.bytes), stream, problem, layout);

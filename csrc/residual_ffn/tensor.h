@@ -85,15 +85,21 @@ VK_HOST_DEVICE int taps_elements(const Params& params) {
   return params.dw_weight.data == nullptr ? 0 : 10 * params.channels;
 }
 
+// Those of `channels` channels from `first` on.
 template <class T>
-VK_DEVICE void stage_taps(float* taps, const Problem& problem) {
+VK_DEVICE void stage_taps(float* taps, const Problem& problem, int first, int channels) {
   const Params& p = problem.params;
-  if (p.dw_weight.data == nullptr) return;
   const int64_t* stride = p.dw_weight.stride;
   const bool dense = stride[0] == 9 && stride[1] == 3 && stride[2] == 1;
-  stage_floats<T>(taps, p.dw_weight, problem.wide, dense, 9 * p.channels,
+  View weight = p.dw_weight;
+  weight.data = static_cast<char*>(weight.data) + first * stride[0] * (problem.wide ? 4 : sizeof(T));
+  stage_floats<T>(taps, weight, problem.wide, dense, 9 * channels,
                   [&](int i) { return i / 9 * stride[0] + i % 9 / 3 * stride[1] + i % 3 * stride[2]; });
-  stage_vector<T>(taps + 9 * p.channels, problem, p.dw_bias, 0, p.channels);
+  stage_vector<T>(taps + 9 * channels, problem, p.dw_bias, first, channels);
+}
+template <class T>
+VK_DEVICE void stage_taps(float* taps, const Problem& problem) {
+  if (problem.params.dw_weight.data != nullptr) stage_taps<T>(taps, problem, 0, problem.params.channels);
 }
 
 // A position's `WIDTH` channels around it, as they lie in memory.

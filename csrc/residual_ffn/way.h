@@ -1,12 +1,13 @@
 // Which kernels take a call, and how it is cut: by a model of what each way costs.
 #pragma once
+#include "hopper.h"
 #include "split.h"
 
 namespace vitkernels::residual_ffn {
 
 constexpr int SMS = 132;  // of the large devices that the tiles are chosen for
 
-enum class Kind { PLAIN, FUSED, TILES, SPLIT };
+enum class Kind { PLAIN, FUSED, TILES, SPLIT, HOPPER };
 
 struct Way {
   Kind kind = Kind::PLAIN;
@@ -82,6 +83,10 @@ inline Way choose_way(const Problem& problem) {
   const Params& p = problem.params;
   Way best;
   if (sizeof_dtype(p.dtype) != 2 || p.channels % 16 != 0 || p.hidden % 16 != 0) return best;
+  if (fits_hopper(problem)) {
+    best.kind = Kind::HOPPER;
+    return best;
+  }
   const auto limit = static_cast<int64_t>(shared_limit());
   const auto consider = [&](const Way& way) {
     if (best.kind == Kind::PLAIN || way.time < best.time) best = way;

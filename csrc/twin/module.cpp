@@ -49,6 +49,8 @@ void define(py::module_& module, const char* name, void (*function)(Arguments...
 
 PYBIND11_MODULE(_twin, module) {
   using namespace vitkernels;
+  module.def("set_processors", &twin::set_processors,
+             "How many multiprocessors kernels that choose by them find.");
   module.def("set_seed", &twin::set_seed, "The order of warps, lanes and blocks from the next launch on.");
   module.def("watch", &twin::watch::set_enabled, "Whether hazards are errors (csrc/twin/watch.h).");
   module.def("ignore_barriers", &twin::watch::ignore_barriers, "As if these ordered nothing, by number.");

@@ -22,6 +22,7 @@ constexpr size_t RED_ZONE = 1024;
 constexpr unsigned char POISON = 0xff;  // NaN in every float type
 
 std::atomic<uint64_t> global_seed{0};
+std::atomic<int> global_processors{1};
 
 class Random {
  public:
@@ -345,6 +346,12 @@ const Position& here() {
 }
 void set_seed(uint64_t seed) {
   global_seed = seed;
+}
+int processors() {
+  return global_processors;
+}
+void set_processors(int count) {
+  global_processors = count;
 }
 void run_grid(const void* kernel, GridSize grid, int threads, size_t shared_bytes, ThreadBody thread) {
   scheduler().run(kernel, grid, threads, shared_bytes, thread);

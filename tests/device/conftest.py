@@ -9,6 +9,7 @@ def module():
     module = twin.load()
     yield module
     module.set_seed(0)
+    module.set_processors(1)
     module.watch(True)
     module.ignore_barriers([])
     module.count_traffic(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -70,8 +70,19 @@ class Case:
         return f"{self.channels}-{self.hidden}-{size}-b{self.batch}-{dtype}-{self.layout}{parts}"
 
 
-# Tiles of tokens and of weights in two launches, the last of each in part.
-TILES = Case(240, 432, (8, 71), F16, layout="nchw")
+# Tiles of tokens and of weights in two launches, the last of each in part. Hopper's kernels, which would take so
+# many tokens, do not take these weights.
+TILES = Case(240, 432, (8, 71), F16, layout="nchw", weights="offset")
+# Hopper's: several maps a block, the last of them in part; bands of a map; a line that is a map. On one multiprocessor
+# products take large tiles, on as many as an H200 has small ones.
+HOPPER = [
+    Case(96, 176, (5, 5), F16, batch=29, layout="nchw"),
+    Case(80, 208, (18, 47), BF16, layout="channels_last"),
+    Case(144, 64, (17, 31), BF16, layout="nchw", wide_vectors=False, scales=False),
+    Case(128, 320, (1, 530), F16, layout="channels_last"),
+    Case(208, 96, (600, 1), F16, layout="nchw", dw=False),
+]
+each_size_of_device = pytest.mark.parametrize("processors", [1, 132])
 
 
 def make_inputs(case: Case, guarded: Guarded) -> Tensors:
@@ -92,6 +103,13 @@ def make_inputs(case: Case, guarded: Guarded) -> Tensors:
         vector(channels, 3, 3).mul_(1 / 3) if case.dw else None,
         vector(channels) if case.dw else None,
     ]
+
+
+@pytest.fixture
+def device() -> Iterator[Callable[[int], None]]:
+    """Sets the number of multiprocessors that the twin has."""
+    yield twin.load().set_processors
+    twin.load().set_processors(1)
 
 
 def run_kernels(case: Case, inputs: Tensors) -> torch.Tensor:
@@ -157,6 +175,19 @@ def test_matches_reference(case: Case) -> None:
     check(case)
 
 
+@each_size_of_device
+@pytest.mark.parametrize("case", HOPPER, ids=str)
+def test_many_tokens_on_hopper(case: Case, processors: int, device: Callable[[int], None]) -> None:
+    device(processors)
+    check_on_hopper(case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hopper_reads_and_writes_any_strides(layout: str) -> None:
+    case = Case(96, 64, (9, 40), batch=2, layout=layout)
+    check_on_hopper(case)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_reads_and_writes_any_strides(dtype: torch.dtype, layout: str) -> None:
@@ -188,11 +219,12 @@ def test_absent_arguments(dtype: torch.dtype, scales: bool, dw: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-@pytest.mark.parametrize("channels", [32, 192])
-def test_images_far_apart(channels: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("channels", "side"), [(32, 3), (192, 3), (192, 11)])
+def test_images_far_apart(channels: int, side: int, dtype: torch.dtype) -> None:
     """Offsets of 64 bits: 32 would wrap."""
-    inputs = make_inputs(Case(channels, 256, (3, 2), dtype, batch=3), Guarded())
-    expected = run_kernels(Case(channels, 256, (3, 2), dtype, batch=3), inputs)
+    case = Case(channels, 256 if side == 3 else 32, (side, side), dtype, batch=3)
+    inputs = make_inputs(case, Guarded())
+    expected = run_kernels(case, inputs)
     out = far(torch.zeros_like(expected), 0)
     native.forward(out, far(inputs[0], 0), *inputs[1:], module=twin.load(), cuda=True)
     assert torch.equal(out, expected)
@@ -205,32 +237,47 @@ def test_tiles_of_many_tokens(layout: str) -> None:
     check(Case(16, 16, (14, 14), BF16, batch=87, layout=layout, dw=False))
 
 
+def workspace(case: Case) -> int:
+    inputs = make_inputs(case, Guarded())
+    module = twin.load()
+    return module.residual_ffn_workspace_cuda(
+        0, *extension.arguments(module, torch.empty_like(inputs[0]), *inputs)
+    )
+
+
+def check_on_hopper(case: Case) -> None:
+    """`check`, of calls that Hopper's kernels take."""
+    module = twin.load()
+    module.count_traffic(True)
+    try:
+        check(case)
+        assert {row[0] for row in module.traffic()} == {"hopper_inputs_kernel", "hopper_product_kernel"}
+    finally:
+        module.count_traffic(False)
+
+
 def test_every_path_is_taken() -> None:
-    """One launch without a workspace, two with the hidden layer and u in it, three with the hidden layer."""
+    """One launch without a workspace, two with the hidden layer and u in it, three with the hidden layer.
 
-    def workspace(case: Case) -> int:
-        inputs = make_inputs(case, Guarded())
-        module = twin.load()
-        return module.residual_ffn_workspace_cuda(
-            0, *extension.arguments(module, torch.empty_like(inputs[0]), *inputs)
-        )
-
+    On Hopper many tokens take three with both, unless the copy engine does not take the weights.
+    """
     assert workspace(Case(64, 128, (14, 14))) == 0
     assert workspace(Case(192, 384, (14, 14))) == 2 * 196 * (192 + 384)
-    assert workspace(Case(192, 384, (14, 14), batch=32)) == 0
+    assert workspace(Case(192, 384, (14, 14), batch=32, weights="offset")) == 0
+    assert workspace(Case(192, 384, (14, 14), batch=32)) == 2 * 32 * 196 * (192 + 384)
     assert workspace(TILES) == 2 * 568 * (240 + 432)
     assert workspace(Case(65, 130, (14, 14))) == 2 * 196 * 130
     assert workspace(Case(64, 128, (14, 14), F32)) == 4 * 196 * 128
 
 
-@pytest.mark.parametrize("channels", [32, 192, 24])
-def test_a_nan_reaches_exactly_its_neighbourhood(channels: int) -> None:
+@pytest.mark.parametrize(("channels", "batch"), [(32, 2), (192, 2), (24, 2), (208, 9)])
+def test_a_nan_reaches_exactly_its_neighbourhood(channels: int, batch: int) -> None:
     for dw, reach in ((False, 0), (True, 1)):
         for layout in ("nchw", "channels_last"):
-            case = Case(channels, 256, (6, 7), F16, batch=2, layout=layout, dw=dw)
+            case = Case(channels, 256, (6, 7), F16, batch=batch, layout=layout, dw=dw)
             inputs = make_inputs(case, Guarded())
             inputs[0][1, 3, 2, 6] = float("nan")
-            hit = torch.zeros(2, 6, 7, dtype=torch.bool)
+            hit = torch.zeros(batch, 6, 7, dtype=torch.bool)
             hit[1, 2 - reach : 3 + reach, 6 - reach :] = True
             out = run_kernels(case, inputs)
             assert torch.equal(out.isnan().all(1), hit)
@@ -256,6 +303,16 @@ def test_no_schedule_changes_a_bit(case: Case) -> None:
 
 def test_no_schedule_changes_a_bit_of_tiles() -> None:
     assert_no_schedule_changes_a_bit(TILES, twin.SEEDS[: max(2, len(twin.SEEDS) // 8)])
+
+
+@each_size_of_device
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_no_schedule_changes_a_bit_on_hopper(
+    layout: str, processors: int, device: Callable[[int], None]
+) -> None:
+    device(processors)
+    case = Case(208, 112, (6, 9), BF16, batch=6, layout=layout)
+    assert_no_schedule_changes_a_bit(case, twin.SEEDS[: max(2, len(twin.SEEDS) // 4)])
 
 
 def assert_no_schedule_changes_a_bit(case: Case, seeds: Sequence[int]) -> None:
@@ -308,5 +365,6 @@ def test_sanitizers_find_nothing() -> None:
         "    for layout in ('nchw', 'channels_last'):\n"
         "        for channels in (32, 192, 17):\n"
         "            tests.check(tests.Case(channels, 256, (4, 5), dtype, 2, layout))\n"
+        "tests.check(tests.HOPPER[1])\n"
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

@@ -52,6 +52,9 @@ void run_grid(const void* kernel, GridSize grid, int threads, size_t shared_byte
 }
 
 void set_seed(uint64_t seed);
+// Of the device that the twin stands for, by which some kernels choose their tiles.
+int processors();
+void set_processors(int count);
 
 // Blocks until all 32 lanes are here with the same `body`; it then runs once, on what each lane handed in.
 using CollectiveBody = void (*)(void* const* lanes);

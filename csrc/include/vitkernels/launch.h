@@ -81,9 +81,10 @@ inline void check_launch(const Dim3& grid, int threads, size_t shared_bytes) {
 
 #if defined(VITKERNELS_HOST_TWIN)
 
-// Streaming multiprocessors of the current device; few here, so that small problems fill it.
+// Streaming multiprocessors of the current device; one unless a test says otherwise, so that small problems
+// fill it.
 inline int multiprocessors() {
-  return 1;
+  return twin::processors();
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -172,9 +173,9 @@ void launch(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared
   launch_kernel(false, kernel, grid, threads, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
-// Of a kernel that calls wait_for_launch() in all of its blocks, before it reads what the launch before it on
-// the stream writes and before it writes at all. That one must be ours and itself not dependent: what came
-// before it has then ended.
+// Of a kernel that calls wait_for_launch() in all of its blocks, before it reads what the launches before it
+// on the stream write and before it writes at all. The one before it must be ours: what came before that has
+// then ended too, when it began, or when its own blocks went on from wait_for_launch().
 template <typename... Parameters, typename... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), Dim3 grid, int threads, size_t shared_bytes,
                       Stream stream, Arguments&&... arguments) {
