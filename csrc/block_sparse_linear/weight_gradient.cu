@@ -14,6 +14,7 @@
 #include "product.h"
 #include "vitkernels/divide.h"
 #include "vitkernels/tile_attention_engine.h"
+#include "weight_hopper.h"
 
 namespace vitkernels::block_sparse_linear {
 namespace {
@@ -375,14 +376,35 @@ void run(const Params& p, const View& gradient, void* workspace, Stream stream) 
 
 }  // namespace
 
+// Enough for either way, since which one it is depends on more than sizes.
 int64_t weight_gradient_workspace(const Params& p) {
   const Plan plan(p);
-  return plan.parts.count > 1 ? plan.parts.count * plan.bytes : 0;
+  int64_t most = plan.parts.count;
+  if (suits_hopper(p)) {
+    const int64_t parts = hopper_parts(p, PARTIAL_BYTES).count;
+    most = parts > most ? parts : most;
+  }
+  return most > 1 ? most * plan.bytes : 0;
 }
 
 void weight_gradient(const Params& p, const View& gradient, void* workspace, Stream stream) {
   if (p.nnz == 0) return;
-  with_dtype(p.dtype, [&](auto zero) { run<decltype(zero)>(p, gradient, workspace, stream); });
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      if (suits_hopper(p)) {
+        const Parts parts = hopper_parts(p, PARTIAL_BYTES);
+        auto* const partials = static_cast<float*>(workspace);
+        if (weight_hopper<T>(p, gradient, parts, partials, stream)) {
+          if (parts.count > 1)
+            reduce<float, T>(partials, parts.count, p.nnz * p.block_height * p.block_width,
+                             static_cast<T*>(p.grad_values.data), stream);
+          return;
+        }
+      }
+    }
+    run<T>(p, gradient, workspace, stream);
+  });
 }
 
 }  // namespace vitkernels::block_sparse_linear

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import twin
-from block_sparse_calls import NAMES, Call, check, launch, pattern
+from block_sparse_calls import NAMES, Call, check, launch, pattern, plain
 from guarded import Guarded, Layout
+from tolerance import GRADIENT, assert_close_to_truth
 
 from vitkernels import BlockSparseTensor
 from vitkernels.kernels.block_sparse_linear import native
@@ -118,6 +119,45 @@ def test_large_tiles_give_what_small_ones_do(transposed, kernels):
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_warpgroups(shape, block, dtype, kernels):
     run(call(131, shape, block, dtype, "gelu"), kernels)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "tokens", "dtype", "transposed"),
+    [
+        (
+            (96, 136),
+            (32, 32),
+            512,
+            F16,
+            False,
+        ),  # 128 rows of dW a block of threads; columns end within a piece
+        ((96, 136), (32, 32), 512, BF16, True),
+        ((328, 72), (64, 32), 579, BF16, False),  # the last stage in part; 8 rows for a warpgroup
+        ((200, 128), (32, 128), 600, F16, True),  # 256 rows
+        ((40, 392), (128, 64), 1100, BF16, False),  # in two shares of the tokens
+        ((456, 64), (128, 32), 1029, F16, False),
+    ],
+)
+def test_weight_gradient_by_warpgroups(shape, block, tokens, dtype, transposed, kernels):
+    """Of enough tokens and blocks; what else the backward makes is not asked for."""
+    rows, columns = -(-shape[0] // block[0]), -(-shape[1] // block[1])
+    mask = torch.rand(rows, columns) < 0.6
+    if rows > 3:
+        mask[-2] = False
+    mask[0, 0] = mask[-1, -1] = True
+    c = call(tokens, shape, block, dtype, transposed=transposed, bias=False, mask=mask)
+    gradient = torch.full_like(c.values, float("nan"))
+    module = kernels["module"]
+    module.count_traffic(True)
+    try:
+        y = torch.zeros_like(c.grad)
+        native.backward(None, gradient, None, None, c.grad, None, y, y[:, :0], *inputs(c), **kernels)
+        assert "hopper_weight_kernel" in {row[0] for row in module.traffic()}
+    finally:
+        module.count_traffic(False)
+    baseline, truth = (plain(c, of)["values"] for of in (dtype, F64))
+    assert_close_to_truth("values", gradient, baseline, truth, factor=GRADIENT, reduced=tokens, dtype=dtype)
+    assert (gradient[c.beyond()] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,7 @@ CASE = Case(
         "rows missing": "out=256,in=256,tokens=61,block=16x16,density=0.1,pattern=lpvit",
         "one token": "out=1000,in=768,tokens=1",
         "many tokens": "out=64,in=64,tokens=3000,block=16x16",
+        "many blocks": "out=392,in=200,tokens=700",
     },
     reduced=reduced,
     call=call,

@@ -180,6 +180,7 @@ CASE = Case(
         "4x4": "c=384,side=4",
         "4x4-nhwc": "c=224,side=4,layout=nhwc",
         "60x60": "c=128,side=60",
+        "28x28-narrow": "c=48,side=28",
         "9x9-odd": "c=70,side=9,layout=nhwc",
         "1x1": "c=64,side=1",
     },

@@ -40,8 +40,8 @@ def residual_ffn(
 
     CPU and CUDA have kernels for the forward; the backward is composed of PyTorch's matrix products. On CUDA half
     precision whose C and hidden are multiples of 16 takes tensor cores: one launch, or for few tokens and large weights
-    two with the hidden layer between them in memory; on Hopper, from 64 channels and 65,536 elements of x on, three with
-    u and the hidden layer. Everything else takes three launches of a plain kernel.
+    two with the hidden layer between them in memory; on Hopper, from 64 channels and 65,536 elements of x on, three
+    with u and the hidden layer. Everything else takes three launches of a plain kernel.
     With backward it was slower than PyTorch's convolutions on an H200: for inference.
 
     Args:
