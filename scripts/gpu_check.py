@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import shlex
@@ -17,12 +18,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
-from vitkernels.bench import cli, gate
+import vitkernels
+from vitkernels.bench import cli, gate, models
 from vitkernels.bench.case import Case, Inputs, Problem, Provider, Unavailable, load_case, operators
 from vitkernels.bench.cli import DTYPES
+from vitkernels.bench.host_model import calibrate, create_host_model, randomize
 from vitkernels.bench.providers import ours
 from vitkernels.bench.runner import Draws, Settings, evaluate
+from vitkernels.bench.timing import CudaTimer, time_on_cpu
 
 # An exit code: the kernel takes none of the shapes in this dtype.
 NOTHING_RAN = 3
@@ -320,6 +325,62 @@ def profiled(args: argparse.Namespace) -> int:
     return 0
 
 
+def breakdown(args: argparse.Namespace) -> int:
+    """Whole networks after `apply`: the time of a forward, as a CUDA graph, and the kernels that take most of it."""
+    device, failed = torch.device(args.device), 0
+    for text in args.networks:
+        name, batch, *merged = text.split()
+        try:
+            print(
+                f"=== {text}: {breakdown_of(name, int(batch), [int(r) for r in merged], device, args)}",
+                flush=True,
+            )
+        except Exception as error:
+            print(f"=== {text}: FAILED {type(error).__name__}: {error}", flush=True)
+            failed += 1
+    return failed
+
+
+def breakdown_of(
+    name: str, batch: int, merged: list[int], device: torch.device, args: argparse.Namespace
+) -> str:
+    generator = torch.Generator().manual_seed(0)
+    model = randomize(create_host_model(name).model, generator)
+    image = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
+    calibrate(model, [torch.randn(4, *image, generator=generator)])
+    model = model.to(device, DTYPES[args.dtype])
+    vitkernels.apply(model, token_merging=merged[0] if merged else None, verbose=False)
+    images = torch.randn(batch, *image, generator=generator).to(device, DTYPES[args.dtype])
+    forward = functools.partial(models.forward, model, images)
+    steps = {"forward": forward}
+    for _ in range(3):
+        forward()
+    if device.type == "cuda":
+        timings, uncaptured = CudaTimer(device, repeats=1).time_graphs(steps, rounds=args.rounds)
+        if uncaptured:
+            raise RuntimeError(f"CUDA graph capture: {uncaptured['forward']}")
+    else:
+        timings = time_on_cpu(steps, rounds=args.rounds)
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        forward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    spent: dict[str, list[float]] = defaultdict(list)
+    for event in profiler.events():
+        if device.type == "cpu":
+            spent[event.name].append(event.self_cpu_time_total)
+        elif event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name].append(event.time_range.elapsed_us())
+    total = sum(map(sum, spent.values()))
+    lines = [f"{1e3 * timings['forward'].median:.3f} ms, in kernels {1e-3 * total:.3f}"]
+    for kernel, times in sorted(spent.items(), key=lambda item: -sum(item[1]))[: args.most]:
+        lines.append(
+            f"{sum(times):10.1f} us {100 * sum(times) / total:3.0f} % {len(times):4d} x {kernel[:140]}"
+        )
+    return "\n".join(lines)
+
+
 def summary(args: argparse.Namespace) -> int:
     """A short table of every benchmark file."""
     for path in sorted(args.directory.glob("bench_*.json")):
@@ -373,6 +434,15 @@ def main() -> int:
     profile.add_argument("--problems", type=int, default=2, help="the first so many of the preset")
     profile.add_argument("--batch", type=int, default=64)
     profile.set_defaults(run=profiled)
+    parts = commands.add_parser("breakdown", help=breakdown.__doc__)
+    parts.add_argument(
+        "networks", nargs="+", metavar="'NAME BATCH [R]'", help="with R tokens merged in every block"
+    )
+    parts.add_argument("--device", default="cuda")
+    parts.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parts.add_argument("--rounds", type=int, default=9)
+    parts.add_argument("--most", type=int, default=20, help="kernels to list")
+    parts.set_defaults(run=breakdown)
     timing = commands.add_parser("bench", help=bench.__doc__)
     timing.add_argument("directory", type=Path)
     timing.add_argument("--operators", nargs="+", choices=operators())

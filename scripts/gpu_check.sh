@@ -133,6 +133,8 @@ if [[ $parts == *" networks "* ]]; then
 fi
 
 if [[ $parts == *" profile "* ]]; then
+  step --partial "breakdown of networks" 60 "$python" scripts/gpu_check.py breakdown "efficientvit_m5 1" \
+    "efficientvit_m5 256" "medvit_small 64" "ppma_t 64" "deit_small_patch16_224 64 13" "s2aformer_t 64"
   if command -v ncu >/dev/null; then
     step --partial "profile" 120 ncu --clock-control none --profile-from-start off --force-overwrite \
       --section SpeedOfLight --section Occupancy --section LaunchStats --section WarpStateStats \

@@ -170,3 +170,15 @@ def test_steps_that_fail_are_told_from_those_that_cannot_run(tmp_path):
     assert lines["bench, every preset"][0] == "0"
     assert "stopped at its limit" in lines["bench, every preset"][3]
     assert "setuptools" in done.stdout
+
+
+def test_breakdown_lists_what_takes_the_time(monkeypatch, capsys):
+    arguments = ["--device", "cpu", "--dtype", "float32", "--rounds", "2", "--most", "400"]
+    monkeypatch.setattr(
+        sys, "argv", ["gpu_check.py", "breakdown", "efficientvit_m0 2", "no_such 1", *arguments]
+    )
+    assert gpu_check.main() == 1
+    printed = capsys.readouterr().out
+    assert "=== efficientvit_m0 2: " in printed
+    assert "vitkernels::cascaded_group_attention" in printed
+    assert "=== no_such 1: FAILED ValueError" in printed
