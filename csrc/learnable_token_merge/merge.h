@@ -6,6 +6,7 @@
 // element an exponential for 128 multiply-adds, half the time of these on an H100's tensor cores, beside
 // them.
 #pragma once
+#include "merge_hopper.h"
 #include "tiles.h"
 
 namespace vitkernels::learnable_token_merge {
@@ -64,8 +65,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, sizeof(T) == 2   ? 3
     mask.fetch(p.mask, batch, TRANSPOSED ? step * DEPTH : row, TRANSPOSED ? row : step * DEPTH);
   };
   const auto put = [&](int step) {
-    mask.put(stages + step % STAGES * S::STAGE, S::LD_MASK, p.mask, batch, TRANSPOSED ? step * DEPTH : row,
-             TRANSPOSED ? row : step * DEPTH);
+    T* const tile = stages + step % STAGES * S::STAGE;
+    mask.put(p.mask, batch, TRANSPOSED ? step * DEPTH : row, TRANSPOSED ? row : step * DEPTH,
+             [&](int r, int c) { return tile + r * S::LD_MASK + c; });
   };
 
   WarpSums<T, TILES> sums;
@@ -109,6 +111,11 @@ void launch_merge(const Mask<T, M>& mask, const Operand<T>& first, const Operand
                        tiles(first), tiles(first) + tiles(second)};
   const int64_t blocks = batch * p.row_tiles * p.tiles;
   if (blocks == 0) return;
+  if constexpr (Config<T>::HALF) {
+    if (suits_warpgroups(p))
+      return launch(warpgroup_merge_kernel<TRANSPOSED, T, M, MergeProblem<T, M>>, Dim3{blocks}, THREADS,
+                    WarpgroupShape::SHARED, stream, p);
+  }
   launch(merge_kernel<TRANSPOSED, T, M>, Dim3{blocks}, THREADS, MergeShape<T, TRANSPOSED>::SHARED, stream, p);
 }
 

@@ -62,14 +62,15 @@ template <int TALL, int WIDE, class T, class M>
 class MaskTile {
  public:
   VK_DEVICE void fetch(const Mask<T, M>& mask, int64_t batch, int token, int merged) {
-    const int column = merged + pair() * 2, columns = mask.merged - column;
-    const M* from = mask.g + batch * mask.batch_stride + column;
+    int thread = thread_x();
+    forget(thread);  // lest what follows from it wait in registers for the next tile
+    const int row = token + thread / PAIRS, column = merged + thread % PAIRS * 2;
+    const int columns = mask.merged - column, rows = columns > 0 ? mask.tokens - row : 0;
+    const M* at = mask.g + batch * mask.batch_stride + row * mask.row_stride + column;
     VK_UNROLL
-    for (int i = 0; i < COUNT; ++i) {
-      const int row = token + first_row() + i * STEP;
+    for (int i = 0; i < COUNT; ++i, at += STEP * mask.row_stride) {
       raw_[i] = {{from_float<M>(0.0f), from_float<M>(0.0f)}};
-      if (row >= mask.tokens || columns <= 0) continue;
-      const M* at = from + row * mask.row_stride;
+      if (i * STEP >= rows) continue;
       if (mask.pairs && columns > 1) {
         raw_[i] = Vec<M, 2>::load(at);
       } else {
@@ -79,10 +80,14 @@ class MaskTile {
     }
   }
 
-  // Exactly zero beyond the mask.
-  VK_DEVICE void put(T* tile, int ld, const Mask<T, M>& mask, int64_t batch, int token, int merged) const {
+  // Two neighbours at place(row, column) of the tile. Exactly zero beyond the mask.
+  template <class Place>
+  VK_DEVICE void put(const Mask<T, M>& mask, int64_t batch, int token, int merged, Place place) const {
     using Acc = accumulate_t<T>;
-    const int column = merged + pair() * 2;
+    int thread = thread_x();
+    forget(thread);
+    const int first_row = thread / PAIRS, pair = thread % PAIRS * 2, column = merged + pair;
+    const int rows = mask.tokens - token - first_row;
     const Acc *shift = mask.shift, *divisor = mask.divisor;
     Acc minus[2] = {Acc(0), Acc(0)}, over[2] = {Acc(1), Acc(1)};
     if (!mask.by_rows) {
@@ -94,13 +99,13 @@ class MaskTile {
         if (divisor != nullptr && Config<T>::HALF) over[e] = Acc(1) / over[e];
       }
     }
+    const int64_t first_norm = batch * mask.norm_stride + token + first_row;
     VK_UNROLL
     for (int i = 0; i < COUNT; ++i) {
-      const int inside = first_row() + i * STEP, row = token + inside;
-      const bool exists = row < mask.tokens;
+      const bool exists = i * STEP < rows;
       if (mask.by_rows && exists) {
-        if (shift != nullptr) minus[0] = minus[1] = mask.of_norm(shift, batch, row);
-        if (divisor != nullptr) over[0] = over[1] = mask.of_norm(divisor, batch, row);
+        if (shift != nullptr) minus[0] = minus[1] = shift[first_norm + i * STEP];
+        if (divisor != nullptr) over[0] = over[1] = divisor[first_norm + i * STEP];
       }
       Vec<T, 2> values;
       VK_UNROLL
@@ -109,15 +114,13 @@ class MaskTile {
             Mask<T, M>::normalized(to_accumulate(raw_[i][e]), shift, divisor, minus[e], over[e]);
         values[e] = from_accumulate<T>(exists && column + e < mask.merged ? value : Acc(0));
       }
-      values.store(tile + inside * ld + pair() * 2);
+      values.store(place(first_row + i * STEP, pair));
     }
   }
 
  private:
   static constexpr int PAIRS = WIDE / 2, STEP = THREADS / PAIRS, COUNT = TALL / STEP;
   static_assert(STEP * PAIRS == THREADS && COUNT * STEP == TALL);
-  VK_DEVICE static int pair() { return thread_x() % PAIRS; }
-  VK_DEVICE static int first_row() { return thread_x() / PAIRS; }
 
   Vec<M, 2> raw_[COUNT];
 };

@@ -175,6 +175,40 @@ def test_any_size(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(200, 70, 136, 72, "softmax", F16),  # more stages than places, and part of one
+        Case(70, 200, 72, 136, "softmax_rows", BF16, F32),
+        Case(129, 65, 128, None, "sum", BF16, shared=True, batch=3),
+        Case(48, 193, 8, 264, "none", F16, F32),
+    ],
+    ids=str,
+)
+def test_warpgroups(case: Case) -> None:
+    """Both products by Hopper's, of tokens and gradients whose rows are whole vectors."""
+    module = twin.load()
+    module.count_traffic(True)
+    try:
+        check(case)
+        products = {row[0] for row in module.traffic() if "merge_kernel" in row[0]}
+    finally:
+        module.count_traffic(False)
+    assert products == {"warpgroup_merge_kernel"}
+
+
+@pytest.mark.parametrize("normalize", ["none", "softmax", "softmax_rows"])
+@pytest.mark.parametrize("sizes", [(37, 29, 24), (70, 50, 24)], ids=str)
+def test_a_sample_keeps_its_nan(sizes: tuple[int, int, int], normalize: str) -> None:
+    """Where a stage ends behind the last token, the next sample's are no factor of zero."""
+    case = Case(*sizes, normalize=normalize, batch=3)
+    inputs = make_inputs(case, Guarded())
+    inputs["z"][1], inputs["grad_y"][1] = float("nan"), float("nan")
+    got = run_kernels(case, inputs, Guarded())
+    for name in ("y", "grad_z", "grad_g"):
+        assert got[name].isnan().flatten(1).any(1).tolist() == [False, True, False], name
+
+
 def _grid() -> Iterator[Case]:
     for normalize in ("none", "sum", "softmax", "softmax_rows"):
         for dtype in (F64, F32, F16, BF16):
