@@ -87,6 +87,21 @@ def resource_usage(binary: Path, target: str = "") -> dict[str, tuple[int, int, 
     return usage
 
 
+def warpgroup_products(binary: Path, target: str) -> dict[str, tuple[int, int]]:
+    """kernel (mangled) -> (products of warpgroups in its code, waits for them), of kernels that have some."""
+    text = subprocess.run(
+        [find_tool("cuobjdump"), "-sass", f"-arch=sm_{target}", str(binary)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    kernels = {}
+    for part in text.split("Function : ")[1:]:
+        if products := part.count("HGMMA"):
+            kernels[part.split()[0]] = (products, part.count("WARPGROUP.DEPBAR"))
+    return kernels
+
+
 def spilled_bytes(log: str) -> dict[str, int]:
     """kernel (mangled) -> bytes of spill stores, from the output of ptxas -v."""
     pattern = r"Function properties for (\S+)\n.*?(\d+) bytes spill stores"

@@ -31,6 +31,13 @@ __global__ void indexed(const int* index, float* out) {
 BUILT = "90a"
 # Tensor cores and plain arithmetic in every dtype; and copies and sums of rows.
 SAMPLES = ("window_attention/forward.cu", "token_unmerge/forward.cu")
+# Those with asynchronous products of warpgroups.
+WARPGROUPS = (
+    *("block_sparse_linear/warpgroup_product.cu", "block_sparse_linear/weight_hopper.cu"),
+    *("kan_linear/forward_hopper.cu", "kan_linear/u_hopper.cu", "kan_linear/weight_hopper.cu"),
+    *("learnable_token_merge/backward.cu", "learnable_token_merge/forward.cu"),
+    "residual_ffn/forward_hopper.cu",
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +88,17 @@ def test_local_memory_is_seen_and_needs_its_reason(tmp_path: Path, allowed: int)
     assert row.kernel == "indexed"
     assert row.local == 256
     assert row.fails == (allowed < 256)
+
+
+@pytest.mark.parametrize("name", WARPGROUPS)
+def test_products_of_warpgroups_do_not_wait_for_each_other(name: str) -> None:
+    """Where ptxas cannot follow the registers of asynchronous products it puts a wait behind every one of them, and
+    says so in a note of a long build."""
+    built = kernel_report.built_object(kernel_report.ROOT / "csrc" / name)
+    if built is None:
+        pytest.skip("no build of it is up to date")
+    kernels = kernel_report.warpgroup_products(built, BUILT)
+    assert kernels, "no product of warpgroups"
+    # The sources wait once or twice in their loops, and once behind them.
+    waiting = {kernel: counts for kernel, counts in kernels.items() if counts[1] > 3}
+    assert not waiting, f"(products, waits): {waiting}"
