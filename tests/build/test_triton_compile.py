@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -163,6 +164,22 @@ def test_neither_batch_nor_sequence_recompiles_token_merging(
             soft.backward(half[0], g, None, y, None, None, y, y, size, *soft_inputs)
     # Of the soft merge's products each direction is one.
     assert len(compiled) == len({function for function, _ in compiled}) + 1 == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_float32_sums_are_made_in_parts(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dot in float32 starts at zero: to a plain addition of one, Triton gives the sum as its accumulator."""
+    from vitkernels.kernels.kan_linear import triton as launcher
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x, weight, y = (torch.empty(shape, dtype=dtype) for shape in ((32, 64), (32, 512), (32, 32)))
+    row, channel, grid = (torch.empty(count) for count in (32, 64, 8))
+    with kernel_report.compile_only(90) as compiled:
+        launcher.forward(y, row, row, x, weight, channel, channel, grid, 3.0, 1e-5)
+    accumulators = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", "".join(k.asm["ttgir"] for _, k in compiled))
+    assert [name.startswith("%cst") for name in accumulators] == [dtype is torch.float32]
 
 
 def test_a_spilling_kernel_is_seen() -> None:

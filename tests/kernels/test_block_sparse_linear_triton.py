@@ -11,12 +11,14 @@ import os
 
 import pytest
 import torch
-from block_sparse_calls import NAMES, Call, check, launch, pattern
+from block_sparse_calls import NAMES, Call, check, launch, pattern, plain
 from guarded import Guarded, Layout
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process with TRITON_INTERPRET=1 (make test starts one)", allow_module_level=True)
 pytest.importorskip("triton")
+
+from gpu_sums import assert_shorter_sums, sum_as_a_gpu
 
 from vitkernels import BlockSparseTensor, ops, supported_backends
 from vitkernels.kernels.block_sparse_linear import triton as launcher
@@ -88,6 +90,23 @@ def test_shares_of_tokens_add_up(monkeypatch):
     check(launch(launcher, call), call)
     monkeypatch.setattr(launcher, "GRADIENT_PROGRAMS", 1)
     check(launch(launcher, call), call)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "name"),
+    [(1, (32, 384), "y"), (1, (384, 32), "x"), (384, (16, 16), "values")],
+    ids=["inputs", "outputs", "tokens"],
+)
+def test_long_sums_are_made_in_parts(tokens, shape, name, monkeypatch):
+    """A layer of 768 inputs and one chain for each output erred 1.5 times what is allowed on a GPU."""
+    sum_as_a_gpu(monkeypatch)
+    monkeypatch.setattr(launcher, "GRADIENT_PROGRAMS", 1)
+    block = (min(32, shape[0]), min(32, shape[1]))
+    mask = torch.ones(shape[0] // block[0], shape[1] // block[1])
+    call = Call(tokens, pattern(shape, block, mask=mask))
+    got = launch(launcher, call)
+    check(got, call)
+    assert_shorter_sums(name, got, lambda: plain(call, F32), plain(call, torch.float64), monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -81,6 +81,20 @@ def dot(a, b, accumulator=None):
 
 
 @jit
+def dot_in_parts(a, b, accumulator):
+    """The same as one of many steps: a b of fp32 is summed up before it joins the accumulator.
+
+    An fp32 dot is a chain of additions on a GPU, and one chain over all steps would err several times as much as the
+    parts that matrix libraries sum.
+    """
+    if a.dtype == tl.float32:
+        # Not a plain addition, from which Triton would make the dot's own accumulator again.
+        return tl.fma(dot(a, b), 1.0, accumulator)
+    else:
+        return dot(a, b, accumulator)
+
+
+@jit
 def softmax_start(ROWS: tl.constexpr):
     """Running (maximum, sum) of the online softmax before the first key."""
     return tl.full([ROWS], -INF, tl.float32), tl.zeros([ROWS], tl.float32)

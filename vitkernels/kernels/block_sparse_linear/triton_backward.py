@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from vitkernels.core.triton_compiler import jit
-from vitkernels.core.triton_tiles import dot
+from vitkernels.core.triton_tiles import dot_in_parts
 
 
 @jit
@@ -91,7 +91,7 @@ def values_gradient(
         a = tl.load(at, mask=inside[None, :] & row_inside[:, None], other=0.0)
         at = right + token[:, None] * right_row + column[None, :]
         b = tl.load(at, mask=inside[:, None] & column_inside[None, :], other=0.0)
-        total = dot(a, b, total)
+        total = dot_in_parts(a, b, total)
     block = tl.load(blocks + place[None, :] * GROUP + (y // BH)[:, None], mask=listed[None, :], other=-1)
     at = block.to(tl.int64) * (BH * BW) + (above + y % BH)[:, None] * BW + (before + x % BW)[None, :]
     # Not by the zeros loaded: beside them there may be an infinity.

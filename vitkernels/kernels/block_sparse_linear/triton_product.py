@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from vitkernels.core.triton_compiler import jit
-from vitkernels.core.triton_tiles import dot
+from vitkernels.core.triton_tiles import dot_in_parts
 
 
 @jit(
@@ -112,9 +112,9 @@ def product(
             # Beyond the matrix values may hold anything, NaN too.
             w = tl.load(place, mask=(exists & (block >= 0))[:, None], other=0.0)
             if GROUP == 1:  # noqa: SIM114 (known when compiling, which leaves the dot in the loop itself)
-                total = replaced(total, member, dot(tile, w, total[member]))
+                total = replaced(total, member, dot_in_parts(tile, w, total[member]))
             elif block >= 0:
-                total = replaced(total, member, dot(tile, w, total[member]))
+                total = replaced(total, member, dot_in_parts(tile, w, total[member]))
     for member in tl.static_range(GROUP):
         feature = (group * GROUP + member) * GIVEN + first + lane
         inside = feature < given

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from vitkernels.core.triton_compiler import jit
-from vitkernels.core.triton_tiles import dot
+from vitkernels.core.triton_tiles import dot_in_parts
 from vitkernels.kernels.kan_linear.triton_basis import (
     affine,
     basis,
@@ -45,7 +45,7 @@ def backward_u(
         dy = tl.load(grad_y + row[:, None] * grad_row + output[None, :], mask=mask, other=0.0)
         place = weight + output.to(tl.int64)[:, None] * weight_row + column[None, :]
         w = tl.load(place, mask=output_inside[:, None] & exists[None, :], other=0.0)
-        grad_phi = dot(dy, w, grad_phi)
+        grad_phi = dot_in_parts(dy, w, grad_phi)
     channel = first + tl.arange(0, BLOCK_C)
     normed = normed_tile(x, mean, rstd, row, row_inside, channel, channels, x_row)
     u = affine(normed, ln_weight, ln_bias, channel, channels)
@@ -133,7 +133,7 @@ def backward_weight(
         normed = normed_tile(x, mean, rstd, row, row_inside, channel, channels, x_row)
         u = affine(normed, ln_weight, ln_bias, channel, channels)
         phi = basis(u, centre, narrow, inverse, dy.dtype != tl.float32)
-        total = dot(dy, tl.reshape(phi, [BLOCK_N, BLOCK_C * PADDED]).to(dy.dtype), total)
+        total = dot_in_parts(dy, tl.reshape(phi, [BLOCK_N, BLOCK_C * PADDED]).to(dy.dtype), total)
     column, exists = weight_columns(first, channels, GRIDS, PADDED, BLOCK_C)
     depth = tl.cast(channels, tl.int64) * GRIDS
     place = grad_weight + (tl.program_id(1) * outputs + output)[:, None] * depth + column[None, :]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from vitkernels.core.triton_compiler import jit
-from vitkernels.core.triton_tiles import LOG2E, dot
+from vitkernels.core.triton_tiles import LOG2E, dot_in_parts
 
 
 @jit
@@ -141,6 +141,6 @@ def forward_product(
         column, exists = weight_columns(first, channels, GRIDS, PADDED, BLOCK_C)
         place = weight + output[None, :] * weight_row + column[:, None]
         w = tl.load(place, mask=exists[:, None] & output_inside[None, :], other=0.0)
-        total = dot(phi, w, total)
+        total = dot_in_parts(phi, w, total)
     mask = row_inside[:, None] & output_inside[None, :]
     tl.store(y + row[:, None] * outputs + output[None, :], total.to(y.dtype.element_ty), mask=mask)
