@@ -28,6 +28,7 @@ from vitkernels.bench.host_model import calibrate, create_host_model, randomize
 from vitkernels.bench.providers import ours
 from vitkernels.bench.runner import Draws, Settings, evaluate
 from vitkernels.bench.timing import CudaTimer, time_on_cpu
+from vitkernels.core.operator import REGISTRY
 
 # An exit code: the kernel takes none of the shapes in this dtype.
 NOTHING_RAN = 3
@@ -46,7 +47,13 @@ def check(args: argparse.Namespace) -> int:
     chosen = [name for name in args.operators or operators() if chosen_shapes(load_case(name), args)]
     # Triton compiles for long; what takes longest goes first.
     backends = sorted(args.backends, key=lambda name: name != "triton")
-    tasks = [(op, backend, dtype) for backend in backends for op in chosen for dtype in args.dtypes]
+    kernels = []
+    for operator, backend in ((operator, backend) for backend in backends for operator in chosen):
+        if backend == "reference" or backend in REGISTRY[operator].backends:
+            kernels.append((operator, backend))
+        else:
+            print(f"{operator} {backend}: the operator has no {backend} implementation")
+    tasks = [(*kernel, dtype) for kernel in kernels for dtype in args.dtypes]
     if args.alone:
         return check_alone(*tasks[0], args)
     if args.jobs == 1:

@@ -69,6 +69,16 @@ def test_a_kernel_that_ran_in_no_dtype_was_not_checked(monkeypatch, capsys):
     assert "FAILED token_merge cuda: nothing ran\n0 of 0 passed" in capsys.readouterr().out
 
 
+def test_a_kernel_that_an_operator_does_not_have_is_none_that_failed(monkeypatch, capsys):
+    arguments = ["check", "--device", "cpu", "--backends", "triton", BACKEND, "--operators", "residual_ffn"]
+    arguments += ["--most-shapes", "1", "--repeats", "1", "--jobs", "1", "--dtypes", "float32"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
+    assert gpu_check.main() == 0
+    printed = capsys.readouterr().out
+    assert "residual_ffn triton: the operator has no triton implementation" in printed
+    assert printed.endswith("1 of 1 passed\n")
+
+
 def test_every_check_has_a_process_of_its_own(tmp_path):
     """One that dies is named, and the others still pass."""
     prefix = tmp_path / "prefix"
