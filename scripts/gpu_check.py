@@ -174,21 +174,31 @@ def far(args: argparse.Namespace) -> int:
     for operator in args.operators or operators():
         case = load_case(operator)
         for backend in args.backends if case.check_shapes else ():
-            try:
-                verdict = far_case(case, backend, torch.device(args.device), args.elements)
-            except Unavailable as error:
-                verdict = f"not run: {error}"
-            except torch.OutOfMemoryError:
-                verdict = "not run: out of memory"
-            except Exception as error:
-                verdict = f"FAILED {type(error).__name__}: {error}"
-            failures += verdict.startswith("FAILED")
+            verdict = far_verdict(case, backend, args, training=True)
+            if verdict == OUT_OF_MEMORY:
+                verdict = f"with backward {verdict}; {far_verdict(case, backend, args, training=False)}"
+            failures += "FAILED" in verdict
             print(f"{operator} {backend}: {verdict}", flush=True)
-            torch.cuda.empty_cache()
     return 1 if failures else 0
 
 
-def far_case(case: Case, backend: str, device: torch.device, elements: int) -> str:
+OUT_OF_MEMORY = "not run: out of memory"
+
+
+def far_verdict(case: Case, backend: str, args: argparse.Namespace, training: bool) -> str:
+    try:
+        return far_case(case, backend, torch.device(args.device), args.elements, training)
+    except Unavailable as error:
+        return f"not run: {error}"
+    except torch.OutOfMemoryError:
+        return OUT_OF_MEMORY
+    except Exception as error:
+        return f"FAILED {type(error).__name__}: {error}"
+    finally:
+        torch.cuda.empty_cache()
+
+
+def far_case(case: Case, backend: str, device: torch.device, elements: int, training: bool) -> str:
     problem = case.presets[case.default_preset][0]
 
     def inputs_of(images: int) -> Inputs:
@@ -216,8 +226,8 @@ def far_case(case: Case, backend: str, device: torch.device, elements: int) -> s
         widen("out", two.grad_out),
         {name: widen(name, tensor) for name, tensor in two.grad_more.items()},
     )
-    expected = evaluate(prepare(two, True), two, True)
-    got = evaluate(prepare(many, True), many, True)
+    expected = evaluate(prepare(two, training), two, training)
+    got = evaluate(prepare(many, training), many, training)
     wrong = []
     for name in sorted(batched & got.keys()):
         length, scale = expected[name].shape[0], expected[name].double().square().mean().sqrt()

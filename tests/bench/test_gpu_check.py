@@ -110,6 +110,21 @@ def test_large_batches_are_held_to_their_images_alone(monkeypatch, capsys, wrong
     assert ("right, " in printed) == (not wrong)
 
 
+def test_large_batches_without_memory_for_a_backward_run_forward(monkeypatch, capsys):
+    right = gpu_check.evaluate
+
+    def evaluate(function, inputs, training):
+        if training:
+            raise torch.OutOfMemoryError
+        return right(function, inputs, training)
+
+    monkeypatch.setattr(gpu_check, "evaluate", evaluate)
+    arguments = ["far", "--device", "cpu", "--backends", BACKEND, "--operators", "residual_ffn"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments, "--elements", "100000"])
+    assert gpu_check.main() == 0
+    assert "with backward not run: out of memory; right, " in capsys.readouterr().out
+
+
 def test_operators_are_benchmarked_to_files_of_their_own(monkeypatch, tmp_path):
     pytest.importorskip("rich")
     arguments = ["bench", str(tmp_path / "results"), "--operators", "token_merge"]
