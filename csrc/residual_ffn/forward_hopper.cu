@@ -32,6 +32,7 @@ VK_DEVICE void stage_maps(T* tile, const Problem& problem, const InputLayout& la
                           int first_line, int first) {
   const Params& p = problem.params;
   const Chunks<T> x(p.x);
+  constexpr int AT_ONCE = 32;  // loads of a thread that are on their way together
   const int positions = layout.images * (layout.lines + 2) * (p.width + 2);
   if (x.vectorized) {
     const int channel = 2 * lane_id();
@@ -51,13 +52,14 @@ VK_DEVICE void stage_maps(T* tile, const Problem& problem, const InputLayout& la
     const T* from = x.data + staged.offset + first * x.stride;
     T* const to = tile + at * 2 * INPUT_LD;
     VK_NO_UNROLL
-    for (int channel = 0; channel < INPUT_CHANNELS; channel += 16, from += 16 * x.stride) {
-      const bool real = staged.real && first + channel < p.channels;
-      Vec<T, 2> pairs[8];
+    for (int channel = 0; channel < INPUT_CHANNELS; channel += AT_ONCE) {
+      const int channels = staged.real ? p.channels - first - channel : 0;
+      Vec<T, 2> pairs[AT_ONCE / 2];
       VK_UNROLL
-      for (int e = 0; e < 16; ++e) pairs[e / 2][e % 2] = real ? from[e * x.stride] : from_float<T>(0.0f);
+      for (int e = 0; e < AT_ONCE; ++e, from += x.stride)
+        pairs[e / 2][e % 2] = e / 16 * 16 < channels ? *from : from_float<T>(0.0f);
       VK_UNROLL
-      for (int e = 0; e < 8; ++e) pairs[e].store(to + channel + 2 * e);
+      for (int e = 0; e < AT_ONCE / 2; ++e) pairs[e].store(to + channel + 2 * e);
     }
   }
 }
@@ -156,8 +158,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Shape::THREADS, Shape::BLOCKS)
   const int64_t first = static_cast<int64_t>(tile) * ROWS;
   const int stages = (depth + STAGE_FEATURES - 1) / STAGE_FEATURES, copied = EXPAND ? stages : stages + 1;
   char* const ring = shared_memory();
-  float *const scale = reinterpret_cast<float*>(ring + places * Shape::STAGE_BYTES), *const bias =
-                                                                                         scale + COLUMNS;
+  auto* const scale = reinterpret_cast<float*>(ring + places * Shape::STAGE_BYTES);
+  float* const bias = scale + COLUMNS;
   Arrival* const arrivals = reinterpret_cast<Arrival*>(bias + COLUMNS);
 
   // By one thread, what does not depend on the launch before and what does.
@@ -321,8 +323,8 @@ ProductChoice choose_product(int64_t tokens, int outputs, int depth, bool expand
 }
 
 // Whether the copy engine takes a weight.
-bool copies(const View& weight, int rows, int columns) {
-  return weight.stride[1] == 1 && weight.stride[0] % 8 == 0 && (rows == 1 || weight.stride[0] >= columns) &&
+bool copies(const View& weight, int columns) {
+  return weight.stride[1] == 1 && weight.stride[0] % 8 == 0 && weight.stride[0] >= columns &&
          reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
 }
 
@@ -354,7 +356,7 @@ void launch_product(const Problem& problem, Stream stream) {
 bool fits_hopper(const Problem& problem) {
   const Params& p = problem.params;
   return p.channels >= STAGE_FEATURES && problem.tokens * p.channels >= HOPPER_ELEMENTS &&
-         copies(p.weight1, p.hidden, p.channels) && copies(p.weight2, p.channels, p.hidden) &&
+         copies(p.weight1, p.channels) && copies(p.weight2, p.hidden) &&
          InputLayout(p).bytes <= static_cast<int64_t>(MAX_SHARED_BYTES) && wgmma_available();
 }
 
