@@ -36,12 +36,15 @@ WEIGHTS = {
     "offset": Layout(before=65),
     "transposed": Layout((1, 0, 2, 3)),
     "strided": Layout(step=2),
+    # Rows apart: at multiples of 16 bytes, and not.
+    "padded": Layout((2, 3, 0, 1), padding=8),
+    "odd_rows": Layout((2, 3, 0, 1), padding=3),
 }
 
 VECTORS = {  # biases and scales; the convolution's weights
     "dense": (Layout((0,)), Layout((0, 1, 2))),
     "offset": (Layout((0,), before=65), Layout((0, 1, 2), before=65)),
-    "strided": (Layout((0,), step=2), Layout((0, 2, 1))),
+    "strided": (Layout((0,), step=2), Layout((0, 2, 1), step=2)),
 }
 
 pytestmark = pytest.mark.skipif(twin.missing_tools() is not None, reason=str(twin.missing_tools()))
@@ -73,6 +76,8 @@ class Case:
 # Tiles of tokens and of weights in two launches, the last of each in part. Hopper's kernels, which would take so
 # many tokens, do not take these weights.
 TILES = Case(240, 432, (8, 71), F16, layout="nchw", weights="offset")
+# One launch without a workspace, if Hopper's kernels do not take it.
+MANY = Case(192, 384, (14, 14), batch=32)
 # Hopper's: several maps a block, the last of them in part; bands of a map; a line that is a map. On one multiprocessor
 # products take large tiles, on as many as an H200 has small ones.
 HOPPER = [
@@ -112,11 +117,17 @@ def device() -> Iterator[Callable[[int], None]]:
     twin.load().set_processors(1)
 
 
-def run_kernels(case: Case, inputs: Tensors) -> torch.Tensor:
-    guarded = Guarded()
+def run_kernels(case: Case, inputs: Tensors, walls: bool = False) -> torch.Tensor:
+    guarded, module = Guarded(walls), twin.load()
     assert inputs[0] is not None
     out = guarded(tuple(inputs[0].shape), case.dtype, LAYOUTS[case.layout])
-    native.forward(out, *inputs, module=twin.load(), cuda=True)  # type: ignore[arg-type]
+    if walls:  # behind the workspace too
+        arguments = extension.arguments(module, out, *inputs)
+        size = module.residual_ffn_workspace_cuda(0, *arguments) // case.dtype.itemsize
+        kept = guarded((size,), case.dtype, Layout((0,)))
+        module.residual_ffn_forward_cuda(0, 0, kept.data_ptr(), *arguments)
+    else:
+        native.forward(out, *inputs, module=module, cuda=True)  # type: ignore[arg-type]
     guarded.check()
     return out
 
@@ -126,12 +137,12 @@ def run_reference(inputs: Tensors, dtype: torch.dtype | None) -> torch.Tensor:
     return out
 
 
-def check(case: Case, seed: int = 0) -> None:
+def check(case: Case, seed: int = 0, walls: bool = False) -> None:
     torch.manual_seed(seed)
-    guarded = Guarded()
+    guarded = Guarded(walls)
     inputs = make_inputs(case, guarded)
     twin.load().set_seed(seed)
-    got = run_kernels(case, inputs)
+    got = run_kernels(case, inputs, walls)
     guarded.check()
     baseline, truth = run_reference(inputs, None), run_reference(inputs, F64)
     assert_close_to_truth(str(case), got, baseline, truth, factor=FORWARD, dtype=case.dtype)
@@ -179,13 +190,17 @@ def test_matches_reference(case: Case) -> None:
 @pytest.mark.parametrize("case", HOPPER, ids=str)
 def test_many_tokens_on_hopper(case: Case, processors: int, device: Callable[[int], None]) -> None:
     device(processors)
-    check_on_hopper(case)
+    check_on_hopper(case, walls=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_hopper_reads_and_writes_any_strides(layout: str) -> None:
     case = Case(96, 64, (9, 40), batch=2, layout=layout)
     check_on_hopper(case)
+
+
+def test_hopper_reads_weights_and_vectors_with_steps() -> None:
+    check_on_hopper(Case(96, 80, (2, 345), BF16, layout="nchw", weights="padded", vectors="strided"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -220,13 +235,16 @@ def test_absent_arguments(dtype: torch.dtype, scales: bool, dw: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize(("channels", "side"), [(32, 3), (192, 3), (192, 11)])
-def test_images_far_apart(channels: int, side: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_images_far_apart(layout: str, channels: int, side: int, dtype: torch.dtype) -> None:
     """Offsets of 64 bits: 32 would wrap."""
     case = Case(channels, 256 if side == 3 else 32, (side, side), dtype, batch=3)
     inputs = make_inputs(case, Guarded())
     expected = run_kernels(case, inputs)
-    out = far(torch.zeros_like(expected), 0)
-    native.forward(out, far(inputs[0], 0), *inputs[1:], module=twin.load(), cuda=True)
+    order = (0, 2, 3, 1) if layout == "channels_last" else (0, 1, 2, 3)
+    back = (0, 3, 1, 2) if layout == "channels_last" else (0, 1, 2, 3)
+    x, out = (far(t.permute(order), 0).permute(back) for t in (inputs[0], torch.zeros_like(expected)))
+    native.forward(out, x, *inputs[1:], module=twin.load(), cuda=True)
     assert torch.equal(out, expected)
 
 
@@ -237,20 +255,20 @@ def test_tiles_of_many_tokens(layout: str) -> None:
     check(Case(16, 16, (14, 14), BF16, batch=87, layout=layout, dw=False))
 
 
-def workspace(case: Case) -> int:
-    inputs = make_inputs(case, Guarded())
+def workspace(case: Case, inputs: Tensors | None = None) -> int:
+    inputs = inputs or make_inputs(case, Guarded())
     module = twin.load()
     return module.residual_ffn_workspace_cuda(
         0, *extension.arguments(module, torch.empty_like(inputs[0]), *inputs)
     )
 
 
-def check_on_hopper(case: Case) -> None:
+def check_on_hopper(case: Case, walls: bool = False) -> None:
     """`check`, of calls that Hopper's kernels take."""
     module = twin.load()
     module.count_traffic(True)
     try:
-        check(case)
+        check(case, walls=walls)
         assert {row[0] for row in module.traffic()} == {"hopper_inputs_kernel", "hopper_product_kernel"}
     finally:
         module.count_traffic(False)
@@ -259,15 +277,29 @@ def check_on_hopper(case: Case) -> None:
 def test_every_path_is_taken() -> None:
     """One launch without a workspace, two with the hidden layer and u in it, three with the hidden layer.
 
-    On Hopper many tokens take three with both, unless the copy engine does not take the weights.
+    On Hopper many tokens take three with both.
     """
     assert workspace(Case(64, 128, (14, 14))) == 0
     assert workspace(Case(192, 384, (14, 14))) == 2 * 196 * (192 + 384)
-    assert workspace(Case(192, 384, (14, 14), batch=32, weights="offset")) == 0
-    assert workspace(Case(192, 384, (14, 14), batch=32)) == 2 * 32 * 196 * (192 + 384)
+    assert workspace(MANY) == 2 * 32 * 196 * (192 + 384)
     assert workspace(TILES) == 2 * 568 * (240 + 432)
     assert workspace(Case(65, 130, (14, 14))) == 2 * 196 * 130
     assert workspace(Case(64, 128, (14, 14), F32)) == 4 * 196 * 128
+
+
+@pytest.mark.parametrize("weights", ["offset", "transposed", "strided", "odd_rows", "one_row"])
+def test_hopper_leaves_weights_that_the_copy_engine_does_not_take(weights: str) -> None:
+    inputs = make_inputs(MANY, Guarded())
+    if weights == "one_row":
+        others = [t if t is None else t[:1].expand_as(t) for t in inputs]
+    else:
+        others = make_inputs(replace(MANY, batch=1, weights=weights), Guarded())
+    for i in (1, 3):
+        assert workspace(MANY, [*inputs[:i], others[i], *inputs[i + 1 :]]) == 0
+
+
+def test_hopper_leaves_lines_beyond_shared_memory() -> None:
+    assert workspace(replace(MANY, size=(1, 600), batch=10)) == 0
 
 
 @pytest.mark.parametrize(("channels", "batch"), [(32, 2), (192, 2), (24, 2), (208, 9)])
