@@ -47,9 +47,10 @@ void multiply_group_half(const uint16_t* a, const uint16_t* b, float* d, int n, 
                          int from_registers);
 void multiply_group_bfloat16(const uint16_t* a, const uint16_t* b, float* d, int n, int bytes,
                              int by_features, int from_registers);
-// matrix [rows, columns], its rows `stride` apart; out [tile_rows, 64], zeros beyond the matrix.
+// matrix [rows, columns], its rows `stride` apart; out [tile_rows, 64], zeros beyond the matrix. `bytes` are
+// expected, 128 a row of the tile, and use number `use` of the barrier is waited for, 0.
 void copy_matrix_tile(const uint16_t* matrix, uint16_t* out, int rows, int columns, int stride, int tile_rows,
-                      int column, int row);
+                      int column, int row, int bytes, int use);
 // in: tiles 8x8; out [32, tiles] registers.
 void load_matrices(const uint16_t* in, uint32_t* out, int tiles, int transposed, int misaligned);
 void round_half(const float* in, uint16_t* out, int64_t n);

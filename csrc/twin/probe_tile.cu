@@ -56,23 +56,23 @@ VK_KERNEL void load_matrices_kernel(const uint16_t* in, uint32_t* out, int tiles
 
 // d = a b by a warpgroup, a [64, BYTES / 2], b [BYTES / 2, N], both row-major.
 VK_KERNEL void copy_tile_kernel(const VK_GRID_CONSTANT MatrixMap map, uint16_t* out, int tile_rows,
-                                int column, int row) {
+                                int column, int row, int bytes, int use) {
 #if defined(VK_WGMMA)
   char* const tile = shared_memory();
   Arrival* const arrival = reinterpret_cast<Arrival*>(tile + tile_rows * 128);
   if (thread_x() == 0) {
     prepare_arrivals(arrival, 1);
-    expect_arrival(arrival, tile_rows * 128);
+    expect_arrival(arrival, bytes);
     copy_tile(tile, map, column, row, arrival);
   }
   sync_block();
-  wait_arrival(arrival, 0);
+  wait_arrival(arrival, use);
   for (int i = thread_x(); i < tile_rows * COPIED_COLUMNS; i += 32) {
     const int r = i / COPIED_COLUMNS, c = i % COPIED_COLUMNS;
     out[i] = reinterpret_cast<const uint16_t*>(tile + r * 128 + chunk_of<128>(r, c / 8) * 16)[c % 8];
   }
 #else
-  (void)map, (void)out, (void)tile_rows, (void)column, (void)row;
+  (void)map, (void)out, (void)tile_rows, (void)column, (void)row, (void)bytes, (void)use;
 #endif
 }
 template <typename T, int N, int BYTES, Major MAJOR>
@@ -207,9 +207,9 @@ void multiply_bfloat16(const uint16_t* a, const uint16_t* b, const float* c, flo
   multiply<bfloat16_t>(a, b, c, d, from);
 }
 void copy_matrix_tile(const uint16_t* matrix, uint16_t* out, int rows, int columns, int stride, int tile_rows,
-                      int column, int row) {
+                      int column, int row, int bytes, int use) {
   launch(copy_tile_kernel, {}, 32, static_cast<size_t>(tile_rows) * 128 + sizeof(Arrival), nullptr,
-         map_matrix(matrix, rows, columns, stride, tile_rows), out, tile_rows, column, row);
+         map_matrix(matrix, rows, columns, stride, tile_rows), out, tile_rows, column, row, bytes, use);
 }
 
 void multiply_group_half(const uint16_t* a, const uint16_t* b, float* d, int n, int bytes, int by_features,

@@ -42,18 +42,39 @@ def test_wgmma_is_a_matrix_product(module, name, n, row_bytes, by_features, from
     torch.testing.assert_close(d.double(), a.double() @ b.double(), rtol=0, atol=5e-5)
 
 
+def copy_matrix_tile(module, matrix, columns, row, column, bytes_expected=16 * 128, use=0):
+    out = np.empty((16, 64), np.uint16)
+    rows, stride = matrix.shape
+    module.copy_matrix_tile(
+        *(matrix.ctypes.data, out.ctypes.data, rows, columns, stride, 16, column, row, bytes_expected, use)
+    )
+    return out
+
+
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (8, 64), (20, 128)])
 def test_copied_tile_has_zeros_beyond_the_matrix(module, row, column):
-    rows, columns, tile_rows = 30, 136, 16
+    rows, columns = 30, 136
     matrix = np.random.default_rng(row).integers(1, 1 << 16, (rows, columns + 8)).astype(np.uint16)
-    out = np.empty((tile_rows, 64), np.uint16)
-    module.copy_matrix_tile(
-        *(matrix.ctypes.data, out.ctypes.data, rows, columns, columns + 8, tile_rows, column, row)
-    )
+    out = copy_matrix_tile(module, matrix, columns, row, column)
     want = np.zeros_like(out)
-    inside = matrix[row : row + tile_rows, column : min(column + 64, columns)]
+    inside = matrix[row : row + 16, column : min(column + 64, columns)]
     want[: inside.shape[0], : inside.shape[1]] = inside
     np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize(
+    ("bytes_expected", "use", "message"),
+    [
+        (15 * 128, 0, "of other bytes"),
+        (17 * 128, 0, "of other bytes"),
+        (16 * 128, 1, "of a later use"),
+        (16 * 128, -1, "next use has begun"),
+    ],
+)
+def test_waits_for_copies_are_held_to_what_was_begun(module, bytes_expected, use, message):
+    matrix = np.zeros((16, 64), np.uint16)
+    with pytest.raises(RuntimeError, match=message):
+        copy_matrix_tile(module, matrix, 64, 0, 0, bytes_expected, use)
 
 
 @pytest.mark.parametrize("tiles", [2, 4])

@@ -1,7 +1,7 @@
 // Copies of tiles of a matrix of 16-bit elements to shared memory by Hopper's copy engine: one thread begins
 // a copy of a whole tile, which costs the warps neither instructions nor registers nor the load-store unit.
 // Rows of a tile are 64 elements, 128 bytes, and lie as chunk_of<128>() of wgmma.h has them; what is outside
-// the matrix is zero. On the host twin a copy is done at once. Where
+// the matrix is zero. On the host twin a copy is done at once, but waits are held to what was begun. Where
 // wgmma_available(), this is.
 //
 // A copy is over for those threads for which wait_arrival() of its barrier has returned; nothing else orders
@@ -36,14 +36,31 @@ inline MatrixMap map_matrix(const void* data, int64_t rows, int64_t columns, int
   return {static_cast<const char*>(data), rows, columns, 2 * stride, tile_rows};
 }
 
+// How many uses have begun, by which thread the last of them, and how many of its bytes have not come.
 struct Arrival {
-  uint64_t unused;
+  int16_t uses, thread;
+  int32_t missing;
 };
-inline void prepare_arrivals(Arrival*, int) {}
-inline void wait_arrival(Arrival*, int) {}
+VK_UNWATCHED inline void prepare_arrivals(Arrival* arrivals, int count) {
+  for (int i = 0; i < count; ++i) arrivals[i] = {0, -1, 0};
+}
 
-inline void expect_arrival(Arrival*, int) {}
-VK_INLINE void copy_tile(char* to, const MatrixMap& map, int column, int row, Arrival*) {
+// Other threads than the one that begins the copies may be here before them.
+VK_UNWATCHED inline void wait_arrival(Arrival* arrival, int use) {
+  if (arrival->uses > use + 1) twin::fail("a wait for copies of which the barrier's next use has begun");
+  if (arrival->thread == thread_x() && (arrival->uses <= use || arrival->missing != 0))
+    twin::fail("a wait without end for copies: of a later use than has begun, or of other bytes");
+}
+
+VK_UNWATCHED inline void expect_arrival(Arrival* arrival, int bytes) {
+  if (arrival->uses < 0) twin::fail("a barrier of copies that is not prepared");
+  *arrival = {static_cast<int16_t>(arrival->uses + 1), static_cast<int16_t>(thread_x()), bytes};
+}
+VK_UNWATCHED inline void count_arrived(Arrival* arrival, int bytes) {
+  arrival->missing -= bytes;
+}
+VK_INLINE void copy_tile(char* to, const MatrixMap& map, int column, int row, Arrival* arrival) {
+  count_arrived(arrival, 128 * map.tile_rows);
   if ((to - shared_memory()) % 1024 != 0) twin::fail("a copied tile begins at a multiple of 1024 bytes");
   for (int r = 0; r < map.tile_rows; ++r) {
     for (int c = 0; c < COPIED_COLUMNS; ++c) {
