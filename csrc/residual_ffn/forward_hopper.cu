@@ -1,8 +1,9 @@
 // Forward on Hopper: u of all tokens, dense in a workspace, then two products that the copy engine feeds.
 //
-// Of N tokens the three launches move 8 N C + 4 N H bytes, of which x and the result alone, 4 N C, have to
+// Of N tokens the three launches move 10 N C + 4 N H bytes, of which x and the result alone, 4 N C, have to
 // come from memory; the rest is still in L2. For EfficientViT-M5's first stage at batch 256, 50,176 tokens,
-// 192 channels and 384 hidden units, that is 30 us of L2 at 5 TB/s beside 18 us of products at 800 TFLOP/s: a
+// 192 channels and 384 hidden units, that is 35 us of L2 at 5 TB/s, and 15 more where two or three strips of
+// columns read u and the hidden layer again, beside 18 us of products at 800 TFLOP/s: a
 // block that kept the hidden layer of its tokens to itself would save the half of it, but would bring all
 // weights, 295 KB, through L2 for 64 or 128 tokens.
 #include "hopper.h"
@@ -185,7 +186,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Shape::THREADS, Shape::BLOCKS)
   };
 
   const int ahead = places - 2;
-  admit_launch();
+  if constexpr (EXPAND) admit_launch();  // what comes after the other one is not ours
   if (thread_x() == 0) {
     prepare_arrivals(arrivals, places);
     for (int stage = 0; stage < ahead && stage < copied; ++stage) fetch_weight(stage, stage);
