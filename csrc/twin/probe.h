@@ -47,6 +47,8 @@ void multiply_group_half(const uint16_t* a, const uint16_t* b, float* d, int n, 
                          int from_registers);
 void multiply_group_bfloat16(const uint16_t* a, const uint16_t* b, float* d, int n, int bytes,
                              int by_features, int from_registers);
+// A product whose operand is written again behind a barrier, after its wait or before it.
+void write_behind_product(int waits);
 // matrix [rows, columns], its rows `stride` apart; out [tile_rows, 64], zeros beyond the matrix. `bytes` are
 // expected, 128 a row of the tile, and use number `use` of the barrier is waited for, 0.
 void copy_matrix_tile(const uint16_t* matrix, uint16_t* out, int rows, int columns, int stride, int tile_rows,

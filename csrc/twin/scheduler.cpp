@@ -86,6 +86,12 @@ struct Copy {
   int group;
 };
 
+// What a wgmma that is not waited for reads.
+struct ProductRead {
+  const void* place;
+  int group;
+};
+
 enum class State { ready, at_collective, at_barrier, done };
 
 struct Thread {
@@ -98,6 +104,8 @@ struct Thread {
   const void* barrier = nullptr;  // where it waits
   std::vector<Copy> copies;
   int open_group = 0;
+  std::vector<ProductRead> product_reads;
+  int open_products = 0;
 };
 
 std::string lane_list(const std::vector<int>& lanes) {
@@ -124,6 +132,7 @@ class Scheduler {
   }
   void collective(const char* name, CollectiveBody body, void* mine, const void* code);
   const void* collective_code() const { return collective_code_; }
+  Thread& lane(int number) { return *threads_[current().position.thread / 32 * 32 + number]; }
   void wait_block(const void* code);
 
  private:
@@ -320,7 +329,9 @@ void Scheduler::run(const void* kernel, GridSize grid, int threads, size_t share
       slot.position.thread = thread;
       slot.state = State::ready;
       slot.copies.clear();
+      slot.product_reads.clear();
       slot.open_group = 0;
+      slot.open_products = 0;
     }
     try {
       run_block();
@@ -378,9 +389,24 @@ void note_row(int lane, const void* row) {
   watch::note(here().thread / 32 * 32 + lane, row, 16, watch::Access::read, scheduler().collective_code());
 }
 
-void note_read(int lane, const void* place, size_t bytes) {
-  watch::note(here().thread / 32 * 32 + lane, place, bytes, watch::Access::read,
-              scheduler().collective_code());
+void note_product_read(int lane, const void* place) {
+  note_row(lane, place);
+  Thread& reader = scheduler().lane(lane);
+  reader.product_reads.push_back({place, reader.open_products});
+}
+void commit_products() {
+  ++scheduler().current().open_products;
+}
+void wait_products(int in_flight) {
+  Thread& self = scheduler().current();
+  const void* code = __builtin_return_address(0);
+  const auto is_over = [&](const ProductRead& read) {
+    if (read.group >= self.open_products - in_flight) return false;
+    watch::note(self.position.thread, read.place, 16, watch::Access::read_over, code);
+    return true;
+  };
+  self.product_reads.erase(std::remove_if(self.product_reads.begin(), self.product_reads.end(), is_over),
+                           self.product_reads.end());
 }
 
 void check_shared(const void* pointer, size_t bytes, const char* what) {

@@ -124,9 +124,10 @@ struct Watch {
   void note_place(uintptr_t address, bool in_shared, const Moment& now, Access access) {
     Place& at = place(address, in_shared);
     // Most accesses repeat the one before.
-    if (access == Access::read && at.read.same_time(now) && !at.lanes && !at.warps) return;
+    const bool writes = access != Access::read && access != Access::read_over;
+    if (!writes && at.read.same_time(now) && !at.lanes && !at.warps) return;
     if (access == Access::write && at.write.same_time(now) && at.read.interval == 0 && !at.copying) return;
-    const bool writes = access != Access::read, landing = access == Access::copy_landed;
+    const bool landing = access == Access::copy_landed;
     const bool in_flight = at.copying && at.write.interval >= block_start && !landing;
     if (in_flight || !ordered(at.write, now, in_shared))
       report(at, at.write, true, now, writes, address, in_shared);
@@ -231,7 +232,7 @@ void note(int thread, const void* address, size_t bytes, Access access, const vo
   Watch& w = *running.watch;
   if (at - w.host_stack < w.host_stack_bytes) return;
   const bool in_shared = at - w.shared < w.shared_bytes;
-  if (traffic::enabled() && access != Access::copy_landed)
+  if (traffic::enabled() && access != Access::copy_landed && access != Access::read_over)
     traffic::note(thread, at, bytes, access != Access::read, in_shared, code_number(code));
   const Moment now{w.interval, w.warp_interval[thread / 32], static_cast<uint16_t>(thread),
                    code_number(code)};

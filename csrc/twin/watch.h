@@ -7,7 +7,7 @@
 //     nothing else: a shuffle, an ldmatrix or an mma brings lanes together but promises no memory order;
 //   * of two blocks are ordered by nothing: a launch's blocks run in any order.
 // What is not ordered is a hazard, whatever the schedule at hand makes of it. So is an access by anybody to
-// the target of a cp.async between the copy's issue and its wait.
+// the target of a cp.async between the copy's issue and its wait. A wgmma reads shared memory until its wait.
 //
 // Places are two bytes. What is not seen: an atomic, which no kernel has so far; the order of global memory
 // between launches, which is the stream's.
@@ -30,7 +30,7 @@ void run_host();
 void order_warp(int warp, const void* code);
 void order_block(const std::vector<const void*>& codes);
 
-enum class Access { read, write, copy_issued, copy_landed };
+enum class Access { read, read_over, write, copy_issued, copy_landed };
 // By the thread given, from `code`.
 void note(int thread, const void* address, size_t bytes, Access access, const void* code);
 

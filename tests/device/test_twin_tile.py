@@ -42,6 +42,12 @@ def test_wgmma_is_a_matrix_product(module, name, n, row_bytes, by_features, from
     torch.testing.assert_close(d.double(), a.double() @ b.double(), rtol=0, atol=5e-5)
 
 
+def test_products_read_until_they_are_waited_for(module):
+    module.write_behind_product(1)
+    with pytest.raises(RuntimeError, match="hazard"):
+        module.write_behind_product(0)
+
+
 def copy_matrix_tile(module, matrix, columns, row, column, bytes_expected=16 * 128, use=0):
     out = np.empty((16, 64), np.uint16)
     rows, stride = matrix.shape

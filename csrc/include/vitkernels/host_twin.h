@@ -71,8 +71,11 @@ void check_aligned(const void* pointer, size_t bytes, const char* what);
 void check_shared(const void* pointer, size_t bytes, const char* what);
 // A lane of the running thread's warp reads a row of an ldmatrix.
 void note_row(int lane, const void* row);
-// A lane of the running thread's warp reads shared memory in a collective.
-void note_read(int lane, const void* place, size_t bytes);
+// A lane of the running thread's warp reads 16 bytes of shared memory in a product that goes on until the
+// lane has waited for the group that it commits next.
+void note_product_read(int lane, const void* place);
+void commit_products();
+void wait_products(int in_flight);
 
 template <typename T>
 struct Exchange {

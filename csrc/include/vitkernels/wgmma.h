@@ -72,7 +72,7 @@ struct Operand {
                         chunk_of<BYTES>(row & 7, inside / 16) * 16 + inside % 16;
     if (inside % 16 == 0) {
       twin::check_shared(place, 16, "a matrix of wgmma");
-      twin::note_read(lane, place, 16);
+      twin::note_product_read(lane, place);
     }
     T value;
     std::memcpy(&value, place, sizeof(value));
@@ -131,9 +131,13 @@ inline bool wgmma_available() {
 }
 inline void fence_async_proxy() {}
 inline void wgmma_fence() {}
-inline void wgmma_commit() {}
+VK_INLINE void wgmma_commit() {
+  twin::commit_products();
+}
 template <int PENDING>
-void wgmma_wait() {}
+VK_INLINE void wgmma_wait() {
+  twin::wait_products(PENDING);
+}
 template <int COUNT>
 void hold(float (&)[COUNT]) {}
 
