@@ -140,9 +140,10 @@ void forward_range(const Params& p, const Cut& cut, int64_t begin, int64_t end, 
       for (int g = 0, j = 0, count; g < groups; ++g, j += count) {
         count = ceil_div(outputs - j, groups - g);
         const W* weight = row_of<const W>(p.weight, start + j) + static_cast<int64_t>(first) * p.grids;
-        // One chain of sums is at most kDepth long, also where one channel has more grid points.
-        for (int k = 0; k < depth; k += kDepth) {
-          const int run = imin(kDepth, depth - k);
+        // One chain of sums is at most kDepth long. Where one channel has more grid points, all are as long.
+        const int longest = ceil_div(depth, ceil_div(depth, kDepth));
+        for (int k = 0; k < depth; k += longest) {
+          const int run = imin(longest, depth - k);
           Product<T> product{};
           product.rows = count;
           product.depth = run;

@@ -77,6 +77,19 @@ def test_rows_of_one_value():
     check_rows_of_one_value(lambda tensors: launch(native, tensors, grad_y))
 
 
+def test_points_that_exceed_a_chain_are_summed_in_equal_ones():
+    """257 points in chains of 129 and 128 err less than 256 in one. Broad functions: those err little themselves."""
+
+    def error(grids):
+        tensors, params = inputs(4, 4, 2048, grids), (0.01, 1e-5)
+        y, mean, rstd = torch.empty(4, 2048), torch.empty(4), torch.empty(4)
+        native.forward(y, mean, rstd, *tensors.values(), *params)
+        truth = reference.forward(*(t.double() for t in tensors.values()), *params)[0]
+        return ((y - truth).norm() / truth.norm()).item()
+
+    assert error(257) < 0.85 * error(256)
+
+
 @pytest.mark.parametrize("spread", [8.0, 100.0])
 def test_far_from_the_grid(spread):
     """|u| up to 30 and 400, where a few functions still rise, and at 1e4, where all are 0."""
