@@ -140,7 +140,7 @@ void forward_range(const Params& p, const Cut& cut, int64_t begin, int64_t end, 
       for (int g = 0, j = 0, count; g < groups; ++g, j += count) {
         count = ceil_div(outputs - j, groups - g);
         const W* weight = row_of<const W>(p.weight, start + j) + static_cast<int64_t>(first) * p.grids;
-        // One chain of sums is at most kDepth long. Where one channel has more grid points, all are as long.
+        // A chain of sums is at most kDepth long; of a channel with more grid points all are about equal.
         const int longest = ceil_div(depth, ceil_div(depth, kDepth));
         for (int k = 0; k < depth; k += longest) {
           const int run = imin(longest, depth - k);
