@@ -3,9 +3,9 @@
 // Of N tokens the three launches move 10 N C + 4 N H bytes, of which x and the result alone, 4 N C, have to
 // come from memory; the rest is still in L2. For EfficientViT-M5's first stage at batch 256, 50,176 tokens,
 // 192 channels and 384 hidden units, that is 35 us of L2 at 5 TB/s, and 15 more where two or three strips of
-// columns read u and the hidden layer again, beside 18 us of products at 800 TFLOP/s: a
-// block that kept the hidden layer of its tokens to itself would save the half of it, but would bring all
-// weights, 295 KB, through L2 for 64 or 128 tokens.
+// columns read u and the hidden layer again, beside 18 us of products at 800 TFLOP/s. A block that kept the
+// hidden layer of its tokens to itself would save half of the former, but would bring all weights, 295 KB,
+// through L2 for 64 or 128 tokens.
 #include "hopper.h"
 
 namespace vitkernels::residual_ffn {

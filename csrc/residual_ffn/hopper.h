@@ -22,7 +22,7 @@ struct InputLayout {
 
   explicit InputLayout(const Params& p) {
     constexpr int LINES = 16;            // two for every warp
-    constexpr int64_t MOST = 44 * 1024;  // five blocks of an SM
+    constexpr int64_t MOST = 44 * 1024;  // five blocks of an SM, where registers allow four
     const auto carve = [&] {
       Carver carver;
       carver.take<uint32_t>(int64_t{images} * (lines + 2) * (p.width + 2) * INPUT_LD);
