@@ -52,7 +52,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
   const int stages = (tokens + HOPPER_TOKENS - 1) / HOPPER_TOKENS;
 
   // Only the last share ends within a stage, and what is beyond it is zero. Pieces beyond the last feature
-  // are neither copied nor read.
+  // are not copied: what the products find there comes to nothing that is stored.
   const auto fetch = [&](int stage) {
     if (stage >= stages || thread_x() != 0) return;
     const int place = stage % Tile::PLACES, token = begin + stage * HOPPER_TOKENS;
