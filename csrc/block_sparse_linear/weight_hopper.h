@@ -1,13 +1,10 @@
 // dW on Hopper, for 16-bit types and blocks with sides of 32, 64 or 128.
 #pragma once
 #include "parts.h"
-#include "vitkernels/device.h"
+#include "vitkernels/matrix_copy.h"
 
 namespace vitkernels::block_sparse_linear {
 
-// Streaming multiprocessors of an H100 or H200, whatever the device: how much memory is asked for and how it
-// is used must not depend on which device is current.
-constexpr int64_t HOPPER_BLOCKS = 132;
 constexpr int HOPPER_TOKENS = 64, LEAST_TOKENS = 512;  // of a stage; of a share
 
 // Features of dW's rows and columns that a block of threads has; the rows go to two warpgroups.

@@ -1,7 +1,7 @@
 // The kernels for Hopper: products of warpgroups, for 16-bit weights and eight grid points.
 #pragma once
 #include "tiles.h"
-#include "vitkernels/wgmma.h"
+#include "vitkernels/matrix_copy.h"
 
 namespace vitkernels::kan_linear {
 
@@ -21,9 +21,9 @@ template <class X, class T>
 bool fits_hopper(const Problem<X, T>& p) {
   if constexpr (Config<T>::HALF) {
     return p.grids == CENTRES && p.channels % SLICE == 0 && p.channels <= HOPPER_CHANNELS &&
-           p.x_row <= HOPPER_ROW && p.weight_row <= HOPPER_ROW && p.weight_row >= p.depth() &&
+           p.x_row <= HOPPER_ROW && p.weight_row <= HOPPER_ROW &&
            aligned(p.x, p.x_row, sizeof(X), 4 * sizeof(X)) &&
-           aligned(p.weight, p.weight_row, sizeof(T), 16) && wgmma_available();
+           takes_matrix(p.weight, p.depth(), p.weight_row) && wgmma_available();
   }
   return false;
 }
@@ -87,8 +87,8 @@ void launch_hopper_forward(const Problem<X, T>& p, T* y, int64_t y_row, Stream s
 constexpr int U_ROWS = 192;
 template <class X, class T>
 bool fits_hopper_gradient(const Problem<X, T>& p) {
-  return fits_hopper(p) && p.outputs % 8 == 0 && p.grad_row <= HOPPER_ROW && p.grad_row >= p.outputs &&
-         aligned(p.grad_y, p.grad_row, sizeof(T), 16);
+  return fits_hopper(p) && p.outputs % 8 == 0 && p.grad_row <= HOPPER_ROW &&
+         takes_matrix(p.grad_y, p.outputs, p.grad_row);
 }
 template <class X, class T>
 void launch_hopper_u(const Problem<X, T>& p, float* grad_u, float* scale, float* shift, Stream stream);

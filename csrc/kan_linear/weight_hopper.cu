@@ -12,9 +12,6 @@
 namespace vitkernels::kan_linear {
 namespace {
 
-// Streaming multiprocessors of an H100 or H200, whatever the device: how much memory is asked for and how it
-// is used must not depend on which device is current.
-constexpr int64_t HOPPER_BLOCKS = 132;
 constexpr int64_t LEAST_SHARE = 256;  // rows
 
 // Two warpgroups, each with BLOCKS times 64 outputs by COLUMNS columns of Phi.

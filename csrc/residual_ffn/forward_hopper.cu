@@ -323,12 +323,6 @@ ProductChoice choose_product(int64_t tokens, int outputs, int depth, bool expand
   return best;
 }
 
-// Whether the copy engine takes a weight.
-bool copies(const View& weight, int columns) {
-  return weight.stride[1] == 1 && weight.stride[0] % 8 == 0 && weight.stride[0] >= columns &&
-         reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
-}
-
 template <class T, bool EXPAND>
 void launch_product(const Problem& problem, Stream stream) {
   const Params& p = problem.params;
@@ -356,8 +350,11 @@ void launch_product(const Problem& problem, Stream stream) {
 
 bool fits_hopper(const Problem& problem) {
   const Params& p = problem.params;
+  const auto takes = [](const View& weight, int columns) {
+    return weight.stride[1] == 1 && takes_matrix(weight.data, columns, weight.stride[0]);
+  };
   return p.channels >= STAGE_FEATURES && problem.tokens * p.channels >= HOPPER_ELEMENTS &&
-         copies(p.weight1, p.channels) && copies(p.weight2, p.hidden) &&
+         takes(p.weight1, p.channels) && takes(p.weight2, p.hidden) &&
          InputLayout(p).bytes <= static_cast<int64_t>(MAX_SHARED_BYTES) && wgmma_available();
 }
 

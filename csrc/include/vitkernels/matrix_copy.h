@@ -18,6 +18,15 @@ namespace vitkernels {
 
 constexpr int COPIED_COLUMNS = 64;  // of a tile
 
+// Streaming multiprocessors of an H100 or H200, whatever the device: how much memory is asked for and how it
+// is used must not depend on which device is current.
+constexpr int64_t HOPPER_BLOCKS = 132;
+
+// Whether the copy engine takes a matrix, its rows `stride` elements apart.
+inline bool takes_matrix(const void* data, int64_t columns, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0 && stride >= columns;
+}
+
 #if defined(VITKERNELS_HOST_TWIN)
 
 #define VK_GRID_CONSTANT
@@ -28,10 +37,9 @@ struct MatrixMap {
   int tile_rows;
 };
 
-// Of rows `stride` elements apart, a multiple of 8 and at least `columns`; `data` is aligned to 16 bytes.
-// Tiles have up to 256 rows.
+// Of a matrix that takes_matrix() admits. Tiles have up to 256 rows.
 inline MatrixMap map_matrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows) {
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride % 8 != 0 || stride < columns || tile_rows > 256)
+  if (!takes_matrix(data, columns, stride) || tile_rows > 256)
     throw std::runtime_error("host twin: the copy engine does not take this matrix");
   return {static_cast<const char*>(data), rows, columns, 2 * stride, tile_rows};
 }
