@@ -7,7 +7,6 @@
 // each of the others wait for the one before (ptxas' C7520). A stage is 48 KB from L2 in 1024 cycles of the
 // tensor cores at their peak: 12,608 tokens of 768 by 2,304 features are 99 of them for each of 108 blocks,
 // 60 us at 1.75 GHz.
-#include "vitkernels/chunk_order.h"
 #include "vitkernels/matrix_copy.h"
 #include "vitkernels/tile_attention_engine.h"
 #include "weight_hopper.h"
@@ -145,6 +144,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Tile::THREADS, 1)
 #endif
 }
 
+// log2_of() is for constants: its recursion is not to be inlined.
+int bits_of(int power) {
+  int bits = 0;
+  while (1 << bits < power) ++bits;
+  return bits;
+}
+
 }  // namespace
 
 template <class T>
@@ -162,8 +168,8 @@ bool weight_hopper(const Params& p, const View& gradient, const Parts& parts, fl
   w.block_rows = p.block_rows;
   w.height = p.block_height;
   w.width = p.block_width;
-  w.height_bits = log2_of(p.block_height);
-  w.width_bits = log2_of(p.block_width);
+  w.height_bits = bits_of(p.block_height);
+  w.width_bits = bits_of(p.block_width);
   w.row_features = p.out_features;
   w.column_features = p.in_features;
   w.strips = static_cast<int>(ceil_div(p.in_features, HOPPER_COLUMNS));
