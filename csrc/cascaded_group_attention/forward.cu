@@ -50,6 +50,7 @@ struct ForwardLayout {
   int y_rows;                  // of each row in y, -1 for none
   int key_codes;
   int slices, slice;  // of the channels of a head, among the warps that attend to the same queries
+  int out_rows;       // that a warp projects at a time
   Divisor by_tile, by_slice, by_blocks, by_chunk;
   ConstantLayout constants;
   int64_t bytes;
@@ -75,6 +76,7 @@ struct ForwardLayout {
     const int share = wanted < 1 ? parts : (parts + wanted - 1) / wanted;
     slice = share == 1 ? 16 : round_up(16 * share, 32);
     slices = (problem.value_dim + slice - 1) / slice;
+    out_rows = rows_to_project(p.channels);
     by_tile = Divisor(tiles);
     by_slice = Divisor(slices);
     x_offsets = carver.take<int64_t>(rows);
@@ -85,6 +87,19 @@ struct ForwardLayout {
     y = carver.take<half_t>(count * keys * ld_y);
     q = carver.take<half_t>(count * keys * ld_q);
     bytes = carver.used();
+  }
+
+  // As many as share a weight in registers, or fewer where that leaves warps without work. A piece of work
+  // takes as long as its rows and about 16 more.
+  int rows_to_project(int channels) const {
+    const int across = (channels + 8 * OUT_TILES_ACROSS - 1) / (8 * OUT_TILES_ACROSS), warps = threads / 32;
+    const auto time = [&](int down) {
+      return (((rows + down - 1) / down * across + warps - 1) / warps) * (down + 16);
+    };
+    int best = 16 * OUT_TILES_DOWN;
+    for (int down = best / 2; down >= 16; down /= 2)
+      if (time(down) < time(best)) best = down;
+    return best;
   }
 };
 
@@ -102,12 +117,12 @@ struct Share {
   }
 };
 
-// x of a row to z; zeros where there is no token or no channel. A thread's loads are in flight together, five
-// chunks of them.
+// x of a row to z; zeros where there is no token or no channel. A thread's loads are in flight together,
+// three chunks of them.
 template <class T>
 VK_DEVICE void load_row(const Rows<T>& z, const View& x, const Share& share, int64_t offset, int chunks,
                         const Divisor& by_chunk) {
-  constexpr int IN_FLIGHT = 5;
+  constexpr int IN_FLIGHT = 3;
   const auto x_channels = Channels::of<T>(x);
   const T* source = static_cast<const T*>(x.data) + (offset < 0 ? 0 : offset);
   VK_NO_UNROLL
@@ -134,8 +149,23 @@ VK_DEVICE void load_row(const Rows<T>& z, const View& x, const Share& share, int
   }
 }
 
+// The sums of a warp take turns at the place of the first ones: what becomes of them is one piece of code
+// that runs several times, not several that each run once and have to be fetched for it. Moves by two
+// numbers.
+template <int M, int N>
+VK_DEVICE void next_row(float (&sums)[M][N][4]) {
+  VK_UNROLL
+  for (int j = 0; j < N; ++j) {
+    VK_UNROLL
+    for (int i = 0; i + 1 < 2 * M; ++i) {
+      VK_UNROLL
+      for (int c = 0; c < 2; ++c) sums[i / 2][j][i % 2 * 2 + c] = sums[(i + 1) / 2][j][(i + 1) % 2 * 2 + c];
+    }
+  }
+}
+
 // One warp: 16 queries of a window against its keys, the channels of v from `first` to `last`.
-// output(query, channel, pairs of O): of channels channel + 8j and the next of two or four j.
+// output(query, channel, pairs of O): of the channels channel, channel + 1, channel + 8 and channel + 9.
 template <class T, int KEYS, class Output>
 VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, const T* v, int ld_y,
                       const int* key_codes, const float* table, int first_query, int first, int last,
@@ -150,21 +180,22 @@ VK_DEVICE void attend(const Problem& problem, const T* q, int ld_q, const T* k, 
     float sums[4][4];
     tile_attention::clear(sums);
     Engine::multiply_registers(sums, p, static_cast<T*>(nullptr), v + channel, ld_y, blocks, {0, tokens});
-    const auto hand_over = [&](auto tiles, int r) {
-      constexpr int TILES = decltype(tiles)::value;
-      Vec<T, 2 * TILES> values;
-      VK_UNROLL
-      for (int i = 0; i < 2 * TILES; ++i) values[i] = from_float<T>(sums[i / 2][2 * r + i % 2] * factor[r]);
-      output(row + 8 * r, channel + column, values);
-    };
+    float pairs[2][2][4];  // of tiles
     VK_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= tokens) continue;
-      if (blocks == 4) {
-        hand_over(std::integral_constant<int, 4>{}, r);
-      } else {
-        hand_over(std::integral_constant<int, 2>{}, r);
+    for (int i = 0; i < 4; ++i) {
+      VK_UNROLL
+      for (int c = 0; c < 4; ++c) pairs[i / 2][i % 2][c] = sums[i][c] * factor[c / 2];
+    }
+    VK_NO_UNROLL
+    for (int i = 0; i < blocks; ++i) {
+      const int query = row + i % 2 * 8;
+      if (query < tokens) {
+        Vec<T, 4> values;
+        VK_UNROLL
+        for (int e = 0; e < 4; ++e) values[e] = from_float<T>(pairs[0][e / 2][e % 2]);
+        output(query, channel + i / 2 * 16 + column, values);
       }
+      next_row(pairs);
     }
   }
 }
@@ -184,7 +215,7 @@ struct Steps {
 // Sums of the projection with their bias, rounded, after x where that is asked for, to out. Lanes are
 // neighbours along the tokens or four along the channels.
 template <class T, int WIDTH, int M, int N>
-VK_DEVICE void write_out(const Params& params, const float (&sums)[M][N][4], int row, int column, int rows,
+VK_DEVICE void write_out(const Params& params, float (&sums)[M][N][4], int row, int last_row, int column,
                          const float* bias, const int64_t* x_offsets, const int64_t* out_offsets) {
   constexpr int PIECES = 2 / WIDTH;
   using Piece = Vec<T, WIDTH>;
@@ -192,9 +223,9 @@ VK_DEVICE void write_out(const Params& params, const float (&sums)[M][N][4], int
   const Steps x_steps(params.x), out_steps(params.out);
   const T* x = x_steps.to(static_cast<const T*>(params.x.data), channel);
   T* out = out_steps.to(static_cast<T*>(params.out.data), channel);
-  VK_UNROLL
+  VK_NO_UNROLL
   for (int m = 0; m < M; ++m) {
-    if (row + 16 * m >= rows) break;
+    if (row + 16 * m >= last_row) break;
     Piece inputs[2][N][PIECES];
     if (params.residual) {
       VK_UNROLL
@@ -221,7 +252,7 @@ VK_DEVICE void write_out(const Params& params, const float (&sums)[M][N][4], int
           Piece values;
           VK_UNROLL
           for (int e = 0; e < WIDTH; ++e) {
-            values[e] = from_float<T>(sums[m][j][2 * r + c + e] + bias[channel + 8 * j + c + e]);
+            values[e] = from_float<T>(sums[0][j][2 * r + c + e] + bias[channel + 8 * j + c + e]);
             if (params.residual)
               values[e] = from_float<T>(to_float(inputs[r][j][c][e]) + to_float(values[e]));
           }
@@ -229,13 +260,14 @@ VK_DEVICE void write_out(const Params& params, const float (&sums)[M][N][4], int
         }
       }
     }
+    next_row(sums);
+    next_row(sums);
   }
 }
 
 // 128 registers a thread: two blocks of 8 warps on an SM, or one of 16. The 72 logits of a thread in the
 // largest windows do not fit in there beside the rest, and such windows fill the shared memory of an SM
 // sooner anyway.
-// local memory: up to 8 bytes: one register of the bfloat16 kernel of 64 keys on sm_90a, once a block.
 template <class T, int KEYS>
 VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
     forward_tensor_kernel(Problem problem, ForwardLayout layout) {
@@ -290,21 +322,20 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
     const DenseWeights<T> weights{static_cast<const T*>(weight.data) + head * weight.stride[0],
                                   weight.stride[1], problem.qkv_rows, d};
     multiply_rows<T, 2, 2, 3>(
-        z, head, 1, layout.by_blocks, layout.rows, weights, [&](int row, int column, float (&sums)[2][2][4]) {
+        z, head, 1, layout.by_blocks, layout.rows, 32, weights,
+        [&](int row, int last_row, int column, float (&sums)[2][2][4]) {
           const float* bias = set + layout.constants.bias;
           const int g = lane_id() / 4, t = lane_id() % 4;
-          VK_UNROLL
-          for (int r = 0; r < 4; ++r) {
-            const int here = row + 8 * r + g;
-            const int target = here < layout.rows ? y_rows[here] : -1;
+          VK_NO_UNROLL
+          for (int here = row + g; here < last_row; here += 8, next_row(sums)) {
+            const int target = y_rows[here];
             if (target < 0) continue;
             VK_UNROLL
             for (int j = 0; j < 2; ++j) {
               const int channel = column + 8 * j + 2 * t;  // qkv_rows are a multiple of 16
               const auto b = Vec<float, 2>::load(bias + channel);
-              Vec<T, 2>{{from_float<T>(sums[r / 2][j][r % 2 * 2] + b[0]),
-                         from_float<T>(sums[r / 2][j][r % 2 * 2 + 1] + b[1])}}
-                  .store(y + target * layout.ld_y + channel);
+              Vec<T, 2>{{from_float<T>(sums[0][j][0] + b[0]), from_float<T>(sums[0][j][1] + b[1])}}.store(
+                  y + target * layout.ld_y + channel);
             }
           }
         });
@@ -322,8 +353,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
       const bool keeps = present(params.heads) && first_window + window < problem.windows;
       attend<T, KEYS>(problem, q + window * KEYS * layout.ld_q, layout.ld_q, rows + k, rows + 2 * k,
                       layout.ld_y, key_codes, set + layout.constants.table, 16 * tile, first, last,
-                      [&](int query, int channel, auto output) {
-                        constexpr int VALUES = sizeof(output) / sizeof(T);
+                      [&](int query, int channel, Vec<T, 4> output) {
+                        constexpr int VALUES = 4;
                         T* here = z.quarter(window * tokens + query, head * layout.blocks + channel / 32,
                                             channel % 8 / 2) +
                                   channel % 32 / 8 * 2;
@@ -360,13 +391,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS((KEYS > 64 ? THREADS : MOST_THREADS), 1)
   const DenseWeights<T> weights{static_cast<const T*>(params.proj_weight.data), params.proj_weight.stride[0],
                                 params.channels, params.channels};
   multiply_rows<T, OUT_TILES_DOWN, OUT_TILES_ACROSS, 2>(
-      z, 0, params.num_heads, layout.by_blocks, layout.rows, weights,
-      [&](int row, int column, float (&sums)[OUT_TILES_DOWN][OUT_TILES_ACROSS][4]) {
+      z, 0, params.num_heads, layout.by_blocks, layout.rows, layout.out_rows, weights,
+      [&](int row, int last_row, int column, float (&sums)[OUT_TILES_DOWN][OUT_TILES_ACROSS][4]) {
         const float* bias = constants + layout.constants.proj_bias;
         if (Channels::of<T>(params.x).vectorized && Channels::of<T>(params.out).vectorized) {
-          write_out<T, 2>(params, sums, row, column, layout.rows, bias, x_offsets, out_offsets);
+          write_out<T, 2>(params, sums, row, last_row, column, bias, x_offsets, out_offsets);
         } else {
-          write_out<T, 1>(params, sums, row, column, layout.rows, bias, x_offsets, out_offsets);
+          write_out<T, 1>(params, sums, row, last_row, column, bias, x_offsets, out_offsets);
         }
       });
 }

@@ -11,7 +11,7 @@ using tile_attention::present;
 using tile_attention::round_up;
 
 // Neighbours of a row that a thread of the depthwise convolution makes, see tensor.h.
-constexpr int CONVOLVED_RUN = 4;
+constexpr int CONVOLVED_RUN = 2;
 
 // Passed to the kernels by value: device code may not call the member functions of Params.
 struct Problem {

@@ -35,12 +35,13 @@ struct Rows {
   }
 };
 
-// A warp makes 16 M rows by 8 N columns at a time: finish(row, column, sums) with the first of each and the
-// sums as mma_m16n8k16 leaves them; rows beyond `row_count`, a multiple of 16, and columns beyond w.rows are
-// none. The columns of w are those of `parts` parts from `first_part` on.
+// A warp makes `down` rows, of at most 16 M, by 8 N columns at a time: finish(row, last_row, column, sums)
+// with the first of each and the sums as mma_m16n8k16 leaves them; rows beyond last_row, a multiple of 16 as
+// `down` and row_count, and columns beyond w.rows are none. The columns of w are those of `parts` parts from
+// `first_part` on.
 template <class T, int M, int N, int AHEAD, class Finish>
 VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_part, int parts, const Divisor& by_blocks,
-                             int row_count, const DenseWeights<T>& w, Finish finish) {
+                             int row_count, int down, const DenseWeights<T>& w, Finish finish) {
   const int g = lane_id() / 4, t = lane_id() % 4, padding = 32 * rows.blocks - rows.depth;
   const int blocks = parts * rows.blocks;
   const int64_t step = w.row_stride * 8 * static_cast<int64_t>(sizeof(T));
@@ -50,9 +51,10 @@ VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_part, int parts, con
     const int padded = (w.rows + 8 * N - 1) / (8 * N) * (8 * N);
     while (column >= padded && row < row_count) {
       column -= padded;
-      row += 16 * M;
+      row += down;
     }
     if (row >= row_count) return;
+    const int last_row = row + down < row_count ? row + down : row_count;
     const auto* source = reinterpret_cast<const char*>(w.data + (column + g) * w.row_stride + 8 * t);
     const T* left = rows.quarter(row + (lane_id() & 15), first_part * rows.blocks, lane_id() >> 4);
     // Quarters 0 and 2, 1 and 3 trade places by this bit of the row.
@@ -82,7 +84,7 @@ VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_part, int parts, con
         if (block >= blocks) break;
         VK_UNROLL
         for (int m = 0; m < M; ++m) {
-          if (row + 16 * m >= row_count) break;
+          if (row + 16 * m >= last_row) break;
           uint32_t low[4], high[4];
           ldmatrix_x4(low, left + 16 * m * rows.ld + 32 * block);
           ldmatrix_x4(high, left + half + 16 * m * rows.ld + 32 * block);
@@ -94,7 +96,7 @@ VK_DEVICE void multiply_rows(const Rows<T>& rows, int first_part, int parts, con
         fetch(right[s], block + AHEAD);
       }
     }
-    finish(row, column, sums);
+    finish(row, last_row, column, sums);
   }
 }
 

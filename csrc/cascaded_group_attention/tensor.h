@@ -76,13 +76,16 @@ VK_DEVICE void stage_taps(float* taps, const Problem& problem, int head, bool re
   }
 }
 
-// Depthwise convolution inside `count` windows of `pitch` rows each, zero-padded. A thread makes four
-// neighbours of a row for two channels: their inputs are read once a tap row instead of once a tap. Four
-// divide the windows of 4 and nearly those of 7 and 8; eight would leave half of the threads without work.
-template <class T, int HALF>
+// Depthwise convolution inside `count` windows of `pitch` rows each, zero-padded. A thread makes two
+// neighbours of a row for two channels; more of them would leave threads without work. One loop for every
+// size of kernel: a block runs through its code once or twice a head, and what it runs for the first time it
+// has to fetch.
+template <class T>
 VK_DEVICE void convolve(const T* in, int ld_in, T* out, int ld_out, const float* taps, const Problem& problem,
-                        int count, int pitch) {
-  constexpr int SIZE = 2 * HALF + 1, RUN = CONVOLVED_RUN;
+                        int head, int count, int pitch) {
+  constexpr int RUN = CONVOLVED_RUN;
+  using Pair = Vec<float, 2>;
+  const int size = problem.params.kernel_sizes[head], half = size / 2;
   const int window_h = problem.params.window_h, window_w = problem.params.window_w;
   const int channels = problem.params.key_dim, pairs = channels / 2, runs = (window_w + RUN - 1) / RUN;
   VK_NO_UNROLL
@@ -91,37 +94,37 @@ VK_DEVICE void convolve(const T* in, int ld_in, T* out, int ld_out, const float*
     const int all_y = problem.by_run.divide(line), x0 = (line - all_y * runs) * RUN;
     const int window = problem.by_window_h.divide(all_y), y = all_y - window * window_h;
     const int first_row = window * pitch;
-    float sums[RUN][2];
-    const auto bias = Vec<float, 2>::load(taps + SIZE * SIZE * channels + channel);
+    const auto bias = Pair::load(taps + size * size * channels + channel);
+    Pair sums[RUN];
     VK_UNROLL
-    for (int j = 0; j < RUN; ++j) {
-      sums[j][0] = bias[0];
-      sums[j][1] = bias[1];
-    }
+    for (int j = 0; j < RUN; ++j) sums[j] = bias;
     VK_NO_UNROLL
-    for (int ky = 0; ky < SIZE; ++ky) {
-      const int from = y + ky - HALF;
+    for (int ky = 0; ky < size; ++ky) {
+      const int from = y + ky - half;
       if (from < 0 || from >= window_h) continue;
       const T* source = in + (first_row + from * window_w) * ld_in + channel;
-      float inputs[RUN + 2 * HALF][2];
+      const auto input = [&](int x) {
+        if (x < 0 || x >= window_w) return Pair{{0.0f, 0.0f}};
+        const auto pair = Vec<T, 2>::load(source + x * ld_in);
+        return Pair{{to_float(pair[0]), to_float(pair[1])}};
+      };
+      const float* row = taps + ky * size * channels + channel;
+      Pair inputs[RUN], tap = Pair::load(row);
       VK_UNROLL
-      for (int j = 0; j < RUN + 2 * HALF; ++j) {
-        const int x = x0 + j - HALF;
-        inputs[j][0] = inputs[j][1] = 0.0f;
-        if (x >= 0 && x < window_w) {
-          const auto pair = Vec<T, 2>::load(source + x * ld_in);
-          inputs[j][0] = to_float(pair[0]);
-          inputs[j][1] = to_float(pair[1]);
-        }
-      }
-      VK_UNROLL
-      for (int kx = 0; kx < SIZE; ++kx) {
-        const auto tap = Vec<float, 2>::load(taps + (ky * SIZE + kx) * channels + channel);
+      for (int j = 0; j < RUN; ++j) inputs[j] = input(x0 - half + j);
+      VK_NO_UNROLL
+      for (int kx = 0; kx < size; ++kx) {
+        // On their way while the present ones are used; behind the last tap lie the biases.
+        const Pair next = input(x0 - half + kx + RUN), next_tap = Pair::load(row + (kx + 1) * channels);
         VK_UNROLL
         for (int j = 0; j < RUN; ++j) {
-          sums[j][0] += tap[0] * inputs[j + kx][0];
-          sums[j][1] += tap[1] * inputs[j + kx][1];
+          sums[j][0] += tap[0] * inputs[j][0];
+          sums[j][1] += tap[1] * inputs[j][1];
         }
+        VK_UNROLL
+        for (int j = 0; j + 1 < RUN; ++j) inputs[j] = inputs[j + 1];
+        inputs[RUN - 1] = next;
+        tap = next_tap;
       }
     }
     VK_UNROLL
@@ -130,21 +133,6 @@ VK_DEVICE void convolve(const T* in, int ld_in, T* out, int ld_out, const float*
       T* target = out + (first_row + y * window_w + x0 + j) * ld_out + channel;
       Vec<T, 2>{{from_float<T>(sums[j][0]), from_float<T>(sums[j][1])}}.store(target);
     }
-  }
-}
-
-template <class T>
-VK_DEVICE void convolve(const T* in, int ld_in, T* out, int ld_out, const float* taps, const Problem& problem,
-                        int head, int count, int pitch) {
-  switch (problem.params.kernel_sizes[head]) {
-    case 1:
-      return convolve<T, 0>(in, ld_in, out, ld_out, taps, problem, count, pitch);
-    case 3:
-      return convolve<T, 1>(in, ld_in, out, ld_out, taps, problem, count, pitch);
-    case 5:
-      return convolve<T, 2>(in, ld_in, out, ld_out, taps, problem, count, pitch);
-    default:
-      return convolve<T, 3>(in, ld_in, out, ld_out, taps, problem, count, pitch);
   }
 }
 
@@ -180,12 +168,12 @@ VK_DEVICE void softmax(float (&p)[KEYS / 8][4], float (&factor)[2], const Proble
   for (int j = 0; j < KEYS / 8; ++j) {
     VK_UNROLL
     for (int c = 0; c < 4; ++c) {
-      p[j][c] = 8 * j < tokens ? Exp::exp(p[j][c] - row_max[c / 2]) : 0.0f;  // 49 keys: 7 of 8 blocks
+      p[j][c] = Exp::exp(p[j][c] - row_max[c / 2]);
       row_sum[c / 2] += p[j][c];
     }
   }
   VK_UNROLL
-  for (int r = 0; r < 2; ++r) factor[r] = 1.0f / warp_sum<4>(row_sum[r]);
+  for (int r = 0; r < 2; ++r) factor[r] = reciprocal_fast(warp_sum<4>(row_sum[r]));
 }
 
 // How eight channels of a token move between a map and shared memory.
