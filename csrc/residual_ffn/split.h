@@ -12,12 +12,13 @@ constexpr int SPLIT_BITS = 4, SPLIT_ROWS = 1 << SPLIT_BITS;
 struct SplitLayout {
   int ld, ld_parts;
   int left, weight, parts, taps;
+  Divisor by_chunks;  // of eight channels of a row of `left`
   int64_t bytes;
 
   // A row of parts is 8 words longer for threads that read along it, 4 for threads that read down a column:
   // those that store it lie between.
   SplitLayout(int columns, int depth, int taps_count, bool along_rows = true)
-      : ld(leading_dimension<half_t>(depth)), ld_parts(columns + (along_rows ? 8 : 4)) {
+      : ld(leading_dimension<half_t>(depth)), ld_parts(columns + (along_rows ? 8 : 4)), by_chunks(depth / 8) {
     Carver carver;
     left = carver.take<half_t>(SPLIT_ROWS * ld);
     weight = carver.take<half_t>(columns * ld);
@@ -121,8 +122,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(THREADS, 2) forward_expand_kernel(Problem proble
   // The blocks of the same tokens share the copying of u.
   const int chunks = p.channels / 8, blocks = (p.hidden + COLUMNS - 1) / COLUMNS;
   T* const kept = workspace_u<T>(problem);
+  VK_NO_UNROLL
   for (int i = block_y() * THREADS + thread_x(); i < SPLIT_ROWS * chunks; i += blocks * THREADS) {
-    const int row = i / chunks, chunk = i % chunks;
+    const int row = layout.by_chunks.divide(i), chunk = i - row * chunks;
     if (first + row < problem.tokens)
       Vec<T, 8>::load(u + row * layout.ld + 8 * chunk).store(kept + (first + row) * p.channels + 8 * chunk);
   }

@@ -55,14 +55,26 @@ VK_DEVICE Vec<T, 8> zeros() {
 }
 
 // Floats in shared memory from `count` elements, of which element i lies at offset(i): ones where there are
-// none, asynchronously where they are floats side by side (`dense`).
+// none, asynchronously where they are floats side by side (`dense`), eight at a time where they are narrow.
 template <class T, class Offset>
 VK_DEVICE void stage_floats(float* target, const View& source, bool wide, bool dense, int count,
                             Offset offset) {
   const auto* floats = static_cast<const float*>(source.data);
-  if (wide && dense && count % 4 == 0 && reinterpret_cast<uintptr_t>(floats) % 16 == 0 && floats != nullptr) {
+  if (dense && count % 8 == 0 && reinterpret_cast<uintptr_t>(floats) % 16 == 0 && floats != nullptr) {
+    if (wide) {
+      VK_NO_UNROLL
+      for (int i = 4 * thread_x(); i < count; i += 4 * block_dim_x()) cp_async16(target + i, floats + i);
+      return;
+    }
     VK_NO_UNROLL
-    for (int i = 4 * thread_x(); i < count; i += 4 * block_dim_x()) cp_async16(target + i, floats + i);
+    for (int i = 8 * thread_x(); i < count; i += 8 * block_dim_x()) {
+      const auto narrow = Vec<T, 8>::load(static_cast<const T*>(source.data) + i);
+      VK_UNROLL
+      for (int e = 0; e < 8; e += 4)
+        Vec<float, 4>{
+            {to_float(narrow[e]), to_float(narrow[e + 1]), to_float(narrow[e + 2]), to_float(narrow[e + 3])}}
+            .store(target + i + e);
+    }
     return;
   }
   VK_UNROLL_4
@@ -102,13 +114,13 @@ VK_DEVICE void stage_taps(float* taps, const Problem& problem) {
   if (problem.params.dw_weight.data != nullptr) stage_taps<T>(taps, problem, 0, problem.params.channels);
 }
 
-// A position's `WIDTH` channels around it, as they lie in memory.
-template <class T, int WIDTH, class Load>
-VK_DEVICE void read_around(Vec<T, WIDTH> (&values)[9], unsigned around, const View& map, Load load) {
+// A position's four channels around it, as they lie in memory: load(where they begin) of what is there.
+template <class T, class Load>
+VK_DEVICE void read_around(Vec<T, 4> (&values)[9], unsigned around, const View& map, Load load) {
   VK_UNROLL
   for (int tap = 0; tap < 9; ++tap) {
     VK_UNROLL
-    for (int e = 0; e < WIDTH; ++e) values[tap][e] = from_float<T>(0.0f);
+    for (int e = 0; e < 4; ++e) values[tap][e] = from_float<T>(0.0f);
     if ((around >> tap & 1) != 0)
       values[tap] = load((tap / 3 - 1) * map.stride[2] + (tap % 3 - 1) * map.stride[3]);
   }
@@ -127,12 +139,12 @@ struct Taps {
     }
   }
   // u of the e-th channel from its nine values, of which the fifth is its own.
-  template <class T, int WIDTH>
-  VK_DEVICE T convolve(const Vec<T, WIDTH> (&values)[9], int first, int e) const {
+  template <class T>
+  VK_DEVICE T convolve(const Vec<T, 4> (&values)[9], int e) const {
     float sum = biases[e];
     VK_UNROLL
-    for (int i = 0; i < 9; ++i) sum += taps[9 * e + i] * to_float(values[i][first + e]);
-    return from_float<T>(to_float(values[4][first + e]) + sum);
+    for (int i = 0; i < 9; ++i) sum += taps[9 * e + i] * to_float(values[i][e]);
+    return from_float<T>(to_float(values[4][e]) + sum);
   }
 };
 
@@ -173,7 +185,7 @@ VK_DEVICE void make_inputs(T* u, int ld, const Problem& problem, int64_t first, 
       for (int at = row; at < rows;) {
         Vec<T, 4> sums;
         VK_UNROLL
-        for (int e = 0; e < 4; ++e) sums[e] = real ? of_channels.convolve(values, 0, e) : from_float<T>(0.0f);
+        for (int e = 0; e < 4; ++e) sums[e] = real ? of_channels.convolve(values, e) : from_float<T>(0.0f);
         sums.store(u + at * ld + channel);
         at += step;
         if (at < rows) real = read(at);
@@ -185,36 +197,42 @@ VK_DEVICE void make_inputs(T* u, int ld, const Problem& problem, int64_t first, 
   const Share share(row_bits, x.stride == 1);
   const Place place(problem, first, share.row);
   const int64_t center = place.offset(p.x);
-  const int chunks = p.channels / 8, rounds = (chunks + share.step - 1) / share.step;
   const unsigned around = place.around(problem);
   T* const row = u + share.row * ld;
   if (p.dw_weight.data == nullptr) {
     staged();
     VK_NO_UNROLL
-    for (int chunk = share.chunk; chunk < chunks; chunk += share.step)
+    for (int chunk = share.chunk; chunk < p.channels / 8; chunk += share.step)
       (place.real ? x.load(center + 8 * chunk * x.stride) : zeros<T>()).store(row + 8 * chunk);
     return;
   }
+  // Four channels at a time, of which the next are on their way. Twice as many would be twice the code, all
+  // of which a block runs for the first time and has to fetch.
+  const int quads = p.channels / 4, rounds = (quads + share.step - 1) / share.step;
+  Vec<T, 4> values[9];
   VK_NO_UNROLL
-  for (int round = 0; round < rounds; ++round) {
-    const int chunk = share.chunk + round * share.step;
-    Vec<T, 8> values[9];
-    read_around(values, chunk < chunks ? around : 0, p.x, [&](int64_t offset) {
-      Vec<T, 8> result;
+  for (int round = 0; round <= rounds; ++round) {
+    const int coming = share.chunk + round * share.step, quad = coming - share.step;
+    Vec<T, 4> next[9];
+    const T* here = x.data + center + 4 * coming * x.stride;
+    const auto load = [&](int64_t offset) {
+      Vec<T, 4> result;
       VK_UNROLL
-      for (int e = 0; e < 8; ++e) result[e] = x.data[center + offset + (8 * chunk + e) * x.stride];
+      for (int e = 0; e < 4; ++e) result[e] = (here + e * x.stride)[offset];
       return result;
-    });
-    if (round == 0) staged();  // by all threads
-    if (chunk >= chunks) break;
-    Vec<T, 8> sums;
-    VK_UNROLL
-    for (int half = 0; half < 8; half += 4) {
-      const Taps of_channels(taps, p.channels, 8 * chunk + half);
+    };
+    read_around(next, coming < quads ? around : 0, p.x, load);
+    if (round == 1) staged();  // by all threads
+    if (round > 0 && quad < quads) {
+      const Taps of_channels(taps, p.channels, 4 * quad);
+      Vec<T, 4> sums;
       VK_UNROLL
-      for (int e = 0; e < 4; ++e) sums[half + e] = of_channels.convolve(values, half, e);
+      for (int e = 0; e < 4; ++e)
+        sums[e] = place.real ? of_channels.convolve(values, e) : from_float<T>(0.0f);
+      sums.store(row + 4 * quad);
     }
-    (place.real ? sums : zeros<T>()).store(row + 8 * chunk);
+    VK_UNROLL
+    for (int i = 0; i < 9; ++i) values[i] = next[i];
   }
 }
 
