@@ -49,14 +49,15 @@ struct Field {
   int slots = 0, tiles = 0, groups = 0;  // slots of a line in a tile, tiles of a line, groups of lines
   int slot_bits = 0;
 
-  Field(const Params& params, Sweep sweep, int rows)
+  // row_slots: whole, of a row of the map, 0 where the tokens are packed, see aligned.h.
+  Field(const Params& params, Sweep sweep, int rows, int row_slots = 0)
       : batch(static_cast<int>(params.batch)),
         heads(params.heads),
         height(params.height),
         width(params.width),
         by_width(params.width),
         columns(sweep == Sweep::columns),
-        length(sweep == Sweep::whole ? height * width
+        length(sweep == Sweep::whole ? height * (row_slots > 0 ? row_slots : width)
                : columns             ? height
                                      : width),
         lines(sweep == Sweep::whole ? 1
@@ -82,9 +83,12 @@ struct Field {
     return item;
   }
 
-  template <bool WHOLE>
+  template <bool WHOLE, int ROW_SLOTS = 0>
   VK_DEVICE int token(int rows, int group, int tile, int slot) const {
-    if constexpr (WHOLE) {
+    if constexpr (ROW_SLOTS > 0) {
+      const int index = tile * rows + slot, y = index / ROW_SLOTS, x = index % ROW_SLOTS;
+      return y < height && x < width ? y << 16 | x : -1;
+    } else if constexpr (WHOLE) {
       const int index = tile * rows + slot, y = by_width.divide(index);
       return index < length ? y << 16 | (index - y * width) : -1;
     } else {

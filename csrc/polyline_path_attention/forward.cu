@@ -8,7 +8,7 @@ namespace {
 
 // All channels of the values, some at a time.
 template <class Engine, bool WHOLE>
-void forward_with(const ForwardCall& whole, Stream stream) {
+void forward_with(const ForwardCall& whole, Stream stream, int row_slots = 0) {
   using T = typename Engine::T;
   for (int channel = 0; channel < whole.value_dim; channel += MOST_COLUMNS) {
     ForwardCall call = whole;
@@ -16,19 +16,30 @@ void forward_with(const ForwardCall& whole, Stream stream) {
     for (View* view : {&call.v, &call.other_v, &call.out, &call.mean_with, &call.second_out})
       *view = from_channel<T>(*view, channel);
     if (channel > 0) call.lse[0] = call.lse[1] = nullptr;
-    with_form<Engine, WHOLE>(call.field, call.value_dim, [&](auto form) {
+    const auto run = [&](auto form) {
       using Form = decltype(form);
       auto kernel = forward_kernel<Engine, Form, false>;
       if constexpr (!WHOLE)
         if (present(call.other_v)) kernel = forward_kernel<Engine, Form, true>;
-      launch_tiles(kernel, call, ForwardLayout<Engine, WHOLE>(call), Group<Engine::ROWS>::THREADS, stream);
-    });
+      launch_tiles(kernel, call, ForwardLayout<Engine, Form>(call), Group<Engine::ROWS>::THREADS, stream);
+    };
+    if constexpr (WHOLE && sizeof(T) == 2) {
+      if (row_slots == 16) {
+        run(Form<true, true, MOST_COLUMNS, 16>());
+        continue;
+      }
+      if (row_slots == 8) {
+        run(Form<true, true, MOST_COLUMNS, 8>());
+        continue;
+      }
+    }
+    with_form<Engine, WHOLE>(call.field, call.value_dim, run);
   }
 }
 
 template <class T>
-ForwardCall make_call(const Params& params, Sweep sweep, int rows) {
-  ForwardCall call{Field(params, sweep, rows),
+ForwardCall make_call(const Params& params, Sweep sweep, int rows, int row_slots = 0) {
+  ForwardCall call{Field(params, sweep, rows, row_slots),
                    params.head_dim,
                    params.value_dim,
                    params.scale,
@@ -54,11 +65,12 @@ ForwardCall make_call(const Params& params, Sweep sweep, int rows) {
 template <class Engine>
 void whole(const Params& params, Stream stream) {
   using T = typename Engine::T;
-  ForwardCall call = make_call<T>(params, Sweep::whole, Engine::ROWS);
+  const int slots = sizeof(T) == 2 ? row_slots(params, Engine::ROWS) : 0;
+  ForwardCall call = make_call<T>(params, Sweep::whole, Engine::ROWS, slots);
   call.v = on_field(params.v);
   call.out = on_field(params.out);
   call.second_out = product(params, 0, sizeof(T));
-  forward_with<Engine, true>(call, stream);
+  forward_with<Engine, true>(call, stream, slots);
 }
 
 template <class Engine>
@@ -91,7 +103,8 @@ bool large_tiles_fit(const Params& params) {
   ForwardCall call = make_call<float>(params, WHOLE ? Sweep::whole : Sweep::columns, 64);
   call.value_dim = channels_from(0, params.value_dim);
   if (!WHOLE) call.other_v = on_field(params.v);
-  return ForwardLayout<Engine<float>, WHOLE>(call).bytes <= tile_attention::SHARED_LIMIT;
+  return ForwardLayout<Engine<float>, Form<WHOLE, WHOLE, MOST_COLUMNS>>(call).bytes <=
+         tile_attention::SHARED_LIMIT;
 }
 
 }  // namespace

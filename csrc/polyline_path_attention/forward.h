@@ -1,7 +1,7 @@
 // The forward kernel: softmax(logits) v for tiles of queries, against all tokens with two masks (whole), or
 // against those of a line with one (a sweep of the criss-cross mode).
 #pragma once
-#include "tiles.h"
+#include "aligned.h"
 
 namespace vitkernels::polyline_path_attention {
 
@@ -21,10 +21,24 @@ struct ForwardCall {
   void* lse[2];         // as sums; may be absent
 };
 
-template <class Engine, bool WHOLE>
+// What lies beside a tile of keys, of ROWS slots.
+template <class Engine, class Form, bool ALIGNED = (Form::ROW_SLOTS > 0)>
+struct BesideTile {
+  using Type = Beside<typename Engine::Acc, Form::WHOLE>[Engine::ROWS];
+  using Logits =
+      polyline_path_attention::Logits<Form::WHOLE, Form::ALONE, Engine::ROWS, typename Engine::Acc>;
+};
+template <class Engine, class Form>
+struct BesideTile<Engine, Form, true> {
+  using Type = AlignedSums<Engine::ROWS>;
+  using Logits = AlignedLogits<Form::ROW_SLOTS, Engine::ROWS>;
+};
+
+template <class Engine, class Form>
 struct ForwardLayout {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
+  static constexpr bool SLABS = Form::WHOLE && Form::ROW_SLOTS == 0;
   static constexpr int ROWS = Engine::ROWS;
   int ld_head, ld_value;
   int q, k, v, other_v, scratch, others, own_slab, other_slab;
@@ -33,13 +47,13 @@ struct ForwardLayout {
   explicit ForwardLayout(const ForwardCall& call)
       : ld_head(leading_dimension<T>(call.head_dim)), ld_value(leading_dimension<T>(call.value_dim)) {
     Carver carver;
-    others = carver.take<Beside<Acc, WHOLE>>(ROWS);
+    others = carver.take<typename BesideTile<Engine, Form>::Type>(1);
     scratch = carver.take<T>(Engine::SCRATCH);
     q = carver.take<T>(ROWS * ld_head);
     k = carver.take<T>(ROWS * ld_head);
     v = carver.take<T>(ROWS * ld_value);
     other_v = carver.take<T>(present(call.other_v) ? ROWS * ld_value : 0);
-    const int slab = WHOLE ? call.field.slab_capacity(ROWS) : 0;
+    const int slab = SLABS ? call.field.slab_capacity(ROWS) : 0;
     own_slab = carver.take<Vec<Acc, 2>>(slab);
     other_slab = carver.take<Vec<Acc, 2>>(slab);
     bytes = carver.used();
@@ -118,10 +132,11 @@ constexpr int FORWARD_MIN_BLOCKS = std::is_floating_point_v<T> ? 2
 // TWO_VALUES: lines, two products, the second perhaps with other values.
 template <class Engine, class Form, bool TWO_VALUES>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCKS<typename Engine::T, Form>))
-    forward_kernel(ForwardCall call, ForwardLayout<Engine, Form::WHOLE> layout) {
+    forward_kernel(ForwardCall call, ForwardLayout<Engine, Form> layout) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   constexpr bool WHOLE = Form::WHOLE, ALONE = Form::ALONE, TWO_PRODUCTS = WHOLE || TWO_VALUES;
+  constexpr bool ALIGNED = Form::ROW_SLOTS > 0;
   constexpr int COLUMNS = Form::COLUMNS;
   constexpr int ROWS = Engine::ROWS, BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
 
@@ -130,7 +145,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
   const Item item = field.item(block_x());
   char* const base = shared_memory();
   const auto at = [&](int offset) { return reinterpret_cast<T*>(base + offset); };
-  auto* const others = reinterpret_cast<Beside<Acc, WHOLE>*>(base + layout.others);
+  auto& others = *reinterpret_cast<typename BesideTile<Engine, Form>::Type*>(base + layout.others);
   auto* const own_slab = reinterpret_cast<Vec<Acc, 2>*>(base + layout.own_slab);
   auto* const other_slab = reinterpret_cast<Vec<Acc, 2>*>(base + layout.other_slab);
   T *const q = at(layout.q), *const k = at(layout.k), *const v = at(layout.v),
@@ -146,11 +161,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
   const auto matrix = [&](const View& view, int channels) {
     return Matrix<T, Field>(view, field, item.batch, item.head, channels);
   };
-  const auto query = [&](int slot) { return field.token<WHOLE>(ROWS, item.group, item.tile, slot); };
+  const auto query = [&](int slot) {
+    return field.token<WHOLE, Form::ROW_SLOTS>(ROWS, item.group, item.tile, slot);
+  };
 
   load_tile(q, layout.ld_head, matrix(call.q, call.head_dim), group, query);
-  if (WHOLE) load_slab(own_slab, field, sums, ROWS, item.tile, group.thread, THREADS);
-  Logits<WHOLE, ALONE, ROWS, Acc> logits;
+  if (layout.SLABS) load_slab(own_slab, field, sums, ROWS, item.tile, group.thread, THREADS);
+  typename BesideTile<Engine, Form>::Logits logits;
   logits.stand(field, sums, item.group, item.tile, lane_row);
 
   Acc first[COLUMNS / 8][4], second[TWO_PRODUCTS ? COLUMNS / 8 : 1][4];
@@ -159,16 +176,21 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
   Softmax<T> softmax, other_softmax;
 
   for (int i = 0; i < field.tiles; ++i) {
-    const auto key = [&](int slot) { return field.token<WHOLE>(ROWS, item.group, i, slot); };
+    const auto key = [&](int slot) { return field.token<WHOLE, Form::ROW_SLOTS>(ROWS, item.group, i, slot); };
     const Span seen = field.template slots_met<ALONE>(ROWS, i, group.first_row);
     load_tile(k, layout.ld_head, matrix(call.k, call.head_dim), group, key);
     cp_async_commit();
     load_tile(v, layout.ld_value, matrix(call.v, call.value_dim), group, key);
     if (TWO_VALUES) load_tile(other_v, layout.ld_value, matrix(call.other_v, call.value_dim), group, key);
     cp_async_commit();
-    for (int slot = group.thread; slot < ROWS; slot += THREADS)
-      others[slot] = beside<WHOLE>(field, sums, ROWS, i, key(slot));
-    if (WHOLE) load_slab(other_slab, field, sums, ROWS, i, group.thread, THREADS);
+    for (int slot = group.thread; slot < ROWS; slot += THREADS) {
+      if constexpr (ALIGNED) {
+        load_sums(others, field, sums, slot, key(slot));
+      } else {
+        others[slot] = beside<WHOLE>(field, sums, ROWS, i, key(slot));
+      }
+    }
+    if (layout.SLABS) load_slab(other_slab, field, sums, ROWS, i, group.thread, THREADS);
     cp_async_wait<1>();  // all but the values
     group.sync();
 
@@ -180,8 +202,15 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
       multiply_rows<Engine>(p, q + group.first_row * layout.ld_head, layout.ld_head, k, layout.ld_head, depth,
                             seen);
     };
+    const auto mask = [&](auto which, const Vec<Acc, 2>* slab) {
+      if constexpr (ALIGNED) {
+        logits.template make<decltype(which)::value>(p, scale, others, i, seen);
+      } else {
+        logits.template make<decltype(which)::value>(p, scale, field, others, slab, i, seen);
+      }
+    };
     score();
-    logits.template make<WHOLE ? Mask::own : Mask::line>(p, scale, field, others, own_slab, i, seen);
+    mask(std::integral_constant<Mask, WHOLE ? Mask::own : Mask::line>(), own_slab);
     softmax.step(p, seen, correction);
     rescale(first, correction);
 
@@ -190,7 +219,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
     multiply_registers<Engine>(first, p, scratch, v, layout.ld_value, value_blocks, seen);
     if constexpr (WHOLE) {
       score();
-      logits.template make<Mask::other>(p, scale, field, others, other_slab, i, seen);
+      mask(std::integral_constant<Mask, Mask::other>(), other_slab);
       other_softmax.step(p, seen, correction);
       rescale(second, correction);
       multiply_registers<Engine>(second, p, scratch, v, layout.ld_value, value_blocks, seen);

@@ -193,11 +193,13 @@ VK_HOST_DEVICE int channels_from(int channel, int channels) {
 
 // What a kernel is compiled for: the more it knows, the fewer registers a thread takes and the more blocks
 // share a multiprocessor, which is what hides latency here.
-template <bool WHOLE_, bool ALONE_, int COLUMNS_>
+template <bool WHOLE_, bool ALONE_, int COLUMNS_, int ROW_SLOTS_ = 0>
 struct Form {
   static constexpr bool WHOLE = WHOLE_;  // one sweep over the map, or lines
   static constexpr bool ALONE = ALONE_;  // a tile has one line
   static constexpr int COLUMNS = COLUMNS_;
+  static constexpr int ROW_SLOTS =
+      ROW_SLOTS_;  // whole, forward: of a row of the map, 0 where tokens are packed
 };
 
 // run(Form), which holds `columns` channels. Only tensor cores are worth more than one kernel for lines.
