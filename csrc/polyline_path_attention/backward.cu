@@ -104,7 +104,7 @@ struct Plan {
       for (auto& direction : of_tokens) {
         for (void*& side : direction) side = take(params, tokens * sum);
       }
-      if (!params.criss_cross) {
+      if (!params.criss_cross && row_slots(params, rows) == 0) {
         for (void*& side : corners)
           side = take(params, planes * field.tiles * field.slab_capacity(rows) * 2 * sum);
       }
@@ -128,7 +128,8 @@ struct Plan {
 
 // A call without operands. `flipped`: what belongs to the two masks, or directions, changes places.
 BackwardCall make_call(const Params& params, const Plan& plan, Sweep sweep, bool flipped) {
-  BackwardCall call{Field(params, sweep, plan.rows), params.head_dim, params.value_dim, params.scale};
+  const int slots = sweep == Sweep::whole ? row_slots(params, plan.rows) : 0;
+  BackwardCall call{Field(params, sweep, plan.rows, slots), params.head_dim, params.value_dim, params.scale};
   const auto plane = [&](const View& view, int i) -> const void* {
     return static_cast<const char*>(view.data) +
            i * view.stride[0] * static_cast<int64_t>(size_of_sum(params.dtype));
@@ -161,7 +162,7 @@ void set_keys(BackwardCall* call, const Params& params, const Pair& first, const
 
 void whole(const Params& params, const Plan& plan, Stream stream) {
   const Pair pair{on_field(params.grad_out), on_field(params.v)};
-  const Field field(params, Sweep::whole, plan.rows);
+  const Field field(params, Sweep::whole, plan.rows, row_slots(params, plan.rows));
   const bool one_tile = field.tiles == 1;
   if (plan.want_d && !one_tile)
     make_deltas(params.dtype,

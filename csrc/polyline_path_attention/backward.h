@@ -11,8 +11,8 @@
 // of the products with q and with G as they stood, in a block of queries, for that with k. Nothing goes
 // through shared memory but, for the decays of the whole mode, the gradients of one mask.
 #pragma once
+#include "aligned.h"
 #include "corners.h"
-#include "tiles.h"
 
 namespace vitkernels::polyline_path_attention {
 
@@ -39,17 +39,20 @@ struct BackwardCall {
                              // product has been through, is written instead of read
   const void* sums[2] = {};  // along the rows, down the columns; lines: that of their direction
 
-  // Gradients of the cumulative sums; see SumGradients. Absent: not wanted.
+  // Gradients of the cumulative sums; see SumGradients. Absent: not wanted. Where the rows of a map have
+  // slots of their own those of the corners are among them, elsewhere they are in `corners`.
   void* grad_sums[2] = {};
   void* corners = nullptr;
 };
 
-template <class Engine, bool WHOLE>
+template <class Engine, class Form>
 struct BackwardLayout {
+  using Tile = BesideTile<Engine, Form>;
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   static constexpr int ROWS = Engine::ROWS;
   static constexpr int LD_GRADIENT = ROWS + 8;
+  static constexpr bool WHOLE = Form::WHOLE;
   int ld_head, ld_value;
   int x, y, z[2], w[2];
   int scratch, others, statistics, own_slab, other_slab, gradient, corners;
@@ -58,7 +61,7 @@ struct BackwardLayout {
   BackwardLayout(const BackwardCall& call, bool with_decays)
       : ld_head(leading_dimension<T>(call.head_dim)), ld_value(leading_dimension<T>(call.value_dim)) {
     Carver carver;
-    others = carver.take<Beside<Acc, WHOLE>>(ROWS);
+    others = carver.take<typename Tile::Type>(1);
     statistics = carver.take<Vec<Acc, 2>>((WHOLE ? 2 : 1) * ROWS);
     scratch = carver.take<T>(Engine::SCRATCH);
     x = carver.take<T>(ROWS * ld_head);
@@ -71,10 +74,10 @@ struct BackwardLayout {
     const bool in_turn =
         carver.used() + further * static_cast<int64_t>(sizeof(T)) > tile_attention::SHARED_LIMIT;
     w[1] = in_turn ? w[0] : carver.take<T>(further);
-    const int slab = WHOLE ? call.field.slab_capacity(ROWS) : 0;
+    const int slab = Tile::SLABS ? call.field.slab_capacity(ROWS) : 0;
     own_slab = carver.take<Vec<Acc, 2>>(slab);
     other_slab = carver.take<Vec<Acc, 2>>(slab);
-    gradient = carver.take<Acc>(WHOLE && with_decays ? ROWS * LD_GRADIENT : 0);
+    gradient = carver.take<Acc>(Tile::SLABS && with_decays ? ROWS * LD_GRADIENT : 0);
     corners = carver.take<Vec<Acc, 2>>(with_decays ? slab : 0);
     bytes = carver.used();
   }
@@ -98,21 +101,22 @@ constexpr int BACKWARD_MIN_BLOCKS = Form::WHOLE || std::is_floating_point_v<T>  
 template <class Engine, Own OWN, class Form>
 VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
                                 (BACKWARD_MIN_BLOCKS<typename Engine::T, OWN, Form>))
-    backward_kernel(BackwardCall call, BackwardLayout<Engine, Form::WHOLE> layout) {
+    backward_kernel(BackwardCall call, BackwardLayout<Engine, Form> layout) {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
-  constexpr bool WHOLE = Form::WHOLE, ALONE = Form::ALONE;
-  constexpr int COLUMNS = Form::COLUMNS;
+  using Tile = BesideTile<Engine, Form>;
+  constexpr bool WHOLE = Form::WHOLE, ALONE = Form::ALONE, CORNERS = Tile::SLABS;
+  constexpr int COLUMNS = Form::COLUMNS, ROW_SLOTS = Form::ROW_SLOTS;
   using Exp = Exponential<T>;
   constexpr int ROWS = Engine::ROWS, BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
-  constexpr int LD_GRADIENT = BackwardLayout<Engine, WHOLE>::LD_GRADIENT, MASKS = WHOLE ? 2 : 1;
+  constexpr int LD_GRADIENT = BackwardLayout<Engine, Form>::LD_GRADIENT, MASKS = WHOLE ? 2 : 1;
 
   const Field& field = call.field;
   const Group<ROWS> group;
   const Item item = field.item(block_x());
   char* const base = shared_memory();
   const auto at = [&](int offset) { return reinterpret_cast<T*>(base + offset); };
-  auto* const others = reinterpret_cast<Beside<Acc, WHOLE>*>(base + layout.others);
+  auto& others = *reinterpret_cast<typename Tile::Type*>(base + layout.others);
   auto* const statistics = reinterpret_cast<Vec<Acc, 2>*>(base + layout.statistics);
   auto* const own_slab = reinterpret_cast<Vec<Acc, 2>*>(base + layout.own_slab);
   auto* const other_slab = reinterpret_cast<Vec<Acc, 2>*>(base + layout.other_slab);
@@ -135,7 +139,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
   const auto matrix = [&](const View& view, int channels) {
     return Matrix<T, Field>(view, field, item.batch, item.head, channels);
   };
-  const auto own = [&](int slot) { return field.token<WHOLE>(ROWS, item.group, item.tile, slot); };
+  const auto own = [&](int slot) { return field.token<WHOLE, ROW_SLOTS>(ROWS, item.group, item.tile, slot); };
   // lse times unit, and delta, of a query; lse such that without a query P = 0
   const auto statistics_of = [&](int mask, int token) {
     if (token < 0) return Vec<Acc, 2>{{INFINITY, Acc(0)}};
@@ -149,9 +153,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
     load_tile(at(layout.z[0]), ld_value, matrix(call.z[0], call.value_dim), group, own);
     if (two_pairs) load_tile(at(layout.z[1]), ld_value, matrix(call.z[1], call.value_dim), group, own);
   }
-  Logits<WHOLE, ALONE, ROWS, Acc> logits;
+  typename Tile::Logits logits;
   logits.stand(field, sums, item.group, item.tile, lane_row);
-  if constexpr (WHOLE) {
+  if constexpr (CORNERS) {
     load_slab(own_slab, field, sums, ROWS, item.tile, group.thread, THREADS);
     if (want_decays) {  // corner e belongs to thread e % THREADS throughout, so these need no barrier
       for (int e = group.thread; e < field.slab_length(ROWS, item.tile); e += THREADS)
@@ -191,9 +195,10 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
   Acc of_sums[MASKS][2];  // gradients of the cumulative sums at this lane's rows, from this lane's columns
   VK_UNROLL
   for (int mask = 0; mask < MASKS; ++mask) of_sums[mask][0] = of_sums[mask][1] = Acc(0);
+  AlignedGradients<ROW_SLOTS == 0 ? 8 : ROW_SLOTS, ROWS> aligned_gradients;
 
   for (int i = 0; i < field.tiles; ++i) {
-    const auto other = [&](int slot) { return field.token<WHOLE>(ROWS, item.group, i, slot); };
+    const auto other = [&](int slot) { return field.token<WHOLE, ROW_SLOTS>(ROWS, item.group, i, slot); };
     const Span seen = field.template slots_met<ALONE>(ROWS, i, row0);
     load_tile(at(layout.y), ld_head, matrix(call.y, call.head_dim), group, other);
     if (want_d || call.product == 0)
@@ -205,13 +210,13 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
     cp_async_commit();
     for (int slot = group.thread; slot < ROWS; slot += THREADS) {
       const int token = other(slot);
-      others[slot] = beside<WHOLE>(field, sums, ROWS, i, token);
+      Tile::put(others, field, sums, i, slot, token);
       if constexpr (OWN == Own::keys) {
         VK_UNROLL
         for (int mask = 0; mask < MASKS; ++mask) statistics[mask * ROWS + slot] = statistics_of(mask, token);
       }
     }
-    if constexpr (WHOLE) load_slab(other_slab, field, sums, ROWS, i, group.thread, THREADS);
+    if constexpr (CORNERS) load_slab(other_slab, field, sums, ROWS, i, group.thread, THREADS);
     cp_async_wait<0>();
     group.sync();
 
@@ -271,33 +276,39 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
     VK_UNROLL
     for (int j = 0; j < BLOCKS; ++j) {
       if (8 * j + 8 <= seen.begin || 8 * j >= seen.end) continue;
-      Acc of_mask[4];
+      Acc of_mask[4], of_other_mask[4];
       VK_UNROLL
       for (int c = 0; c < 4; ++c) {
         const int column = 8 * j + lane_column + c % 2, r = c / 2;
         of_mask[c] = p[j][c] * (d[j][c] - statistics_at(0, r, column)[1]);
         if constexpr (WHOLE) {
-          const Acc of_other_mask = other_p[j][c] * (d[j][c] - statistics_at(1, r, column)[1]);
-          if (want_decays) {
-            const auto &u = logits.own[r], &w = others[column];
-            of_sums[0][r] += signed_or_zero(u.x() - w.x(), of_mask[c]);
-            of_sums[MASKS - 1][r] += signed_or_zero(u.y() - w.y(), of_other_mask);
+          of_other_mask[c] = other_p[j][c] * (d[j][c] - statistics_at(1, r, column)[1]);
+          if constexpr (CORNERS) {
+            if (want_decays) {
+              const auto &u = logits.own[r], &w = others[column];
+              of_sums[0][r] += signed_or_zero(u.x() - w.x(), of_mask[c]);
+              of_sums[MASKS - 1][r] += signed_or_zero(u.y() - w.y(), of_other_mask[c]);
+            }
           }
           p[j][c] += other_p[j][c];
-          d[j][c] = of_mask[c] + of_other_mask;
+          d[j][c] = of_mask[c] + of_other_mask[c];
         } else {
           if (want_decays)
             of_sums[0][r] += signed_or_zero(logits.position[r] - i * ROWS + seen.begin - column, of_mask[c]);
           d[j][c] = of_mask[c];
         }
       }
-      if (WHOLE && want_decays) {
+      if constexpr (WHOLE && !CORNERS) {
+        if (want_decays) aligned_gradients.add(logits, i, j, of_mask, of_other_mask);
+      }
+      if (CORNERS && want_decays) {
         Acc* row = gradient + lane_row * LD_GRADIENT + 8 * j + lane_column;
         Vec<Acc, 2>{{of_mask[0], of_mask[1]}}.store(row);
         Vec<Acc, 2>{{of_mask[2], of_mask[3]}}.store(row + 8 * LD_GRADIENT);
       }
     }
-    if (field.length == 1) clear(d);  // exactly: what rounding left of dP - delta is no gradient
+    if ((WHOLE ? field.tokens() : field.length) == 1)
+      clear(d);  // exactly: what rounding left of dP - delta is no gradient
     if (present(call.grad_x) && call.channel < head_depth)
       multiply_registers<Engine>(of_x, d, scratch, at(layout.y) + call.channel, ld_head,
                                  round_up(channels_from(call.channel, call.head_dim), 16) / 8, seen);
@@ -308,7 +319,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
                                    round_up(channels_from(call.channel, call.value_dim), 16) / 8, seen);
     }
     group.sync();  // before the next tile overwrites an operand; and the gradients of the mask are there
-    if constexpr (WHOLE) {
+    if constexpr (CORNERS) {
       if (want_decays) {
         add_corners<ROWS>(corners, gradient, LD_GRADIENT, field, item.tile, i, group.thread, THREADS);
         group.sync();  // before they are overwritten
@@ -337,17 +348,25 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
     finish(of_z, call.grad_z, call.value_dim, at(layout.w[0]), ld_value, call.adds_z, call.product_factor);
 
   if (!want_decays) return;
+  if constexpr (WHOLE && !CORNERS) {
+    aligned_gradients.finish(logits, of_sums);
+  } else {
+    VK_UNROLL
+    for (int mask = 0; mask < MASKS; ++mask) {
+      VK_UNROLL
+      for (int r = 0; r < 2; ++r) of_sums[mask][r] = warp_sum<4>(of_sums[mask][r]);
+    }
+  }
   VK_UNROLL
   for (int mask = 0; mask < MASKS; ++mask) {
     VK_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const Acc sum = warp_sum<4>(of_sums[mask][r]);
       const int token = own(lane_row + 8 * r);
       if (lane_column == 0 && token >= 0)
-        static_cast<Acc*>(call.grad_sums[mask])[plane + field.index(token)] = sum;
+        static_cast<Acc*>(call.grad_sums[mask])[plane + field.index(token)] = of_sums[mask][r];
     }
   }
-  if constexpr (WHOLE) {
+  if constexpr (CORNERS) {
     const int64_t tile =
         (static_cast<int64_t>(item.batch) * field.heads + item.head) * field.tiles + item.tile;
     auto* target = static_cast<Vec<Acc, 2>*>(call.corners) + tile * field.slab_capacity(ROWS);
@@ -358,7 +377,6 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS,
 template <class Engine, bool WHOLE>
 void backward_with(Own own, const BackwardCall& all, Stream stream) {
   using T = typename Engine::T;
-  const BackwardLayout<Engine, WHOLE> layout(all, all.grad_sums[0] != nullptr);
   const int of_x = present(all.grad_x) ? all.head_dim : 0, of_z = present(all.grad_z) ? all.value_dim : 0;
   for (int channel = 0; channel == 0 || channel < (of_x > of_z ? of_x : of_z); channel += MOST_COLUMNS) {
     BackwardCall call = all;
@@ -370,6 +388,7 @@ void backward_with(Own own, const BackwardCall& all, Stream stream) {
       using Form = decltype(form);
       const auto kernel = own == Own::queries ? backward_kernel<Engine, Own::queries, Form>
                                               : backward_kernel<Engine, Own::keys, Form>;
+      const BackwardLayout<Engine, Form> layout(all, all.grad_sums[0] != nullptr);
       launch_tiles(kernel, call, layout, Group<Engine::ROWS>::THREADS, stream);
     });
   }
@@ -380,7 +399,10 @@ int backward_rows(const Params& params) {
   if (params.dtype == DType::f64) return 16;
   if (params.dtype != DType::f32) return 64;
   BackwardCall call{Field(params, WHOLE ? Sweep::whole : Sweep::rows, 64), params.head_dim, params.value_dim};
-  return BackwardLayout<Engine<float>, WHOLE>(call, true).bytes > tile_attention::SHARED_LIMIT ? 16 : 64;
+  return BackwardLayout<Engine<float>, Form<WHOLE, WHOLE, MOST_COLUMNS>>(call, true).bytes >
+                 tile_attention::SHARED_LIMIT
+             ? 16
+             : 64;
 }
 
 template <bool WHOLE>

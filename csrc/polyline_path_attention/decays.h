@@ -10,7 +10,7 @@ struct SumGradients {
   // [batch, heads, height, width], of the tokens as queries and as keys
   const void* of_tokens[2][2] = {};  // [direction][side]
   // Whole: of the corners in the rows of a tile of queries, and of keys; [batch, heads, tiles, capacity]
-  // pairs (along, down).
+  // pairs (along, down). Absent where the tokens' have them already.
   const void* corners[2] = {};
 };
 

@@ -49,7 +49,8 @@ struct Field {
   int slots = 0, tiles = 0, groups = 0;  // slots of a line in a tile, tiles of a line, groups of lines
   int slot_bits = 0;
 
-  // row_slots: whole, of a row of the map, 0 where the tokens are packed, see aligned.h.
+  int row_slots = 0;  // whole: of a row of the map, 0 where tokens are packed, see aligned.h
+
   Field(const Params& params, Sweep sweep, int rows, int row_slots = 0)
       : batch(static_cast<int>(params.batch)),
         heads(params.heads),
@@ -62,7 +63,8 @@ struct Field {
                                      : width),
         lines(sweep == Sweep::whole ? 1
               : columns             ? width
-                                    : height) {
+                                    : height),
+        row_slots(row_slots) {
     slots = sweep == Sweep::whole || length > rows / 2 ? rows : length > 16 ? 32 : 16;
     while ((1 << slot_bits) < slots) ++slot_bits;
     const int together = rows / slots;

@@ -8,7 +8,7 @@ namespace {
 
 // All channels of the values, some at a time.
 template <class Engine, bool WHOLE>
-void forward_with(const ForwardCall& whole, Stream stream, int row_slots = 0) {
+void forward_with(const ForwardCall& whole, Stream stream) {
   using T = typename Engine::T;
   for (int channel = 0; channel < whole.value_dim; channel += MOST_COLUMNS) {
     ForwardCall call = whole;
@@ -16,24 +16,13 @@ void forward_with(const ForwardCall& whole, Stream stream, int row_slots = 0) {
     for (View* view : {&call.v, &call.other_v, &call.out, &call.mean_with, &call.second_out})
       *view = from_channel<T>(*view, channel);
     if (channel > 0) call.lse[0] = call.lse[1] = nullptr;
-    const auto run = [&](auto form) {
+    with_form<Engine, WHOLE>(call.field, call.value_dim, [&](auto form) {
       using Form = decltype(form);
       auto kernel = forward_kernel<Engine, Form, false>;
       if constexpr (!WHOLE)
         if (present(call.other_v)) kernel = forward_kernel<Engine, Form, true>;
       launch_tiles(kernel, call, ForwardLayout<Engine, Form>(call), Group<Engine::ROWS>::THREADS, stream);
-    };
-    if constexpr (WHOLE && sizeof(T) == 2) {
-      if (row_slots == 16) {
-        run(Form<true, true, MOST_COLUMNS, 16>());
-        continue;
-      }
-      if (row_slots == 8) {
-        run(Form<true, true, MOST_COLUMNS, 8>());
-        continue;
-      }
-    }
-    with_form<Engine, WHOLE>(call.field, call.value_dim, run);
+    });
   }
 }
 
@@ -65,12 +54,11 @@ ForwardCall make_call(const Params& params, Sweep sweep, int rows, int row_slots
 template <class Engine>
 void whole(const Params& params, Stream stream) {
   using T = typename Engine::T;
-  const int slots = sizeof(T) == 2 ? row_slots(params, Engine::ROWS) : 0;
-  ForwardCall call = make_call<T>(params, Sweep::whole, Engine::ROWS, slots);
+  ForwardCall call = make_call<T>(params, Sweep::whole, Engine::ROWS, row_slots(params, Engine::ROWS));
   call.v = on_field(params.v);
   call.out = on_field(params.out);
   call.second_out = product(params, 0, sizeof(T));
-  forward_with<Engine, true>(call, stream, slots);
+  forward_with<Engine, true>(call, stream);
 }
 
 template <class Engine>

@@ -21,24 +21,10 @@ struct ForwardCall {
   void* lse[2];         // as sums; may be absent
 };
 
-// What lies beside a tile of keys, of ROWS slots.
-template <class Engine, class Form, bool ALIGNED = (Form::ROW_SLOTS > 0)>
-struct BesideTile {
-  using Type = Beside<typename Engine::Acc, Form::WHOLE>[Engine::ROWS];
-  using Logits =
-      polyline_path_attention::Logits<Form::WHOLE, Form::ALONE, Engine::ROWS, typename Engine::Acc>;
-};
-template <class Engine, class Form>
-struct BesideTile<Engine, Form, true> {
-  using Type = AlignedSums<Engine::ROWS>;
-  using Logits = AlignedLogits<Form::ROW_SLOTS, Engine::ROWS>;
-};
-
 template <class Engine, class Form>
 struct ForwardLayout {
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
-  static constexpr bool SLABS = Form::WHOLE && Form::ROW_SLOTS == 0;
   static constexpr int ROWS = Engine::ROWS;
   int ld_head, ld_value;
   int q, k, v, other_v, scratch, others, own_slab, other_slab;
@@ -53,7 +39,7 @@ struct ForwardLayout {
     k = carver.take<T>(ROWS * ld_head);
     v = carver.take<T>(ROWS * ld_value);
     other_v = carver.take<T>(present(call.other_v) ? ROWS * ld_value : 0);
-    const int slab = SLABS ? call.field.slab_capacity(ROWS) : 0;
+    const int slab = BesideTile<Engine, Form>::SLABS ? call.field.slab_capacity(ROWS) : 0;
     own_slab = carver.take<Vec<Acc, 2>>(slab);
     other_slab = carver.take<Vec<Acc, 2>>(slab);
     bytes = carver.used();
@@ -136,7 +122,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
   using T = typename Engine::T;
   using Acc = typename Engine::Acc;
   constexpr bool WHOLE = Form::WHOLE, ALONE = Form::ALONE, TWO_PRODUCTS = WHOLE || TWO_VALUES;
-  constexpr bool ALIGNED = Form::ROW_SLOTS > 0;
+  using Tile = BesideTile<Engine, Form>;
   constexpr int COLUMNS = Form::COLUMNS;
   constexpr int ROWS = Engine::ROWS, BLOCKS = ROWS / 8, THREADS = Group<ROWS>::THREADS;
 
@@ -145,7 +131,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
   const Item item = field.item(block_x());
   char* const base = shared_memory();
   const auto at = [&](int offset) { return reinterpret_cast<T*>(base + offset); };
-  auto& others = *reinterpret_cast<typename BesideTile<Engine, Form>::Type*>(base + layout.others);
+  auto& others = *reinterpret_cast<typename Tile::Type*>(base + layout.others);
   auto* const own_slab = reinterpret_cast<Vec<Acc, 2>*>(base + layout.own_slab);
   auto* const other_slab = reinterpret_cast<Vec<Acc, 2>*>(base + layout.other_slab);
   T *const q = at(layout.q), *const k = at(layout.k), *const v = at(layout.v),
@@ -166,8 +152,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
   };
 
   load_tile(q, layout.ld_head, matrix(call.q, call.head_dim), group, query);
-  if (layout.SLABS) load_slab(own_slab, field, sums, ROWS, item.tile, group.thread, THREADS);
-  typename BesideTile<Engine, Form>::Logits logits;
+  if (Tile::SLABS) load_slab(own_slab, field, sums, ROWS, item.tile, group.thread, THREADS);
+  typename Tile::Logits logits;
   logits.stand(field, sums, item.group, item.tile, lane_row);
 
   Acc first[COLUMNS / 8][4], second[TWO_PRODUCTS ? COLUMNS / 8 : 1][4];
@@ -183,14 +169,9 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
     load_tile(v, layout.ld_value, matrix(call.v, call.value_dim), group, key);
     if (TWO_VALUES) load_tile(other_v, layout.ld_value, matrix(call.other_v, call.value_dim), group, key);
     cp_async_commit();
-    for (int slot = group.thread; slot < ROWS; slot += THREADS) {
-      if constexpr (ALIGNED) {
-        load_sums(others, field, sums, slot, key(slot));
-      } else {
-        others[slot] = beside<WHOLE>(field, sums, ROWS, i, key(slot));
-      }
-    }
-    if (layout.SLABS) load_slab(other_slab, field, sums, ROWS, i, group.thread, THREADS);
+    for (int slot = group.thread; slot < ROWS; slot += THREADS)
+      Tile::put(others, field, sums, i, slot, key(slot));
+    if (Tile::SLABS) load_slab(other_slab, field, sums, ROWS, i, group.thread, THREADS);
     cp_async_wait<1>();  // all but the values
     group.sync();
 
@@ -202,15 +183,8 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
       multiply_rows<Engine>(p, q + group.first_row * layout.ld_head, layout.ld_head, k, layout.ld_head, depth,
                             seen);
     };
-    const auto mask = [&](auto which, const Vec<Acc, 2>* slab) {
-      if constexpr (ALIGNED) {
-        logits.template make<decltype(which)::value>(p, scale, others, i, seen);
-      } else {
-        logits.template make<decltype(which)::value>(p, scale, field, others, slab, i, seen);
-      }
-    };
     score();
-    mask(std::integral_constant<Mask, WHOLE ? Mask::own : Mask::line>(), own_slab);
+    logits.template make<WHOLE ? Mask::own : Mask::line>(p, scale, field, others, own_slab, i, seen);
     softmax.step(p, seen, correction);
     rescale(first, correction);
 
@@ -219,7 +193,7 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(Group<Engine::ROWS>::THREADS, (FORWARD_MIN_BLOCK
     multiply_registers<Engine>(first, p, scratch, v, layout.ld_value, value_blocks, seen);
     if constexpr (WHOLE) {
       score();
-      mask(std::integral_constant<Mask, Mask::other>(), other_slab);
+      logits.template make<Mask::other>(p, scale, field, others, other_slab, i, seen);
       other_softmax.step(p, seen, correction);
       rescale(second, correction);
       multiply_registers<Engine>(second, p, scratch, v, layout.ld_value, value_blocks, seen);

@@ -198,14 +198,18 @@ struct Form {
   static constexpr bool WHOLE = WHOLE_;  // one sweep over the map, or lines
   static constexpr bool ALONE = ALONE_;  // a tile has one line
   static constexpr int COLUMNS = COLUMNS_;
-  static constexpr int ROW_SLOTS =
-      ROW_SLOTS_;  // whole, forward: of a row of the map, 0 where tokens are packed
+  static constexpr int ROW_SLOTS = ROW_SLOTS_;  // as Field's row_slots
 };
 
 // run(Form), which holds `columns` channels. Only tensor cores are worth more than one kernel for lines.
 template <class Engine, bool WHOLE, class Run>
 void with_form(const Field& field, int columns, Run run) {
-  if constexpr (!WHOLE && sizeof(typename Engine::T) == 2) {
+  constexpr bool NARROW = sizeof(typename Engine::T) == 2;
+  if constexpr (WHOLE && NARROW) {
+    if (field.row_slots == 16) return run(Form<true, true, MOST_COLUMNS, 16>());
+    if (field.row_slots == 8) return run(Form<true, true, MOST_COLUMNS, 8>());
+  }
+  if constexpr (!WHOLE && NARROW) {
     if (field.slots < Engine::ROWS) {
       run(Form<false, false, MOST_COLUMNS>());
     } else if (columns > 16) {

@@ -209,6 +209,10 @@ def _cases() -> Iterator[Case]:
         yield case(9, 9, dtype=F16, d=32, dv=48)  # values in two passes
         yield case(4, 40, dtype=BF16, d=16, dv=16)
         yield case(13, 14, dtype=F16, heads=2, dv=16, d=32)  # three tiles, each beginning inside a row
+        # Rows of the map with 8 and 16 slots of their own, of which some or none are empty, in several tiles.
+        yield case(20, 7, dtype=F16, d=16, heads=2)
+        yield case(9, 16, dtype=BF16, d=16)
+        yield case(17, 11, dtype=BF16, decay=F32)
         yield case(4, 4, dtype=BF16, d=128, dv=128)  # the widest tiles
         yield case(3, 5, dtype=F32, d=128, dv=128)  # those of 16 rows
         yield case(2, 3, dtype=F64, d=100, dv=128)
@@ -288,6 +292,7 @@ def test_constant_decays_without_a_stride(criss_cross: bool) -> None:
     "case",
     [
         Case(5, 14, dtype=F16, d=8, dv=8),
+        Case(4, 17, dtype=F16, d=8, dv=8),
         Case(5, 14, True, dtype=F16, d=8, dv=8),
         Case(2, 66, True, dtype=BF16, d=8, dv=8),
         Case(4, 17, dtype=F32, d=8, dv=40),
