@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Registers, shared memory and spills of every CUDA and Triton kernel, for each target. Needs no GPU.
+"""Registers, shared memory, spills and size of every CUDA and Triton kernel, for each target. Needs no GPU.
 
     python scripts/kernel_report.py [--target 80 --target 90a] [--only cuda|triton] [--op NAME] [--json FILE]
 
@@ -41,7 +41,8 @@ EXPLANATION = re.compile(r"local memory: up to (\d+) bytes: *(\S.*)")
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel uses; `local` is bytes of local memory a thread, `spills` those of spills."""
+    """What one compiled kernel uses; `local` is bytes of local memory a thread, `spills` those of spills, `code`
+    those of its machine code."""
 
     language: str
     kernel: str
@@ -54,6 +55,7 @@ class Usage:
     threads: int
     explanation: str
     allowed: int = 0
+    code: int = 0
 
     @property
     def fails(self) -> bool:
@@ -85,6 +87,19 @@ def resource_usage(binary: Path, target: str = "") -> dict[str, tuple[int, int, 
         numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", row)}
         usage[name] = (numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"])
     return usage
+
+
+def code_sizes(binary: Path, target: str = "") -> dict[str, int]:
+    """kernel (mangled) -> bytes of its machine code, what never runs included."""
+    only = [f"-arch=sm_{target}"] if target else []
+    text = subprocess.run(
+        [find_tool("cuobjdump"), "-elf", *only, str(binary)], capture_output=True, text=True, check=True
+    ).stdout
+    # index, offset, size, ...: hexadecimal
+    sections = re.findall(
+        r"^ *[0-9a-f]+ +[0-9a-f]+ +([0-9a-f]+) .* PROGBITS .* \.text\.(\S+)$", text, re.MULTILINE
+    )
+    return {name: int(size, 16) for size, name in sections}
 
 
 def warpgroup_products(binary: Path, target: str) -> dict[str, tuple[int, int]]:
@@ -223,6 +238,7 @@ def triton_usage(module: str, dtype: str, target: str, every_variant: bool = Tru
                         threads=kernel.metadata.num_warps * 32,
                         explanation=reason.group(2) if reason and local else "",
                         allowed=int(reason.group(1)) if reason else 0,
+                        code=sum(code_sizes(cubin).values()),
                     )
                 )
     return rows
@@ -282,8 +298,10 @@ def built_object(source: Path) -> Path | None:
     return built if built.stat().st_mtime > max(file.stat().st_mtime for file in files) else None
 
 
-def compile_source(source: Path, target: str) -> tuple[dict[str, tuple[int, int, int]], dict[str, int]]:
-    """(resource usage, bytes spilled) of every kernel of a CUDA source."""
+def compile_source(
+    source: Path, target: str
+) -> tuple[dict[str, tuple[int, int, int]], dict[str, int], dict[str, int]]:
+    """(resource usage, bytes of code, bytes spilled) of every kernel of a CUDA source."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         includes = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}"]
@@ -292,7 +310,7 @@ def compile_source(source: Path, target: str) -> tuple[dict[str, tuple[int, int,
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"kernel_report: nvcc failed on {source}:\n{done.stderr}")
-        return resource_usage(cubin), spilled_bytes(done.stderr)
+        return resource_usage(cubin), code_sizes(cubin), spilled_bytes(done.stderr)
 
 
 def cuda_usage(source: Path, target: str) -> list[Usage]:
@@ -300,10 +318,11 @@ def cuda_usage(source: Path, target: str) -> list[Usage]:
     reason = EXPLANATION.search(source.read_text())
     allowed = int(reason.group(1)) if reason else 0
     built = built_object(source)
-    usage, spills = (resource_usage(built, target) if built else {}), {}
+    usage, code = (resource_usage(built, target), code_sizes(built, target)) if built else ({}, {})
+    spills: dict[str, int] = {}
     # Only the compiler's own output tells spills from other local memory.
     if not usage or any(local > allowed for _, _, local in usage.values()):
-        usage, spills = compile_source(source, target)
+        usage, code, spills = compile_source(source, target)
     names = demangle(list(usage))
     rows = []
     for mangled, (registers, shared, local) in usage.items():
@@ -321,6 +340,7 @@ def cuda_usage(source: Path, target: str) -> list[Usage]:
                 threads=0,
                 explanation=reason.group(2) if reason and local else "",
                 allowed=allowed,
+                code=code[mangled],
             )
         )
     return rows
@@ -357,13 +377,13 @@ def show(rows: list[Usage]) -> None:
     table = Table(title="Kernel resources")
     for column in ("language", "kernel", "variant", "target"):
         table.add_column(column, overflow="fold")
-    for column in ("threads", "registers", "shared B", "local B", "spilled B"):
+    for column in ("threads", "registers", "code B", "shared B", "local B", "spilled B"):
         table.add_column(column, justify="right")
     table.add_column("local memory because")
     for row in rows:
         table.add_row(
             row.language, row.kernel, row.variant, row.target, str(row.threads or "-"), str(row.registers),
-            str(row.shared), str(row.local), str(row.spills), row.explanation,
+            str(row.code), str(row.shared), str(row.local), str(row.spills), row.explanation,
             style="red" if row.fails else None,
         )  # fmt: skip
     console = Console() if sys.stdout.isatty() else Console(width=160)

@@ -40,6 +40,16 @@ WARPGROUPS = (
 )
 
 
+# Of kernels that run for a few microseconds at batch 1, where fetching code for the first time is much of that:
+# (kernel, template arguments) -> bytes for sm_90a.
+LATENCY_BOUND = {
+    ("forward_tensor_kernel", "__nv_bfloat16, 64"): 64_000,
+    ("forward_tensor_kernel", "__nv_bfloat16, 16"): 56_000,
+    ("forward_expand_kernel", "__nv_bfloat16, 32"): 36_000,
+    ("forward_contract_kernel", "__nv_bfloat16, 32"): 10_000,
+}
+
+
 @pytest.fixture(scope="module")
 def usage() -> list[kernel_report.Usage]:
     return kernel_report.collect(targets=(BUILT,), languages=("cuda",))
@@ -65,6 +75,14 @@ def test_every_source_is_compiled(usage: list[kernel_report.Usage]) -> None:
 def test_no_kernel_spills(usage: list[kernel_report.Usage]) -> None:
     failing = _failing(usage)
     assert not failing, "local memory beyond what the source explains:\n" + "\n".join(failing)
+
+
+def test_kernels_bound_by_latency_have_little_code(usage: list[kernel_report.Usage]) -> None:
+    sizes = {(row.kernel, row.variant): row.code for row in usage}
+    larger = {
+        kernel: sizes[kernel] for kernel, most in LATENCY_BOUND.items() if not 0 < sizes[kernel] <= most
+    }
+    assert not larger, f"bytes of code: {larger}, at most {LATENCY_BOUND}"
 
 
 @pytest.mark.parametrize("name", SAMPLES)
