@@ -14,10 +14,13 @@ from torch import nn
 
 import vitkernels
 from vitkernels import ops
+from vitkernels.patching import patches
 from vitkernels.patching.merging import schedule_of
 
 timm = import_timm()
 SMALL = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
+
+PATCHES = ("patch_embed.proj", "Conv2d", "patches by a matrix product in half precision on GPUs")
 
 
 def vit(**options) -> nn.Module:
@@ -104,11 +107,11 @@ def test_nothing_to_merge_changes_no_bit_and_revert_undoes_it(options: dict) -> 
     vitkernels.apply(model, token_merging=0, verbose=False)
     assert torch.equal(model(x), before)
     report = vitkernels.apply(model, token_merging=5, verbose=False)
-    assert report.replaced == [("blocks", "Sequential", "token merging, r = [5, 5, 5]")]
+    assert report.replaced == [PATCHES, ("blocks", "Sequential", "token merging, r = [5, 5, 5]")]
     assert not torch.equal(model(x), before)
     assert list(model.state_dict()) == keys
     assert str(vitkernels.apply(model, verbose=False)) == str(report)
-    assert vitkernels.revert(model) == 1
+    assert vitkernels.revert(model) == 2
     assert [type(m) for m in model.modules()] == kinds
     assert torch.equal(model(x), before)
 
@@ -401,5 +404,57 @@ def test_another_pooling_is_taken_up_by_the_next_apply() -> None:
 
 def test_the_report_leaves_out_attention_that_merges() -> None:
     report = vitkernels.apply(vit(), token_merging=4, verbose=False)
-    assert [kernel for *_, kernel in report.replaced] == ["token merging, r = [4, 4, 4]"]
+    assert [kernel for *_, kernel in report.replaced] == [PATCHES[-1], "token merging, r = [4, 4, 4]"]
     assert report.skipped == []
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_by_a_matrix_product_are_the_convolution(bias, memory_format) -> None:
+    torch.manual_seed(5)
+    conv = nn.Conv2d(3, 10, (4, 2), (4, 2), bias=bias, dtype=torch.float64)
+    x = torch.randn(2, 3, 12, 8, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    expected = conv(x)
+    inputs = (x, *conv.parameters())
+    grad = torch.randn_like(expected)
+    assert patches.cuts_patches(conv)
+    got = patches.project(conv, x)
+    torch.testing.assert_close(got, expected)
+    wanted = torch.autograd.grad(expected, inputs, grad)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs, grad), wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"padding": 1}, {"dilation": 2}, {"stride": 3}, {"groups": 3}),
+        *({"in_channels": 8}, {"padding": "same", "kernel_size": 1, "stride": 1}),
+    ],
+    ids=str,
+)
+def test_other_convolutions_do_not_cut_patches(options) -> None:
+    chosen = {"in_channels": 3, "out_channels": 6, "kernel_size": 4, "stride": 4, **options}
+    assert not patches.cuts_patches(nn.Conv2d(**chosen))
+
+
+def test_a_merging_model_projects_its_patches_where_that_pays(monkeypatch) -> None:
+    model = vit().double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    odd = torch.randn(2, 3, 64, 66, dtype=torch.float64)
+    names = list(model.state_dict())
+    conv = model.patch_embed.proj
+    vitkernels.apply(model, token_merging=5, verbose=False)
+    assert list(model.state_dict()) == names
+    expected, of_odd = model(x), conv(odd)
+    calls = []
+    project = patches.project
+    monkeypatch.setattr(patches, "project", lambda *args: calls.append(1) or project(*args))
+    model(x)
+    assert not calls, "on the CPU the convolution runs"
+    monkeypatch.setattr(patches, "pays", lambda x: True)
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [1]
+    torch.testing.assert_close(conv(odd), of_odd)  # what is left of the last patches is not looked at
+    assert calls == [1]
+    vitkernels.revert(model)
+    assert type(conv) is nn.Conv2d

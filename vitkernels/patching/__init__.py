@@ -22,6 +22,7 @@ from vitkernels.patching.merging import (
     merging_for,
     why_not_stack,
 )
+from vitkernels.patching.patches import PatchProjection, cuts_patches
 
 __all__ = ["Report", "apply", "merged_source", "revert"]
 
@@ -141,6 +142,14 @@ def apply(
             continue
         if module in merging:
             continue
+        if isinstance(module, PatchProjection):
+            row = (
+                name,
+                module.vitkernels_original.__name__,
+                "patches by a matrix product in half precision on GPUs",
+            )
+            report.replaced.append(row)
+            continue
         match = match_attention(module, proven)
         folds = match is None
         if match is None and fold_bn is not False:
@@ -180,6 +189,9 @@ def _merge_tokens(model: nn.Module, value: Any, proportional: bool, trace: bool,
         for name, refuse in REFUSED.items():
             if hasattr(type(owner), name):
                 owner.__dict__[name] = refuse
+        projection: Any = getattr(getattr(owner, "patch_embed", None), "proj", None)
+        if cuts_patches(projection) and not isinstance(projection, Patched):
+            set_class(projection, patched_class(type(projection), PatchProjection, None))
 
 
 def revert(model: nn.Module) -> int:
