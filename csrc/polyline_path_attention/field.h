@@ -43,7 +43,7 @@ struct Item {
 // their own slots meet.
 struct Field {
   int batch = 0, heads = 0, height = 0, width = 0;
-  Divisor by_width;
+  Divisor by_width, by_heads, by_tiles, by_groups;
   bool columns = false;
   int length = 0, lines = 0;             // tokens of a line, lines of a map
   int slots = 0, tiles = 0, groups = 0;  // slots of a line in a tile, tiles of a line, groups of lines
@@ -70,6 +70,9 @@ struct Field {
     const int together = rows / slots;
     tiles = (length + rows - 1) / rows;
     groups = (lines + together - 1) / together;
+    by_heads = Divisor(heads);
+    by_tiles = Divisor(tiles);
+    by_groups = Divisor(groups);
   }
 
   VK_HOST_DEVICE int tokens() const { return height * width; }
@@ -77,10 +80,10 @@ struct Field {
   // Heads run fastest: they lie side by side in memory.
   VK_DEVICE Item item(int index) const {
     Item item;
-    const int place = index / heads, above = place / tiles;
+    const int place = by_heads.divide(index), above = by_tiles.divide(place);
     item.head = index - place * heads;
     item.tile = place - above * tiles;
-    item.batch = above / groups;
+    item.batch = by_groups.divide(above);
     item.group = above - item.batch * groups;
     return item;
   }

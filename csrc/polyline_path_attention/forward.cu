@@ -1,5 +1,5 @@
-// local memory: up to 16 bytes: five blocks of an SM leave a thread of the lines' kernel with two products 96
-// registers, four too few on sm_80 and two on sm_90.
+// local memory: up to 16 bytes: five or six blocks of an SM leave a thread of the lines' kernel with two
+// products 96 or 80 registers, up to four too few on sm_80 and two on sm_90.
 #include "decays.h"
 #include "forward.h"
 
