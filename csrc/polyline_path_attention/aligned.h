@@ -24,14 +24,15 @@ inline int row_slots(const Params& params, int rows) {
 template <int ROWS>
 using AlignedSums = float[2][ROWS];
 
-// Scores of 16 own rows to the logits of a mask: -inf between slots of which one has no token.
+// Scores of 16 own rows to the logits of a mask. Other slots without a token get -inf, and with the own mask,
+// whose gradients the tokens of a row add up, own slots too; what these have with the other mask nobody
+// reads.
 template <int ROW_SLOTS, int ROWS>
 struct AlignedLogits {
   static constexpr int BLOCKS = ROW_SLOTS / 8, MAP_ROWS = ROWS / ROW_SLOTS;
   // Sixteen own tokens are of one row of the map, or of two.
   static constexpr int OWN_ROWS = ROW_SLOTS == 8 ? 2 : 1;
   int y[OWN_ROWS], column[2];
-  bool real[2];
   float down[2];                         // the own sums down the column
   float along[2][BLOCKS][2];             // the own corner's decay along the row, to the lane's columns
   float near_down[OWN_ROWS][BLOCKS][2];  // the own row's sums down those columns
@@ -47,11 +48,10 @@ struct AlignedLogits {
       const int slot = tile * ROWS + lane_row + 8 * r, row = slot / ROW_SLOTS;
       y[r % OWN_ROWS] = row;
       column[r] = slot % ROW_SLOTS;
-      real[r] = row < field.height && column[r] < field.width;
-      if (!real[r]) column[r] = 0;
+      const bool real = row < field.height && column[r] < field.width;
       const int begin = row * field.width;
-      down[r] = real[r] ? Sums<T>::scaled(sums.down[begin + column[r]]) : 0.0f;
-      const float here = real[r] ? Sums<T>::scaled(sums.along[begin + column[r]]) : 0.0f;
+      down[r] = real ? Sums<T>::scaled(sums.down[begin + column[r]]) : 0.0f;
+      const float here = real ? Sums<T>::scaled(sums.along[begin + column[r]]) : 0.0f;
       VK_UNROLL
       for (int b = 0; b < BLOCKS; ++b) {
         VK_UNROLL
@@ -59,7 +59,7 @@ struct AlignedLogits {
           const int of_column = 8 * b + first + c;
           const bool exists = row < field.height && of_column < field.width;
           near_down[r % OWN_ROWS][b][c] = exists ? Sums<T>::scaled(sums.down[begin + of_column]) : 0.0f;
-          along[r][b][c] = exists && real[r]
+          along[r][b][c] = exists && real
                                ? side_of(r, b, c) * (here - Sums<T>::scaled(sums.along[begin + of_column]))
                                : -INFINITY;
         }
@@ -91,7 +91,6 @@ struct AlignedLogits {
         if (MASK == Mask::own) continue;
         far[r] = others[0][slot + column[r]];
         of_own[r] = signed_by(below(r, tile, map_row), down[r] - others[1][slot + column[r]]);
-        if (!real[r]) of_own[r] = -INFINITY;
       }
       VK_UNROLL
       for (int b = 0; b < BLOCKS; ++b) {
