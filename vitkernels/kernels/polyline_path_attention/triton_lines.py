@@ -15,7 +15,15 @@ from __future__ import annotations
 import triton.language as tl
 
 from vitkernels.core.triton_compiler import jit
-from vitkernels.core.triton_tiles import INF, LOG2E, dot, natural_lse, softmax_start, softmax_step
+from vitkernels.core.triton_tiles import (
+    INF,
+    LOG2E,
+    dot,
+    dot_in_parts,
+    natural_lse,
+    softmax_start,
+    softmax_step,
+)
 from vitkernels.kernels.polyline_path_attention.triton_map import load_tokens, plane_offset, store_tokens
 
 
@@ -87,12 +95,12 @@ def forward_lines(
         logits = tl.where(met(lines, key_lines, key_positions, size, LINES), logits, -INF)
         weights, rescale, maximum, total = softmax_step(logits, maximum, total)
         weights = weights.to(value.dtype)
-        first = first * rescale[:, None] + dot(weights, value)
+        first = dot_in_parts(weights, value, first * rescale[:, None])
         if second_v is not None:
             value = load_tokens(
                 second_v, sv_s, batch, head, key_lines, key_positions, key_valid, BLOCK_V, VALUE_DIM
             )
-            second = second * rescale[:, None] + dot(weights, value)
+            second = dot_in_parts(weights, value, second * rescale[:, None])
     first = first / total[:, None]
     if base is not None:
         added = load_tokens(base, base_s, batch, head, lines, positions, valid, BLOCK_V, VALUE_DIM)

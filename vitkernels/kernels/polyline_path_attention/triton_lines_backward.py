@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from vitkernels.core.triton_compiler import jit
-from vitkernels.core.triton_tiles import INF, LOG2E, dot, softmax_start, softmax_step
+from vitkernels.core.triton_tiles import INF, LOG2E, dot, dot_in_parts, softmax_start, softmax_step
 from vitkernels.kernels.polyline_path_attention.triton_lines import (
     line_cells,
     line_mask,
@@ -131,22 +131,23 @@ def backward_lines(
             weights = tl.exp2(tl.where(there, logits, -INF) - other_shift[None, :]) * other_factor[None, :]
         else:
             weights = tl.exp2(tl.where(there, logits, -INF) - shift[:, None]) * factor[:, None]
-        if passed is not None:
-            through += dot(weights.to(other_y.dtype), other_y)
+        exact: tl.constexpr = other_y.dtype == tl.float32
+        if passed is not None and not exact:
+            through = dot(weights.to(other_y.dtype), other_y, through)
         if left_y is not None:
             other_z = load_tokens(
                 walked_z, wz_s, batch, head, other_lines, other_positions, other_valid, BLOCK_V, VALUE_DIM
             )
             grad_weights = dot(own_y, tl.trans(other_y)) + dot(own_z, tl.trans(other_z))
             if grad_v is not None:
-                value_gradient += dot(weights.to(other_z.dtype), other_z)
+                value_gradient = dot_in_parts(weights.to(other_z.dtype), other_z, value_gradient)
             if ONE:
                 row_delta = tl.sum(weights * grad_weights, 0)[None, :]
             elif KEYS:
                 row_delta = tl.load(rows + 2 * planes + other_cells, mask=other_valid, other=0.0)[None, :]
             grad_logits = weights * (grad_weights - row_delta)
             if grad is not None:
-                gradient += dot(grad_logits.to(other.dtype), other)
+                gradient = dot_in_parts(grad_logits.to(other.dtype), other, gradient)
             if other_grad is not None:
                 turned = 0.5 * scale * dot(tl.trans(grad_logits).to(token.dtype), token)
                 if ADD:
@@ -165,6 +166,9 @@ def backward_lines(
                 of_sums += tl.sum(signed, 1)
                 if ONE:
                     tl.store(other_part + other_cells, -0.5 * tl.sum(signed, 0), mask=other_valid)
+        if passed is not None and exact:
+            # Last: beside the sums of the other products of wide heads these would not fit in registers.
+            through = dot_in_parts(weights, other_y, through)
     if grad is not None:
         gradient *= 0.5 * scale
         if ADD:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from vitkernels.core.triton_compiler import jit
-from vitkernels.core.triton_tiles import LOG2E, dot, natural_lse, softmax_start, softmax_step
+from vitkernels.core.triton_tiles import LOG2E, dot, dot_in_parts, natural_lse, softmax_start, softmax_step
 from vitkernels.kernels.polyline_path_attention.triton_map import (
     cell_offsets,
     load_tokens,
@@ -70,11 +70,13 @@ def forward_whole(
             weights, rescale, first_max, first_total = softmax_step(
                 masked(products + of_first, column_valid), first_max, first_total
             )
-            first = first * rescale[:, None] + dot(weights.to(value.dtype), value)
+            first *= rescale[:, None]
+            first = dot_in_parts(weights.to(value.dtype), value, first)
             weights, rescale, second_max, second_total = softmax_step(
                 masked(products + of_second, column_valid), second_max, second_total
             )
-            second = second * rescale[:, None] + dot(weights.to(value.dtype), value)
+            second *= rescale[:, None]
+            second = dot_in_parts(weights.to(value.dtype), value, second)
     first = first / first_total[:, None]
     second = second / second_total[:, None]
     result = 0.5 * first + 0.5 * second

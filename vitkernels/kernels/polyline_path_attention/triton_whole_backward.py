@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from vitkernels.core.triton_compiler import jit
-from vitkernels.core.triton_tiles import INF, LOG2E, dot, softmax_start, softmax_step
+from vitkernels.core.triton_tiles import INF, LOG2E, dot, dot_in_parts, softmax_start, softmax_step
 from vitkernels.kernels.polyline_path_attention.triton_map import (
     cell_offsets,
     load_tokens,
@@ -172,7 +172,7 @@ def backward_whole(
                 grad_far = far_weights * (grad_weights - row_delta[None, :])
                 if grad_value is not None:
                     weights = (near_weights + far_weights).to(other_result.dtype)
-                    value_gradient += dot(weights, other_result)
+                    value_gradient = dot_in_parts(weights, other_result, value_gradient)
             else:
                 near_weights = tl.exp2(masked(products + of_near, column_valid) - near_shift[:, None])
                 far_weights = tl.exp2(masked(products + of_far, column_valid) - far_shift[:, None])
@@ -182,7 +182,7 @@ def backward_whole(
                 grad_near = near_weights * (grad_weights - near_delta[:, None])
                 grad_far = far_weights * (grad_weights - far_delta[:, None])
             if grad is not None:
-                gradient += dot((grad_near + grad_far).to(other.dtype), other)
+                gradient = dot_in_parts((grad_near + grad_far).to(other.dtype), other, gradient)
             if parts_w is not None:
                 below = tl.where(y > row, 1.0, tl.where(y < row, -1.0, 0.0))
                 at_corner_w += grad_near
