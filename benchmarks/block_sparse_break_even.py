@@ -121,6 +121,7 @@ def plot(path: Path, curves: dict[Key, Curve], tokens: int) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("speed-up over the dense layer")
     axes[0][0].legend(fontsize=7, ncols=2, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -128,9 +129,12 @@ def plot(path: Path, curves: dict[Key, Curve], tokens: int) -> None:
 def kept_rows(path: Path | None) -> dict[tuple[Any, ...], runner.Row]:
     if path is None or not path.exists():
         return {}
-    return {
-        identity(row): row for row in (runner.Row(**entry) for entry in json.loads(path.read_text())["rows"])
-    }
+    try:
+        rows = [runner.Row(**entry) for entry in json.loads(path.read_text())["rows"]]
+        curves_of(rows)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"json: expected a file that this script wrote; got {str(path)!r}") from None
+    return {identity(row): row for row in rows}
 
 
 def identity(row: runner.Row) -> tuple[Any, ...]:
@@ -156,12 +160,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="keep the measurements here, beside those that it holds")
     add("--plot", type=Path)
     args = parser.parse_args(argv)
-    labels = [layer.label for layer in CASE.presets[args.preset]]
+    labels = {layer.label: None for layer in CASE.presets[args.preset]}
     if unknown := sorted({*(args.layers or ())} - {*labels}):
         parser.error(f"--layers: expected some of {', '.join(labels)}; got {', '.join(unknown)}")
+    if min(args.batch) < 1:
+        parser.error(f"--batch: expected positive numbers; got {args.batch}")
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds: expected a positive number; got {args.seconds}")
+    if args.backend != "cpu" and not torch.cuda.is_available():
+        parser.error(
+            f"--backend: expected one that runs here; got {args.backend!r}, but torch finds no CUDA device"
+        )
     try:
+        for field in (*(f"block={b}" for b in args.block), *(f"density={d}" for d in args.density)):
+            CASE.parse_shape(field)
         outputs.check("json", args.json)
         outputs.check_plot("plot", args.plot)
+        if not curves_of(kept_rows(args.json).values()) and not args.density:
+            raise ValueError(
+                "density: expected some, or --json with a file that holds measurements; got neither"
+            )
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -203,7 +221,7 @@ def main(argv: list[str] | None = None) -> dict[Key, Curve]:
         for key, curve in curves.items():
             print(show(key, curve, tokens))
     print("speed-up over the dense layer (share of 1 / density)")
-    if args.plot:
+    if args.plot and curves:
         plot(args.plot, curves, tokens)
     return curves
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,10 @@ def main(argv: list[str] | None = None) -> dict[tuple[int, str], dict[str, timin
     args = parser.parse_args(argv)
     if min(args.batch) < 1:
         parser.error(f"--batch: expected positive numbers; got {args.batch}")
+    if len(args.size) > 2 or min(args.size) < 1:
+        parser.error(f"--size: expected one or two positive numbers; got {args.size}")
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds: expected a positive number; got {args.seconds}")
     try:
         outputs.check("json", args.json)
     except ValueError as error:

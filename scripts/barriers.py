@@ -67,6 +67,8 @@ def main() -> int:
     unknown = sorted({*arguments.operators} - {*twin.OPERATORS})
     if unknown:  # without files of theirs pytest would run all there are
         parser.error(f"expected some of {', '.join(twin.OPERATORS)}; got {', '.join(unknown)}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected at least 1; got {arguments.jobs}")
     twin.build()
     in_doubt = 0
     for operator in arguments.operators:

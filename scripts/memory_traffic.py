@@ -30,7 +30,7 @@ import twin  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from vitkernels.bench.case import load_case, operators  # noqa: E402
+from vitkernels.bench.case import Case, load_case, operators  # noqa: E402
 from vitkernels.core import backends, native  # noqa: E402
 
 SPACES = {True: ("shared", "wavefronts"), False: ("global", "sectors")}
@@ -89,6 +89,23 @@ def report(rows: list[tuple[Any, ...]], lines: int, console: Console) -> float:
     return sum(row[5] for row in shared_rows) / max(1, sum(row[6] for row in shared_rows))
 
 
+def chosen(case: Case, arguments: argparse.Namespace) -> Any:
+    """The problem that is asked for."""
+    if arguments.batch < 1:
+        raise ValueError(f"batch: expected a positive number; got {arguments.batch}")
+    if arguments.shape:
+        if arguments.preset:
+            raise ValueError("preset: expected either --preset or --shape; got both")
+        return case.parse_shape(arguments.shape)
+    name = arguments.preset or case.default_preset
+    if name not in case.presets:
+        raise ValueError(f"preset: expected one of {', '.join(case.presets)}; got {name}")
+    stages = case.presets[name]
+    if not 0 <= arguments.stage < len(stages):
+        raise ValueError(f"stage: expected one of {name}, 0 to {len(stages) - 1}; got {arguments.stage}")
+    return stages[arguments.stage]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -109,11 +126,10 @@ def main() -> int:
     parser.add_argument("--lines", type=int, default=3, help="of the source, for each kernel and memory")
     arguments = parser.parse_args()
     case = load_case(arguments.operator)
-    problem = (
-        case.parse_shape(arguments.shape)
-        if arguments.shape
-        else case.presets[arguments.preset or case.default_preset][arguments.stage]
-    )
+    try:
+        problem = chosen(case, arguments)
+    except ValueError as error:
+        parser.error(str(error))
     run_on_twin()
     console = Console(width=160)
     console.print(f"{arguments.operator}, {problem.describe(arguments.batch)}, {arguments.dtype}")

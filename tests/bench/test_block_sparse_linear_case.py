@@ -97,14 +97,22 @@ def test_break_even_compares_times_of_one_kind(script):
 
 def test_break_even_script(script, tmp_path, capsys):
     arguments = ["--preset", "head", "--layers", "head", "--batch", "1", "--density", "0.5", "0.1"]
-    curves = script.main([*arguments, "--seconds", "0.01", "--plot", str(tmp_path / "plot.png")])
+    curves = script.main([*arguments, "--seconds", "0.01", "--plot", str(tmp_path / "new" / "plot.png")])
     assert len(curves) == 2
     assert [d for d, _ in next(iter(curves.values()))] == [0.1, 0.5]
-    assert (tmp_path / "plot.png").stat().st_size > 0
+    assert (tmp_path / "new" / "plot.png").stat().st_size > 0
     assert capsys.readouterr().out.count("break-even") == 2
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text('{"rows": [{"operator": "strip_attention"}]}')
     for bad, message in (
         (["--plot", "break_even.foo"], "plot: expected a file of "),
         (["--layers", "haed"], "--layers: expected some of head, "),
+        (["--block", "32"], "expected block=intxint; got 'block=32'"),
+        (["--density", "0.5", "2"], "expected density above 0, at most 1; got 2.0"),
+        (["--batch", "1", "0"], "--batch: expected positive numbers; got [1, 0]"),
+        (["--seconds", "nan"], "--seconds: expected a positive number; got nan"),
+        (["--density", "--json", str(tmp_path / "none.json")], "density: expected some, or --json with"),
+        (["--json", str(foreign)], "json: expected a file that this script wrote; got "),
     ):  # they were told after the sweep, which may take an hour, or not at all
         with pytest.raises(SystemExit):
             script.parse(["--preset", "head", *bad])

@@ -66,12 +66,15 @@ def test_a_twin_that_is_wrong_is_not_timed(script) -> None:
     ("arguments", "message"),
     [
         (["--batch", "0"], "--batch: expected positive numbers; got [0]"),
+        (["--size", "0"], "--size: expected one or two positive numbers; got [0]"),
+        (["--size", "32", "64", "96"], "--size: expected one or two positive numbers; got [32, 64, 96]"),
+        (["--seconds", "nan"], "--seconds: expected a positive number; got nan"),
         (["--networks", "vitkernles"], "--networks: expected some of vitkernels, "),
         (["--json", "."], "json: expected a file; got the folder '.'"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_timed(script, arguments, message, capsys, monkeypatch):
-    """Batches of no image were timed, and a misspelt network left out without a word."""
+    """Batches of no image were timed, and a misspelt network or a third side left out without a word."""
     monkeypatch.setattr(script.timing, "time_on_cpu", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(SystemExit):
         script.main(arguments)

@@ -1,5 +1,6 @@
 """What the host twin counts of a warp's accesses (csrc/twin/traffic.h), where it is known by hand."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -93,3 +94,30 @@ def test_operators_are_almost_free_of_bank_conflicts(operator, shape, most):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "forward_" in done.stdout or "product_kernel" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("memory_traffic", ["--preset", "efficientvit_m9"], "preset: expected one of efficientvit_m0, "),
+        ("memory_traffic", ["--stage", "9"], "stage: expected one of efficientvit_m5, 0 to 2; got 9"),
+        ("memory_traffic", ["--stage", "-1"], "stage: expected one of efficientvit_m5, 0 to 2; got -1"),
+        ("memory_traffic", ["--shape", "windows=x"], "shape: expected windows=int; got 'windows=x'"),
+        ("memory_traffic", ["--shape", "d=8", "--preset", "efficientvit_m5"], "expected either --preset or"),
+        ("memory_traffic", ["--batch", "0"], "batch: expected a positive number; got 0"),
+        ("barriers", ["--jobs", "0"], "--jobs: expected at least 1; got 0"),
+    ],
+)
+def test_bad_arguments_of_the_scripts_are_refused(script, arguments, message, monkeypatch, capsys):
+    """They ended in tracebacks, and of two problems that were asked for one was left out without a word."""
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", ""))  # memory_traffic sets it
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = twin.ROOT / "scripts" / f"{script}.py"
+    spec = importlib.util.spec_from_file_location(script, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(twin, "build", lambda: pytest.fail("built"))
+    monkeypatch.setattr(sys, "argv", [str(path), "window_attention", *arguments])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert message in capsys.readouterr().err
