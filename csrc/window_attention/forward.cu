@@ -1,4 +1,3 @@
-// local memory: up to 8 bytes: at 64 channels a thread keeps to the 128 registers of four blocks.
 #include "map.h"
 
 namespace vitkernels::window_attention {

@@ -1,6 +1,7 @@
 // Window attention as a map of the tile-attention core: every query of a window meets every key of it, and a
 // bias looked up by the offset between the two is added to the logit.
 #pragma once
+#include "vitkernels/divide.h"
 #include "vitkernels/tile_attention_forward.h"
 #include "vitkernels/tile_attention_table.h"
 #include "window_attention.h"
@@ -19,13 +20,16 @@ struct WindowMap {
   bool signed_bias = false;
   bool wide_table = false;  // the table is of type Acc rather than T
   View bias_table;          // absent: no bias
+  Divisor by_width, by_pitch;
 
   explicit WindowMap(const Params& params)
       : window_h(params.window_h),
         window_w(params.window_w),
         signed_bias(params.signed_bias),
         wide_table(params.bias_dtype != params.dtype),
-        bias_table(params.bias_table) {}
+        bias_table(params.bias_table),
+        by_width(window_w),
+        by_pitch(pitch()) {}
 
   VK_HOST_DEVICE int tokens() const { return window_h * window_w; }
   VK_HOST_DEVICE bool fits_small_tile() const { return tokens() <= 16; }
@@ -51,7 +55,7 @@ struct WindowMap {
 
   VK_HOST_DEVICE int pitch() const { return 2 * window_w - 1; }
   VK_HOST_DEVICE int signed_entries() const { return (2 * window_h - 1) * pitch(); }
-  VK_DEVICE int key_code(int token) const { return token + token / window_w * (window_w - 1); }
+  VK_DEVICE int key_code(int token) const { return token + by_width.divide(token) * (window_w - 1); }
   VK_DEVICE int query_code(int token) const {
     return key_code(token) + (window_h - 1) * pitch() + window_w - 1;
   }
@@ -73,12 +77,19 @@ struct WindowMap {
     for (int e = thread; e < signed_entries(); e += threads)
       table[e] = tile_attention::read_table<T>(*this, bias_table, head, table_entry(e));
   }
+  struct Offset {
+    int dy, dx;
+  };
+  VK_HOST_DEVICE Offset offset_of(int e) const {  // of query to key, of signed entry e
+    const int row = by_pitch.divide(e);
+    return {row - (window_h - 1), e - row * pitch() - (window_w - 1)};
+  }
   // The global table's entry that signed entry e reads, and the signed entries that read an entry: up to
   // four, one for (|dy|, |dx|) being mirrored.
   static constexpr int SOURCES = 4;
   VK_HOST_DEVICE int table_entry(int e) const {
     if (signed_bias) return e;
-    const int dy = e / pitch() - (window_h - 1), dx = e % pitch() - (window_w - 1);
+    const auto [dy, dx] = offset_of(e);
     return (dy < 0 ? -dy : dy) * window_w + (dx < 0 ? -dx : dx);
   }
   VK_DEVICE int source(int entry, int i) const {
@@ -97,7 +108,7 @@ struct WindowMap {
     const int first_query = tile.query_tile * tile.rows, first_key = tile.key_tile * tile.rows;
     VK_NO_UNROLL
     for (int e = tile.thread; e < signed_entries(); e += tile.threads) {
-      const int dy = e / pitch() - (window_h - 1), dx = e % pitch() - (window_w - 1);
+      const auto [dy, dx] = offset_of(e);
       // The queries with a key at this offset lie in these rows of the window; which of them have one in this
       // tile, and none beyond the window's sides, shows in the codes.
       int begin = (dy > 0 ? dy : 0) * window_w - first_query;

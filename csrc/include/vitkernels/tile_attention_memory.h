@@ -133,6 +133,41 @@ VK_DEVICE void load_tile(T* tile, int ld, const Matrix<T, Map>& source, const Gr
   }
 }
 
+// load_tile() of a tensor whose tokens are dense: a thread keeps to one row, whose token is found once, and
+// two of its chunks are on their way together. An element takes a sum for its address, not a multiplication.
+template <int ROWS, class T, class Map, class Token>
+VK_DEVICE void load_columns(T* tile, int ld, const Matrix<T, Map>& source, const Group<ROWS>& group,
+                            Token token, int padded) {
+  constexpr int WIDTH = 16 / sizeof(T), STRIDE = Group<ROWS>::THREADS / ROWS * WIDTH;
+  int thread = group.thread;
+  forget(thread);  // as in visit_chunks()
+  const int row = thread % ROWS, index = token(row);
+  int channel = thread / ROWS * WIDTH, left = (index < 0 ? 0 : source.channels) - channel;
+  const int64_t step = source.channel_stride * static_cast<int64_t>(sizeof(T));
+  uintptr_t from = reinterpret_cast<uintptr_t>(source.data + (index < 0 ? 0 : source.position(index))) +
+                   static_cast<uintptr_t>(channel * step);
+  const auto chunk = [&](int count) {
+    Vec<T, WIDTH> values;
+    VK_UNROLL
+    for (int e = 0; e < WIDTH; ++e) {
+      values[e] = from_float<T>(0.0f);
+      if (e < count) values[e] = *reinterpret_cast<const T*>(from);
+      from += static_cast<uintptr_t>(step);
+    }
+    from += static_cast<uintptr_t>((STRIDE - WIDTH) * step);
+    return values;
+  };
+  T* to = tile + row * ld + channel;
+  VK_NO_UNROLL
+  for (; channel < padded; channel += 2 * STRIDE) {
+    const auto values = chunk(left), next = chunk(left - STRIDE);
+    values.store(to);
+    if (channel + STRIDE < padded) next.store(to + STRIDE);
+    to += 2 * STRIDE;
+    left -= 2 * STRIDE;
+  }
+}
+
 // load_tile() of a tensor that moves_wide(): tokens by the map's Positions, `padded` channels.
 template <int ROWS, class T, class Map, class Token>
 VK_DEVICE void copy_tile(T* tile, int ld, const Matrix<T, Map>& source, const Group<ROWS>& group, int bits,

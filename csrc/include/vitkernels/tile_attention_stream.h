@@ -33,7 +33,7 @@ struct StreamLayout {
   int stages;                       // places of keys and values
   int query_stages;                 // and of queries
   int kept;  // tiles of keys whose codes are kept; 0: those of each place are found anew
-  bool wide_q, wide_k, wide_v, wide_out;
+  bool wide_q, wide_k, wide_v, wide_out, all_wide;
   typename Engine::Acc scale;  // times unit
   int q, k, v, key_codes, query_tokens, key_tokens, spans, table;
   int64_t bytes;
@@ -50,6 +50,7 @@ struct StreamLayout {
     wide_k = wide(problem.k, problem.head_dim);
     wide_v = wide(problem.v, problem.value_dim);
     wide_out = wide(problem.out, problem.value_dim);
+    all_wide = wide_q && wide_k && wide_v;
     scale = static_cast<typename Engine::Acc>(problem.scale * Exponential<T>::unit);
     const int most = most_key_tiles(map, ROWS, 0);
     kept = most <= KEPT ? most : 0;
@@ -162,14 +163,16 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (STREAM_MIN_BLOCKS<Engine, HEAD>)
     if (!keeps) return turn * ROWS;
     return ((ENTERS<Map> ? queries * layout.kept : 0) + i) * ROWS;
   };
-  const auto find_codes = [&](const Map& there, int i, int tiles, int slots) {
+  const auto find_code = [&](const Map& there, int i, int slots, int e) {
+    const int token = token_of<Map>(all_tokens + slots, e,
+                                    [&](int e) { return there.key_of(ROWS, tile, i + e / ROWS, e % ROWS); });
+    all_codes[slots + e] = token < 0 ? there.no_key() : there.key_code(token);
+  };
+  const auto find_codes = [&](const Map& there, int slots) {
     int first = group.thread;
     forget(first);
-    for (int e = first; e < tiles * ROWS; e += THREADS) {
-      const int token = token_of<Map>(
-          all_tokens + slots, e, [&](int e) { return there.key_of(ROWS, tile, i + e / ROWS, e % ROWS); });
-      all_codes[slots + e] = token < 0 ? there.no_key() : there.key_code(token);
-    }
+    VK_NO_UNROLL
+    for (int e = first; e < key_tiles * ROWS; e += THREADS) find_code(there, 0, slots, e);
   };
   const auto find_tokens = [&](int i, int tiles, int slots) {
     for (int e = group.thread; e < tiles * ROWS; e += THREADS)
@@ -181,24 +184,24 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (STREAM_MIN_BLOCKS<Engine, HEAD>)
     forget(tile);
     Map there = map;
     enter(there, batch, item.head, 0);
-    const auto copy = [&](T* to, int ld, int bits, int padded, const View& view, int channels, bool wide,
-                          const auto& tokens, const auto& find) {
-      fetch_tile(to, ld, Matrix<T, Map>(view, map, batch, item.head, channels), group, wide, bits, padded,
-                 tokens, find);
+    const auto copy = [&](T* to, int ld, int bits, int padded, const View& view, int channels,
+                          const auto& tokens) {
+      copy_tile(to, ld, Matrix<T, Map>(view, map, batch, item.head, channels), group, bits, padded, tokens);
     };
-    const auto copies = [&](T* to, int ld, int bits, int padded, const View& view, int channels, bool wide,
-                            bool keys, const int* kept_tokens) {
-      if constexpr (RUNS<Map>) {
-        const Run run = keys ? map.key_run(ROWS, tile, i) : map.query_run(ROWS, tile);
-        copy(to, ld, bits, padded, view, channels, wide, run, [&](int slot) { return run.token(slot); });
-      } else {
-        const auto find = [&](int slot) { return kept_tokens[slot]; };
-        copy(to, ld, bits, padded, view, channels, wide, find, find);
-      }
+    const auto with_tokens = [&](bool keys, const int* kept_tokens, const auto& use) {
+      if constexpr (RUNS<Map>)
+        use(keys ? map.key_run(ROWS, tile, i) : map.query_run(ROWS, tile));
+      else
+        use([&](int slot) { return kept_tokens[slot]; });
     };
-    if (i == 0)
-      copies(place(layout.q, queries, ROWS * ld_query), ld_query, head_bits, depth, problem.q,
-             problem.head_dim, layout.wide_q, false, query_tokens);
+    T* const to_q = place(layout.q, queries, ROWS * ld_query);
+    T* const to_k = place(layout.k, turn, ROWS * ld_head);
+    T* const to_v = place(layout.v, turn, ROWS * ld_value);
+    if (i == 0 && layout.wide_q) {
+      with_tokens(false, query_tokens, [&](const auto& tokens) {
+        copy(to_q, ld_query, head_bits, depth, problem.q, problem.head_dim, tokens);
+      });
+    }
     const int slots = slots_of(i, turn, queries);
     if constexpr (SCATTERED<Map>) {
       if (!keeps) {
@@ -206,15 +209,37 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (STREAM_MIN_BLOCKS<Engine, HEAD>)
         group.sync();
       }
     }
-    copies(place(layout.k, turn, ROWS * ld_head), ld_head, head_bits, depth, problem.k, problem.head_dim,
-           layout.wide_k, true, all_tokens + slots);
-    copies(place(layout.v, turn, ROWS * ld_value), ld_value, value_bits, value_depth, problem.v,
-           problem.value_dim, layout.wide_v, true, all_tokens + slots);
+    with_tokens(true, all_tokens + slots, [&](const auto& tokens) {
+      if (layout.wide_k) copy(to_k, ld_head, head_bits, depth, problem.k, problem.head_dim, tokens);
+      if (layout.wide_v) copy(to_v, ld_value, value_bits, value_depth, problem.v, problem.value_dim, tokens);
+    });
+    // The rest by one piece of code, which is long: a block that runs through it once waits for its lines.
+    VK_NO_UNROLL
+    for (int n = layout.all_wide ? 3 : i == 0 ? 0 : 1; n < 3; ++n) {
+      if (n == 0 ? layout.wide_q : n == 1 ? layout.wide_k : layout.wide_v) continue;
+      const View& view = n == 0 ? problem.q : n == 1 ? problem.k : problem.v;
+      const Matrix<T, Map> source(view, map, batch, item.head, n < 2 ? problem.head_dim : problem.value_dim);
+      with_tokens(n > 0, n > 0 ? all_tokens + slots : query_tokens, [&](const auto& tokens) {
+        const auto token = [&](int slot) {
+          if constexpr (RUNS<Map>)
+            return tokens.token(slot);
+          else
+            return tokens(slot);
+        };
+        T* const to = n == 0 ? to_q : n == 1 ? to_k : to_v;
+        const int ld = n == 0 ? ld_query : n == 1 ? ld_head : ld_value, padded = n < 2 ? depth : value_depth;
+        if (source.tokens_dense())
+          load_columns(to, ld, source, group, token, padded);
+        else
+          load_tile(to, ld, source, group, token, padded);
+      });
+    }
     cp_async_commit();
-    if (!keeps)
-      find_codes(there, i, 1, slots);
-    else if (ENTERS<Map> && i == 0)
-      find_codes(there, 0, key_tiles, slots);
+    if (!keeps) {
+      if (group.thread < ROWS) find_code(there, i, slots, group.thread);
+    } else if (ENTERS<Map> && i == 0) {
+      find_codes(there, slots);
+    }
   };
 
   if constexpr (SCATTERED<Map>) {
@@ -240,8 +265,11 @@ VK_KERNEL void VK_LAUNCH_BOUNDS(BLOCK_THREADS, (STREAM_MIN_BLOCKS<Engine, HEAD>)
         fetch(next_batch, wraps ? 0 : i + ahead, turn ^ other, next_batch & more_queries);
     }
     if (i < 0) {  // behind the first copies
-      map.stage(table, item.head, group.thread, THREADS);
-      if (keeps && !ENTERS<Map>) find_codes(map, 0, key_tiles, 0);
+      int head = item.head, first = group.thread;
+      forget(head);
+      forget(first);
+      map.stage(table, head, first, THREADS);
+      if (keeps && !ENTERS<Map>) find_codes(map, 0);
       if constexpr (!RUNS<Map>) {
         int* const spans = reinterpret_cast<int*>(base + layout.spans);
         for (int e = group.thread; e < layout.kept * WARPS && e < key_tiles * WARPS; e += THREADS) {
