@@ -47,6 +47,7 @@ LATENCY_BOUND = {
     ("forward_tensor_kernel", "__nv_bfloat16, 16"): 56_000,
     ("forward_expand_kernel", "__nv_bfloat16, 32"): 36_000,
     ("forward_contract_kernel", "__nv_bfloat16, 32"): 10_000,
+    ("forward_stream_kernel", "TensorCores<__nv_bfloat16, 64>, 64, 64, WindowMap<__nv_bfloat16> "): 50_000,
 }
 
 

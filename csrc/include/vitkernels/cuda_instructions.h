@@ -113,7 +113,8 @@ VK_DEVICE void Vec<T, N>::store(T* target) const {
   if constexpr (sizeof(Vec) == 16) {
     uint4 raw;
     memcpy(&raw, this, sizeof(raw));
-    *reinterpret_cast<uint4*>(target) = raw;
+    // Made anew: nvcc would take a vector that was put together by elements apart again, into four stores.
+    *reinterpret_cast<uint4*>(target) = make_uint4(raw.x, raw.y, raw.z, raw.w);
   } else if constexpr (sizeof(Vec) == 8) {
     uint2 raw;
     memcpy(&raw, this, sizeof(raw));
