@@ -346,8 +346,8 @@ def breakdown(args: argparse.Namespace) -> int:
     """Whole networks after `apply`: the time of a forward, as a CUDA graph, and the kernels that take most of it."""
     device, failed = torch.device(args.device), 0
     for text in args.networks:
-        name, batch, *merged = text.split()
         try:
+            name, batch, *merged = text.split()
             print(
                 f"=== {text}: {breakdown_of(name, int(batch), [int(r) for r in merged], device, args)}",
                 flush=True,

@@ -402,6 +402,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--json", metavar="FILE", help="also write the rows as JSON ('-': only that, to stdout)"
     )
     options = parser.parse_args(arguments)
+    for target in options.target or ():
+        if not re.fullmatch(r"\d{2,3}[af]?", target):
+            parser.error(
+                f"--target: expected a compute capability such as {' or '.join(TARGETS)}; got {target!r}"
+            )
     rows = collect(
         tuple(options.target or TARGETS),
         (options.only,) if options.only else ("cuda", "triton"),

@@ -200,10 +200,11 @@ def test_steps_that_fail_are_told_from_those_that_cannot_run(tmp_path):
 def test_breakdown_lists_what_takes_the_time(monkeypatch, capsys):
     arguments = ["--device", "cpu", "--dtype", "float32", "--rounds", "2", "--most", "400"]
     monkeypatch.setattr(
-        sys, "argv", ["gpu_check.py", "breakdown", "efficientvit_m0 2", "no_such 1", *arguments]
+        sys, "argv", ["gpu_check.py", "breakdown", "efficientvit_m0 2", "no_such 1", "no_batch", *arguments]
     )
-    assert gpu_check.main() == 1
+    assert gpu_check.main() == 2
     printed = capsys.readouterr().out
     assert "=== efficientvit_m0 2: " in printed
     assert "vitkernels::cascaded_group_attention" in printed
     assert "=== no_such 1: FAILED ValueError" in printed
+    assert "=== no_batch: FAILED ValueError" in printed

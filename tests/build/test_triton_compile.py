@@ -195,3 +195,11 @@ def test_an_unknown_operator_is_no_clean_report(capsys: pytest.CaptureFixture[st
         kernel_report.main(["--only", "triton", "--op", "window_atention"])
     assert stopped.value.code == 2
     assert "invalid choice: 'window_atention'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["x", "9", "90b", "sm_90a"])
+def test_a_target_is_a_compute_capability(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        kernel_report.main(["--target", target])
+    assert stopped.value.code == 2
+    assert f"expected a compute capability such as 80 or 90a; got '{target}'" in capsys.readouterr().err
