@@ -76,12 +76,16 @@ def find_tool(name: str) -> str:
     raise SystemExit(f"kernel_report: {name} is neither on PATH nor inside triton; install one of them.")
 
 
+def cuobjdump(option: str, binary: Path, target: str = "") -> str:
+    """What it prints of a cubin, or of an object's code for a target."""
+    only = [f"-arch=sm_{target}"] if target else []
+    command = [find_tool("cuobjdump"), option, *only, str(binary)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def resource_usage(binary: Path, target: str = "") -> dict[str, tuple[int, int, int]]:
     """kernel (mangled) -> (registers, static shared bytes, local bytes) of a cubin, or an object's for a target."""
-    only = [f"-arch=sm_{target}"] if target else []
-    text = subprocess.run(
-        [find_tool("cuobjdump"), "-res-usage", *only, str(binary)], capture_output=True, text=True, check=True
-    ).stdout
+    text = cuobjdump("-res-usage", binary, target)
     usage = {}
     for name, row in re.findall(r"Function ([^:\s]+):\s*\n\s*(REG:.*)", text):
         numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", row)}
@@ -91,10 +95,7 @@ def resource_usage(binary: Path, target: str = "") -> dict[str, tuple[int, int, 
 
 def code_sizes(binary: Path, target: str = "") -> dict[str, int]:
     """kernel (mangled) -> bytes of its machine code, what never runs included."""
-    only = [f"-arch=sm_{target}"] if target else []
-    text = subprocess.run(
-        [find_tool("cuobjdump"), "-elf", *only, str(binary)], capture_output=True, text=True, check=True
-    ).stdout
+    text = cuobjdump("-elf", binary, target)
     # index, offset, size, ...: hexadecimal
     sections = re.findall(
         r"^ *[0-9a-f]+ +[0-9a-f]+ +([0-9a-f]+) .* PROGBITS .* \.text\.(\S+)$", text, re.MULTILINE
@@ -104,12 +105,7 @@ def code_sizes(binary: Path, target: str = "") -> dict[str, int]:
 
 def warpgroup_products(binary: Path, target: str) -> dict[str, tuple[int, int]]:
     """kernel (mangled) -> (products of warpgroups in its code, waits for them), of kernels that have some."""
-    text = subprocess.run(
-        [find_tool("cuobjdump"), "-sass", f"-arch=sm_{target}", str(binary)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    text = cuobjdump("-sass", binary, target)
     kernels = {}
     for part in text.split("Function : ")[1:]:
         if products := part.count("HGMMA"):

@@ -437,6 +437,23 @@ def test_other_convolutions_do_not_cut_patches(options) -> None:
     assert not patches.cuts_patches(nn.Conv2d(**chosen))
 
 
+def test_a_convolution_with_a_forward_of_its_own_keeps_it() -> None:
+    class Standardized(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return super()._conv_forward(x, 2 * weight, bias)
+
+    for kind in (Standardized, Doubled):
+        model = vit()
+        model.patch_embed.proj = kind(3, 48, 8, 8)
+        report = vitkernels.apply(model, token_merging=5, verbose=False)
+        assert type(model.patch_embed.proj) is kind
+        assert [name for name, *_ in report.replaced] == ["blocks"]
+
+
 def test_a_merging_model_projects_its_patches_where_that_pays(monkeypatch) -> None:
     model = vit().double()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)

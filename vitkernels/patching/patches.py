@@ -22,9 +22,12 @@ _FEW_CHANNELS = 8
 
 
 def cuts_patches(layer: Any) -> bool:
-    """Whether a layer is a convolution of few channels that cuts its input into patches."""
+    """Whether a layer is a plain convolution of few channels that cuts its input into patches."""
+    kind = type(layer)
     return bool(
         isinstance(layer, nn.Conv2d)
+        and kind.forward is nn.Conv2d.forward  # not one that standardizes or quantizes its weight on the way
+        and kind._conv_forward is nn.Conv2d._conv_forward
         and layer.in_channels < _FEW_CHANNELS
         and layer.groups == 1
         and tuple(layer.kernel_size) == tuple(layer.stride)
@@ -34,7 +37,7 @@ def cuts_patches(layer: Any) -> bool:
 
 
 def pays(x: torch.Tensor) -> bool:
-    """Whether the matrix product is the faster one for this input."""
+    """Whether an input is one that the matrix product is meant for: on a GPU, in half precision."""
     if not x.is_cuda:
         return False
     return (torch.get_autocast_dtype("cuda") if autocasts("cuda") else x.dtype) in _HALF
