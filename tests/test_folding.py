@@ -205,7 +205,7 @@ def test_weights_are_packed_for_inference_in_fp32_only(monkeypatch: pytest.Monke
     with torch.inference_mode():
         for size in (x, x[:1], x[:, :, :3], x[:, :, 1:3], x[:, :, :1], x):
             assert relative_error(pair(size)[:, :, :1], reference(size)[:, :, :1]) < 1e-6
-            assert 0 < len(pair.__dict__["_vitkernels_kept"].packed) <= 3
+            assert 0 < len(pair.__dict__["_vitkernels_kept"].folds[0].packed) <= 3
         assert relative_error(pair(x), expected) < 1e-6
         assert pair(x).is_contiguous(memory_format=torch.channels_last)
         assert relative_error(sequence(x), rectified) < 1e-6
@@ -223,7 +223,7 @@ def test_weights_are_packed_for_inference_in_fp32_only(monkeypatch: pytest.Monke
             else:
                 patch.setattr(packed, switch, None)
             assert torch.allclose(pair(x), expected, rtol=1e-5, atol=1e-5)
-            assert not pair.__dict__["_vitkernels_kept"].packed, switch
+            assert not pair.__dict__["_vitkernels_kept"].folds[0].packed, switch
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def packed_pair(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module, 
     twin = copy.deepcopy(pair)
     vitkernels.apply(pair, fold_bn=True, verbose=False)
     pair(x)
-    assert pair.__dict__["_vitkernels_kept"].packed
+    assert pair.__dict__["_vitkernels_kept"].folds[0].packed
     return pair, twin, x
 
 

@@ -35,9 +35,10 @@ class ConvBNReLU(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_chans, dim, 3, stride=stride, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(dim)
+        self.act = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.norm(self.conv(x)))
+        return self.act(self.norm(self.conv(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -45,7 +46,9 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, stride: int = 1) -> None:
         super().__init__()
-        self.stride = stride
+        self.avgpool: nn.Module = nn.Identity()
+        if stride == 2:
+            self.avgpool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
         self.conv: nn.Module = nn.Identity()
         self.norm: nn.Module = nn.Identity()
         if stride == 2 or in_dim != dim:
@@ -53,9 +56,7 @@ class PatchEmbed(nn.Module):
             self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.stride == 2:
-            x = F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(self.avgpool(x)))
 
 
 class SELayer(nn.Module):
@@ -157,10 +158,11 @@ class MHCA(nn.Module):
         super().__init__()
         self.group_conv3x3 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim // head_dim, bias=False)
         self.norm = nn.BatchNorm2d(dim)
+        self.act = nn.ReLU()
         self.projection = nn.Conv2d(dim, dim, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.projection(torch.relu(self.norm(self.group_conv3x3(x))))
+        return self.projection(self.act(self.norm(self.group_conv3x3(x))))
 
 
 class GFP(nn.Module):

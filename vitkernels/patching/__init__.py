@@ -78,10 +78,11 @@ def apply(
     Supported: cascaded group attention and its windows (EfficientViT of timm, of the official code, and
     copies of it: a layer matched by its class name is then compared with the kernel on random weights);
     neighborhood attention on sequences and maps (NATTEN of every version, and copies of it); polyline path
-    attention (the official code of PPMA, and copies of it); and, while their norms are in eval mode, every
-    Conv2d + batch norm and batch norm + Linear pair as one layer, EfficientViT's residual units around the
-    mixer as one kernel on the CPU, and S2AFormer's GELUs and residual sums in place where no gradient is asked for.
-    In train mode pairs run as before.
+    attention (the official code of PPMA, and copies of it); and, while their norms are in eval mode, the pairs of
+    Conv2d + batch norm and of batch norm + Linear in plain sequences of layers (and those of MedViTV2's blocks, of
+    copies of these too) as one layer each, EfficientViT's residual units around the mixer as one kernel, and
+    S2AFormer's GELUs and residual sums in place where no gradient is asked for. In train mode pairs run as before,
+    and under torch.compile, which fuses norms itself.
     Parameters, children, hooks and `state_dict` stay as they are (of hooks and token_merging see there); the model
     trains, compiles, copies, pickles and exports as before. Calling it again changes nothing. `revert` undoes it.
 
@@ -166,7 +167,7 @@ def apply(
         set_class(module, patched_class(original, match.mixin, None if folds else backend))
         report.replaced.append((name, original.__name__, match.kernel))
         if folds:
-            covered.update(module.children())
+            covered.update(module.children() if match.covered is None else match.covered)
     if fold_bn is not False and isinstance(model, _BatchNorm):
         report.skipped.append(("", type(model).__name__, "a batch norm alone folds into nothing"))
     if verbose:

@@ -1,8 +1,9 @@
-"""Batch norms folded into their neighbours, and the ReLU behind them."""
+"""Batch norms folded into their neighbours, and the activation behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ _NOTHING_IN_EVAL_MODE = (nn.Dropout.forward, nn.Identity.forward)
 _MOST_SHAPES = 3  # of inputs for which a weight stays packed
 
 
-class _Fold(Kept):
+class _Fold:
     """A folded weight and bias."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -28,24 +29,39 @@ class _Fold(Kept):
         self.packed: dict[torch.Size, torch.Tensor] = {}  # by the shape of the input
 
 
+class _Folds(Kept):
+    """Those of all pairs of a layer."""
+
+    def __init__(self, folds: list[_Fold]) -> None:
+        self.folds = folds
+
+
 class _Folded(Keeping):
-    """A pair of a batch norm and a convolution or linear layer, as one layer while the norm is in eval mode."""
+    """Pairs of a batch norm and a convolution or linear layer, as one layer each while their norms are in eval mode."""
 
-    def _vitkernels_fold(
-        self: Any, layer: nn.Module, norm: Any, fold: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    ) -> _Fold:
-        first, second = (norm, layer) if fold is fold_norm_linear else (layer, norm)
-        sources = sources_of(layer, norm)
+    def _vitkernels_folds(
+        self: Any,
+        pairs: Sequence[tuple[Any, Any]],
+        fold: Callable[..., tuple[torch.Tensor, torch.Tensor]] = fold_conv_norm,
+    ) -> list[_Fold]:
+        """For each pair of a layer and its norm, as `fold` takes them, norm first or last."""
+        layers, norms = zip(
+            *(pair[::-1] if fold is fold_norm_linear else pair for pair in pairs), strict=True
+        )
+        sources: tuple[Any, ...] = sum(map(sources_of, layers, norms), ())
         if transformed() or (torch.is_grad_enabled() and requires_grad(sources)):
-            return _Fold(*fold(first, second))
-        dtype = compute_dtype(sources[0])
+            return [_Fold(*fold(*pair)) for pair in pairs]
+        dtypes = tuple(compute_dtype(layer._parameters["weight"]) for layer in layers)
 
-        def make() -> _Fold:
-            kept = _Fold(*(tensor.to(dtype) for tensor in fold(first, second)))
-            kept.packable = isinstance(layer, nn.Conv2d) and packed.can_pack(layer, kept.weight)
-            return kept
+        def make() -> _Folds:
+            made = []
+            for pair, layer, dtype in zip(pairs, layers, dtypes, strict=True):
+                one = _Fold(*(tensor.to(dtype) for tensor in fold(*pair)))
+                one.packable = isinstance(layer, nn.Conv2d) and packed.can_pack(layer, one.weight)
+                made.append(one)
+            return _Folds(made)
 
-        return keep(self, sources, (dtype, norm.eps), make)
+        return keep(self, sources, (dtypes, tuple(norm.eps for norm in norms)), make).folds
 
 
 def sources_of(layer: Any, norm: Any) -> tuple[Any, ...]:
@@ -69,39 +85,106 @@ def _takes_part(module: nn.Module) -> bool:
 def quiet_pair(pair: nn.Module) -> tuple[Any, Any] | None:
     """(convolution, batch norm) of a pair that folds and that nobody listens to, else None."""
     layers = tuple(pair._modules.values())
-    if len(layers) != 2:
-        return None
-    conv, norm = layers
-    if _takes_part(conv) or _takes_part(norm) or not (is_plain_conv(conv) and folds(conv, norm)):  # type: ignore[arg-type]
-        return None
-    return conv, norm
+    return layers if len(layers) == 2 and _are_quiet(*layers) else None
+
+
+def _are_quiet(conv: Any, norm: Any) -> bool:
+    return not (_takes_part(conv) or _takes_part(norm)) and is_plain_conv(conv) and folds(conv, norm)
 
 
 class FoldedConvNorm(_Folded):
-    """Conv2d followed by a batch norm.
+    """Conv2d followed by a batch norm, and by an activation if one is given.
 
     For inference on the CPU in fp32 the map becomes channels-last, in which oneDNN is fastest, and the weight
     is packed once.
     """
 
-    def forward(self: Any, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, act: nn.Module | None = None) -> torch.Tensor:
         pair = quiet_pair(self)
-        if x.ndim != 4 or pair is None:
+        if x.ndim != 4 or pair is None or _left_to_the_compiler():
             y = super().forward(x)  # type: ignore[misc]
-            return torch.relu(y) if relu else y
-        conv, norm = pair
-        fold = self._vitkernels_fold(conv, norm, fold_conv_norm)
-        # A fold that is traced, transformed or watched is never packable: a FLOP counter knows aten's convolution,
-        # not oneDNN's.
-        if fold.packable and _is_inference(x):
+            return y if act is None else act(y)
+        (fold,) = self._vitkernels_folds([pair])
+        return _convolve(pair[0], fold, x, act)
+
+
+class FoldedChain(_Folded):
+    """Layers one after the other, some of them Conv2d followed by a batch norm, as in FoldedConvNorm."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        layers = chain_of(self)
+        if layers is None or not isinstance(x, torch.Tensor):
+            return super().forward(x)  # type: ignore[misc]
+        if not self.training and _wants_channels_last(layers, x):
             x = x.contiguous(memory_format=torch.channels_last)
-            if packed.pays(conv, x):
-                weight = fold.packed.get(x.shape)
-                if weight is None:
-                    weight = _pack(conv, fold, x)
-                return packed.convolve(conv, x, weight, fold.bias, relu)
-        y = conv._conv_forward(x, fold.weight, fold.bias)
-        return torch.relu(y) if relu else y
+        pairs = {place: pair for place, pair in enumerate(itertools.pairwise(layers)) if _are_quiet(*pair)}
+        if not pairs or _left_to_the_compiler():
+            return super().forward(x)  # type: ignore[misc]
+        made = dict(zip(pairs, self._vitkernels_folds([*pairs.values()]), strict=True))
+        place = 0
+        while place < len(layers):
+            if place not in pairs or x.ndim != 4:
+                x = layers[place](x)
+                place += 1
+                continue
+            act = layers[place + 2] if place + 2 < len(layers) and rides(layers[place + 2]) else None
+            x = _convolve(layers[place], made[place], x, act)
+            place += 2 if act is None else 3
+        return x
+
+
+def _wants_channels_last(layers: Sequence[nn.Module], x: torch.Tensor) -> bool:
+    """Whether the map should become channels-last although it is on a GPU: for inference in half precision through a
+    depthwise convolution. Of NCHW maps PyTorch runs those without cuDNN (7 x 7 on an H200 took 1.3 ms where memory
+    would take 0.04), and cuDNN turns the map of every other convolution around and back.
+    """
+    return (
+        x.is_cuda
+        and x.ndim == 4
+        and compute_dtype(x) in (torch.float16, torch.bfloat16)
+        and not torch.is_grad_enabled()
+        and any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in layers)
+    )
+
+
+def _left_to_the_compiler() -> bool:
+    """Whether torch.compile traces: it computes norms with what follows them, where it would make a fold in every
+    call.
+    """
+    return torch.compiler.is_compiling()
+
+
+# Modules other than sequences that run these children in this order, and nothing else: those of MedViTV2 and of the
+# networks that it took them from.
+_CHAINS = {
+    "ConvBNReLU": ("conv", "norm", "act"),
+    "PatchEmbed": ("avgpool", "conv", "norm"),
+    "MHCA": ("group_conv3x3", "norm", "act", "projection"),
+}
+
+
+def chain_of(module: Any) -> tuple[Any, ...] | None:
+    """The layers that a module runs one after the other; None where it does something else."""
+    cls = module.vitkernels_original if isinstance(module, Patched) else type(module)
+    children = module._modules
+    if cls.forward is nn.Sequential.forward:
+        return tuple(children.values())
+    names = _CHAINS.get(cls.__name__, ())
+    return tuple(children[name] for name in names) if names and children.keys() == set(names) else None
+
+
+def _convolve(conv: nn.Conv2d, fold: _Fold, x: torch.Tensor, act: nn.Module | None) -> torch.Tensor:
+    # A fold that is traced, transformed or watched is never packable: a FLOP counter knows aten's convolution, not
+    # oneDNN's.
+    if fold.packable and _is_inference(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        if packed.pays(conv, x):
+            weight = fold.packed.get(x.shape)
+            if weight is None:
+                weight = _pack(conv, fold, x)
+            return packed.convolve(conv, x, weight, fold.bias, act)
+    y = conv._conv_forward(x, fold.weight, fold.bias)
+    return y if act is None else act(y)
 
 
 def _pack(conv: nn.Conv2d, fold: _Fold, x: torch.Tensor) -> torch.Tensor:
@@ -132,15 +215,19 @@ class FoldedNormLinear(_Folded):
             and all(type(layer).forward in _NOTHING_IN_EVAL_MODE for layer in between)
         ):
             return super().forward(x)  # type: ignore[misc]
-        fold = self._vitkernels_fold(linear, norm, fold_norm_linear)
+        (fold,) = self._vitkernels_folds([(norm, linear)], fold_norm_linear)
         return F.linear(x, fold.weight, fold.bias)
 
 
-def with_relu(conv: Any, act: Any, x: torch.Tensor) -> torch.Tensor:
-    """act(conv(x)), in one call where the ReLU can ride on the convolution."""
-    fused = type(act) is nn.ReLU and "forward" not in act.__dict__ and isinstance(conv, FoldedConvNorm)
-    if fused and not (has_hooks(act) or has_hooks(conv)):
-        return conv(x, relu=True)
+def rides(act: Any) -> bool:
+    """Whether it is an activation that a convolution can take along, and that nobody listens to."""
+    return type(act) in packed.ACTIVATIONS and not has_hooks(act)
+
+
+def with_act(conv: Any, act: Any, x: torch.Tensor) -> torch.Tensor:
+    """act(conv(x)), in one call where the activation can ride on the convolution."""
+    if rides(act) and isinstance(conv, FoldedConvNorm) and not has_hooks(conv):  # type: ignore[arg-type]
+        return conv(x, act)  # type: ignore[operator]
     return act(conv(x))
 
 
@@ -148,12 +235,12 @@ class FusedFFN(Patched):
     """Two pointwise convolutions with a ReLU between."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.pw2(with_relu(self.pw1, self.act, x))
+        return self.pw2(with_act(self.pw1, self.act, x))
 
 
 class FusedPatchMerging(Patched):
     """The inverted bottleneck between EfficientViT's stages."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        x = with_relu(self.conv2, self.act, with_relu(self.conv1, self.act, x))
+        x = with_act(self.conv2, self.act, with_act(self.conv1, self.act, x))
         return self.conv3(self.se(x))

@@ -14,7 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vitkernels.core.backends import backend as backend_scope
 from vitkernels.nn.cascaded_group_attention import bias_side
 from vitkernels.nn.conv_norm import is_plain_conv, is_plain_norm
-from vitkernels.patching.folding import FoldedConvNorm, FoldedNormLinear, FusedFFN, FusedPatchMerging
+from vitkernels.patching.folding import (
+    FoldedChain,
+    FoldedConvNorm,
+    FoldedNormLinear,
+    FusedFFN,
+    FusedPatchMerging,
+    chain_of,
+)
 from vitkernels.patching.layers import (
     Patched,
     WindowedCascade,
@@ -32,11 +39,16 @@ from vitkernels.patching.residuals import FusedBlock, FusedResidual, FusedSequen
 
 @dataclass(frozen=True)
 class Match:
-    """What apply can do with a layer: a mixin and what to call it, or the reason why not."""
+    """What apply can do with a layer: a mixin and what to call it, or the reason why not.
+
+    Attributes:
+        covered: children that the replaced forward does not call, as a rule; None: all.
+    """
 
     mixin: type[Patched] | None
     kernel: str = ""
     reason: str = ""
+    covered: tuple[nn.Module, ...] | None = None
 
 
 def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
@@ -81,10 +93,15 @@ def match_fold(module: nn.Module, proven: dict[Any, str]) -> Match | None:
     norms = [child for child in children if isinstance(child, _BatchNorm)]
     if not norms:
         return _match_container(module, children, proven)
-    if not _is_sequence(module):
+    chain = None if "forward" in module.__dict__ else chain_of(module)
+    if chain is None:
         return Match(None, reason="its batch norm is not in a plain sequence of layers")
     if not all(_is_plain_norm(norm) for norm in norms):
         return Match(None, reason="its batch norm has a forward of its own")
+    if not _is_sequence(module):
+        if reason := _prove(module, FoldedChain, proven):
+            return Match(None, reason=reason)
+        return _match_chain(chain)
     if _is_conv_norm(children):
         match, norm, layer = Match(FoldedConvNorm, "batch norm folded"), children[1], children[0]
     elif _is_norm_linear(children):
@@ -92,9 +109,22 @@ def match_fold(module: nn.Module, proven: dict[Any, str]) -> Match | None:
     elif is_stem(children):
         return Match(FusedStem, "GELU in place")
     else:
-        return Match(None, reason="not a Conv2d + batch norm or BatchNorm1d + Linear pair")
+        return _match_chain(chain)
     reason = _why_no_constants(layer, norm)
     return Match(None, reason=reason) if reason else match
+
+
+def _match_chain(chain: tuple[nn.Module, ...]) -> Match:
+    pairs = [pair for pair in itertools.pairwise(chain) if _is_conv_norm([*pair])]
+    reasons = [_why_no_constants(*pair) for pair in pairs] or [
+        "not a Conv2d + batch norm or BatchNorm1d + Linear pair"
+    ]
+    if all(reasons):
+        return Match(None, reason=reasons[0])
+    covered = tuple(
+        itertools.chain(*(pair for pair, reason in zip(pairs, reasons, strict=True) if not reason))
+    )
+    return Match(FoldedChain, "batch norms folded", covered=covered)
 
 
 def _why_no_constants(layer: Any, norm: Any) -> str:

@@ -15,6 +15,9 @@ from torch import nn
 _convolve: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _reorder: Any = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None)
 
+# The activations that oneDNN computes together with a convolution, by its names for them.
+ACTIVATIONS = {nn.ReLU: "relu", nn.Hardswish: "hardswish", nn.GELU: "gelu"}
+
 # Below this many multiply-adds a dense convolution costs less than oneDNN's call does.
 _LEAST_WORK = 1_000_000
 
@@ -47,8 +50,9 @@ def pack(conv: nn.Conv2d, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor
 
 
 def convolve(
-    conv: nn.Conv2d, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, relu: bool = False
+    conv: nn.Conv2d, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, act: Any = None
 ) -> torch.Tensor:
-    """The convolution of a channels-last map with a packed weight, then ReLU if asked. Not differentiable."""
-    after = "relu" if relu else "none"
-    return _convolve(x, packed, bias, conv.padding, conv.stride, conv.dilation, conv.groups, after, [], "")
+    """The convolution of a channels-last map with a packed weight, then one of ACTIVATIONS. Not differentiable."""
+    after = "none" if act is None else ACTIVATIONS[type(act)]
+    kind = act.approximate if after == "gelu" else ""
+    return _convolve(x, packed, bias, conv.padding, conv.stride, conv.dilation, conv.groups, after, [], kind)

@@ -17,8 +17,9 @@ from vitkernels.patching.folding import (
     FusedFFN,
     quiet_pair,
     requires_grad,
+    rides,
     sources_of,
-    with_relu,
+    with_act,
 )
 from vitkernels.patching.layers import Keeping, Patched, WindowedCascade, WindowPartition, runs_as
 
@@ -88,8 +89,8 @@ class FusedSequence(Patched):
         position = 0
         while (child := children[position]) is not None:
             after = children[position + 1]
-            if isinstance(child, FoldedConvNorm) and type(after) is nn.ReLU:
-                x = with_relu(child, after, x)
+            if isinstance(child, FoldedConvNorm) and rides(after):
+                x = with_act(child, after, x)
                 position += 2
             elif is_depthwise_unit(child) and is_ffn_unit(after):
                 x = residual_unit(child, after, x)

@@ -121,12 +121,11 @@ def prepare_packed(inputs: Inputs, training: bool) -> Function:
         (conv, packed.pack(conv, weight, wide if conv.in_channels == 2 * c else x), bias)
         for conv, weight, bias in layers
     )
+    relu = nn.ReLU()
 
     def run(x: Tensor, **_: Tensor) -> Tensor:
         u = x + packed.convolve(dw[0], x.contiguous(memory_format=torch.channels_last), *dw[1:])
-        return u + packed.convolve(
-            second[0], packed.convolve(first[0], u, *first[1:], relu=True), *second[1:]
-        )
+        return u + packed.convolve(second[0], packed.convolve(first[0], u, *first[1:], relu), *second[1:])
 
     return run
 
