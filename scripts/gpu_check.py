@@ -400,7 +400,13 @@ def breakdown_of(
 
 def summary(args: argparse.Namespace) -> int:
     """A short table of every benchmark file."""
-    for path in sorted(args.directory.glob("bench_*.json")):
+    if not args.directory.is_dir():
+        print(f"summary: there is no folder {args.directory}", file=sys.stderr)
+        return 2
+    paths = sorted(args.directory.glob("bench_*.json"))
+    if not paths:
+        print(f"nothing was benchmarked: no bench_*.json in {args.directory}")
+    for path in paths:
         content = json.loads(path.read_text())
         gpus = [gpu["name"] for gpu in content["environment"]["gpus"]] or [
             content["environment"]["cpu"]["name"]

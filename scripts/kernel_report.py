@@ -403,6 +403,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(
                 f"--target: expected a compute capability such as {' or '.join(TARGETS)}; got {target!r}"
             )
+    if options.json not in (None, "-") and not (folder := Path(options.json).absolute().parent).is_dir():
+        parser.error(f"--json: there is no folder {folder}")
     rows = collect(
         tuple(options.target or TARGETS),
         (options.only,) if options.only else ("cuda", "triton"),

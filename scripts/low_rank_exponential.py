@@ -10,6 +10,7 @@ largest errors of each series.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from math import factorial
 
@@ -59,7 +60,11 @@ def errors(series: Series, phi: np.ndarray, psi: np.ndarray) -> tuple[float, flo
     return abs(function).max(), abs(derivative).max()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     for series in SERIES:
         print(series)
         phi, psi = find(series)
@@ -68,3 +73,7 @@ if __name__ == "__main__":
             # From the first power of j's parity that Taylor's terms leave.
             print("kShape", *(f"{c:.9g}" for c in psi[series.taylor + (j - series.taylor) % 2 :: 2, j]))
         print("errors {:.1e} {:.1e}".format(*errors(series, phi, psi)))
+
+
+if __name__ == "__main__":
+    main()

@@ -208,3 +208,12 @@ def test_breakdown_lists_what_takes_the_time(monkeypatch, capsys):
     assert "vitkernels::cascaded_group_attention" in printed
     assert "=== no_such 1: FAILED ValueError" in printed
     assert "=== no_batch: FAILED ValueError" in printed
+
+
+def test_summary_says_when_there_is_nothing_to_sum_up(monkeypatch, capsys, tmp_path):
+    for folder, code in ((tmp_path, 0), (tmp_path / "nosuch", 2)):
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "summary", str(folder)])
+        assert gpu_check.main() == code
+    printed = capsys.readouterr()
+    assert printed.out == f"nothing was benchmarked: no bench_*.json in {tmp_path}\n"
+    assert printed.err == f"summary: there is no folder {tmp_path / 'nosuch'}\n"

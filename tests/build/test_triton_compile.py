@@ -203,3 +203,12 @@ def test_a_target_is_a_compute_capability(target: str, capsys: pytest.CaptureFix
         kernel_report.main(["--target", target])
     assert stopped.value.code == 2
     assert f"expected a compute capability such as 80 or 90a; got '{target}'" in capsys.readouterr().err
+
+
+def test_a_report_that_could_not_be_written_is_not_begun(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        kernel_report.main(["--json", str(tmp_path / "nosuch" / "report.json")])
+    assert stopped.value.code == 2
+    assert f"--json: there is no folder {tmp_path / 'nosuch'}" in capsys.readouterr().err
