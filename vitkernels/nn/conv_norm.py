@@ -49,16 +49,16 @@ class NormLinear(nn.Sequential):
 
 
 def fold_conv_norm(
-    conv: nn.Conv2d, norm: _BatchNorm, out_dtype: torch.dtype | None = None
+    conv: nn.Conv2d | nn.Linear, norm: _BatchNorm, out_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the one convolution equal to `norm(conv(x))` in eval mode. Differentiable.
+    """Weight and bias of the one convolution (or linear layer) equal to `norm(conv(x))` in eval mode. Differentiable.
 
     Args:
         out_dtype: of the result; default: the convolution's.
     """
     factor, bias, dtype = affine(norm, conv)
     out_dtype = out_dtype or conv.weight.dtype
-    weight = conv.weight.to(dtype) * factor.view(-1, 1, 1, 1)
+    weight = conv.weight.to(dtype) * factor.view(-1, *(1,) * (conv.weight.ndim - 1))
     return weight.to(out_dtype), bias.to(out_dtype)
 
 
@@ -72,7 +72,7 @@ def fold_norm_linear(norm: _BatchNorm, linear: nn.Linear) -> tuple[torch.Tensor,
     return (matrix * factor).to(linear.weight.dtype), bias.to(linear.weight.dtype)
 
 
-def affine(norm: _BatchNorm, conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+def affine(norm: _BatchNorm, conv: nn.Conv2d | nn.Linear) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
     """(factor, shift, dtype) with norm(conv(x)) = factor * (weight x) + shift in eval mode. Differentiable."""
     factor, shift, dtype = _affine(norm, conv.weight)
     return factor, shift if conv.bias is None else shift + factor * conv.bias.to(dtype), dtype

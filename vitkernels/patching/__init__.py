@@ -75,14 +75,15 @@ def apply(
 ) -> Report:
     """Replaces the forward of the layers that have a kernel, in place and reversibly.
 
-    Supported: cascaded group attention and its windows (EfficientViT of timm, of the official code, and
-    copies of it: a layer matched by its class name is then compared with the kernel on random weights);
-    neighborhood attention on sequences and maps (NATTEN of every version, and copies of it); polyline path
-    attention (the official code of PPMA, and copies of it); and, while their norms are in eval mode, the pairs of
-    Conv2d + batch norm and of batch norm + Linear in plain sequences of layers (and those of MedViTV2's blocks, of
-    copies of these too) as one layer each, EfficientViT's residual units around the mixer as one kernel, and
-    S2AFormer's GELUs and residual sums in place where no gradient is asked for. In train mode pairs run as before,
-    and under torch.compile, which fuses norms itself.
+    Supported: cascaded group attention and its windows (EfficientViT of timm, of the official code, and copies of
+    it); neighborhood attention on sequences and maps (NATTEN of every version, and copies of it); polyline path
+    attention (the official code of PPMA, and copies of it); attention with a table of relative biases (TinyViT, LeViT
+    and Swin of timm, and copies of them; Swin's shifted windows run as before). A layer matched by its name or
+    attributes is compared with the kernel on random weights first. While their norms are in eval mode, the pairs of
+    Conv2d + batch norm and of batch norm + Linear in plain sequences of layers, and those in the blocks of MedViTV2
+    and LeViT, run as one layer each, EfficientViT's residual units around the mixer as one kernel, and S2AFormer's
+    GELUs and residual sums in place where no gradient is asked for. In train mode pairs run as before, and under
+    torch.compile, which fuses norms itself.
     Parameters, children, hooks and `state_dict` stay as they are (of hooks and token_merging see there); the model
     trains, compiles, copies, pickles and exports as before. Calling it again changes nothing. `revert` undoes it.
 

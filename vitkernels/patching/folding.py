@@ -154,9 +154,10 @@ def _left_to_the_compiler() -> bool:
     return torch.compiler.is_compiling()
 
 
-# Modules other than sequences that run these children in this order, and nothing else: those of MedViTV2 and of the
-# networks that it took them from.
+# Modules other than sequences that run these children in this order, and nothing else: those of MedViTV2, of the
+# networks that it took them from, and of LeViT.
 _CHAINS = {
+    "ConvNorm": ("linear", "bn"),
     "ConvBNReLU": ("conv", "norm", "act"),
     "PatchEmbed": ("avgpool", "conv", "norm"),
     "MHCA": ("group_conv3x3", "norm", "act", "projection"),
@@ -217,6 +218,27 @@ class FoldedNormLinear(_Folded):
             return super().forward(x)  # type: ignore[misc]
         (fold,) = self._vitkernels_folds([(norm, linear)], fold_norm_linear)
         return F.linear(x, fold.weight, fold.bias)
+
+
+class FoldedLinearNorm(_Folded):
+    """Linear followed by a batch norm over all tokens of all sequences, as LeViT has it."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        pair = tuple(self._modules.values())
+        quiet = x.ndim == 3 and len(pair) == 2 and not any(map(_takes_part, pair))
+        if not quiet or _left_to_the_compiler():
+            return super().forward(x)  # type: ignore[misc]
+        linear, norm = pair
+        if type(linear).forward is not nn.Linear.forward or not folds(linear, norm):
+            return super().forward(x)  # type: ignore[misc]
+        (fold,) = self._vitkernels_folds([(linear, norm)])
+        return F.linear(x, fold.weight, fold.bias)
+
+    @staticmethod
+    def vitkernels_trial_shape(module: Any) -> tuple[int, ...]:
+        """An input of the proof."""
+        linear, _ = module.children()
+        return 2, 5, linear.in_features
 
 
 def rides(act: Any) -> bool:

@@ -17,6 +17,7 @@ from vitkernels.nn.conv_norm import is_plain_conv, is_plain_norm
 from vitkernels.patching.folding import (
     FoldedChain,
     FoldedConvNorm,
+    FoldedLinearNorm,
     FoldedNormLinear,
     FusedFFN,
     FusedPatchMerging,
@@ -35,6 +36,14 @@ from vitkernels.patching.neighborhood import Neighborhood, rank_of, why_not_neig
 from vitkernels.patching.perception import FusedPerceptionBlock, FusedStem, is_block, is_stem
 from vitkernels.patching.polyline import PolylinePath, is_polyline, why_not_polyline
 from vitkernels.patching.residuals import FusedBlock, FusedResidual, FusedSequence
+from vitkernels.patching.windows import (
+    AbsoluteBias,
+    SignedBias,
+    has_absolute_bias,
+    has_signed_bias,
+    why_not_absolute_bias,
+    why_not_signed_bias,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,10 @@ def match_attention(module: nn.Module, proven: dict[Any, str]) -> Match | None:
         mixin, kernel, reason = Neighborhood, "neighborhood_attention", why_not_neighborhood(module)
     elif is_polyline(module):
         mixin, kernel, reason = PolylinePath, "polyline_path_attention", why_not_polyline(module)
+    elif has_absolute_bias(module):
+        mixin, kernel, reason = AbsoluteBias, "window_attention", why_not_absolute_bias(module)
+    elif has_signed_bias(module):
+        mixin, kernel, reason = SignedBias, "window_attention", why_not_signed_bias(module)
     elif "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower():
         ours = type(module).__module__.startswith("vitkernels.")
         return Match(None, reason="calls its kernel itself" if ours else "no kernel for this class")
@@ -93,6 +106,9 @@ def match_fold(module: nn.Module, proven: dict[Any, str]) -> Match | None:
     norms = [child for child in children if isinstance(child, _BatchNorm)]
     if not norms:
         return _match_container(module, children, proven)
+    if _is_linear_norm(module, children):
+        reason = _why_no_constants(*children) or _prove(module, FoldedLinearNorm, proven)
+        return Match(None, reason=reason) if reason else Match(FoldedLinearNorm, "batch norm folded")
     chain = None if "forward" in module.__dict__ else chain_of(module)
     if chain is None:
         return Match(None, reason="its batch norm is not in a plain sequence of layers")
@@ -124,7 +140,8 @@ def _match_chain(chain: tuple[nn.Module, ...]) -> Match:
     covered = tuple(
         itertools.chain(*(pair for pair, reason in zip(pairs, reasons, strict=True) if not reason))
     )
-    return Match(FoldedChain, "batch norms folded", covered=covered)
+    kernel = "batch norm folded" if len(covered) == 2 else "batch norms folded"
+    return Match(FoldedChain, kernel, covered=covered)
 
 
 def _why_no_constants(layer: Any, norm: Any) -> str:
@@ -208,6 +225,18 @@ def _is_norm_linear(children: list[Any]) -> bool:
         and all(_is_plain(m, nn.Dropout) or _is_plain(m, nn.Identity) for m in between)
         and _is_plain(last, nn.Linear)
         and norm.num_features == last.in_features
+    )
+
+
+def _is_linear_norm(module: nn.Module, children: list[Any]) -> bool:
+    """Whether it is one of LeViT's, whose norm takes all tokens for one batch."""
+    return (
+        _class_name(module) in ("LinearNorm", "Linear_BN")
+        and "forward" not in module.__dict__
+        and len(children) == 2
+        and _is_plain(children[0], nn.Linear)
+        and isinstance(children[1], nn.BatchNorm1d)
+        and _is_plain_norm(children[1])
     )
 
 
