@@ -90,8 +90,9 @@ def apply(
     Folded weights follow their sources through training, loading, moving and edits of any kind. On the CPU their
     contents are looked at in every call; on a GPU, and without the compiled extension, an edit in place through
     `parameter.data` is not seen: call apply again after those. They take up to the memory of one more copy of the
-    weights that are folded, and in fp32 on the CPU, where the maps between the layers become channels-last, one more
-    for each of up to three shapes of the input.
+    weights that are folded, and in fp32 on the CPU one more for each of up to three shapes of the input. There, and on
+    GPUs in half precision in sequences with a depthwise convolution, the maps behind folded layers are channels-last:
+    code that reads one by `view` may have to do so by `reshape`.
 
     Args:
         model: a model or a part of one.
