@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -190,6 +191,38 @@ def test_depthwise_convolutions_on_a_gpu_run_in_channels_last(monkeypatch: pytes
         chain(x)
     formats = [given.is_contiguous(memory_format=torch.channels_last) for given in seen]
     assert formats == [True, True, False], "eval, compiled, train"
+
+
+def test_pointwise_convolutions_of_channels_last_maps_are_products_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pointwise, x = nn.Conv2d(4, 6, 1), torch.empty(2, 4, 7, 7)
+    with FakeTensorMode():
+        nchw = torch.empty(2, 4, 7, 7, device="cuda")
+        nhwc = torch.empty_strided((2, 4, 7, 7), (196, 1, 28, 4), device="cuda")
+    assert folding._is_product(pointwise, nhwc)
+    assert not folding._is_product(pointwise, nchw)
+    assert not folding._is_product(pointwise, x.contiguous(memory_format=torch.channels_last))
+    for other in ({"stride": 2}, {"padding": 1}, {"padding": "same"}, {"groups": 2}, {"kernel_size": 3}):
+        assert not folding._is_product(nn.Conv2d(4, 6, **{"kernel_size": 1, **other}), nhwc)
+
+    for dtype in (torch.float64, torch.bfloat16):
+        chain, x = inverted_bottleneck(nn.Hardswish()), maps().contiguous(memory_format=torch.channels_last)
+        expected = chain(x)
+        vitkernels.apply(chain.to(dtype), verbose=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(folding, "_is_product", lambda conv, x: conv.kernel_size == (1, 1))
+            patch.setattr(nn.Conv2d, "_conv_forward", only_depthwise_and_last)
+            got = chain(x.to(dtype))
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(got.float(), expected) < (2e-2 if dtype is torch.bfloat16 else 1e-6)
+
+
+def only_depthwise_and_last(
+    conv: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: Any
+) -> torch.Tensor:
+    assert conv.groups > 1 or conv.out_channels == 2
+    return nn.functional.conv2d(x, weight, bias, padding=conv.padding, groups=conv.groups)
 
 
 @pytest.mark.gpu

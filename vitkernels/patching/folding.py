@@ -184,8 +184,25 @@ def _convolve(conv: nn.Conv2d, fold: _Fold, x: torch.Tensor, act: nn.Module | No
             if weight is None:
                 weight = _pack(conv, fold, x)
             return packed.convolve(conv, x, weight, fold.bias, act)
-    y = conv._conv_forward(x, fold.weight, fold.bias)
+    if _is_product(conv, x):
+        y = F.linear(x.permute(0, 2, 3, 1), fold.weight.flatten(1), fold.bias).permute(0, 3, 1, 2)
+    else:
+        y = conv._conv_forward(x, fold.weight, fold.bias)
     return y if act is None else act(y)
+
+
+def _is_product(conv: nn.Conv2d, x: torch.Tensor) -> bool:
+    """Whether a convolution on a GPU is to be a matrix product, which adds the bias itself: after cuDNN's convolution
+    PyTorch adds it in a pass over the map, and there is a bias now that the norm is folded.
+    """
+    return (
+        x.is_cuda
+        and conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _pack(conv: nn.Conv2d, fold: _Fold, x: torch.Tensor) -> torch.Tensor:
