@@ -63,7 +63,7 @@ struct BackwardScratch {
     minus_delta = scratch.take<T>(used * sorted.pitch);
     sums_across = scratch.take<T>(used * expansion.pitch * lanes);
     k_across = scratch.take<T>(used * expansion.key_pitch * lanes);
-    k_dots = scratch.take<T>(used * expansion.key_pitch * lanes);
+    k_dots = scratch.take<T>(used * lanes * (expansion.key_pitch + kLanes<T>));
     k = scratch.take<T>(copy_size<T>(tiles.keys, params.key_dim));
     v = scratch.take<T>(copy_size<T>(tiles.keys, params.value_dim));
     q = scratch.take<T>(r * width);
@@ -122,7 +122,8 @@ bool expand_head(const Params& p, BackwardScratch<T>& w, int64_t b, int64_t h) {
   Expansion<T>& e = w.expansion;
   if (!may_expand(p) || !range_of_keys(w.k, w.tiles.keys, &lowest_k, &highest_k) ||
       !range_of_queries<E>(p, w.tiling, b, h, w.q, &lowest_x, &highest_x) ||
-      !e.place(w.k, lowest_k, highest_k, lowest_x, highest_x) || !pays(p, e.bins, e.terms))
+      !e.place(w.k, lowest_k, highest_k, lowest_x, highest_x,
+               [&](int bins, int terms) { return pays(p, bins, terms); }))
     return false;
   e.read(tokens<const E>(p.v, b, h));
   for (int bin = 0; bin < e.bins; ++bin)
@@ -193,19 +194,16 @@ void expanded_tile(const Params& p, const BackwardScratch<T>& w, int64_t b, int6
   const Sorted<T>& sorted = w.sorted;
   const int start = w.tiling.start(tile), queries = w.tiling.lanes(tile), dv = p.value_dim, lanes = e.lanes();
   const Matrix<const E> q = tokens<const E>(p.q, b, h);
-  read_numbers(w.q, q.data + start * q.token, q.token, queries, static_cast<T>(p.scale));
+  if (w.tiling.count > 1)  // else they are there since their range was taken
+    read_numbers(w.q, q.data + start * q.token, q.token, queries, static_cast<T>(p.scale));
   sorted.sort(e, w.q, queries);
   const Rows<T> g = read_sorted<E, T>(p, w, b, h, start, queries);
   for (int bin = 0; bin < e.bins; ++bin) {
     const int first = sorted.begin[bin], count = sorted.begin[bin + 1] - first;
     if (count)
-      multiply<T>(lanes / L, {count, dv, g.at(first), g.pitch, 1,
-                              w.moments_across + static_cast<ptrdiff_t>(bin) * dv * lanes, lanes, nullptr, 0,
-                              w.across + static_cast<ptrdiff_t>(first) * lanes, lanes});
+      dots(count, g.at(first), g.pitch, w.moments_across + static_cast<ptrdiff_t>(bin) * dv * lanes, lanes,
+           dv, w.dots + first, sorted.pitch, w.across);
   }
-  // Lanes beyond the terms, and queries beyond the last, are transposed with the others: whole blocks are
-  // faster.
-  pack(w.dots, sorted.pitch, w.across, 1, lanes, lanes, round_up_lanes<T>(queries), T(1));
   with_terms(e.terms, [&](auto terms) { differentiate<decltype(terms)::value>(w); });
   const Matrix<E> to = tokens<E>(p.grad_q, b, h);
   for (int i = 0; i < queries && p.grad_q; ++i)
@@ -216,8 +214,10 @@ void expanded_tile(const Params& p, const BackwardScratch<T>& w, int64_t b, int6
     const int first = sorted.begin[bin], count = sorted.begin[bin + 1] - first;
     if (!count) continue;
     T* sums = w.sums_of_g + e.first_term(bin) * e.pitch;
-    multiply<T>(e.pitch / L, {e.terms, count, w.weights + first, sorted.pitch, 1, g.at(first), g.pitch, sums,
-                              e.pitch, sums, e.pitch});
+    with_terms(e.terms, [&](auto terms) {
+      sum_rows<decltype(terms)::value>(count, e.pitch / L, w.weights + first, sorted.pitch, g.at(first),
+                                       g.pitch, true, sums, e.pitch);
+    });
     T of_delta[kMostTerms + L];
     lane_dots<T>(of_delta, 1, w.weights + first, sorted.pitch, e.terms, w.minus_delta + first, count);
     for (int j = 0; j < e.terms; ++j) w.sums_of_delta[e.first_term(bin) + j] += of_delta[j];
@@ -237,26 +237,32 @@ void expanded_sums(const Params& p, const BackwardScratch<T>& w, T* grad_k, T* g
   constexpr int L = kLanes<T>;
   const Expansion<T>& e = w.expansion;
   const int keys = e.keys, pitch = e.pitch, terms = e.bins * e.terms;
-  if (p.grad_v)
+  if (p.grad_v && e.bins == 1)
+    with_terms(e.terms, [&](auto terms) {
+      combine<decltype(terms)::value>(keys, pitch / L, e.powers, e.key_pitch, w.sums_of_g, pitch, grad_v,
+                                      v_pitch);
+    });
+  else if (p.grad_v)
     multiply<T>(pitch / L,
                 {keys, terms, e.powers, 1, e.key_pitch, w.sums_of_g, pitch, nullptr, 0, grad_v, v_pitch});
   if (!p.grad_k) return;
-  multiply<T>(e.key_pitch / L,
-              {1, terms, w.sums_of_delta, 0, 1, e.slopes, e.key_pitch, nullptr, 0, w.k_sums, e.key_pitch});
-  // <[v_m | 1], X_m> as the sum over j of what X_m takes G_j times by <G_j, v_m>
-  const int lanes = e.lanes();
+  const int lanes = e.lanes(), dots_pitch = e.key_pitch + L;
   for (int bin = 0; bin < e.bins; ++bin) {
     pack(w.sums_across, lanes, w.sums_of_g + e.first_term(bin) * pitch, 1, pitch, pitch, e.terms, T(1));
-    multiply<T>(lanes / L, {keys, pitch, e.values.data, e.values.pitch, 1, w.sums_across, lanes, nullptr, 0,
-                            w.k_across, lanes});
-    pack(w.k_dots, e.key_pitch, w.k_across, 1, lanes, lanes, e.key_pitch, T(1));
-    const T* slopes = e.slopes + e.first_term(bin) * e.key_pitch;
-    for (int m = 0; m < e.key_pitch; m += L) {
-      Vec<T> sum = load(w.k_sums + m);
-      for (int j = 0; j < e.terms; ++j)
-        sum += load(slopes + j * e.key_pitch + m) * load(w.k_dots + j * e.key_pitch + m);
-      store(w.k_sums + m, sum);
-    }
+    dots(keys, e.values.data, e.values.pitch, w.sums_across, lanes, pitch, w.k_dots, dots_pitch, w.k_across);
+    with_terms(e.terms, [&](auto count) {
+      constexpr int kTerms = decltype(count)::value;
+      const T *of_delta = w.sums_of_delta + e.first_term(bin),
+              *weights = e.powers + e.first_term(bin) * e.key_pitch;  // psi_0 is 1
+      for (int m = 0; m < keys; m += L) {
+        Vec<T> factor[kTerms], value, slope;
+#pragma GCC unroll 16
+        for (int j = 0; j < kTerms; ++j) factor[j] = load(w.k_dots + j * dots_pitch + m) + of_delta[j];
+        sum_key_terms<kTerms, T>(load(e.kappa + m), factor, &value, &slope);
+        const Vec<T> sum = load(weights + m) * (value * e.center[bin] + slope * (1 / e.hk));
+        store(w.k_sums + m, bin ? load(w.k_sums + m) + sum : sum);
+      }
+    });
   }
   for (int m = 0; m < keys; ++m) grad_k[m] = w.k_sums[m];
 }

@@ -34,7 +34,7 @@ struct ForwardScratch {
     top = scratch.take<T>(width);
     sum = scratch.take<T>(sorted.pitch);
     rescale = scratch.take<T>(width);
-    inverse = scratch.take<T>(sorted.pitch);
+    inverse = scratch.take<T>(width);
     size = scratch.used;
   }
 };
@@ -148,7 +148,8 @@ Head<T> read_head(const Params& p, ForwardScratch<T>& w, int64_t b, int64_t h) {
       Expansion<T>& e = w.expansion;
       T lowest, highest;
       if (finite && may_expand(p) && range_of_queries<E>(p, w.tiling, b, h, w.q, &lowest, &highest) &&
-          e.place(w.k, head.lowest, head.highest, lowest, highest) && pays(p, e.bins, e.terms)) {
+          e.place(w.k, head.lowest, head.highest, lowest, highest,
+                  [&](int bins, int terms) { return pays(p, bins, terms); })) {
         e.read(tokens<const E>(p.v, b, h));
         head.expanded = true;
         return head;
@@ -200,11 +201,13 @@ void evaluate(const ForwardScratch<T>& w, bool wants_lse) {
 #pragma GCC unroll 16
       for (int j = 0; j < kTerms; ++j) {
         const Vec<T> term = phi.term(j);
-        store(w.p + static_cast<ptrdiff_t>(j) * sorted.pitch + i, term);
         (j % 2 ? odd : even) += term * ones[j];
       }
       const Vec<T> sum = even + odd;
-      store(w.inverse + i, T(1) / sum);
+      const Vec<T> inverse = T(1) / sum;
+#pragma GCC unroll 16
+      for (int j = 0; j < kTerms; ++j)
+        store(w.p + static_cast<ptrdiff_t>(j) * sorted.pitch + i, inverse * phi.term(j));
       if (wants_lse) store(w.sum + i, e.top[bin] + away * e.kc + log_softmax<T>(sum));
     }
   }
@@ -228,9 +231,10 @@ void expanded_tile(const Params& p, const ForwardScratch<T>& w, Matrix<E> to, Ma
   for (int bin = 0; bin < e.bins; ++bin) {
     const int first = sorted.begin[bin], count = sorted.begin[bin + 1] - first;
     if (count)
-      multiply<T>(w.pitch / kLanes<T>,
-                  {count, e.terms, w.p + first, 1, sorted.pitch, e.moment(bin), e.pitch, nullptr, 0,
-                   out + first * pitch, pitch, nullptr, nullptr, w.inverse + first});
+      with_terms(e.terms, [&](auto terms) {
+        combine<decltype(terms)::value>(count, w.pitch / kLanes<T>, w.p + first, sorted.pitch, e.moment(bin),
+                                        e.pitch, out + first * pitch, pitch);
+      });
   }
   for (int i = 0; i < queries && out == w.out; ++i)
     write_rows(Matrix<E>{to.data + sorted.order[i] * to.token, to.token, 1}, out + i * pitch, w.pitch, 1,
@@ -258,10 +262,11 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     current = bh;
     const Matrix<const E> q = tokens<const E>(p.q, b, h);
     const E* first = q.data + start * q.token;
-    if (p.key_dim == 1)
-      read_numbers(w.q, first, q.token, queries, static_cast<T>(p.scale));
-    else
+    const bool there = head.expanded && tiling.count == 1;  // since their range was taken
+    if (p.key_dim > 1)
       pack(w.q, width, first, 1, q.token, p.key_dim, queries, static_cast<T>(p.scale));
+    else if (!there)
+      read_numbers(w.q, first, q.token, queries, static_cast<T>(p.scale));
 
     const Matrix<E> to = tokens<E>(p.out, b, h);
     const Matrix<T> lse = p.lse ? tokens<T>(p.lse, b, h) : Matrix<T>{};

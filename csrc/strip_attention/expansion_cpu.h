@@ -11,17 +11,18 @@
 //   E_j = <g, M_j>: from sums over j of phi_j E_j and phi_j' E_j come <g, out> and sum_m P kappa <g, v>, thus
 //   delta and grad_q; G_j = sum_n phi_j zeta [g | -delta], from which key m takes w_m sum_j psi_j(kappa_m)
 //   G_j for grad_v and, with w_m (xc psi_j + psi_j' / hk) in place of w_m psi_j, X_m for grad_k = <[v_m | 1],
-//   X_m>.
+//   X_m>, where <[v_m | 1], G_j> comes first.
 // Most heads of a network need one bin. Where a head's logits spread so far that there are too many, where a
 // number is not finite, and in float64 the weights are computed one by one.
 #pragma once
+#include "products_cpu.h"
 #include "series_cpu.h"
 
 namespace vitkernels::strip_attention {
 namespace VITKERNELS_ISA {
 
 constexpr int kMaxBins = 4;
-constexpr float kTame = 2;  // see tame()
+constexpr float kTame = 2;  // see ratio_of_ends()
 constexpr float kFar = Series<kMostTerms>::kReach;
 
 // Whether a head may be expanded at all. Few keys cost less one by one.
@@ -33,10 +34,10 @@ template <class T>
 struct Expansion {
   bool derived;
   int keys, channels, pitch, key_pitch;
-  T *kappa, *weight;    // [m]; [m], of the bin at hand
-  T *powers, *slopes;   // [bin][j][m]: w psi_j, forward of one bin alone; w (xc psi_j + psi_j' / hk)
-  T *copied, *moments;  // [m][c]; [bin][j][c]
-  T ones[kMaxBins * kMostTerms];  // the moments' last column
+  T *kappa, *weight;                          // [m]; [m], of the bin at hand
+  T* powers;                                  // [bin][j][m]: w psi_j
+  T *copied, *moments;                        // [m][c]; [bin][j][c]
+  T ones[kMaxBins * kMostTerms + kLanes<T>];  // the moments' last column
   Rows<T> values{};
   T center[kMaxBins] = {}, top[kMaxBins] = {};  // xc, and the largest xc k, which w is relative to
   const T* k = nullptr;
@@ -53,15 +54,15 @@ struct Expansion {
     const size_t used = may_expand(p) ? 1 : 0, of_bin = used * kMostTerms * key_pitch;
     kappa = scratch.take<T>(used * key_pitch);
     weight = scratch.take<T>(used * key_pitch);
-    powers = scratch.take<T>((derived ? kMaxBins : 1) * of_bin);
-    slopes = scratch.take<T>(derived ? kMaxBins * of_bin : 0);
+    powers = scratch.take<T>(kMaxBins * of_bin);
     copied = scratch.take<T>(used * keys * pitch);
     moments = scratch.take<T>(used * kMaxBins * kMostTerms * pitch);
   }
 
-  // From the ranges of keys and queries: the bins and the terms. False: too many, or not finite. `numbers`
-  // are the keys, zeros beyond them up to a whole vector.
-  bool place(const T* numbers, T lowest_k, T highest_k, T lowest_x, T highest_x) {
+  // From the ranges of keys and queries: the bins, the terms and the powers. False: too many, not finite, or
+  // pays(bins, terms) is false. `numbers` are the keys, zeros beyond them up to a whole vector.
+  template <class Pays>
+  bool place(const T* numbers, T lowest_k, T highest_k, T lowest_x, T highest_x, Pays pays) {
     const T half = (highest_x - lowest_x) / 2;
     k = numbers;
     hk = (highest_k - lowest_k) / 2;
@@ -71,40 +72,43 @@ struct Expansion {
     // A logit that is not finite fails as well.
     if (!(hk >= T(1e-30) && half <= T(1e30) && reach < T(kFar * kMaxBins))) return false;
     if (half > 0 && reach < T(1e-30)) return false;  // u would be no normal number
-    for (bins = static_cast<int>(reach / T(kFar)) + 1; !tame(half); ++bins)
-      if (bins == kMaxBins) return false;
-    terms = reach < bins * T(Series<kFewTerms>::kReach) ? kFewTerms : kMostTerms;
-    bins_per_x = bins > 1 ? bins / (2 * half) : T(0);
-    for (int bin = 0; bin < bins; ++bin) {
-      center[bin] = lowest_x + half * (2 * bin + 1) / bins;
-      top[bin] = center[bin] * (center[bin] >= 0 ? highest_k : lowest_k);
+    for (int m = 0; m < key_pitch; m += kLanes<T>) store(kappa + m, (load(k + m) - kc) * (1 / hk));
+    for (int m = keys; m < key_pitch; ++m) kappa[m] = 0;
+    bins = static_cast<int>(reach / T(kFar)) + 1;
+    while (bins <= kMaxBins) {
+      terms = reach < bins * T(Series<kFewTerms>::kReach) ? kFewTerms : kMostTerms;
+      if (!pays(bins, terms)) return false;
+      bins_per_x = bins > 1 ? bins / (2 * half) : T(0);
+      T ratio = 1;
+      for (int bin = 0; bin < bins && ratio <= T(kTame); ++bin) {
+        center[bin] = lowest_x + half * (2 * bin + 1) / bins;
+        top[bin] = center[bin] * (center[bin] >= 0 ? highest_k : lowest_k);
+        with_terms(terms, [&](auto count) {
+          constexpr int kTerms = decltype(count)::value;
+          fill_powers<kTerms>(bin);
+          ratio = ratio_of_ends<kTerms>(bin, half / bins * hk);
+        });
+      }
+      if (ratio <= T(kTame)) return true;
+      if (!(ratio < T(1e30))) return false;
+      // Parts of a bin have ratios whose product is the bin's: no fewer bins will do.
+      bins = 1 + static_cast<int>(bins * log_softmax<T>(broadcast(ratio))[0] / T(0.6931));
     }
-    return true;
+    return false;
   }
 
   // The terms of a weight round like e^|u kappa|, the weight is e^(u kappa): where a softmax is all but
   // decided against most keys, nothing would be left of them. At the two ends of a bin, between which it is
-  // less, the sums of all weights less kc's must not differ by more than kTame.
-  bool tame(T half) const {
-    T last = 0, last_top = 0;
-    for (int i = 0; i <= bins; ++i) {
-      const T x = low + 2 * half * i / bins, highest = (x < 0 ? -x : x) * hk;
-      Vec<T> sum = {};
-      int m = 0;
-      for (; m + kLanes<T> <= keys; m += kLanes<T>) sum += exp_softmax<T>((load(k + m) - kc) * x - highest);
-      T total = across<T>(sum);
-      if (m < keys) {
-        const Vec<T> rest = exp_softmax<T>((load(k + m) - kc) * x - highest);
-        for (int lane = 0; m + lane < keys; ++lane) total += rest[lane];
-      }
-      if (i) {
-        const T ratio = total / last * exp_softmax<T>(broadcast(highest - last_top))[0];
-        if (!(ratio <= T(kTame) && ratio * T(kTame) >= 1)) return false;
-      }
-      last = total;
-      last_top = highest;
-    }
-    return true;
+  // less, the sums of all weights less kc's must not differ by more than kTame. This is the larger by the
+  // smaller, for ends at -u and u.
+  template <int kTerms>
+  T ratio_of_ends(int bin, T u) const {
+    Vec<T> ends = broadcast(u), sum = {};
+    ends[0] = -u;
+    const Terms<T, kTerms> phi(ends);
+#pragma GCC unroll 16
+    for (int j = 0; j < kTerms; ++j) sum += phi.term(j) * ones[first_term(bin) + j];
+    return sum[0] > sum[1] ? sum[0] / sum[1] : sum[1] / sum[0];
   }
 
   int bin_of(T x) const {
@@ -117,19 +121,16 @@ struct Expansion {
 
   template <class E>
   void read(Matrix<const E> v) {
-    const Vec<T> inverse = broadcast(1 / hk);
-    for (int m = 0; m < key_pitch; m += kLanes<T>) store(kappa + m, (load(k + m) - kc) * inverse);
-    for (int m = keys; m < key_pitch; ++m) kappa[m] = 0;
     if (derived)
       values = centered(v);
     else
       values = read_rows<E, T>(v, keys, channels, T(1), copied);
-    for (int bin = 0; bin < bins; ++bin) {
-      T* to = powers + (derived ? first_term(bin) * key_pitch : 0);
-      with_terms(terms, [&](auto count) { fill_powers<decltype(count)::value>(bin, to); });
-      multiply<T>(pitch / kLanes<T>, {terms, keys, to, key_pitch, 1, values.data, values.pitch, nullptr, 0,
-                                      moments + first_term(bin) * pitch, pitch});
-    }
+    with_terms(terms, [&](auto count) {
+      constexpr int kTerms = decltype(count)::value;
+      for (int bin = 0; bin < bins; ++bin)
+        sum_rows<kTerms>(keys, pitch / kLanes<T>, powers + first_term(bin) * key_pitch, key_pitch,
+                         values.data, values.pitch, false, moments + first_term(bin) * pitch, pitch);
+    });
   }
 
   // Less their mean, which no gradient depends on and which would cancel in all of them.
@@ -180,24 +181,29 @@ struct Expansion {
 
   // to[j][m] = w_m psi_j, and their sums
   template <int kTerms>
-  void fill_powers(int bin, T* to) {
+  void fill_powers(int bin) {
+    T* to = powers + first_term(bin) * key_pitch;
     for (int m = 0; m < key_pitch; m += kLanes<T>)
       store(weight + m, exp_softmax<T>(load(k + m) * center[bin] - top[bin]));
     for (int m = keys; m < key_pitch; ++m) weight[m] = 0;
     Vec<T> sum[kTerms] = {};
     for (int m = 0; m < key_pitch; m += kLanes<T>) {
       const KeyTerms<T, kTerms> psi(load(kappa + m));
-      const Vec<T> w = load(weight + m), per_hk = w * (1 / hk);
+      const Vec<T> w = load(weight + m);
 #pragma GCC unroll 16
       for (int j = 0; j < kTerms; ++j) {
         const Vec<T> power = w * psi.term(j);
         store(to + static_cast<ptrdiff_t>(j) * key_pitch + m, power);
         sum[j] += power;
-        if (derived)
-          store(slopes + (first_term(bin) + j) * key_pitch + m, power * center[bin] + per_hk * psi.slope(j));
       }
     }
-    for (int j = 0; j < kTerms; ++j) ones[first_term(bin) + j] = across<T>(sum[j]);
+#pragma GCC unroll 16
+    for (int first = 0; first < kTerms; first += kLanes<T>) {
+      Vec<T> block[kLanes<T>];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes<T>; ++j) block[j] = first + j < kTerms ? sum[first + j] : Vec<T>{};
+      store(ones + first_term(bin) + first, lane_sums<T>(block));
+    }
   }
 };
 

@@ -38,8 +38,8 @@ VITKERNELS_INLINE bool is_outer(const Params& p) {
 // Numbers of tokens, side by side: to[i] = factor * from[i * step].
 template <class E, class T>
 VITKERNELS_INLINE void read_numbers(T* to, const E* from, ptrdiff_t step, int count, T factor) {
-  // A row stride of 0 keeps `pack` from transposing single numbers.
-  pack(to, 0, from, 0, step, 1, count, factor);
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) to[i] = load_one(from + i * step) * factor;
 }
 
 // While a head is at hand: asks for its share of the next batch entry's rows, of all heads, to read or to
