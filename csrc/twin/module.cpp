@@ -98,7 +98,7 @@ PYBIND11_MODULE(_twin, module) {
   VITKERNELS_PROBE(multiply_bfloat16);
   VITKERNELS_PROBE(multiply_group_half);
   VITKERNELS_PROBE(multiply_group_bfloat16);
-  VITKERNELS_PROBE(write_behind_product);
+  VITKERNELS_PROBE(flawed_product);
   VITKERNELS_PROBE(copy_matrix_tile);
   VITKERNELS_PROBE(load_matrices);
   VITKERNELS_PROBE(round_half);

@@ -54,25 +54,27 @@ VK_KERNEL void load_matrices_kernel(const uint16_t* in, uint32_t* out, int tiles
   for (int i = 0; i < tiles; ++i) out[lane_id() * tiles + i] = tiles == 4 ? four[i] : two[i];
 }
 
-VK_KERNEL void write_behind_product_kernel(int waits) {
+VK_KERNEL void flawed_product_kernel(int flaw) {
 #if defined(VK_WGMMA)
   using Rows = Operand<128, Major::FEATURES_SIDE_BY_SIDE>;
   float* const words = reinterpret_cast<float*>(shared_memory());  // of 64 rows of a, and as many of b
   for (int i = thread_x(); i < 2 * 64 * 32; i += 128) words[i] = 0.0f;
-  fence_async_proxy();
+  if (flaw != 2) fence_async_proxy();
   sync_block();
   float sums[32] = {};
   hold(sums);
-  wgmma_fence();
+  if (flaw != 3) wgmma_fence();
   wgmma<half_t, 64>(sums, Rows(words), Rows(words + 64 * 32));
   wgmma_commit();
-  if (waits != 0) wgmma_wait<0>();
+  if (flaw == 4) hold(sums);
+  if (flaw != 1 && flaw != 5) wgmma_wait<0>();
   sync_block();
   if (thread_x() == 127) words[0] = 1.0f;  // of another warp
+  if (flaw == 5) sync_block();
   wgmma_wait<0>();
   hold(sums);
 #else
-  (void)waits;
+  (void)flaw;
 #endif
 }
 
@@ -88,7 +90,7 @@ VK_KERNEL void copy_tile_kernel(const VK_GRID_CONSTANT MatrixMap map, uint16_t* 
     copy_tile(tile, map, column, row, arrival);
   }
   sync_block();
-  wait_arrival(arrival, use);
+  if (use != -2) wait_arrival(arrival, use);
   for (int i = thread_x(); i < tile_rows * COPIED_COLUMNS; i += 32) {
     const int r = i / COPIED_COLUMNS, c = i % COPIED_COLUMNS;
     out[i] = reinterpret_cast<const uint16_t*>(tile + r * 128 + chunk_of<128>(r, c / 8) * 16)[c % 8];
@@ -228,8 +230,8 @@ void multiply_half(const uint16_t* a, const uint16_t* b, const float* c, float* 
 void multiply_bfloat16(const uint16_t* a, const uint16_t* b, const float* c, float* d, int from) {
   multiply<bfloat16_t>(a, b, c, d, from);
 }
-void write_behind_product(int waits) {
-  launch(write_behind_product_kernel, {}, 128, 2 * 64 * 128, nullptr, waits);
+void flawed_product(int flaw) {
+  launch(flawed_product_kernel, {}, 128, 2 * 64 * 128, nullptr, flaw);
 }
 void copy_matrix_tile(const uint16_t* matrix, uint16_t* out, int rows, int columns, int stride, int tile_rows,
                       int column, int row, int bytes, int use) {

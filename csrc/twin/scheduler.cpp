@@ -1,6 +1,7 @@
 // The host twin's scheduler: one fiber per CUDA thread, blocks one after another (see
 // vitkernels/host_twin.h).
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <memory>
 #include <numeric>
@@ -90,6 +91,14 @@ struct Copy {
 struct ProductRead {
   const void* place;
   int group;
+  watch::Time since = 0;
+};
+
+// 16 bytes on their way, whoever began the copy.
+struct EngineCopy {
+  void* target;
+  std::array<char, 16> bytes;
+  const void* arrival;
 };
 
 enum class State { ready, at_collective, at_barrier, done };
@@ -106,6 +115,8 @@ struct Thread {
   int open_group = 0;
   std::vector<ProductRead> product_reads;
   int open_products = 0;
+  std::vector<ProductRead> product_sums;  // place: the sums
+  bool products_fenced = false;
 };
 
 std::string lane_list(const std::vector<int>& lanes) {
@@ -134,6 +145,7 @@ class Scheduler {
   const void* collective_code() const { return collective_code_; }
   Thread& lane(int number) { return *threads_[current().position.thread / 32 * 32 + number]; }
   void wait_block(const void* code);
+  std::vector<EngineCopy>& engine_copies() { return engine_copies_; }
 
  private:
   void prepare(int threads);
@@ -147,8 +159,9 @@ class Scheduler {
   Thread& lane(int warp, int index) { return *threads_[static_cast<size_t>(32 * warp + index)]; }
 
   std::vector<std::unique_ptr<Thread>> threads_;
-  std::vector<int> arrived_;           // per warp, at the collective now gathering
-  std::vector<const void*> barriers_;  // per thread, the one it has waited in
+  std::vector<int> arrived_;               // per warp, at the collective now gathering
+  std::vector<const void*> barriers_;      // per thread, the one it has waited in
+  std::vector<EngineCopy> engine_copies_;  // of the block, not waited for
   int count_ = 0;
   ThreadBody body_{};
   Thread* current_ = nullptr;
@@ -332,7 +345,10 @@ void Scheduler::run(const void* kernel, GridSize grid, int threads, size_t share
       slot.product_reads.clear();
       slot.open_group = 0;
       slot.open_products = 0;
+      slot.product_sums.clear();
+      slot.products_fenced = false;
     }
+    engine_copies_.clear();
     try {
       run_block();
       if (!shared.red_zones_intact()) throw std::runtime_error("a write outside shared memory");
@@ -390,9 +406,27 @@ void note_row(int lane, const void* row) {
 }
 
 void note_product_read(int lane, const void* place) {
-  note_row(lane, place);
+  watch::note(here().thread / 32 * 32 + lane, place, 16, watch::Access::product_read,
+              scheduler().collective_code());
   Thread& reader = scheduler().lane(lane);
-  reader.product_reads.push_back({place, reader.open_products});
+  reader.product_reads.push_back({place, reader.open_products, watch::interval()});
+}
+void note_product_sums(int lane, const float* sums) {
+  Thread& thread = scheduler().lane(lane);
+  if (!thread.products_fenced) fail("a wgmma without a wgmma_fence() after its sums were written");
+  thread.product_sums.push_back({sums, thread.open_products, 0});
+}
+void fence_products() {
+  scheduler().current().products_fenced = true;
+}
+void touch_sums(const float* sums) {
+  Thread& self = scheduler().current();
+  for (const ProductRead& product : self.product_sums)
+    if (product.place == sums) fail("the sums of a wgmma are used before it has been waited for");
+  self.products_fenced = false;
+}
+void fence_writes() {
+  watch::fence_writes(here().thread);
 }
 void commit_products() {
   ++scheduler().current().open_products;
@@ -402,11 +436,16 @@ void wait_products(int in_flight) {
   const void* code = __builtin_return_address(0);
   const auto is_over = [&](const ProductRead& read) {
     if (read.group >= self.open_products - in_flight) return false;
-    watch::note(self.position.thread, read.place, 16, watch::Access::read_over, code);
+    watch::note_read_over(self.position.thread, read.place, 16, read.since, code);
     return true;
   };
   self.product_reads.erase(std::remove_if(self.product_reads.begin(), self.product_reads.end(), is_over),
                            self.product_reads.end());
+  const auto is_done = [&](const ProductRead& product) {
+    return product.group < self.open_products - in_flight;
+  };
+  self.product_sums.erase(std::remove_if(self.product_sums.begin(), self.product_sums.end(), is_done),
+                          self.product_sums.end());
 }
 
 void check_shared(const void* pointer, size_t bytes, const char* what) {
@@ -429,6 +468,24 @@ void copy_async(void* smem, const void* gmem, int bytes, bool valid) {
   watch::note(self.position.thread, smem, bytes, watch::Access::copy_issued, code);
   std::memset(smem, POISON, bytes);
   self.copies.push_back({smem, gmem, bytes, valid, self.open_group});
+}
+
+void copy_by_engine(void* smem, const void* bytes, const void* arrival) {
+  check_shared(smem, 16, "the target of the copy engine");
+  watch::note(here().thread, smem, 16, watch::Access::engine_write, __builtin_return_address(0));
+  std::memset(smem, POISON, 16);
+  EngineCopy copy{smem, {}, arrival};
+  std::memcpy(copy.bytes.data(), bytes, 16);
+  scheduler().engine_copies().push_back(copy);
+}
+void land_copies_of_engine(const void* arrival) {
+  auto& copies = scheduler().engine_copies();
+  const auto lands = [&](const EngineCopy& copy) {
+    if (copy.arrival != arrival) return false;
+    std::memcpy(copy.target, copy.bytes.data(), 16);
+    return true;
+  };
+  copies.erase(std::remove_if(copies.begin(), copies.end(), lands), copies.end());
 }
 
 void commit_copies() {

@@ -20,9 +20,9 @@ constexpr size_t PAGE = 4096;
 constexpr size_t WARPS = 32;
 constexpr size_t RECENT = 64;  // pages found without a search
 
-// Times are counted up from one launch to the next, so that what is older than a launch or a block shows by
-// itself and nothing is ever cleared.
-using Time = uint32_t;
+bool writing(Access access) {
+  return access >= Access::write;
+}
 
 // One access: which interval between two sync_block, which between two of the warp's sync_warp.
 struct Moment {
@@ -42,7 +42,15 @@ struct Place {
   Moment write, read;
   bool lanes = false, warps = false;  // other lanes and other warps read in the last read's interval
   bool blocks = false;                // other blocks read in its launch
+  bool by_engine = false;             // the last write is of the copy engine
   bool copying = false;               // the last write is a cp.async that has not been waited for
+  uint32_t fences = 0;                // that its writer had called by then
+};
+
+// The calls of fence_async_proxy() by a thread: all, and those before the interval of the last.
+struct Fences {
+  uint32_t count = 0, before = 0;
+  Time interval = 0;
 };
 
 struct Page {
@@ -54,6 +62,7 @@ struct Finding {
   Moment now, then;
   bool now_writes = false, then_writes = false, then_copies = false, other_block = false;
   bool shared = false;
+  const char* lacking = nullptr;
   uintptr_t address = 0;
 };
 
@@ -63,6 +72,7 @@ struct Watch {
   uintptr_t shared = 0, host_stack = 0;
   size_t shared_bytes = 0, host_stack_bytes = 0;
   std::vector<Place> shared_places;
+  Fences fences[32 * WARPS];
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
   struct Recent {
     uintptr_t number = 0;
@@ -108,7 +118,7 @@ struct Watch {
   }
 
   void report(const Place& place, const Moment& then, bool then_writes, const Moment& now, bool now_writes,
-              uintptr_t address, bool in_shared) {
+              uintptr_t address, bool in_shared, const char* lacking = "no barrier") {
     if (finding.found) return;
     finding = {true,
                now,
@@ -118,15 +128,24 @@ struct Watch {
                then_writes && place.copying,
                then.interval < block_start,
                in_shared,
+               lacking,
                address};
   }
 
   void note_place(uintptr_t address, bool in_shared, const Moment& now, Access access) {
     Place& at = place(address, in_shared);
     // Most accesses repeat the one before.
-    const bool writes = access != Access::read && access != Access::read_over;
+    const bool writes = writing(access);
+    if (access == Access::product_read && at.write.interval >= block_start && !at.by_engine) {
+      const Fences& of = fences[at.write.thread];
+      if ((of.interval == now.interval ? of.before : of.count) <= at.fences)
+        report(at, at.write, true, now, false, address, in_shared,
+               "no fence_async_proxy by that thread and barrier");
+    }
     if (!writes && at.read.same_time(now) && !at.lanes && !at.warps) return;
-    if (access == Access::write && at.write.same_time(now) && at.read.interval == 0 && !at.copying) return;
+    if (access == Access::write && at.write.same_time(now) && at.read.interval == 0 && !at.copying &&
+        !at.by_engine && at.fences == fences[now.thread].count)
+      return;
     const bool landing = access == Access::copy_landed;
     const bool in_flight = at.copying && at.write.interval >= block_start && !landing;
     if (in_flight || !ordered(at.write, now, in_shared))
@@ -151,6 +170,8 @@ struct Watch {
     at.read = {};
     at.lanes = at.warps = at.blocks = false;
     at.copying = access == Access::copy_issued;
+    at.by_engine = access == Access::engine_write;
+    at.fences = fences[now.thread].count;
   }
 };
 
@@ -233,11 +254,37 @@ void note(int thread, const void* address, size_t bytes, Access access, const vo
   if (at - w.host_stack < w.host_stack_bytes) return;
   const bool in_shared = at - w.shared < w.shared_bytes;
   if (traffic::enabled() && access != Access::copy_landed && access != Access::read_over)
-    traffic::note(thread, at, bytes, access != Access::read, in_shared, code_number(code));
+    traffic::note(thread, at, bytes, writing(access), in_shared, code_number(code));
   const Moment now{w.interval, w.warp_interval[thread / 32], static_cast<uint16_t>(thread),
                    code_number(code)};
   for (uintptr_t place = at / PLACE * PLACE; place < at + bytes; place += PLACE)
     w.note_place(std::max(place, at), in_shared, now, access);
+}
+
+Time interval() {
+  return watched().interval;
+}
+
+void note_read_over(int thread, const void* address, size_t bytes, Time since, const void* code) {
+  if (running.watch == nullptr) return;
+  Watch& w = *running.watch;
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  const Moment now{w.interval, w.warp_interval[thread / 32], static_cast<uint16_t>(thread),
+                   code_number(code)};
+  for (uintptr_t place = at; place < at + bytes; place += PLACE) {
+    const Place& found = w.place(place, true);
+    if (found.write.interval > since)
+      w.report(found, found.write, true, now, false, place, true, "no wait for the product");
+    w.note_place(place, true, now, Access::read_over);
+  }
+}
+
+void fence_writes(int thread) {
+  Watch& w = watched();
+  Fences& of = w.fences[thread];
+  if (of.interval != w.interval) of.before = of.count;
+  of.interval = w.interval;
+  ++of.count;
 }
 
 std::string hazard() {
@@ -252,7 +299,7 @@ std::string hazard() {
          (f.then_copies   ? " has not yet waited for the cp.async into"
           : f.then_writes ? " wrote"
                           : " read") +
-         " at " + line_of(f.then.code) + ", with no barrier in between";
+         " at " + line_of(f.then.code) + ", with " + f.lacking + " in between";
 }
 
 void set_enabled(bool wanted) {

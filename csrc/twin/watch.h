@@ -7,7 +7,9 @@
 //     nothing else: a shuffle, an ldmatrix or an mma brings lanes together but promises no memory order;
 //   * of two blocks are ordered by nothing: a launch's blocks run in any order.
 // What is not ordered is a hazard, whatever the schedule at hand makes of it. So is an access by anybody to
-// the target of a cp.async between the copy's issue and its wait. A wgmma reads shared memory until its wait.
+// the target of a cp.async between the copy's issue and its wait. A wgmma reads shared memory until its wait,
+// and sees what a thread wrote, other than by the copy engine, after a fence_async_proxy() by that thread and
+// then a sync_block.
 //
 // Places are two bytes. What is not seen: an atomic, which no kernel has so far; the order of global memory
 // between launches, which is the stream's.
@@ -30,9 +32,19 @@ void run_host();
 void order_warp(int warp, const void* code);
 void order_block(const std::vector<const void*>& codes);
 
-enum class Access { read, read_over, write, copy_issued, copy_landed };
+// Reads first, then writes.
+enum class Access { read, read_over, product_read, write, engine_write, copy_issued, copy_landed };
 // By the thread given, from `code`.
 void note(int thread, const void* address, size_t bytes, Access access, const void* code);
+// Times are counted up from one launch to the next, so that what is older than a launch or a block shows by
+// itself and nothing is ever cleared.
+using Time = uint32_t;
+// A product that began in interval() `since` reads no more: what it read is as it was then.
+Time interval();
+void note_read_over(int thread, const void* address, size_t bytes, Time since, const void* code);
+
+// The thread called fence_async_proxy().
+void fence_writes(int thread);
 
 // What the launch's first hazard is, with the lines of both accesses; empty: none so far.
 std::string hazard();

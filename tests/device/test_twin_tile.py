@@ -42,10 +42,26 @@ def test_wgmma_is_a_matrix_product(module, name, n, row_bytes, by_features, from
     torch.testing.assert_close(d.double(), a.double() @ b.double(), rtol=0, atol=5e-5)
 
 
-def test_products_read_until_they_are_waited_for(module):
-    module.write_behind_product(1)
-    with pytest.raises(RuntimeError, match="hazard"):
-        module.write_behind_product(0)
+@pytest.mark.parametrize(
+    ("flaw", "message"),
+    [
+        (1, "hazard.* reads .*, with no wait for the product"),
+        (2, "hazard.* reads .*, with no fence_async_proxy by that thread"),
+        (3, "without a wgmma_fence"),
+        (4, "used before it has been waited for"),
+        (5, "hazard.* reads .*, with no wait for the product"),
+    ],
+)
+def test_products_are_held_to_their_fences_and_waits(module, flaw, message):
+    module.flawed_product(0)
+    with pytest.raises(RuntimeError, match=message):
+        module.flawed_product(flaw)
+
+
+def test_a_copied_tile_is_not_there_before_a_wait(module):
+    matrix = np.ones((16, 64), np.uint16)
+    assert (copy_matrix_tile(module, matrix, 64, 0, 0) == 1).all()
+    assert (copy_matrix_tile(module, matrix, 64, 0, 0, use=-2) != 1).all()
 
 
 def copy_matrix_tile(module, matrix, columns, row, column, bytes_expected=16 * 128, use=0):

@@ -74,8 +74,18 @@ void note_row(int lane, const void* row);
 // A lane of the running thread's warp reads 16 bytes of shared memory in a product that goes on until the
 // lane has waited for the group that it commits next.
 void note_product_read(int lane, const void* place);
+// The lane's sums, in the same product; it has called fence_products() since touch_sums() or its start.
+void note_product_sums(int lane, const float* sums);
 void commit_products();
 void wait_products(int in_flight);
+void fence_products();
+// The running thread reads or writes sums, of which no product may be on its way.
+void touch_sums(const float* sums);
+// What the running thread wrote to shared memory products see after the next barrier.
+void fence_writes();
+// 16 bytes that the copy engine brings: poison until a thread waits for the barrier of copies.
+void copy_by_engine(void* smem, const void* bytes, const void* arrival);
+void land_copies_of_engine(const void* arrival);
 
 template <typename T>
 struct Exchange {

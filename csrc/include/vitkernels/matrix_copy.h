@@ -1,7 +1,8 @@
 // Copies of tiles of a matrix of 16-bit elements to shared memory by Hopper's copy engine: one thread begins
 // a copy of a whole tile, which costs the warps neither instructions nor registers nor the load-store unit.
 // Rows of a tile are 64 elements, 128 bytes, and lie as chunk_of<128>() of wgmma.h has them; what is outside
-// the matrix is zero. On the host twin a copy is done at once, but waits are held to what was begun. Where
+// the matrix is zero. On the host twin a
+// copy is seen from the first wait for it on, and waits are held to what was begun. Where
 // wgmma_available(), this is.
 //
 // A copy is over for those threads for which wait_arrival() of its barrier has returned; nothing else orders
@@ -54,10 +55,14 @@ VK_UNWATCHED inline void prepare_arrivals(Arrival* arrivals, int count) {
 }
 
 // Other threads than the one that begins the copies may be here before them.
-VK_UNWATCHED inline void wait_arrival(Arrival* arrival, int use) {
+VK_UNWATCHED inline void check_wait(const Arrival* arrival, int use) {
   if (arrival->uses > use + 1) twin::fail("a wait for copies of which the barrier's next use has begun");
   if (arrival->thread == thread_x() && (arrival->uses <= use || arrival->missing != 0))
     twin::fail("a wait without end for copies: of a later use than has begun, or of other bytes");
+}
+inline void wait_arrival(Arrival* arrival, int use) {
+  check_wait(arrival, use);
+  twin::land_copies_of_engine(arrival);
 }
 
 VK_UNWATCHED inline void expect_arrival(Arrival* arrival, int bytes) {
@@ -71,11 +76,14 @@ VK_INLINE void copy_tile(char* to, const MatrixMap& map, int column, int row, Ar
   count_arrived(arrival, 128 * map.tile_rows);
   if ((to - shared_memory()) % 1024 != 0) twin::fail("a copied tile begins at a multiple of 1024 bytes");
   for (int r = 0; r < map.tile_rows; ++r) {
-    for (int c = 0; c < COPIED_COLUMNS; ++c) {
-      uint16_t element = 0;
-      if (row + r < map.rows && column + c < map.columns)
-        std::memcpy(&element, map.data + (row + r) * map.row_bytes + 2 * (column + c), 2);
-      std::memcpy(to + r * 128 + chunk_of<128>(r, c / 8) * 16 + c % 8 * 2, &element, 2);
+    for (int chunk = 0; chunk < COPIED_COLUMNS / 8; ++chunk) {
+      uint16_t elements[8] = {};
+      for (int i = 0; i < 8; ++i) {
+        const int c = column + 8 * chunk + i;
+        if (row + r < map.rows && c < map.columns)
+          std::memcpy(elements + i, map.data + (row + r) * map.row_bytes + 2 * c, 2);
+      }
+      twin::copy_by_engine(to + r * 128 + chunk_of<128>(r, chunk) * 16, elements, arrival);
     }
   }
 }

@@ -115,6 +115,7 @@ VK_UNWATCHED void multiply_group(void* const* lanes) {
     for (int k = 0; k < 16; ++k) b[k][column] = first->b->template element<T>(column % 32, column, k);
   for (int lane = 0; lane < 32; ++lane) {
     float* sums = static_cast<const Operands*>(lanes[lane])->sums;
+    note_product_sums(lane, sums);
     for (int i = 0; i < N / 2; ++i) {
       const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
       float sum = sums[i];
@@ -129,8 +130,12 @@ VK_UNWATCHED void multiply_group(void* const* lanes) {
 inline bool wgmma_available() {
   return true;
 }
-inline void fence_async_proxy() {}
-inline void wgmma_fence() {}
+inline void fence_async_proxy() {
+  twin::fence_writes();
+}
+inline void wgmma_fence() {
+  twin::fence_products();
+}
 VK_INLINE void wgmma_commit() {
   twin::commit_products();
 }
@@ -139,7 +144,9 @@ VK_INLINE void wgmma_wait() {
   twin::wait_products(PENDING);
 }
 template <int COUNT>
-void hold(float (&)[COUNT]) {}
+void hold(float (&sums)[COUNT]) {
+  twin::touch_sums(sums);
+}
 
 template <class T, int N, int BYTES, Major MAJOR>
 VK_INLINE void wgmma(float (&sums)[N / 2], const uint32_t (&a)[4], Operand<BYTES, MAJOR> b) {
