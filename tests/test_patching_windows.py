@@ -236,6 +236,9 @@ def test_levits_norms_take_all_tokens_for_one_batch() -> None:
             assert relative_error(layer(x), twin(x)) < 1e-6
             for module in (layer, twin):
                 module.bn.running_var.data.mul_(3)
+        assert layer.__dict__.pop("_vitkernels_kept").folds
+        assert torch.equal(layer(x[:1]), twin(x[:1])), "five tokens of six channels"
+        assert "_vitkernels_kept" not in layer.__dict__
         seen = []
         layer.bn.register_forward_hook(lambda *_: seen.append(1))
         assert relative_error(layer(x), twin(x)) < 1e-6

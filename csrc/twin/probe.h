@@ -47,13 +47,13 @@ void multiply_group_half(const uint16_t* a, const uint16_t* b, float* d, int n, 
                          int from_registers);
 void multiply_group_bfloat16(const uint16_t* a, const uint16_t* b, float* d, int n, int bytes,
                              int by_features, int from_registers);
-// A product of zeros; `flaw`: 0 none, 1 an operand is written again before the wait, 5 and a
-// barrier is behind that, 2 operands are written
-// without fence_async_proxy(), 3 no wgmma_fence(), 4 the sums are used before the wait.
+// A product of zeros; `flaw`: 0 none, 1 an operand is written again before the wait, 5 and a barrier is
+// behind that, 2 operands are written without fence_async_proxy(), 3 no wgmma_fence(), 4 the sums are used
+// before the wait.
 void flawed_product(int flaw);
 // matrix [rows, columns], its rows `stride` apart; out [tile_rows, 64], zeros beyond the matrix. `bytes` are
-// expected, 128 a row of the tile, and use number `use` of the barrier is waited for, 0,
-// or none where it is -2.
+// expected, 128 a row of the tile, and use number `use` of the barrier is waited for, 0, or none where it is
+// -2.
 void copy_matrix_tile(const uint16_t* matrix, uint16_t* out, int rows, int columns, int stride, int tile_rows,
                       int column, int row, int bytes, int use);
 // in: tiles 8x8; out [32, tiles] registers.

@@ -160,6 +160,19 @@ def test_weight_gradient_by_warpgroups(shape, block, tokens, dtype, transposed, 
     assert (gradient[c.beyond()] == 0).all()
 
 
+def test_weight_gradient_by_warpgroups_is_zero_beyond_the_matrix_beside_infinities(kernels):
+    """The copy engine brings zeros there, which an infinity in the same product makes NaN."""
+    shape, block, tokens = (200, 192), (32, 128), 512  # columns end with a piece, within a block
+    c = call(tokens, shape, block, F16, bias=False)
+    c.grad[7] = float("inf")
+    gradient = torch.full_like(c.values, float("nan"))
+    y = torch.zeros_like(c.grad)
+    native.backward(None, gradient, None, None, c.grad, None, y, y[:, :0], *inputs(c), **kernels)
+    beyond = c.beyond()
+    assert not gradient[~beyond].isfinite().any()
+    assert (gradient[beyond] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("outputs", "tokens"), [(512, 50), (192, 100), (192, 300)], ids=["wide", "narrow", "many"]
 )

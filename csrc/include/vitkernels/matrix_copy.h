@@ -1,9 +1,8 @@
 // Copies of tiles of a matrix of 16-bit elements to shared memory by Hopper's copy engine: one thread begins
 // a copy of a whole tile, which costs the warps neither instructions nor registers nor the load-store unit.
 // Rows of a tile are 64 elements, 128 bytes, and lie as chunk_of<128>() of wgmma.h has them; what is outside
-// the matrix is zero. On the host twin a
-// copy is seen from the first wait for it on, and waits are held to what was begun. Where
-// wgmma_available(), this is.
+// the matrix is zero. On the host twin a copy is seen from the first wait for it on, and waits are held to
+// what was begun. Where wgmma_available(), this is.
 //
 // A copy is over for those threads for which wait_arrival() of its barrier has returned; nothing else orders
 // it. Before it is begun its place must be free, by a barrier of the block, and expect_arrival() must have
