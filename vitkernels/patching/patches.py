@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from vitkernels.core.checks import autocasts
+from vitkernels.nn.conv_norm import is_plain_conv
+from vitkernels.nn.kept import compute_dtype
 from vitkernels.patching.layers import Patched
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -23,11 +23,8 @@ _FEW_CHANNELS = 8
 
 def cuts_patches(layer: Any) -> bool:
     """Whether a layer is a plain convolution of few channels that cuts its input into patches."""
-    kind = type(layer)
     return bool(
-        isinstance(layer, nn.Conv2d)
-        and kind.forward is nn.Conv2d.forward  # not one that standardizes or quantizes its weight on the way
-        and kind._conv_forward is nn.Conv2d._conv_forward
+        is_plain_conv(layer)  # not one that standardizes or quantizes its weight on the way
         and layer.in_channels < _FEW_CHANNELS
         and layer.groups == 1
         and tuple(layer.kernel_size) == tuple(layer.stride)
@@ -38,9 +35,7 @@ def cuts_patches(layer: Any) -> bool:
 
 def pays(x: torch.Tensor) -> bool:
     """Whether an input is one that the matrix product is meant for: on a GPU, in half precision."""
-    if not x.is_cuda:
-        return False
-    return (torch.get_autocast_dtype("cuda") if autocasts("cuda") else x.dtype) in _HALF
+    return x.is_cuda and compute_dtype(x) in _HALF
 
 
 def project(conv: Any, x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from vitkernels.nn.kept import Kept, compute_dtype, keep, transformed
 from vitkernels.patching.folding import (
     FoldedConvNorm,
     FusedFFN,
+    is_pointwise,
     quiet_pair,
     requires_grad,
     rides,
@@ -134,7 +135,7 @@ def _run_unit(dw: Any, ffn: Any, x: torch.Tensor) -> torch.Tensor | None:
     third = None if dw is None else _quiet_pair(dw._modules["m"])
     if first is None or second is None or (dw is not None and third is None):
         return None
-    if not (_is_pointwise(first[0]) and _is_pointwise(second[0])):
+    if not (is_pointwise(first[0]) and is_pointwise(second[0])):
         return None
     weight1, *rest1 = sources_of(*first)
     weight2, *rest2 = sources_of(*second)
@@ -175,12 +176,6 @@ def _has_kernel(x: torch.Tensor) -> bool:
 def _quiet_pair(module: Any) -> Any:
     """(convolution, batch norm) of a folded pair in eval mode that nobody listens to, else None."""
     return None if not runs_as(module, FoldedConvNorm) or has_hooks(module) else quiet_pair(module)
-
-
-def _is_pointwise(conv: Any) -> bool:
-    return (
-        conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
-    )
 
 
 def _is_depthwise(conv: Any, channels: int) -> bool:

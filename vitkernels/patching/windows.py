@@ -20,9 +20,8 @@ class AbsoluteBias(Patched):
         if (norm := self._modules.get("norm")) is not None:
             x = norm(x)
         packed = self.qkv(x)
-        map_size = (
-            packed.shape[2:] if packed.ndim == 4 else None
-        )  # LeViT of convolutions: channels come first
+        # In LeViT of convolutions channels come first.
+        map_size = packed.shape[2:] if packed.ndim == 4 else None
         if map_size is not None:
             packed = packed.flatten(2).mT
         out = _attend(self, packed.unflatten(-1, (self.num_heads, -1)))
