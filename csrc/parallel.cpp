@@ -1,6 +1,7 @@
 #include "vitkernels/parallel.h"
 
 #include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -29,17 +30,36 @@ void pause() {
 #endif
 }
 
+// The items that a slot begins with, on a cache line of its own.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
 struct Job {
   int64_t n;
   RangeFn fn;
   void* context;
   TeamFn team = nullptr;  // instead of fn
   TeamBarrier* barrier = nullptr;
+  // Of fn in chunks. There may be fewer slots than shares.
+  Share* shares = nullptr;
+  int count = 0;
+  int64_t chunk = 0;
+
+  int64_t begin_of(int slot, int slots) const {
+    return n / slots * slot + std::min<int64_t>(slot, n % slots);
+  }
 
   void run(int slot, int slots) const {
     if (team) return team(context, slot, slots, *barrier);
-    const int64_t begin = n / slots * slot + std::min<int64_t>(slot, n % slots);
-    const int64_t end = begin + n / slots + (slot < n % slots ? 1 : 0);
+    for (int i = 0; i < count; ++i) {
+      Share& share = shares[(slot + i) % count];
+      for (int64_t begin; (begin = share.next.fetch_add(chunk, std::memory_order_relaxed)) < share.end;)
+        fn(context, begin, std::min(begin + chunk, share.end), slot);
+    }
+    if (shares) return;
+    const int64_t begin = begin_of(slot, slots), end = begin_of(slot + 1, slots);
     if (begin < end) fn(context, begin, end, slot);
   }
 };
@@ -202,8 +222,19 @@ void run_job(Job job, int threads) {
 
 }  // namespace
 
-void parallel_for(int64_t n, int threads, RangeFn fn, void* context) {
-  run_job(Job{n, fn, context}, static_cast<int>(std::min<int64_t>(threads, n)));
+void parallel_for(int64_t n, int threads, RangeFn fn, void* context, int64_t chunk) {
+  const int slots = static_cast<int>(std::min<int64_t>(threads, n));
+  Job job{n, fn, context};
+  if (chunk == 0 || slots <= 1) return run_job(job, slots);
+  std::vector<Share> shares(slots);
+  for (int slot = 0; slot < slots; ++slot) {
+    shares[slot].next.store(job.begin_of(slot, slots), std::memory_order_relaxed);
+    shares[slot].end = job.begin_of(slot + 1, slots);
+  }
+  job.shares = shares.data();
+  job.count = slots;
+  job.chunk = chunk;
+  run_job(job, slots);
 }
 
 void parallel_team(int threads, TeamFn fn, void* context) {
@@ -224,9 +255,20 @@ void TeamBarrier::wait(int size) {
     spins < kSpins ? pause() : std::this_thread::yield();
 }
 
+namespace {
+
+// About the work of 10 us on one core: a fork and join of a spinning team costs 1-2 us.
+constexpr double kGrain = 3e5;
+
+}  // namespace
+
+int64_t worthwhile_chunk(double work, int64_t items, int threads) {
+  constexpr int kChunksInShare = 8;
+  const int64_t least = static_cast<int64_t>(std::ceil(items * std::min(1.0, kGrain / work)));
+  return std::max<int64_t>({items / threads / kChunksInShare, least, 1});
+}
+
 int worthwhile_threads(double work, int64_t items, int threads) {
-  // About the work of 10 us on one core: a fork and join of a spinning team costs 1-2 us.
-  constexpr double kGrain = 3e5;
   const double worth = std::min(work / kGrain, static_cast<double>(items));
   return std::max(1, static_cast<int>(std::min(worth, static_cast<double>(threads))));
 }

@@ -49,7 +49,7 @@ void forward_cpu(const Params& p, int threads) {
         const Loop& l = *static_cast<Loop*>(context);
         l.cpu.run(l.params, begin, end, l.scratch + slot * l.size);
       },
-      &loop);
+      &loop, worthwhile_chunk(work(p), items, threads));
 }
 
 void backward_cpu(const Params& p, int threads) {
@@ -71,7 +71,7 @@ void backward_cpu(const Params& p, int threads) {
         const Loop& l = *static_cast<Loop*>(context);
         l.cpu.run(l.params, begin, end, l.scratch + slot * l.size, l.partials);
       },
-      &loop);
+      &loop, worthwhile_chunk(2 * work(p), items, used));
   if (partials == 0) return;
   const int64_t reductions = cpu.reduce_items(p);
   parallel_for(

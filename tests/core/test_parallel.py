@@ -16,6 +16,8 @@ import torch
 CSRC = Path(__file__).parents[2] / "csrc"
 DRIVER = r"""
 #include <pthread.h>
+#include <atomic>
+#include <chrono>
 #include "vitkernels/parallel.h"
 using namespace vitkernels;
 struct Record { int64_t* ranges; uint64_t* threads; };
@@ -27,6 +29,28 @@ extern "C" void ranges(int64_t n, int threads, int64_t* found, uint64_t* ids) {
     r.ranges[2 * slot + 1] = end;
     r.threads[slot] = (uint64_t)pthread_self();
   }, &record);
+}
+// Of each item how often it came, in which slot, and how many its range had. Others wait for slot `slow`, which
+// does not go on before all items but those of its first range have come; each for five seconds at most.
+extern "C" int64_t chunks(int64_t n, int threads, int64_t chunk, int slow, int* times, int* slots, int64_t* sizes) {
+  struct Record {
+    int64_t n;
+    int slow, *times, *slots;
+    int64_t* sizes;
+    std::atomic<int64_t> done;
+    std::atomic<bool> begun;
+  };
+  Record record{n, slow, times, slots, sizes, {0}, {slow < 0}};
+  parallel_for(n, threads, [](void* c, int64_t begin, int64_t end, int slot) {
+    Record& r = *static_cast<Record*>(c);
+    for (int64_t i = begin; i < end; ++i) ++r.times[i], r.slots[i] = slot, r.sizes[i] = end - begin;
+    const auto start = std::chrono::steady_clock::now();
+    if (slot == r.slow) r.begun = true;
+    const auto ready = [&] { return slot == r.slow ? r.done >= r.n - (end - begin) : r.begun.load(); };
+    while (!ready() && std::chrono::steady_clock::now() - start < std::chrono::seconds(5)) sched_yield();
+    r.done += end - begin;
+  }, &record, chunk);
+  return record.done.load();
 }
 // sum[i] += 1 for i < n * n, an inner loop inside each step of an outer one
 extern "C" void nested(int64_t n, int threads, int64_t* sum) {
@@ -46,6 +70,7 @@ extern "C" void* scratch(uint64_t bytes) { return thread_scratch(bytes); }
 extern "C" int worthwhile(double work, int64_t items, int threads) {
   return worthwhile_threads(work, items, threads);
 }
+extern "C" int64_t chunk(double work, int64_t items, int threads) { return worthwhile_chunk(work, items, threads); }
 """
 
 
@@ -74,6 +99,8 @@ def library(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.Mon
     library.scratch.restype = ctypes.c_void_p
     library.scratch.argtypes = [ctypes.c_uint64]
     library.worthwhile.argtypes = [ctypes.c_double, ctypes.c_int64, ctypes.c_int]
+    library.chunk.argtypes = [ctypes.c_double, ctypes.c_int64, ctypes.c_int]
+    library.chunk.restype = library.chunks.restype = ctypes.c_int64
     if request.param == "pool":
         assert library.runtime() == b""
     elif not library.runtime():
@@ -94,6 +121,39 @@ def test_ranges_partition_the_items(library: ctypes.CDLL, threads: int) -> None:
         pairs, _ = ranges(library, n, threads)
         assert len(pairs) <= min(n, threads)
         assert [i for begin, end in pairs for i in range(begin, end)] == list(range(n))
+
+
+def chunks(
+    library: ctypes.CDLL, n: int, threads: int, chunk: int, slow: int = -1
+) -> list[tuple[int, int, int]]:
+    """(how often it came, its slot, the items of its range) of each item"""
+    times, slots, sizes = (ctypes.c_int * n)(), (ctypes.c_int * n)(), (ctypes.c_int64 * n)()
+    done = library.chunks(ctypes.c_int64(n), threads, ctypes.c_int64(chunk), slow, times, slots, sizes)
+    assert done == n
+    return list(zip(times, slots, sizes, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_chunks_partition_the_items(library: ctypes.CDLL, threads: int) -> None:
+    for n in (0, 1, 2, 3, 7, 64, 1001):
+        for chunk in (1, 3, 2000):
+            for times, slot, size in chunks(library, n, threads, chunk):
+                assert times == 1
+                assert 0 <= slot < max(1, min(n, threads))
+                assert size <= chunk or threads == 1 or n == 1  # nobody shares
+
+
+def test_what_a_slow_thread_has_left_others_take(library: ctypes.CDLL) -> None:
+    found = chunks(library, 100, 2, 3, slow=1)
+    assert [slot for _, slot, _ in found].count(1) == 3
+    assert all(times == 1 for times, _, _ in found)
+
+
+def test_worthwhile_chunk(library: ctypes.CDLL) -> None:
+    assert library.chunk(1e12, 1600, 2) == 100, "eight in a share"
+    assert library.chunk(1e12, 4, 2) == 1
+    assert library.chunk(3e6, 1000, 2) == 100, "none of less than 3e5 operations"
+    assert library.chunk(0.0, 7, 2) == 7
 
 
 def test_runs_on_several_threads(library: ctypes.CDLL) -> None:

@@ -15,7 +15,15 @@ using RangeFn = void (*)(void* context, int64_t begin, int64_t end, int slot);
 
 // Calls fn on contiguous ranges that partition [0, n), at most one range a slot, slots in [0, threads).
 // fn must not throw. Runs in the calling thread when threads <= 1 or inside another parallel region.
-void parallel_for(int64_t n, int threads, RangeFn fn, void* context);
+//
+// With a chunk, ranges are of at most so many items, any number of them a slot: its own share comes first,
+// then what others have left of theirs. Processors that run at different speeds, or that other programs want
+// too, then end at the same time. What is computed must not depend on where ranges begin.
+void parallel_for(int64_t n, int threads, RangeFn fn, void* context, int64_t chunk = 0);
+
+// A chunk for so much work (floating-point operations): some in each share, and none too small to be worth
+// it.
+int64_t worthwhile_chunk(double work, int64_t items, int threads);
 
 // Where the members of a team wait for each other. Spins, since the work between two waits is microseconds,
 // and yields to whoever else wants the processor when that takes long.
