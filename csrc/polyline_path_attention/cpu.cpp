@@ -9,15 +9,16 @@ namespace vitkernels::polyline_path_attention {
 namespace {
 
 struct Kernels {
-  const Loop *sums, *whole_forward, *whole_backward, *small_backward, *criss_cross_forward,
+  const Loop *sums, *whole_forward, *whole_backward, *small_forward, *small_backward, *criss_cross_forward,
       *criss_cross_backward, *heads_forward, *heads_backward;
 };
 
 Kernels kernels() {
-#define VITKERNELS_POLYLINE_KERNELS(isa)                                                                   \
-  {                                                                                                        \
-    &isa::kSums, &isa::kWholeForward, &isa::kWholeBackward, &isa::kSmallBackward, isa::kCrissCrossForward, \
-        isa::kCrissCrossBackward, &isa::kCrissCrossForwardHeads, &isa::kCrissCrossBackwardHeads            \
+#define VITKERNELS_POLYLINE_KERNELS(isa)                                                               \
+  {                                                                                                    \
+    &isa::kSums, &isa::kWholeForward, &isa::kWholeBackward, &isa::kSmallForward, &isa::kSmallBackward, \
+        isa::kCrissCrossForward, isa::kCrissCrossBackward, &isa::kCrissCrossForwardHeads,              \
+        &isa::kCrissCrossBackwardHeads                                                                 \
   }
 #ifdef VITKERNELS_X86_ISAS
   if (selected_isa() == Isa::avx512) return VITKERNELS_POLYLINE_KERNELS(avx512);
@@ -54,13 +55,14 @@ void run(const Loop& loop, const Params& p, int threads, double work, char* memo
     size_t scratch;
   } context{loop, p, memory, scratch};
   const int64_t items = loop.items(p);
+  const int used = worthwhile_threads(work, items, threads);
   parallel_for(
-      items, worthwhile_threads(work, items, threads),
+      items, used,
       [](void* pointer, int64_t begin, int64_t end, int slot) {
         const Context& c = *static_cast<Context*>(pointer);
         c.loop.run(c.params, begin, end, c.memory + slot * c.scratch);
       },
-      &context);
+      &context, worthwhile_chunk(work, items, used));
 }
 
 // The maps from `first` on of a tensor whose stride along the batch is stride[axis].
@@ -89,7 +91,7 @@ struct CrissCross {
   const Loop* sweeps;
   const Loop& heads;
   size_t line, head;
-  bool by_heads;
+  bool by_heads;  // which sum a head's decays first, too
   int64_t chunk;
 
   CrissCross(const Params& p, const Loop* sweeps, const Loop& heads, int threads)
@@ -130,16 +132,19 @@ void forward_cpu(const Params& given, int threads) {
   const CrissCross lines(p, cpu.criss_cross_forward, *cpu.heads_forward, threads);
   const int64_t tokens = static_cast<int64_t>(p.height) * p.width;
   const size_t sums = p.cum ? 0 : aligned(2 * p.batch * p.heads * tokens * accumulate_size(p.dtype));
-  const size_t whole = aligned(cpu.whole_forward->scratch(p));
+  const Loop& loop = tokens <= kSmallMap ? *cpu.small_forward : *cpu.whole_forward;
+  const size_t whole = aligned(loop.scratch(p));
   const size_t scratch = p.criss_cross ? lines.bytes(p, threads) : whole * threads;
   char* memory = static_cast<char*>(thread_scratch(sums + scratch));
   if (!p.cum) {
     p.cum = pair_of_maps(memory, p.batch, p.heads * tokens);
     p.cum.stride[2] = tokens;
   }
-  run(*cpu.sums, p, threads, 10.0 * p.batch * p.heads * tokens, nullptr, 0);
+  const bool sums_itself = tokens <= kSmallMap && loop.items(p) == p.batch * p.heads;
+  if (p.criss_cross ? !lines.by_heads : !sums_itself)
+    run(*cpu.sums, p, threads, 10.0 * p.batch * p.heads * tokens, nullptr, 0);
   if (p.criss_cross) return lines.run_all(p, threads, products(p), memory + sums);
-  run(*cpu.whole_forward, p, threads, products(p), memory + sums, whole);
+  run(loop, p, threads, products(p), memory + sums, whole);
 }
 
 void backward_cpu(const Params& p, int threads) {

@@ -22,14 +22,15 @@ constexpr int kSweeps = 3;
 // then allocates none.
 constexpr int64_t kSmallMap = 256;
 
-// `sums` fills cum, which all others read. Each item of the loops over heads takes one head of one map
-// through all sweeps, in scratch that holds the head and what a line needs: the same results, with less
-// memory traffic where a head fits into a cache.
-#define VITKERNELS_POLYLINE_LOOPS(isa)                                         \
-  namespace isa {                                                              \
-  extern const Loop kSums, kWholeForward, kWholeBackward, kSmallBackward;      \
-  extern const Loop kCrissCrossForward[kSweeps], kCrissCrossBackward[kSweeps]; \
-  extern const Loop kCrissCrossForwardHeads, kCrissCrossBackwardHeads;         \
+// `sums` fills cum, which all others read; where each item of a forward pass is a head of a small map, or
+// goes through all sweeps, the item fills its part itself. Each item of the loops over heads takes one head
+// of one map through all sweeps, in scratch that holds the head and what a line needs: the same results, with
+// less memory traffic where a head fits into a cache.
+#define VITKERNELS_POLYLINE_LOOPS(isa)                                                   \
+  namespace isa {                                                                        \
+  extern const Loop kSums, kWholeForward, kWholeBackward, kSmallForward, kSmallBackward; \
+  extern const Loop kCrissCrossForward[kSweeps], kCrissCrossBackward[kSweeps];           \
+  extern const Loop kCrissCrossForwardHeads, kCrissCrossBackwardHeads;                   \
   }
 VITKERNELS_POLYLINE_LOOPS(baseline)
 VITKERNELS_POLYLINE_LOOPS(avx2)

@@ -20,8 +20,8 @@ struct Forward {
   const Params& p;
   int64_t batch;
   int head, d_pitch, v_pitch;
-  T *q, *k, *v, *y1, *y2, *out, *lse_rows, *kept;     // of the head
-  T *sums, *q_lanes, *s, *inverse, *lse_line, *ones;  // of a line
+  T *q, *k, *v, *y1, *y2, *out, *lse_rows, *kept;              // of the head
+  T *sums, *q_lanes, *s, *inverse, *lse_line, *ones, *halves;  // of a line
   size_t head_used, scratch_used;
 
   Forward(const Params& p, int64_t batch, int head, void* memory, void* scratch)
@@ -49,23 +49,34 @@ struct Forward {
     inverse = of_line.take<T>(padded);
     lse_line = of_line.take<T>(padded);
     ones = of_line.take<T>(v_pitch);
+    halves = of_line.take<T>(v_pitch);
     scratch_used = of_line.used;
   }
   static size_t head_size(const Params& p) { return Forward(p, 0, 0, nullptr, nullptr).head_used; }
   static size_t scratch_size(const Params& p) { return Forward(p, 0, 0, nullptr, nullptr).scratch_used; }
 
-  void line(int sweep, int index) const {
+  // Of a head that no other thread works on.
+  void begin() const { sum_decays<E>(p, batch, head); }
+
+  void line(int sweep, int index, const Place& next, bool wanted) const {
     if (sweep == kRows) gather(index);
     const Line<T> line(p, index, sweep);
     const Tiling<T> tiling(line.length);
     line.read(plane<const T>(p.cum, line.vertical, batch, head), sums, tiling.count * tiling.width, true,
               T(0));
-    for (int tile = 0; tile < tiling.count; ++tile)
-      attend(sweep, line, tiling.start(tile), tiling.lanes(tile), tiling);
-    if (sweep == kRowsAgain) {
-      for (int i = 0; i < v_pitch; ++i) ones[i] = T(0.5);
-      deliver_row<E>(p, p.out, batch, head, index, p.value_dim, ones, out, v_pitch);
+    Ahead<E> ahead(p, wanted && !line.vertical ? p.width : 0,
+                   tiling.count * (sweep == kRows ? tiling.vecs + 2 : 1));
+    if (sweep == kRows) {
+      const View* const of_logits[] = {&p.q, &p.k};
+      for (const View* view : of_logits) ahead.add(*view, next.batch, next.head, next.line, p.head_dim);
     }
+    ahead.add(sweep == kRows ? p.v : p.out, next.batch, next.head, next.line, p.value_dim);
+    const int row = line.vertical ? 0 : index;
+    const Result<E> result = row_result<E>(p, p.out, batch, head, row, p.value_dim, out);
+    for (int i = 0; i < v_pitch; ++i) ones[i] = 1, halves[i] = T(0.5);
+    for (int tile = 0; tile < tiling.count; ++tile)
+      attend(sweep, line, tiling.start(tile), tiling.lanes(tile), tiling, {result.data, result.step}, ahead);
+    if (sweep == kRowsAgain) result.deliver(ones);
   }
 
   void gather(int y) const {
@@ -75,19 +86,23 @@ struct Forward {
   }
 
   // One tile of queries.
-  void attend(int sweep, const Line<T>& line, int begin, int lanes, const Tiling<T>& tiling) const {
+  void attend(int sweep, const Line<T>& line, int begin, int lanes, const Tiling<T>& tiling,
+              const Tokens<T>& result, Ahead<E>& ahead) const {
     const int n = line.length, pitch = tiling.width, vecs = ceil_div(lanes, L);
     const bool again = sweep == kRowsAgain;
     T* weights = kept && sweep != kColumns ? kept_tile(line, begin, tiling) : s;
     if (!again || !kept) {
+      if (!again) ahead.step();
       line.of(q, d_pitch).read_lanes(begin, lanes, p.head_dim, q_lanes, pitch);
       const Tokens<T> keys = line.of(k, d_pitch);
       multiply<T>(vecs, {n, p.head_dim, keys.data, keys.step, 1, q_lanes, pitch, nullptr, 0, weights, pitch});
     }
     const T* factors = nullptr;
     if (!again) {
-      for (int i = 0; i < vecs * L; i += L)
+      for (int i = 0; i < vecs * L; i += L) {
+        ahead.step();
         softmax_of_line(sums, n, begin + i, weights + i, pitch, inverse + i, lse_line + i);
+      }
       write_lse(line, begin, lanes);
       factors = inverse;
       if (kept && sweep == kRows) normalise(weights, n, pitch, vecs), factors = nullptr;
@@ -96,16 +111,17 @@ struct Forward {
         recall_line(sums, n, begin + i, load_first(lse_rows + line.first + begin + i, imin(L, lanes - i)),
                     weights + i, pitch);
     }
-    const auto product = [&](T* values, T* add, T* to) {
-      const Tokens<T> from = line.of(values, v_pitch), into = line.of(to, v_pitch);
+    const auto product = [&](T* values, const Tokens<T>& to) {
+      ahead.step();
+      const Tokens<T> from = line.of(values, v_pitch), before = line.of(out, v_pitch);
       multiply<T>(v_pitch / L,
-                  {lanes, n, weights, 1, pitch, from.data, from.step, add ? into.at(begin) : nullptr,
-                   into.step, into.at(begin), into.step, nullptr, nullptr, factors});
+                  {lanes, n, weights, 1, pitch, from.data, from.step, again ? before.at(begin) : nullptr,
+                   before.step, to.at(begin), to.step, nullptr, again ? halves : nullptr, factors});
     };
-    if (sweep == kRows) return product(v, nullptr, y1);
-    if (again) return product(y2, out, out);
-    product(y1, nullptr, out);
-    product(v, nullptr, y2);
+    if (sweep == kRows) return product(v, line.of(y1, v_pitch));
+    if (again) return product(y2, result);
+    product(y1, line.of(out, v_pitch));
+    product(v, line.of(y2, v_pitch));
   }
 
   T* kept_tile(const Line<T>& line, int begin, const Tiling<T>& tiling) const {

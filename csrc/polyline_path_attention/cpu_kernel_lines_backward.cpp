@@ -63,7 +63,9 @@ struct Backward {
   static size_t head_size(const Params& p) { return Backward(p, 0, 0, nullptr, nullptr).head_used; }
   static size_t scratch_size(const Params& p) { return Backward(p, 0, 0, nullptr, nullptr).scratch_used; }
 
-  void line(int sweep, int index) const {
+  void begin() const {}
+
+  void line(int sweep, int index, const Place& next, bool wanted) const {
     if (sweep == kRows) gather(index);
     const Line<T> line(p, index, sweep);
     const Tiling<T> tiling(line.length);
@@ -74,8 +76,24 @@ struct Backward {
               static_cast<T>(__builtin_inff()));
     for (int i = 0; i < padded; ++i) dsums[i] = 0;
     for (int i = 0; i < line.length * L; i += L) store(across_keys + i, Vec<T>{});
+    Ahead<E> ahead(p, wanted && !line.vertical ? p.width : 0, tiling.count * (tiling.vecs + 2));
+    const bool first = sweep == kRows;
+    const View* const of_logits[] = {first ? &p.q : &p.grad_q, first ? &p.k : &p.grad_k};
+    const View* const of_values[] = {first ? &p.v : &p.grad_v, first ? &p.grad_out : nullptr};
+    for (const View* view : of_logits) ahead.add(*view, next.batch, next.head, next.line, p.head_dim);
+    for (const View* view : of_values)
+      if (view) ahead.add(*view, next.batch, next.head, next.line, p.value_dim);
+    for (int i = 0; i < v_pitch + d_pitch; ++i) ones[i] = 1;
+    for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
+    const int row = line.vertical ? 0 : index;
+    const Result<E> to_q = row_result<E>(p, p.grad_q, batch, head, row, p.head_dim, dq),
+                    to_k = row_result<E>(p, p.grad_k, batch, head, row, p.head_dim, dk),
+                    to_v = row_result<E>(p, p.grad_v, batch, head, row, p.value_dim, dv);
+    const Results results =
+        sweep == kRowsAgain ? Results{{to_q.data, to_q.step}, {to_k.data, to_k.step}, {to_v.data, to_v.step}}
+                            : Results{line.of(dq, d_pitch), line.of(dk, d_pitch), line.of(dv, v_pitch)};
     for (int tile = 0; tile < tiling.count; ++tile)
-      differentiate(sweep, line, tiling.start(tile), tiling.lanes(tile), tiling);
+      differentiate(sweep, line, tiling.start(tile), tiling.lanes(tile), tiling, results, ahead);
     if (sweep == kRows) return;
     const View& grad = line.vertical ? p.grad_log_decay_h : p.grad_log_decay_w;
     if (grad) {
@@ -86,7 +104,7 @@ struct Backward {
         differentiate_sums(dsums, 1, line.length, to, grad.stride[line.vertical ? 1 : 2]);
       });
     }
-    if (sweep == kRowsAgain) deliver(index);
+    if (sweep == kRowsAgain) to_q.deliver(ones), to_k.deliver(ones), to_v.deliver(ones);
   }
 
   void gather(int y) const {
@@ -95,31 +113,30 @@ struct Backward {
     gather_row<E>(p, p.v, batch, head, y, p.value_dim, T(1), v, v_pitch);
     gather_row<E>(p, p.grad_out, batch, head, y, p.value_dim, T(0.5), g, v_pitch);
   }
-  void deliver(int y) const {
-    for (int i = 0; i < v_pitch + d_pitch; ++i) ones[i] = 1;
-    for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
-    deliver_row<E>(p, p.grad_q, batch, head, y, p.head_dim, scales, dq, d_pitch);
-    deliver_row<E>(p, p.grad_k, batch, head, y, p.head_dim, ones, dk, d_pitch);
-    deliver_row<E>(p, p.grad_v, batch, head, y, p.value_dim, ones, dv, v_pitch);
+  // to[query] = (before[query] +) sum over keys of weights * from[key], times factor[channel] if there is one
+  void to_queries(const Line<T>& line, const T* weights, int begin, int lanes, int pitch, T* from, T* before,
+                  const Tokens<T>& to, int channels, const T* factor = nullptr) const {
+    const Tokens<T> f = line.of(from, channels);
+    multiply<T>(channels / L, {lanes, line.length, weights, 1, pitch, f.data, f.step,
+                               before ? line.of(before, channels).at(begin) : nullptr, f.step, to.at(begin),
+                               to.step, nullptr, factor});
+  }
+  // to[key] = (before[key] +) sum over queries of weights * from[query]
+  void to_keys(const Line<T>& line, const T* weights, int begin, int lanes, int pitch, T* from, T* before,
+               const Tokens<T>& to, int channels) const {
+    const Tokens<T> f = line.of(from, channels);
+    multiply<T>(channels / L, {line.length, lanes, weights, pitch, 1, f.at(begin), f.step,
+                               before ? line.of(before, channels).data : nullptr, f.step, to.data, to.step});
   }
 
-  // to[query] (+)= sum over keys of weights * from[key]
-  void to_queries(const Line<T>& line, const T* weights, int begin, int lanes, int pitch, T* from, T* to,
-                  int channels, bool add) const {
-    const Tokens<T> f = line.of(from, channels), t = line.of(to, channels);
-    multiply<T>(channels / L, {lanes, line.length, weights, 1, pitch, f.data, f.step,
-                               add ? t.at(begin) : nullptr, t.step, t.at(begin), t.step});
-  }
-  // to[key] (+)= sum over queries of weights * from[query]
-  void to_keys(const Line<T>& line, const T* weights, int begin, int lanes, int pitch, T* from, T* to,
-               int channels, bool add) const {
-    const Tokens<T> f = line.of(from, channels), t = line.of(to, channels);
-    multiply<T>(channels / L, {line.length, lanes, weights, pitch, 1, f.at(begin), f.step,
-                               add ? t.data : nullptr, t.step, t.data, t.step});
-  }
+  // Where a sweep leaves a line's gradients.
+  struct Results {
+    Tokens<T> q, k, v;
+  };
 
   // One tile of queries.
-  void differentiate(int sweep, const Line<T>& line, int begin, int lanes, const Tiling<T>& tiling) const {
+  void differentiate(int sweep, const Line<T>& line, int begin, int lanes, const Tiling<T>& tiling,
+                     const Results& results, Ahead<E>& ahead) const {
     const int n = line.length, pitch = tiling.width, vecs = ceil_div(lanes, L);
     const bool again = sweep == kRowsAgain, later = begin > 0;
     T* weights = kept && !line.vertical
@@ -129,28 +146,41 @@ struct Backward {
       line.of(q, d_pitch).read_lanes(begin, lanes, p.head_dim, q_lanes, pitch);
       const Tokens<T> keys = line.of(k, d_pitch);
       multiply<T>(vecs, {n, p.head_dim, keys.data, keys.step, 1, q_lanes, pitch, nullptr, 0, weights, pitch});
-      for (int i = 0; i < vecs * L; i += L)
+      for (int i = 0; i < vecs * L; i += L) {
+        if (!again) ahead.step();
         recall_line(sums, n, begin + i, load(lse + begin + i), weights + i, pitch);
+      }
     }
+    ahead.step();
     if (sweep == kRows) {
-      to_keys(line, weights, begin, lanes, pitch, g, dy2, v_pitch, later);
-      if (logits) to_queries(line, weights, begin, lanes, pitch, v, y1, v_pitch, false);
+      to_keys(line, weights, begin, lanes, pitch, g, later ? dy2 : nullptr, line.of(dy2, v_pitch), v_pitch);
+      ahead.step();
+      if (logits) to_queries(line, weights, begin, lanes, pitch, v, nullptr, line.of(y1, v_pitch), v_pitch);
       return;
     }
     T* const dy = again ? dy1 : dy2;  // through the other factor
-    if (!again) to_keys(line, weights, begin, lanes, pitch, g, dy1, v_pitch, later);
-    if (p.grad_v) to_keys(line, weights, begin, lanes, pitch, dy, dv, v_pitch, again || later);
+    if (!again)
+      to_keys(line, weights, begin, lanes, pitch, g, later ? dy1 : nullptr, line.of(dy1, v_pitch), v_pitch);
+    if (p.grad_v)
+      to_keys(line, weights, begin, lanes, pitch, dy, again || later ? dv : nullptr, results.v, v_pitch);
     if (!logits) return;
-    if (!again) to_queries(line, weights, begin, lanes, pitch, v, y2, v_pitch, false);
+    if (!again) to_queries(line, weights, begin, lanes, pitch, v, nullptr, line.of(y2, v_pitch), v_pitch);
+    ahead.step();
     // What G meets came through the other factor, what dY meets did not.
     const Tokens<T> with_g = line.of(again ? y2 : y1, v_pitch), with_dy = line.of(v, v_pitch);
     line.of(g, v_pitch).read_lanes(begin, lanes, p.value_dim, g_lanes, pitch);
     line.of(dy, v_pitch).read_lanes(begin, lanes, p.value_dim, dy_lanes, pitch);
     multiply<T>(vecs, {n, p.value_dim, with_g.data, with_g.step, 1, g_lanes, pitch, nullptr, 0, ds, pitch});
     multiply<T>(vecs, {n, p.value_dim, with_dy.data, with_dy.step, 1, dy_lanes, pitch, ds, pitch, ds, pitch});
-    for (int i = 0; i < vecs * L; i += L) differentiate_softmax(n, begin + i, weights + i, ds + i, pitch);
-    if (p.grad_q) to_queries(line, ds, begin, lanes, pitch, k, dq, d_pitch, again);
-    if (p.grad_k) to_keys(line, ds, begin, lanes, pitch, q, dk, d_pitch, again || later);
+    for (int i = 0; i < vecs * L; i += L) {
+      ahead.step();
+      differentiate_softmax(n, begin + i, weights + i, ds + i, pitch);
+    }
+    if (p.grad_q)
+      to_queries(line, ds, begin, lanes, pitch, k, again ? dq : nullptr, results.q, d_pitch,
+                 again ? scales : nullptr);
+    if (p.grad_k)
+      to_keys(line, ds, begin, lanes, pitch, q, again || later ? dk : nullptr, results.k, d_pitch);
   }
 
   // ds, gradients of the probabilities w, becomes that of the logits; and with later(i, j) = +1 where i is

@@ -2,15 +2,14 @@
 //
 // Floor of a map of N tokens: 2 N^2 (3 d + 2 dv) FLOPs and 2 N^2 exponentials.
 //
-// All keys of a head and a tile of its queries stay in cache, so nothing but the softmaxes' logarithms is
-// saved by the forward pass: the sums over P dP come from the tile itself. Queries lie in the lanes, whatever
-// rows they are of: no lane is lost at the end of a row, of which small maps have many. With dP = grad_out
-// v^T / 2, D1 = P1 (dP - sum P1 dP) and D2 likewise are the gradients of the logits, D1 + D2 that of the
-// scores. Of the decays, with later(a, b) = 1, 0, -1 where a is after, at, before b:
+// Nothing but the softmaxes' logarithms is saved by the forward pass: the sums over P dP come from a tile of
+// queries itself, which has all keys. With dP = grad_out v^T / 2, D1 = P1 (dP - sum P1 dP) and D2 likewise
+// are the gradients of the logits, D1 + D2 that of the scores. Of the decays, with later(a, b) = 1, 0, -1
+// where a is after, at, before b:
 //   dCw[i, j] += later(j, l) D1, dCw[i, l] -= the same     the way along the query's row i, for D1
 //   dCh[i, l] += later(i, r) D1, dCh[r, l] -= the same     the way down the key's column l
 // and for D2 along the key's row r and down the query's column j.
-#include "maps_cpu.h"
+#include "small_cpu.h"
 
 namespace vitkernels::polyline_path_attention {
 namespace VITKERNELS_ISA {
@@ -23,14 +22,16 @@ struct Backward {
   static constexpr int L = kLanes<T>;
 
   const Params& p;
-  int height, width, tokens, d_pitch, v_pitch, turn;  // turn: of a row that starts anew at its end
+  int height, width, tokens, d_pitch, v_pitch;
   Tiling<T> tiling;
-  T *q, *k, *v, *g, *dq, *dk, *dv;                   // [token][channel]
-  T *along, *down, *along_turns, *down_turns, *lse;  // sums of decays, and by rows that turn; lse of both
-  T *dalong, *ddown, *dalong_turns, *ddown_turns;    // their gradients
-  T *keys_along, *keys_down;                         // [key][lane]: the same, to be added across the lanes
-  T *q_lanes, *g_lanes, *s, *ds, *second;            // of a tile; P2 of one vector of it
-  T *later_columns, *near, *beside, *sums, *turns;   // [l][lane] of a vector of queries
+  Scratch scratch;
+  SmallMap<T> map;
+  T *q, *k, *v, *g, *dq, *dk, *dv;                 // [token][channel]
+  T* lse;                                          // of both softmaxes
+  T *dalong, *ddown, *dalong_turns, *ddown_turns;  // gradients of the sums of decays, as the map has those
+  T *keys_along, *keys_down;                       // [key][lane]: the same, to be added across the lanes
+  T *q_lanes, *g_lanes, *s, *ds, *second;          // of a tile; P2 of one vector of it
+  T *sums, *turns;                                 // [l][lane] of a vector of queries
   T *ones, *scales;
   size_t size;
 
@@ -41,19 +42,18 @@ struct Backward {
         tokens(height * width),
         d_pitch(round_up_lanes<T>(p.head_dim)),
         v_pitch(round_up_lanes<T>(p.value_dim)),
-        turn(width + L),
-        tiling(tokens) {
-    Scratch scratch(memory);
-    const size_t all = tokens, padded = tiling.count * tiling.width,
-                 turned = static_cast<size_t>(height) * turn;
+        tiling(tokens),
+        scratch(memory),
+        map(p, tiling, scratch) {
+    const size_t all = tokens, turned = static_cast<size_t>(height) * map.turn;
     T** const of_logits[] = {&q, &k, &dq, &dk};
     for (T** tensor : of_logits) *tensor = scratch.take<T>(all * d_pitch);
     T** const of_values[] = {&v, &g, &dv};
     for (T** tensor : of_values) *tensor = scratch.take<T>(all * v_pitch);
-    T** const planes[] = {&along, &down, &dalong, &ddown};
-    for (T** plane : planes) *plane = scratch.take<T>(padded);
-    lse = scratch.take<T>(2 * padded);
-    T** const turning[] = {&along_turns, &down_turns, &dalong_turns, &ddown_turns};
+    T** const planes[] = {&dalong, &ddown};
+    for (T** plane : planes) *plane = scratch.take<T>(map.padded);
+    lse = scratch.take<T>(2 * static_cast<size_t>(map.padded));
+    T** const turning[] = {&dalong_turns, &ddown_turns};
     for (T** plane : turning) *plane = scratch.take<T>(turned);
     T** const by_keys[] = {&keys_along, &keys_down, &second};
     for (T** vectors : by_keys) *vectors = scratch.take<T>(all * L);
@@ -61,7 +61,7 @@ struct Backward {
     g_lanes = scratch.take<T>(p.value_dim * tiling.width);
     s = scratch.take<T>(all * tiling.width);
     ds = scratch.take<T>(all * tiling.width);
-    T** const by_columns[] = {&later_columns, &near, &beside, &sums, &turns};
+    T** const by_columns[] = {&sums, &turns};
     for (T** vectors : by_columns) *vectors = scratch.take<T>(static_cast<size_t>(width) * L);
     ones = scratch.take<T>(d_pitch + v_pitch);
     scales = scratch.take<T>(d_pitch);
@@ -70,17 +70,24 @@ struct Backward {
 
   // What `run` of an item reads and writes.
   Ahead<E> ahead_of(int64_t item, bool wanted) const {
-    Ahead<E> ahead(p, wanted, ceil_div(tokens, L) * height);
+    Ahead<E> ahead(p, wanted ? tokens : 0, ceil_div(tokens, L) * height);
+    const int64_t batch = item / p.heads;
+    const int head = static_cast<int>(item % p.heads);
     const View* const of_logits[] = {&p.q, &p.k, &p.grad_q, &p.grad_k};
     const View* const of_values[] = {&p.v, &p.grad_out, &p.grad_v};
-    for (const View* view : of_logits) ahead.add(p, *view, item, p.head_dim);
-    for (const View* view : of_values) ahead.add(p, *view, item, p.value_dim);
+    for (const View* view : of_logits) ahead.add(*view, batch, head, 0, p.head_dim);
+    for (const View* view : of_values) ahead.add(*view, batch, head, 0, p.value_dim);
     return ahead;
   }
 
   void run(int64_t batch, int head, Ahead<E> ahead) const {
     const bool decays = p.grad_log_decay_w || p.grad_log_decay_h;
     read(batch, head);
+    const auto result = [&](const View& view, int channels, T* scratch) {
+      return Result<E>(p, view, batch, head, 0, height, channels, tokens, scratch);
+    };
+    const Result<E> to_q = result(p.grad_q, p.head_dim, dq), to_k = result(p.grad_k, p.head_dim, dk),
+                    to_v = result(p.grad_v, p.value_dim, dv);
     for (int tile = 0; tile < tiling.count; ++tile) {
       const int begin = tiling.start(tile), lanes = tiling.lanes(tile), pitch = tiling.width;
       const int vecs = ceil_div(lanes, L);
@@ -93,17 +100,19 @@ struct Backward {
       for (int i = 0; i < vecs; ++i)
         decays ? differentiate<true>(begin + i * L, i * L, ahead)
                : differentiate<false>(begin + i * L, i * L, ahead);
+      const auto add = [&](const Result<E>& to) { return tile ? to.data : nullptr; };
       if (p.grad_v)
-        multiply<T>(v_pitch / L,
-                    {tokens, lanes, s, pitch, 1, tile_g, v_pitch, tile ? dv : nullptr, v_pitch, dv, v_pitch});
+        multiply<T>(v_pitch / L, {tokens, lanes, s, pitch, 1, tile_g, v_pitch, add(to_v), to_v.step,
+                                  to_v.data, to_v.step});
       if (p.grad_k)
-        multiply<T>(d_pitch / L, {tokens, lanes, ds, pitch, 1, tile_q, d_pitch, tile ? dk : nullptr, d_pitch,
-                                  dk, d_pitch});
+        multiply<T>(d_pitch / L, {tokens, lanes, ds, pitch, 1, tile_q, d_pitch, add(to_k), to_k.step,
+                                  to_k.data, to_k.step});
       if (p.grad_q)
-        multiply<T>(d_pitch / L, {lanes, tokens, ds, 1, pitch, k, d_pitch, nullptr, 0,
-                                  dq + static_cast<ptrdiff_t>(begin) * d_pitch, d_pitch});
+        multiply<T>(d_pitch / L, {lanes, tokens, ds, 1, pitch, k, d_pitch, nullptr, 0, to_q.at(begin),
+                                  to_q.step, nullptr, scales});
     }
-    write(batch, head);
+    to_q.deliver(ones), to_k.deliver(ones), to_v.deliver(ones);
+    if (decays) write_decays(batch, head);
   }
 
   void read(int64_t batch, int head) const {
@@ -111,92 +120,61 @@ struct Backward {
     read_map<E>(p, p.k, batch, head, p.head_dim, T(1), k);
     read_map<E>(p, p.v, batch, head, p.value_dim, T(1), v);
     read_map<E>(p, p.grad_out, batch, head, p.value_dim, T(0.5), g);
-    const int padded = tiling.count * tiling.width;
+    map.read(p, batch, head);
+    // A lane beyond the map gets probability 0.
     for (int which = 0; which < 2; ++which) {
-      const T *cum = plane<const T>(p.cum, which, batch, head),
-              *from = plane<const T>(p.lse, which, batch, head);
-      T *sum = which ? down : along, *turned = which ? down_turns : along_turns, *to = lse + which * padded;
-      for (int i = 0; i < padded; ++i) sum[i] = cum[imin(i, tokens - 1)];
-      // A lane beyond the map gets probability 0.
-      for (int i = 0; i < padded; ++i) to[i] = i < tokens ? from[i] : static_cast<T>(__builtin_inff());
-      for (int y = 0; y < height; ++y)
-        for (int x = 0, column = 0; x < turn; ++x, column = column + 1 == width ? 0 : column + 1)
-          turned[y * turn + x] = cum[y * width + column];
+      const T* from = plane<const T>(p.lse, which, batch, head);
+      T* to = lse + which * map.padded;
+      for (int i = 0; i < tokens; ++i) to[i] = from[i];
+      for (int i = tokens; i < map.padded; ++i) to[i] = static_cast<T>(__builtin_inff());
     }
-    for (int i = 0; i < padded; ++i) dalong[i] = ddown[i] = 0;
-    for (int i = 0; i < height * turn; ++i) dalong_turns[i] = ddown_turns[i] = 0;
+    for (int i = 0; i < map.padded; ++i) dalong[i] = ddown[i] = 0;
+    for (int i = 0; i < height * map.turn; ++i) dalong_turns[i] = ddown_turns[i] = 0;
     for (int i = 0; i < tokens * L; ++i) keys_along[i] = keys_down[i] = 0;
-  }
-
-  // What depends on the queries' and the keys' columns alone, of L queries from `first` on.
-  struct Queries {
-    int row, column;  // of the first
-    IntVec<T> rows, columns;
-  };
-  // The values that `plane` has at column l of each lane's row.
-  V at_column(const T* plane, int l, const Queries& at) const {
-    V x = broadcast(plane[at.row * width + l]);
-    for (int row = at.row + 1, lane = width - at.column; lane < L && row < height; ++row, lane += width)
-      x = at.rows >= static_cast<typename Bits<T>::type>(row) ? broadcast(plane[row * width + l]) : x;
-    return x;
-  }
-  Queries find(int first) const {
-    Queries at{first / width, first % width, {}, {}};
-    for (int i = 0, row = at.row, column = at.column; i < L; ++i) {
-      at.rows[i] = imin(row, height - 1);
-      at.columns[i] = column;
-      if (++column == width) column = 0, ++row;
-    }
-    const V own = load(along + first);
-    for (int l = 0; l < width; ++l) {
-      const V later = towards<T>(broadcast(T(1)), at.columns, l);
-      store(later_columns + l * L, later);
-      store(near + l * L, later * (own - at_column(along, l, at)));
-      store(beside + l * L, at_column(down, l, at));
-      store(sums + l * L, V{});
-      store(turns + l * L, V{});
-    }
-    return at;
+    for (int i = 0; i < d_pitch + v_pitch; ++i) ones[i] = 1;
+    for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
   }
 
   // Of L queries from `first` on, which are lanes of the tile: s, scores, becomes P1 + P2; ds, the gradients
   // of those, becomes D1 + D2; the decays' sums grow.
   template <bool Decays>
   __attribute__((noinline)) void differentiate(int first, int lane, Ahead<E>& ahead) const {
-    const Queries at = find(first);
-    const int pitch = tiling.width, columns = width, rows = height, padded = tiling.count * pitch;
-    const V lse1 = load(lse + first), lse2 = load(lse + padded + first), own = load(down + first);
+    const typename SmallMap<T>::Queries at = map.find(first);
+    const int columns = width, rows = height, keys = tokens, turn = map.turn;
+    const ptrdiff_t pitch = tiling.width;
+    const V lse1 = load(lse + first), lse2 = load(lse + map.padded + first);
     V mean1 = {}, mean2 = {}, sum1 = {}, sum2 = {};
-    const T *grad = ds + lane, *row_along = along, *row_down = down;
     // Stores might change what is behind `this`, as far as the compiler knows.
-    const T *later_l = later_columns, *near_l = near, *beside_l = beside;
+    const T *grad = ds + lane, *later_l = map.later_columns;
     T *const sums_l = sums, *const turns_l = turns;
     T *score = s + lane, *other = second;
-    for (int r = 0; r < rows; ++r, row_along += columns, row_down += columns) {
-      ahead.step();
-      const V later = towards<T>(broadcast(T(1)), at.rows, r);
-      const V there = load(along_turns + r * turn + at.column);
-      const V fall = later * (own - load(down_turns + r * turn + at.column));
-      for (int l = 0; l < columns;) {
-        V run1 = {}, run2 = {}, weights1 = {}, weights2 = {};
-        for (const int end = imin(columns, l + kRun); l < end;
-             ++l, score += pitch, grad += pitch, other += L) {
-          const V mask1 = load(near_l + l * L) + later * (load(beside_l + l * L) - row_down[l]);
-          const V mask2 = fall + load(later_l + l * L) * (there - row_along[l]);
-          const V x = load(score), dp = load(grad);
-          const V p1 = exp_softmax<T>(x + mask1 - lse1), p2 = exp_softmax<T>(x + mask2 - lse2);
-          store(score, p1);
-          store(other, p2);
-          run1 += p1 * dp;
-          run2 += p2 * dp;
-          weights1 += p1;
-          weights2 += p2;
-        }
-        mean1 += run1;
-        mean2 += run2;
-        sum1 += weights1;
-        sum2 += weights2;
+    for (int l = 0; l < columns * L; l += L) store(sums_l + l, V{}), store(turns_l + l, V{});
+    for (int r = 0; r < rows; ++r) {
+      const typename SmallMap<T>::Masks masks = map.masks(at, r);
+      for (int l = 0; l < columns; ++l, score += pitch, other += L) {
+        const V x = load(score);
+        store(score, x + masks.first(l) - lse1);
+        store(other, x + masks.second(l) - lse2);
       }
+    }
+    // Apart from the masks: with them there would be too much at once for the processor to overlap.
+    score = s + lane, other = second;
+    for (int key = 0; key < keys;) {
+      V run1 = {}, run2 = {}, weights1 = {}, weights2 = {};
+      for (const int end = imin(keys, key + kRun); key < end;
+           ++key, score += pitch, grad += pitch, other += L) {
+        const V p1 = exp_softmax<T>(load(score)), p2 = exp_softmax<T>(load(other)), dp = load(grad);
+        store(score, p1);
+        store(other, p2);
+        run1 += p1 * dp;
+        run2 += p2 * dp;
+        weights1 += p1;
+        weights2 += p2;
+      }
+      mean1 += run1;
+      mean2 += run2;
+      sum1 += weights1;
+      sum2 += weights2;
     }
     const V inverse1 = undo_rounding_of_lse<T>(sum1), inverse2 = undo_rounding_of_lse<T>(sum2);
     mean1 *= inverse1;
@@ -205,6 +183,7 @@ struct Backward {
     T *gradient = ds + lane, *to_along = keys_along, *to_down = keys_down;
     score = s + lane, other = second;
     for (int r = 0; r < rows; ++r) {
+      ahead.step();
       const V later = towards<T>(broadcast(T(1)), at.rows, r);
       V fall = {}, far = {};
       for (int l = 0; l < columns; ++l, score += pitch, gradient += pitch, other += L) {
@@ -250,20 +229,16 @@ struct Backward {
     }
   }
 
-  void write(int64_t batch, int head) const {
-    for (int i = 0; i < d_pitch + v_pitch; ++i) ones[i] = 1;
-    for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
-    if (p.grad_q) write_map<E>(p, p.grad_q, batch, head, p.head_dim, scales, dq);
-    if (p.grad_k) write_map<E>(p, p.grad_k, batch, head, p.head_dim, ones, dk);
-    if (p.grad_v) write_map<E>(p, p.grad_v, batch, head, p.value_dim, ones, dv);
-    if (!p.grad_log_decay_w && !p.grad_log_decay_h) return;
+  void write_decays(int64_t batch, int head) const {
+    const int turn = map.turn;
     add_across(dalong, keys_along, tokens);
     add_across(ddown, keys_down, tokens);
-    for (int y = 0; y < height; ++y)
-      for (int x = 0, column = 0; x < turn; ++x, column = column + 1 == width ? 0 : column + 1) {
-        dalong[y * width + column] += dalong_turns[y * turn + x];
-        ddown[y * width + column] += ddown_turns[y * turn + x];
+    map.for_turns([&](int y, int begin, int count) {
+      for (int x = 0; x < count; ++x) {
+        dalong[y * width + x] += dalong_turns[y * turn + begin + x];
+        ddown[y * width + x] += ddown_turns[y * turn + begin + x];
       }
+    });
     by_decay<E>(p, [&](auto d) {
       using D = decltype(d);
       const View &w = p.grad_log_decay_w, &h = p.grad_log_decay_h;

@@ -46,7 +46,6 @@ struct Forward {
   const Map<T>& map;
   const Block<T>& block;
   const ForwardScratch<T>& w;
-  Ahead<E>& ahead;
   int step;  // rows of keys in a tile
 
   T* tile(int r) const { return w.scores + static_cast<ptrdiff_t>(r) * map.width * block.width; }
@@ -72,7 +71,6 @@ struct Forward {
     const T* near = w.factors.near_row(map, v);
     Vec<T> sum[2] = {state.sum[0] * fade, state.sum[1] * fade};
     for (int r = r0; r < last; ++r) {
-      ahead.step();
       const T *drop = w.factors.drop_row(map, v, r, 0, map.height), *far = w.factors.far_row(map, r);
       const Vec<T> fall = exp_softmax<T>(block.log_fall(map, v, r));
       Vec<T> run[2] = {};
@@ -192,12 +190,7 @@ void write_block(const View& view, int64_t batch, int head, const Block<T>& bloc
            from + v * kLanes<T>, block.width, channels, block.lanes, ones);
 }
 
-// Items: (batch, head, band of columns), bands being for parallelism alone.
-int bands(const Params& p, int column_tiles) {
-  const int64_t heads = p.batch * p.heads;
-  return heads >= 16 ? 1 : imin(column_tiles, static_cast<int>((15 + heads) / heads));
-}
-
+// Items: (batch, head, band of columns).
 template <class E>
 void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
   using T = Compute<E>;
@@ -209,11 +202,6 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
     const int band = static_cast<int>(item % count), head = static_cast<int>(item / count % p.heads);
     const int64_t batch = item / count / p.heads;
     if (band == 0 || item == begin) w.map.template read<E>(p, batch, head);
-    Ahead<E> ahead(p, count == 1 && item + 1 < end, column_tiles * p.height * p.height);
-    const View* const of_logits[] = {&p.q, &p.k};
-    const View of_values[] = {p.v, p.out, p.partial ? saved_product<E>(p, 0) : View{}};
-    for (const View* view : of_logits) ahead.add(p, *view, item + 1, p.head_dim);
-    for (const View& view : of_values) ahead.add(p, view, item + 1, p.value_dim);
     for (int tile = column_tiles * band / count; tile < column_tiles * (band + 1) / count; ++tile) {
       w.factors.fill_far(w.map, Block<T>(w.map, 0, 1, tile), 0, p.height);
       int y = 0;
@@ -223,7 +211,7 @@ void forward_range(const Params& p, int64_t begin, int64_t end, void* memory) {
         w.factors.fill_block(w.map, block, 0, p.height);
         Softmax<T> states[kBlockRows];
         const bool keep_first = static_cast<bool>(p.partial);
-        Forward<E, T>{w.map, block, w, ahead, tile_rows(p)}.run(keep_first, states);
+        Forward<E, T>{w.map, block, w, tile_rows(p)}.run(keep_first, states);
         write_block<E>(p.out, batch, head, block, w.out, p.value_dim, ones);
         if (keep_first)
           write_block<E>(saved_product<E>(p, 0), batch, head, block, w.first, p.value_dim, ones);
@@ -248,8 +236,7 @@ size_t no_scratch(const Params&) {
 template <class E>
 void sums_range(const Params& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item)
-    by_decay<E>(
-        p, [&](auto d) { sum_decays<Compute<E>>(p, item / p.heads, static_cast<int>(item % p.heads), d); });
+    sum_decays<E>(p, item / p.heads, static_cast<int>(item % p.heads));
 }
 void sums(const Params& p, int64_t begin, int64_t end, void*) {
   with_dtype(p.dtype, [&](auto element) { sums_range<decltype(element)>(p, begin, end); });

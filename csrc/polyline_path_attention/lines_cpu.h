@@ -50,6 +50,12 @@ VITKERNELS_INLINE bool keeps_rows(const Params& p) {
          1 << 20;
 }
 
+// Where a line is.
+struct Place {
+  int64_t batch;
+  int head, line;
+};
+
 // Tokens [token][channel] of a line, `step` elements apart.
 template <class T>
 struct Tokens {
@@ -96,12 +102,12 @@ VITKERNELS_INLINE void gather_row(const Params& p, const View& view, int64_t bat
   pack(to + static_cast<ptrdiff_t>(y) * row_step(p) * pitch, pitch, token<const E>(view, batch, head, y, 0),
        view.stride[2], view.stride[4], p.width, channels, factor);
 }
+// Where the last sweep over a row leaves it.
 template <class E, class T>
-VITKERNELS_INLINE void deliver_row(const Params& p, const View& view, int64_t batch, int head, int y,
-                                   int channels, const T* factors, const T* from, int pitch) {
-  if (view)
-    unpack(token<E>(view, batch, head, y, 0), view.stride[2], view.stride[4],
-           from + static_cast<ptrdiff_t>(y) * row_step(p) * pitch, pitch, p.width, channels, factors);
+VITKERNELS_INLINE Result<E> row_result(const Params& p, const View& view, int64_t batch, int head, int y,
+                                       int channels, T* gathered) {
+  T* row = gathered + static_cast<ptrdiff_t>(y) * row_step(p) * round_up_lanes<T>(channels);
+  return Result<E>(p, view, batch, head, y, 1, channels, p.width, row);
 }
 
 // visit(key, what the decays between it and each lane's query add up to), for queries from `lane` on.
@@ -184,13 +190,17 @@ struct Sweeps {
   template <int S>
   static void lines(const Params& p, int64_t begin, int64_t end, void* scratch) {
     const int64_t count = lines_of_map(p, S), bytes = static_cast<int64_t>(head_bytes(p));
+    // Heads change fastest: they lie side by side.
+    const auto place = [&](int64_t item) {
+      return Place{item / p.heads / count, static_cast<int>(item % p.heads),
+                   static_cast<int>(item / p.heads % count)};
+    };
     with_dtype(p.dtype, [&](auto e) {
       for (int64_t item = begin; item < end; ++item) {
-        // Heads change fastest: they lie side by side.
-        const int head = static_cast<int>(item % p.heads);
-        const int64_t batch = item / p.heads / count;
-        char* memory = static_cast<char*>(p.workspace) + (batch * p.heads + head) * bytes;
-        Pass<decltype(e)>(p, batch, head, memory, scratch).line(S, static_cast<int>(item / p.heads % count));
+        const Place at = place(item);
+        char* memory = static_cast<char*>(p.workspace) + (at.batch * p.heads + at.head) * bytes;
+        Pass<decltype(e)>(p, at.batch, at.head, memory, scratch)
+            .line(S, at.line, place(item + 1), item + 1 < end);
       }
     });
   }
@@ -200,8 +210,10 @@ struct Sweeps {
       for (int64_t item = begin; item < end; ++item) {
         const Pass<decltype(e)> pass(p, item / p.heads, static_cast<int>(item % p.heads), memory,
                                      memory + head_bytes(p));
+        pass.begin();
         for (int sweep = 0; sweep < kSweeps; ++sweep)
-          for (int line = 0; line < lines_of_map(p, sweep); ++line) pass.line(sweep, line);
+          for (int line = 0, count = lines_of_map(p, sweep); line < count; ++line)
+            pass.line(sweep, line, {pass.batch, pass.head, line + 1}, line + 1 < count);
       }
     });
   }

@@ -47,9 +47,58 @@ static void write_map(const Params& p, const View& view, int64_t batch, int head
            from + static_cast<ptrdiff_t>(y) * p.width * pitch, pitch, p.width, channels, factors);
 }
 
-// Tokens of the head that comes next, brought nearer while another is worked on. Its tokens lie apart, with
-// the other heads' between them, so that no processor sees by itself where it goes on; and a few at a time,
-// since all at once the requests would wait for each other.
+// Rows of a head [token][channel] as products write them: in the tensor itself where that is possible, with
+// no conversion, whole vectors and sums in one go, since tokens that lie far apart are slow to take up again;
+// otherwise in scratch, from where deliver() brings them.
+template <class E>
+struct Result {
+  using T = Compute<E>;
+  const Params& p;
+  const View& view;
+  E* tensor;
+  int rows, channels, pitch;
+  bool in_place;
+  T* data;
+  ptrdiff_t step;
+
+  // `terms`: of the longest sum. Sums over so few tokens are never taken up for another tile of queries.
+  static_assert(kRun <= kTileWidth);
+  Result(const Params& p, const View& view, int64_t batch, int head, int y, int rows, int channels, int terms,
+         T* scratch)
+      : p(p),
+        view(view),
+        tensor(view ? token<E>(view, batch, head, y, 0) : nullptr),
+        rows(rows),
+        channels(channels),
+        pitch(round_up_lanes<T>(channels)),
+        in_place(kSame<E, T> && view && view.stride[4] == 1 && channels == pitch && terms <= kRun &&
+                 (rows == 1 || view.stride[1] == p.width * view.stride[2])),
+        data(scratch),
+        step(pitch) {
+    if constexpr (kSame<E, T>)
+      if (in_place) data = tensor, step = view.stride[2];
+  }
+  T* at(int i) const { return data + i * step; }
+  void deliver(const T* ones) const { deliver(ones, 0, rows * p.width); }
+  // Tokens [first, last) of them.
+  void deliver(const T* ones, int first, int last) const {
+    for (int y = first / p.width; view && !in_place && y * p.width < last; ++y) {
+      const int x = y * p.width < first ? first - y * p.width : 0, end = imin(last - y * p.width, p.width);
+      unpack(tensor + y * view.stride[1] + x * view.stride[2], view.stride[2], view.stride[4],
+             at(y * p.width + x), pitch, end - x, channels, ones);
+    }
+  }
+};
+
+// A forward pass over few heads takes each in bands of its tiles of queries, for parallelism alone.
+VITKERNELS_INLINE int bands(const Params& p, int tiles) {
+  const int64_t heads = p.batch * p.heads;
+  return heads >= 16 || heads == 0 ? 1 : imin(tiles, static_cast<int>((15 + heads) / heads));
+}
+
+// Tokens that come next, brought nearer while others are worked on. A head's tokens lie apart, with the other
+// heads' between them, so that no processor sees by itself where it goes on; and a few at a time, since all
+// at once the requests would wait for each other.
 template <class E>
 struct Ahead {
   static constexpr int kMost = 8;
@@ -57,18 +106,13 @@ struct Ahead {
   ptrdiff_t next_token[kMost], next_row[kMost];
   int bytes[kMost], views = 0, width, column = 0, left, share;
 
-  // The whole map in `steps` steps; none of it unless `wanted`, and of a large one, which would drive out
-  // what is at work.
-  Ahead(const Params& p, bool wanted, int steps) : width(p.width) {
-    const int tokens = p.height * p.width;
-    left = wanted && tokens <= kSmallMap ? tokens : 0;
-    share = ceil_div(tokens, steps);
-  }
+  // `tokens` of a map from the beginning of a row on, in `steps` steps.
+  Ahead(const Params& p, int tokens, int steps)
+      : width(p.width), left(tokens), share(ceil_div(tokens, steps)) {}
 
-  void add(const Params& p, const View& view, int64_t item, int channels) {
+  void add(const View& view, int64_t batch, int head, int y, int channels) {
     if (left == 0 || !view || view.stride[4] != 1) return;
-    at[views] = reinterpret_cast<const char*>(
-        token<const E>(view, item / p.heads, static_cast<int>(item % p.heads), 0, 0));
+    at[views] = reinterpret_cast<const char*>(token<const E>(view, batch, head, y, 0));
     next_token[views] = view.stride[2] * static_cast<ptrdiff_t>(sizeof(E));
     next_row[views] = view.stride[1] * static_cast<ptrdiff_t>(sizeof(E)) - (width - 1) * next_token[views];
     bytes[views++] = channels * static_cast<int>(sizeof(E));
@@ -100,7 +144,7 @@ VITKERNELS_INLINE void by_decay(const Params& p, Visit visit) {
 // In double: what a float keeps of a sum is then its rounding alone, and sums of decays <= 0 fall
 // monotonously. The first of a line is in no difference of two sums, and may be anything, -inf too.
 template <class T, class D>
-static void sum_decays(const Params& p, int64_t batch, int head, D) {
+static void sum_decays_of(const Params& p, int64_t batch, int head, D) {
   T *along = plane<T>(p.cum, 0, batch, head), *down = plane<T>(p.cum, 1, batch, head);
   for (int y = 0; y < p.height; ++y) {
     double sum = 0;
@@ -116,6 +160,11 @@ static void sum_decays(const Params& p, int64_t batch, int head, D) {
       down[static_cast<ptrdiff_t>(y) * p.width + x] = static_cast<T>(sum);
     }
   }
+}
+
+template <class E>
+VITKERNELS_INLINE void sum_decays(const Params& p, int64_t batch, int head) {
+  by_decay<E>(p, [&](auto d) { sum_decays_of<Compute<E>>(p, batch, head, d); });
 }
 
 // From the gradients of `count` sums, `step` apart, to those of the decays: each decay is in its own sum and

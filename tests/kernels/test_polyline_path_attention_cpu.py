@@ -123,6 +123,7 @@ GRIDS: list[tuple[tuple[int, int], int, int, str]] = [
     ((1, 9), 8, 12, "packed"),
     ((19, 1), 5, 3, "offset"),
     ((3, 4), 24, 7, "strided"),
+    ((7, 7), 32, 32, "packed"),
     ((7, 9), 40, 33, "columns_first"),
     ((14, 14), 32, 32, "packed"),
     ((9, 18), 16, 24, "heads_first"),
@@ -266,6 +267,25 @@ def test_threads_do_not_change_a_bit(mode: str, sizes: tuple[int, int]) -> None:
 def test_heads_apart_and_lines_of_all_heads_give_the_same_bits(dtype: torch.dtype) -> None:
     """One head occupies one thread, which takes it through the sweeps alone; more threads share its lines."""
     same_bits_by_threads(Problem((31, 40), 20, 24, "criss_cross", dtype, batch=1, heads=1))
+
+
+@pytest.mark.parametrize("mode", ["whole", "criss_cross"])
+@pytest.mark.parametrize("sizes", [(8, 8), (5, 13), (3, 64), (3, 65)], ids=str)
+def test_results_written_in_place_and_by_way_of_scratch(sizes: tuple[int, int], mode: str) -> None:
+    """Products write the tensors themselves where all terms of a sum, 64 at most, come in one go."""
+    Problem(sizes, 16, 32, mode, layout="packed").check()
+
+
+@pytest.mark.parametrize("sizes", [(14, 14), (11, 22)], ids=str)
+def test_bands_of_a_small_map_give_the_same_bits(sizes: tuple[int, int]) -> None:
+    """Two heads are shared out by tiles of their queries, sixteen are not."""
+    together, alone = (Problem(sizes, 16, 24, batch=batch) for batch in (8, 1))
+    results = together.run()
+    for i in (0, 7):
+        alone.inputs = tuple(tensor[i : i + 1] for tensor in together.inputs)
+        alone.grad_out = together.grad_out[i : i + 1]
+        for got, want in zip(results, alone.run(), strict=True):
+            assert torch.equal(got[i : i + 1], want)
 
 
 def test_long_rows_whose_probabilities_are_computed_twice() -> None:
