@@ -64,13 +64,13 @@ struct Forward {
     const Tiling<T> tiling(line.length);
     line.read(plane<const T>(p.cum, line.vertical, batch, head), sums, tiling.count * tiling.width, true,
               T(0));
-    Ahead<E> ahead(p, wanted && !line.vertical ? p.width : 0,
-                   tiling.count * (sweep == kRows ? tiling.vecs + 2 : 1));
+    Ahead ahead(p, wanted && !line.vertical ? p.width : 0,
+                tiling.count * (sweep == kRows ? tiling.vecs + 2 : 1));
     if (sweep == kRows) {
       const View* const of_logits[] = {&p.q, &p.k};
-      for (const View* view : of_logits) ahead.add(*view, next.batch, next.head, next.line, p.head_dim);
+      for (const View* view : of_logits) ahead.add<E>(*view, next.batch, next.head, next.line, p.head_dim);
     }
-    ahead.add(sweep == kRows ? p.v : p.out, next.batch, next.head, next.line, p.value_dim);
+    ahead.add<E>(sweep == kRows ? p.v : p.out, next.batch, next.head, next.line, p.value_dim);
     const int row = line.vertical ? 0 : index;
     const Result<E> result = row_result<E>(p, p.out, batch, head, row, p.value_dim, out);
     for (int i = 0; i < v_pitch; ++i) ones[i] = 1, halves[i] = T(0.5);
@@ -87,7 +87,7 @@ struct Forward {
 
   // One tile of queries.
   void attend(int sweep, const Line<T>& line, int begin, int lanes, const Tiling<T>& tiling,
-              const Tokens<T>& result, Ahead<E>& ahead) const {
+              const Tokens<T>& result, Ahead& ahead) const {
     const int n = line.length, pitch = tiling.width, vecs = ceil_div(lanes, L);
     const bool again = sweep == kRowsAgain;
     T* weights = kept && sweep != kColumns ? kept_tile(line, begin, tiling) : s;

@@ -76,13 +76,13 @@ struct Backward {
               static_cast<T>(__builtin_inff()));
     for (int i = 0; i < padded; ++i) dsums[i] = 0;
     for (int i = 0; i < line.length * L; i += L) store(across_keys + i, Vec<T>{});
-    Ahead<E> ahead(p, wanted && !line.vertical ? p.width : 0, tiling.count * (tiling.vecs + 2));
+    Ahead ahead(p, wanted && !line.vertical ? p.width : 0, tiling.count * (tiling.vecs + 2));
     const bool first = sweep == kRows;
     const View* const of_logits[] = {first ? &p.q : &p.grad_q, first ? &p.k : &p.grad_k};
     const View* const of_values[] = {first ? &p.v : &p.grad_v, first ? &p.grad_out : nullptr};
-    for (const View* view : of_logits) ahead.add(*view, next.batch, next.head, next.line, p.head_dim);
+    for (const View* view : of_logits) ahead.add<E>(*view, next.batch, next.head, next.line, p.head_dim);
     for (const View* view : of_values)
-      if (view) ahead.add(*view, next.batch, next.head, next.line, p.value_dim);
+      if (view) ahead.add<E>(*view, next.batch, next.head, next.line, p.value_dim);
     for (int i = 0; i < v_pitch + d_pitch; ++i) ones[i] = 1;
     for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
     const int row = line.vertical ? 0 : index;
@@ -136,7 +136,7 @@ struct Backward {
 
   // One tile of queries.
   void differentiate(int sweep, const Line<T>& line, int begin, int lanes, const Tiling<T>& tiling,
-                     const Results& results, Ahead<E>& ahead) const {
+                     const Results& results, Ahead& ahead) const {
     const int n = line.length, pitch = tiling.width, vecs = ceil_div(lanes, L);
     const bool again = sweep == kRowsAgain, later = begin > 0;
     T* weights = kept && !line.vertical

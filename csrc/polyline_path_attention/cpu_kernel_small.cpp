@@ -7,10 +7,54 @@ namespace vitkernels::polyline_path_attention {
 namespace VITKERNELS_ISA {
 namespace {
 
+// Of `count` queries from `first` on: scores become the mean of both softmaxes. `second` holds as many
+// numbers as one vector of them has logits.
+template <class T>
+__attribute__((noinline)) void weigh(const Params& p, const SmallMap<T>& map, int64_t batch, int head,
+                                     int first, int count, T* scores, ptrdiff_t pitch, T* second,
+                                     Ahead& ahead) {
+  using V = Vec<T>;
+  constexpr int L = kLanes<T>;
+  const typename SmallMap<T>::Queries at = map.find(first);
+  const int columns = map.width, rows = map.height, keys = map.tokens;
+  V top1 = broadcast(-static_cast<T>(__builtin_inff())), top2 = top1, sum1 = {}, sum2 = {};
+  T *score = scores, *other = second;
+  for (int r = 0; r < rows; ++r) {
+    ahead.step();
+    const typename SmallMap<T>::Masks masks = map.masks(at, r);
+    for (int l = 0; l < columns; ++l, score += pitch, other += L) {
+      const V x = load(score), a = x + masks.first(l), b = x + masks.second(l);
+      store(score, a);
+      store(other, b);
+      top1 = vmax(a, top1);
+      top2 = vmax(b, top2);
+    }
+  }
+  score = scores, other = second;
+  for (int key = 0; key < keys;) {
+    V run1 = {}, run2 = {};
+    for (const int end = imin(keys, key + kRun); key < end; ++key, score += pitch, other += L) {
+      const V a = exp_softmax<T>(load(score) - top1), b = exp_softmax<T>(load(other) - top2);
+      store(score, a);
+      store(other, b);
+      run1 += a;
+      run2 += b;
+    }
+    sum1 += run1;
+    sum2 += run2;
+  }
+  const V half1 = T(0.5) / sum1, half2 = T(0.5) / sum2;
+  score = scores, other = second;
+  for (int key = 0; key < keys; ++key, score += pitch, other += L)
+    store(score, load(score) * half1 + load(other) * half2);
+  if (!p.lse) return;
+  store_first(plane<T>(p.lse, 0, batch, head) + first, top1 + log_softmax<T>(sum1), count);
+  store_first(plane<T>(p.lse, 1, batch, head) + first, top2 + log_softmax<T>(sum2), count);
+}
+
 template <class E>
 struct Forward {
   using T = Compute<E>;
-  using V = Vec<T>;
   static constexpr int L = kLanes<T>;
 
   const Params& p;
@@ -44,19 +88,19 @@ struct Forward {
   }
 
   // What `run` of an item reads and writes.
-  Ahead<E> ahead_of(int64_t item, bool wanted) const {
-    Ahead<E> ahead(p, wanted ? tokens : 0, ceil_div(tokens, L) * p.height);
+  Ahead ahead_of(int64_t item, bool wanted) const {
+    Ahead ahead(p, wanted ? tokens : 0, ceil_div(tokens, L) * p.height);
     const int64_t batch = item / p.heads;
     const int head = static_cast<int>(item % p.heads);
     const View* const of_logits[] = {&p.q, &p.k};
     const View* const of_values[] = {&p.v, &p.out};
-    for (const View* view : of_logits) ahead.add(*view, batch, head, 0, p.head_dim);
-    for (const View* view : of_values) ahead.add(*view, batch, head, 0, p.value_dim);
+    for (const View* view : of_logits) ahead.add<E>(*view, batch, head, 0, p.head_dim);
+    for (const View* view : of_values) ahead.add<E>(*view, batch, head, 0, p.value_dim);
     return ahead;
   }
 
   // Tiles [first, last) of a head's queries.
-  void run(int64_t batch, int head, int first, int last, Ahead<E> ahead) const {
+  void run(int64_t batch, int head, int first, int last, Ahead ahead) const {
     if (last - first == tiling.count) sum_decays<E>(p, batch, head);
     map.read(p, batch, head);
     read_map<E>(p, p.q, batch, head, p.head_dim, static_cast<T>(p.scale), q);
@@ -70,53 +114,13 @@ struct Forward {
            p.head_dim, lanes, T(1));
       multiply<T>(vecs, {tokens, p.head_dim, k, d_pitch, 1, q_lanes, pitch, nullptr, 0, weights, pitch});
       for (int i = 0; i < vecs; ++i)
-        weigh(batch, head, begin + i * L, imin(L, lanes - i * L), weights + i * L, ahead);
+        weigh<T>(p, map, batch, head, begin + i * L, imin(L, lanes - i * L), weights + i * L, pitch, second,
+                 ahead);
       multiply<T>(v_pitch / L,
                   {lanes, tokens, weights, 1, pitch, v, v_pitch, nullptr, 0, result.at(begin), result.step});
     }
     for (int i = 0; i < v_pitch; ++i) ones[i] = 1;
     result.deliver(ones, tiling.start(first), tiling.start(last - 1) + tiling.lanes(last - 1));
-  }
-
-  // Of `count` queries from `first` on: scores become the mean of both softmaxes.
-  __attribute__((noinline)) void weigh(int64_t batch, int head, int first, int count, T* scores,
-                                       Ahead<E>& ahead) const {
-    const typename SmallMap<T>::Queries at = map.find(first);
-    const int columns = p.width, rows = p.height, keys = tokens;
-    const ptrdiff_t pitch = tiling.width;
-    V top1 = broadcast(-static_cast<T>(__builtin_inff())), top2 = top1, sum1 = {}, sum2 = {};
-    T *score = scores, *other = second;
-    for (int r = 0; r < rows; ++r) {
-      ahead.step();
-      const typename SmallMap<T>::Masks masks = map.masks(at, r);
-      for (int l = 0; l < columns; ++l, score += pitch, other += L) {
-        const V x = load(score), a = x + masks.first(l), b = x + masks.second(l);
-        store(score, a);
-        store(other, b);
-        top1 = vmax(a, top1);
-        top2 = vmax(b, top2);
-      }
-    }
-    score = scores, other = second;
-    for (int key = 0; key < keys;) {
-      V run1 = {}, run2 = {};
-      for (const int end = imin(keys, key + kRun); key < end; ++key, score += pitch, other += L) {
-        const V a = exp_softmax<T>(load(score) - top1), b = exp_softmax<T>(load(other) - top2);
-        store(score, a);
-        store(other, b);
-        run1 += a;
-        run2 += b;
-      }
-      sum1 += run1;
-      sum2 += run2;
-    }
-    const V half1 = T(0.5) / sum1, half2 = T(0.5) / sum2;
-    score = scores, other = second;
-    for (int key = 0; key < keys; ++key, score += pitch, other += L)
-      store(score, load(score) * half1 + load(other) * half2);
-    if (!p.lse) return;
-    store_first(plane<T>(p.lse, 0, batch, head) + first, top1 + log_softmax<T>(sum1), count);
-    store_first(plane<T>(p.lse, 1, batch, head) + first, top2 + log_softmax<T>(sum2), count);
   }
 };
 

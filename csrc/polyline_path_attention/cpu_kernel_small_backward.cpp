@@ -15,41 +15,30 @@ namespace vitkernels::polyline_path_attention {
 namespace VITKERNELS_ISA {
 namespace {
 
-template <class E>
-struct Backward {
-  using T = Compute<E>;
+// What depends on the type that is computed in alone, so that tensors of half precision share it.
+template <class T>
+struct Gradients {
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
 
-  const Params& p;
-  int height, width, tokens, d_pitch, v_pitch;
+  int height, width, tokens;
   Tiling<T> tiling;
   Scratch scratch;
   SmallMap<T> map;
-  T *q, *k, *v, *g, *dq, *dk, *dv;                 // [token][channel]
   T* lse;                                          // of both softmaxes
   T *dalong, *ddown, *dalong_turns, *ddown_turns;  // gradients of the sums of decays, as the map has those
   T *keys_along, *keys_down;                       // [key][lane]: the same, to be added across the lanes
-  T *q_lanes, *g_lanes, *s, *ds, *second;          // of a tile; P2 of one vector of it
+  T *s, *ds, *second;                              // of a tile; P2 of one vector of it
   T *sums, *turns;                                 // [l][lane] of a vector of queries
-  T *ones, *scales;
-  size_t size;
 
-  Backward(const Params& p, void* memory)
-      : p(p),
-        height(p.height),
+  Gradients(const Params& p, void* memory)
+      : height(p.height),
         width(p.width),
         tokens(height * width),
-        d_pitch(round_up_lanes<T>(p.head_dim)),
-        v_pitch(round_up_lanes<T>(p.value_dim)),
         tiling(tokens),
         scratch(memory),
         map(p, tiling, scratch) {
     const size_t all = tokens, turned = static_cast<size_t>(height) * map.turn;
-    T** const of_logits[] = {&q, &k, &dq, &dk};
-    for (T** tensor : of_logits) *tensor = scratch.take<T>(all * d_pitch);
-    T** const of_values[] = {&v, &g, &dv};
-    for (T** tensor : of_values) *tensor = scratch.take<T>(all * v_pitch);
     T** const planes[] = {&dalong, &ddown};
     for (T** plane : planes) *plane = scratch.take<T>(map.padded);
     lse = scratch.take<T>(2 * static_cast<size_t>(map.padded));
@@ -57,88 +46,16 @@ struct Backward {
     for (T** plane : turning) *plane = scratch.take<T>(turned);
     T** const by_keys[] = {&keys_along, &keys_down, &second};
     for (T** vectors : by_keys) *vectors = scratch.take<T>(all * L);
-    q_lanes = scratch.take<T>(p.head_dim * tiling.width);
-    g_lanes = scratch.take<T>(p.value_dim * tiling.width);
     s = scratch.take<T>(all * tiling.width);
     ds = scratch.take<T>(all * tiling.width);
     T** const by_columns[] = {&sums, &turns};
     for (T** vectors : by_columns) *vectors = scratch.take<T>(static_cast<size_t>(width) * L);
-    ones = scratch.take<T>(d_pitch + v_pitch);
-    scales = scratch.take<T>(d_pitch);
-    size = scratch.used;
-  }
-
-  // What `run` of an item reads and writes.
-  Ahead<E> ahead_of(int64_t item, bool wanted) const {
-    Ahead<E> ahead(p, wanted ? tokens : 0, ceil_div(tokens, L) * height);
-    const int64_t batch = item / p.heads;
-    const int head = static_cast<int>(item % p.heads);
-    const View* const of_logits[] = {&p.q, &p.k, &p.grad_q, &p.grad_k};
-    const View* const of_values[] = {&p.v, &p.grad_out, &p.grad_v};
-    for (const View* view : of_logits) ahead.add(*view, batch, head, 0, p.head_dim);
-    for (const View* view : of_values) ahead.add(*view, batch, head, 0, p.value_dim);
-    return ahead;
-  }
-
-  void run(int64_t batch, int head, Ahead<E> ahead) const {
-    const bool decays = p.grad_log_decay_w || p.grad_log_decay_h;
-    read(batch, head);
-    const auto result = [&](const View& view, int channels, T* scratch) {
-      return Result<E>(p, view, batch, head, 0, height, channels, tokens, scratch);
-    };
-    const Result<E> to_q = result(p.grad_q, p.head_dim, dq), to_k = result(p.grad_k, p.head_dim, dk),
-                    to_v = result(p.grad_v, p.value_dim, dv);
-    for (int tile = 0; tile < tiling.count; ++tile) {
-      const int begin = tiling.start(tile), lanes = tiling.lanes(tile), pitch = tiling.width;
-      const int vecs = ceil_div(lanes, L);
-      const T *tile_q = q + static_cast<ptrdiff_t>(begin) * d_pitch,
-              *tile_g = g + static_cast<ptrdiff_t>(begin) * v_pitch;
-      pack(q_lanes, pitch, tile_q, 1, d_pitch, p.head_dim, lanes, T(1));
-      pack(g_lanes, pitch, tile_g, 1, v_pitch, p.value_dim, lanes, T(1));
-      multiply<T>(vecs, {tokens, p.head_dim, k, d_pitch, 1, q_lanes, pitch, nullptr, 0, s, pitch});
-      multiply<T>(vecs, {tokens, p.value_dim, v, v_pitch, 1, g_lanes, pitch, nullptr, 0, ds, pitch});
-      for (int i = 0; i < vecs; ++i)
-        decays ? differentiate<true>(begin + i * L, i * L, ahead)
-               : differentiate<false>(begin + i * L, i * L, ahead);
-      const auto add = [&](const Result<E>& to) { return tile ? to.data : nullptr; };
-      if (p.grad_v)
-        multiply<T>(v_pitch / L, {tokens, lanes, s, pitch, 1, tile_g, v_pitch, add(to_v), to_v.step,
-                                  to_v.data, to_v.step});
-      if (p.grad_k)
-        multiply<T>(d_pitch / L, {tokens, lanes, ds, pitch, 1, tile_q, d_pitch, add(to_k), to_k.step,
-                                  to_k.data, to_k.step});
-      if (p.grad_q)
-        multiply<T>(d_pitch / L, {lanes, tokens, ds, 1, pitch, k, d_pitch, nullptr, 0, to_q.at(begin),
-                                  to_q.step, nullptr, scales});
-    }
-    to_q.deliver(ones), to_k.deliver(ones), to_v.deliver(ones);
-    if (decays) write_decays(batch, head);
-  }
-
-  void read(int64_t batch, int head) const {
-    read_map<E>(p, p.q, batch, head, p.head_dim, static_cast<T>(p.scale), q);
-    read_map<E>(p, p.k, batch, head, p.head_dim, T(1), k);
-    read_map<E>(p, p.v, batch, head, p.value_dim, T(1), v);
-    read_map<E>(p, p.grad_out, batch, head, p.value_dim, T(0.5), g);
-    map.read(p, batch, head);
-    // A lane beyond the map gets probability 0.
-    for (int which = 0; which < 2; ++which) {
-      const T* from = plane<const T>(p.lse, which, batch, head);
-      T* to = lse + which * map.padded;
-      for (int i = 0; i < tokens; ++i) to[i] = from[i];
-      for (int i = tokens; i < map.padded; ++i) to[i] = static_cast<T>(__builtin_inff());
-    }
-    for (int i = 0; i < map.padded; ++i) dalong[i] = ddown[i] = 0;
-    for (int i = 0; i < height * map.turn; ++i) dalong_turns[i] = ddown_turns[i] = 0;
-    for (int i = 0; i < tokens * L; ++i) keys_along[i] = keys_down[i] = 0;
-    for (int i = 0; i < d_pitch + v_pitch; ++i) ones[i] = 1;
-    for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
   }
 
   // Of L queries from `first` on, which are lanes of the tile: s, scores, becomes P1 + P2; ds, the gradients
   // of those, becomes D1 + D2; the decays' sums grow.
   template <bool Decays>
-  __attribute__((noinline)) void differentiate(int first, int lane, Ahead<E>& ahead) const {
+  __attribute__((noinline)) void differentiate(int first, int lane, Ahead& ahead) const {
     const typename SmallMap<T>::Queries at = map.find(first);
     const int columns = width, rows = height, keys = tokens, turn = map.turn;
     const ptrdiff_t pitch = tiling.width;
@@ -227,6 +144,119 @@ struct Backward {
       store(dalong + first, load(dalong + first) + own_along);
       store(ddown + first, load(ddown + first) + own_down);
     }
+  }
+};
+
+template <class E>
+struct Backward : Gradients<Compute<E>> {
+  using T = Compute<E>;
+  using Base = Gradients<T>;
+  using Base::dalong;
+  using Base::dalong_turns;
+  using Base::ddown;
+  using Base::ddown_turns;
+  using Base::ds;
+  using Base::height;
+  using Base::keys_along;
+  using Base::keys_down;
+  using Base::lse;
+  using Base::map;
+  using Base::s;
+  using Base::scratch;
+  using Base::tiling;
+  using Base::tokens;
+  using Base::width;
+  static constexpr int L = kLanes<T>;
+
+  const Params& p;
+  int d_pitch, v_pitch;
+  T *q, *k, *v, *g, *dq, *dk, *dv;  // [token][channel]
+  T *q_lanes, *g_lanes;             // of a tile
+  T *ones, *scales;
+  size_t size;
+
+  Backward(const Params& p, void* memory)
+      : Base(p, memory),
+        p(p),
+        d_pitch(round_up_lanes<T>(p.head_dim)),
+        v_pitch(round_up_lanes<T>(p.value_dim)) {
+    const size_t all = tokens;
+    T** const of_logits[] = {&q, &k, &dq, &dk};
+    for (T** tensor : of_logits) *tensor = scratch.template take<T>(all * d_pitch);
+    T** const of_values[] = {&v, &g, &dv};
+    for (T** tensor : of_values) *tensor = scratch.template take<T>(all * v_pitch);
+    q_lanes = scratch.template take<T>(p.head_dim * tiling.width);
+    g_lanes = scratch.template take<T>(p.value_dim * tiling.width);
+    ones = scratch.template take<T>(d_pitch + v_pitch);
+    scales = scratch.template take<T>(d_pitch);
+    size = scratch.used;
+  }
+
+  // What `run` of an item reads and writes.
+  Ahead ahead_of(int64_t item, bool wanted) const {
+    Ahead ahead(p, wanted ? tokens : 0, ceil_div(tokens, L) * height);
+    const int64_t batch = item / p.heads;
+    const int head = static_cast<int>(item % p.heads);
+    const View* const of_logits[] = {&p.q, &p.k, &p.grad_q, &p.grad_k};
+    const View* const of_values[] = {&p.v, &p.grad_out, &p.grad_v};
+    for (const View* view : of_logits) ahead.add<E>(*view, batch, head, 0, p.head_dim);
+    for (const View* view : of_values) ahead.add<E>(*view, batch, head, 0, p.value_dim);
+    return ahead;
+  }
+
+  void run(int64_t batch, int head, Ahead ahead) const {
+    const bool decays = p.grad_log_decay_w || p.grad_log_decay_h;
+    read(batch, head);
+    const auto result = [&](const View& view, int channels, T* scratch) {
+      return Result<E>(p, view, batch, head, 0, height, channels, tokens, scratch);
+    };
+    const Result<E> to_q = result(p.grad_q, p.head_dim, dq), to_k = result(p.grad_k, p.head_dim, dk),
+                    to_v = result(p.grad_v, p.value_dim, dv);
+    for (int tile = 0; tile < tiling.count; ++tile) {
+      const int begin = tiling.start(tile), lanes = tiling.lanes(tile), pitch = tiling.width;
+      const int vecs = ceil_div(lanes, L);
+      const T *tile_q = q + static_cast<ptrdiff_t>(begin) * d_pitch,
+              *tile_g = g + static_cast<ptrdiff_t>(begin) * v_pitch;
+      pack(q_lanes, pitch, tile_q, 1, d_pitch, p.head_dim, lanes, T(1));
+      pack(g_lanes, pitch, tile_g, 1, v_pitch, p.value_dim, lanes, T(1));
+      multiply<T>(vecs, {tokens, p.head_dim, k, d_pitch, 1, q_lanes, pitch, nullptr, 0, s, pitch});
+      multiply<T>(vecs, {tokens, p.value_dim, v, v_pitch, 1, g_lanes, pitch, nullptr, 0, ds, pitch});
+      for (int i = 0; i < vecs; ++i)
+        decays ? this->template differentiate<true>(begin + i * L, i * L, ahead)
+               : this->template differentiate<false>(begin + i * L, i * L, ahead);
+      const auto add = [&](const Result<E>& to) { return tile ? to.data : nullptr; };
+      if (p.grad_v)
+        multiply<T>(v_pitch / L, {tokens, lanes, s, pitch, 1, tile_g, v_pitch, add(to_v), to_v.step,
+                                  to_v.data, to_v.step});
+      if (p.grad_k)
+        multiply<T>(d_pitch / L, {tokens, lanes, ds, pitch, 1, tile_q, d_pitch, add(to_k), to_k.step,
+                                  to_k.data, to_k.step});
+      if (p.grad_q)
+        multiply<T>(d_pitch / L, {lanes, tokens, ds, 1, pitch, k, d_pitch, nullptr, 0, to_q.at(begin),
+                                  to_q.step, nullptr, scales});
+    }
+    to_q.deliver(ones), to_k.deliver(ones), to_v.deliver(ones);
+    if (decays) write_decays(batch, head);
+  }
+
+  void read(int64_t batch, int head) const {
+    read_map<E>(p, p.q, batch, head, p.head_dim, static_cast<T>(p.scale), q);
+    read_map<E>(p, p.k, batch, head, p.head_dim, T(1), k);
+    read_map<E>(p, p.v, batch, head, p.value_dim, T(1), v);
+    read_map<E>(p, p.grad_out, batch, head, p.value_dim, T(0.5), g);
+    map.read(p, batch, head);
+    // A lane beyond the map gets probability 0.
+    for (int which = 0; which < 2; ++which) {
+      const T* from = plane<const T>(p.lse, which, batch, head);
+      T* to = lse + which * map.padded;
+      for (int i = 0; i < tokens; ++i) to[i] = from[i];
+      for (int i = tokens; i < map.padded; ++i) to[i] = static_cast<T>(__builtin_inff());
+    }
+    for (int i = 0; i < map.padded; ++i) dalong[i] = ddown[i] = 0;
+    for (int i = 0; i < height * map.turn; ++i) dalong_turns[i] = ddown_turns[i] = 0;
+    for (int i = 0; i < tokens * L; ++i) keys_along[i] = keys_down[i] = 0;
+    for (int i = 0; i < d_pitch + v_pitch; ++i) ones[i] = 1;
+    for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
   }
 
   void write_decays(int64_t batch, int head) const {

@@ -99,7 +99,6 @@ VITKERNELS_INLINE int bands(const Params& p, int tiles) {
 // Tokens that come next, brought nearer while others are worked on. A head's tokens lie apart, with the other
 // heads' between them, so that no processor sees by itself where it goes on; and a few at a time, since all
 // at once the requests would wait for each other.
-template <class E>
 struct Ahead {
   static constexpr int kMost = 8;
   const char* at[kMost];
@@ -110,6 +109,7 @@ struct Ahead {
   Ahead(const Params& p, int tokens, int steps)
       : width(p.width), left(tokens), share(ceil_div(tokens, steps)) {}
 
+  template <class E>
   void add(const View& view, int64_t batch, int head, int y, int channels) {
     if (left == 0 || !view || view.stride[4] != 1) return;
     at[views] = reinterpret_cast<const char*>(token<const E>(view, batch, head, y, 0));
