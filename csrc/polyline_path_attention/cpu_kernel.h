@@ -18,8 +18,8 @@ struct Loop {
 // be over when the next begins. Heads lie in params.workspace, those of one map side by side.
 constexpr int kSweeps = 3;
 
-// Whole maps of so few tokens have a backward pass of their own, which needs no saved product with v; Python
-// then allocates none.
+// Whole maps of so few tokens have passes of their own, of which the backward needs no saved product with v;
+// Python then allocates none.
 constexpr int64_t kSmallMap = 256;
 
 // `sums` fills cum, which all others read; where each item of a forward pass is a head of a small map, or
