@@ -73,7 +73,7 @@ struct Forward {
     ahead.add<E>(sweep == kRows ? p.v : p.out, next.batch, next.head, next.line, p.value_dim);
     const int row = line.vertical ? 0 : index;
     const Result<E> result = row_result<E>(p, p.out, batch, head, row, p.value_dim, out);
-    for (int i = 0; i < v_pitch; ++i) ones[i] = 1, halves[i] = T(0.5);
+    for (int i = 0; sweep == kRowsAgain && i < v_pitch; ++i) ones[i] = 1, halves[i] = T(0.5);
     for (int tile = 0; tile < tiling.count; ++tile)
       attend(sweep, line, tiling.start(tile), tiling.lanes(tile), tiling, {result.data, result.step}, ahead);
     if (sweep == kRowsAgain) result.deliver(ones);

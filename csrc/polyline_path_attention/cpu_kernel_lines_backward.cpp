@@ -83,8 +83,10 @@ struct Backward {
     for (const View* view : of_logits) ahead.add<E>(*view, next.batch, next.head, next.line, p.head_dim);
     for (const View* view : of_values)
       if (view) ahead.add<E>(*view, next.batch, next.head, next.line, p.value_dim);
-    for (int i = 0; i < v_pitch + d_pitch; ++i) ones[i] = 1;
-    for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
+    if (sweep == kRowsAgain) {
+      for (int i = 0; i < v_pitch + d_pitch; ++i) ones[i] = 1;
+      for (int i = 0; i < d_pitch; ++i) scales[i] = static_cast<T>(p.scale);
+    }
     const int row = line.vertical ? 0 : index;
     const Result<E> to_q = row_result<E>(p, p.grad_q, batch, head, row, p.head_dim, dq),
                     to_k = row_result<E>(p, p.grad_k, batch, head, row, p.head_dim, dk),
